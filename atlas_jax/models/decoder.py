@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder for every family, and its pure functions of parameters.
+
+Flax NNX stays in here. `build` splits the module once; beyond it a model is a
+`Model` whose methods take `params`, a nested dict with paths such as
+`layers/attention/q/kernel`. The parameters of all layers are stacked along
+their first axis, and the layers run as one scan.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.models import attention, layers
+from atlas_jax.models import config as model_config
+
+Params = Mapping[str, Any]  # Any: nested dicts with arrays as leaves.
+Remat = Literal["none", "block"]
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each on the normalised residual stream."""
+
+  def __init__(
+    self,
+    config: model_config.DecoderConfig,
+    *,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Makes the two halves and their norms."""
+    norm = {"epsilon": config.norm_epsilon, "dtype": dtype}
+    self.attention_norm = layers.RMSNorm(config.width, **norm)
+    self.attention = attention.Attention(config, dtype=dtype, rngs=rngs)
+    self.mlp_norm = layers.RMSNorm(config.width, **norm)
+    self.mlp = layers.GatedMLP(
+      config.width,
+      config.mlp_width,
+      scale=config.initializer_range,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTT: jax.Array
+  ) -> jax.Array:
+    """Applies the block to whole sequences."""
+    q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT)
+    x_BTD = x_BTD + self.attention.attend(q, k, v, mask_BTT)
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+  def cached(
+    self,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    slot: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Applies the block to new tokens, their keys written from `slot` on."""
+    q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT)
+    write = jax.lax.dynamic_update_slice_in_dim
+    keys_BSKH = write(keys_BSKH, k.astype(keys_BSKH.dtype), slot, axis=1)
+    values_BSKH = write(values_BSKH, v.astype(values_BSKH.dtype), slot, axis=1)
+    x_BTD = x_BTD + self.attention.attend(q, keys_BSKH, values_BSKH, mask_BTS)
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BSKH, values_BSKH
+
+
+class Embedding(nnx.Module):
+  """One vector per token."""
+
+  def __init__(
+    self, config: model_config.DecoderConfig, *, rngs: nnx.Rngs
+  ) -> None:
+    """Draws the table."""
+    shape = (config.vocab_size, config.width)
+    table = jax.random.normal(rngs.params(), shape)
+    self.embedding = nnx.Param(config.initializer_range * table)
+
+
+class Decoder(nnx.Module):
+  """Embedding, blocks, final norm and, unless tied, a head."""
+
+  def __init__(
+    self,
+    config: model_config.DecoderConfig,
+    *,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Makes the parameters, those of the blocks stacked along axis 0."""
+
+    def make_block(rngs: nnx.Rngs) -> Block:
+      return Block(config, dtype=dtype, rngs=rngs)
+
+    self.embed = Embedding(config, rngs=rngs)
+    self.layers = nnx.vmap(make_block)(rngs.split(config.num_layers))
+    self.final_norm = layers.RMSNorm(
+      config.width, epsilon=config.norm_epsilon, dtype=dtype
+    )
+    if not config.tie_embeddings:
+      self.head = layers.Linear(
+        (config.width,),
+        (config.vocab_size,),
+        use_bias=False,
+        scale=config.initializer_range,
+        dtype=dtype,
+        rngs=rngs,
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A decoder as pure functions of its parameters.
+
+  `config` is its shape, `dtype` that of activations; parameters keep theirs.
+  """
+
+  config: model_config.DecoderConfig
+  dtype: jnp.dtype
+  abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
+  _block_graph: nnx.GraphDef[Block]
+  _remat: Remat
+  _unroll: int
+
+  def init(self, key: jax.Array) -> Params:
+    """Draws float32 parameters."""
+    module = Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(module))
+
+  def hidden(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    """Computes the normalised last hidden states, [B, T, D].
+
+    Args:
+      params: as `init` makes them.
+      tokens_BT: token ids.
+      positions_BT: restart at 0 in each packed sequence.
+      segment_ids_BT: 0 is padding; tokens see their own segment only.
+
+    Returns:
+      Hidden states in `dtype`; times `head(params)` they are logits.
+    """
+    mask_BTT = attention.causal_mask(
+      positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
+    )
+
+    def body(x_BTD: jax.Array, block: Params) -> tuple[jax.Array, None]:
+      module: Block = nnx.merge(self._block_graph, nnx.State(block))
+      return module(x_BTD, positions_BT, mask_BTT), None
+
+    if self._remat == "block":
+      body = jax.checkpoint(body, prevent_cse=False)
+    x_BTD = self._embed(params, tokens_BT)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"], unroll=self._unroll)
+    return self._final_norm(params, x_BTD)
+
+  def cached(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    cache: attention.Cache,
+    slot: jax.Array,
+  ) -> tuple[jax.Array, attention.Cache]:
+    """Computes hidden states of new tokens after those in the cache.
+
+    Args:
+      params: as `init` makes them.
+      tokens_BT: the new tokens: a whole prompt, or one per row.
+      positions_BT: their positions.
+      segment_ids_BT: 0 is padding.
+      cache: what came before; its slots from `slot` on are overwritten.
+      slot: the first slot to write, the same for all rows.
+
+    Returns:
+      Hidden states [B, T, D], and the cache with T more slots filled.
+    """
+    write = jax.lax.dynamic_update_slice_in_dim
+    positions_BS = write(cache.positions_BS, positions_BT, slot, axis=1)
+    segments_BS = write(cache.segment_ids_BS, segment_ids_BT, slot, axis=1)
+    mask_BTS = attention.causal_mask(
+      positions_BT, segment_ids_BT, positions_BS, segments_BS
+    )
+
+    # The cache is carried, not scanned over, so that it is updated in place.
+    def body(
+      carry: tuple[jax.Array, jax.Array, jax.Array],
+      block: tuple[Params, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+      x_BTD, keys_LBSKH, values_LBSKH = carry
+      block_params, layer = block
+      module: Block = nnx.merge(self._block_graph, nnx.State(block_params))
+      x_BTD, keys_BSKH, values_BSKH = module.cached(
+        x_BTD,
+        positions_BT,
+        mask_BTS,
+        keys_LBSKH[layer],
+        values_LBSKH[layer],
+        slot,
+      )
+      keys_LBSKH = keys_LBSKH.at[layer].set(keys_BSKH)
+      values_LBSKH = values_LBSKH.at[layer].set(values_BSKH)
+      return (x_BTD, keys_LBSKH, values_LBSKH), None
+
+    (x_BTD, keys, values), _ = jax.lax.scan(
+      body,
+      (self._embed(params, tokens_BT), cache.keys_LBSKH, cache.values_LBSKH),
+      (params["layers"], jnp.arange(self.config.num_layers)),
+      unroll=self._unroll,
+    )
+    cache = attention.Cache(keys, values, positions_BS, segments_BS)
+    return self._final_norm(params, x_BTD), cache
+
+  def head(self, params: Params) -> jax.Array:
+    """Gives the kernel from hidden states to logits, [D, V]."""
+    if self.config.tie_embeddings:
+      return params["embed"]["embedding"].T
+    return params["head"]["kernel"]
+
+  def logits(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    """Computes float32 logits [B, T, V]; losses use chunks instead."""
+    hidden_BTD = self.hidden(params, tokens_BT, positions_BT, segment_ids_BT)
+    return self.project(params, hidden_BTD)
+
+  def project(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """Turns hidden states into float32 logits."""
+    return jnp.einsum(
+      "...D,DV->...V",
+      hidden_BTD,
+      self.head(params).astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def _embed(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
+
+  def _final_norm(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+    scale, epsilon = params["final_norm"]["scale"], self.config.norm_epsilon
+    return layers.rms_norm(x_BTD, scale, epsilon=epsilon, dtype=self.dtype)
+
+
+def build(
+  config: model_config.DecoderConfig,
+  *,
+  dtype: str,
+  remat: Remat,
+  unroll: int,
+) -> Model:
+  """Makes the pure functions of a decoder.
+
+  Args:
+    config: its shape.
+    dtype: of activations and matrix products, such as "bfloat16".
+    remat: "block" recomputes each block in the backward pass.
+    unroll: layers per scan step; more compiles longer and, on a CPU, runs
+      faster.
+
+  Returns:
+    The model; no parameter is allocated.
+  """
+  if remat not in ("none", "block"):
+    raise ValueError(f"Got remat={remat!r}, expected 'none' or 'block'.")
+  activation = jnp.dtype(dtype)
+
+  def decoder() -> Decoder:
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    return Decoder(config, dtype=activation, rngs=rngs)
+
+  def block() -> Block:
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    return Block(config, dtype=activation, rngs=rngs)
+
+  abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(decoder)))
+  block_graph = nnx.graphdef(nnx.eval_shape(block))
+  return Model(config, activation, abstract, block_graph, remat, unroll)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers a decoder is made of, besides attention itself.
+
+Parameters are kept in one dtype and computed in another: `dtype` is that of
+the activations; a kernel is cast where it is used.
+"""
+
+from collections.abc import Sequence
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class Linear(nnx.Module):
+  """A matrix product over the trailing axes, with an optional bias.
+
+  The kernel keeps every axis by itself, such as [D, N, H], so that sharding
+  rules can name them. Leading axes are flattened first: one product over
+  [tokens, D] is faster than a batched one, in the gradient above all.
+  """
+
+  def __init__(
+    self,
+    shape_in: Sequence[int],
+    shape_out: Sequence[int],
+    *,
+    use_bias: bool,
+    scale: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Draws the kernel from a normal distribution of that `scale`."""
+    shape = (*shape_in, *shape_out)
+    self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+    self.bias = nnx.Param(jnp.zeros(shape_out)) if use_bias else None
+    self._num_in = len(shape_in)
+    self._dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Contracts the last axes of `x` with the first of the kernel."""
+    kernel = self.kernel[...].astype(self._dtype)
+    shape_in = kernel.shape[: self._num_in]
+    shape_out = kernel.shape[self._num_in :]
+    leading = x.shape[: x.ndim - self._num_in]
+    size_in = math.prod(shape_in)
+    y = x.reshape(-1, size_in) @ kernel.reshape(size_in, -1)
+    y = y.reshape(*leading, *shape_out)
+    if self.bias is None:
+      return y
+    return y + self.bias[...].astype(self._dtype)
+
+
+def rms_norm(
+  x: jax.Array, scale: jax.Array, *, epsilon: float, dtype: jnp.dtype
+) -> jax.Array:
+  """Normalises the last axis by its root mean square, in float32.
+
+  Source: Zhang and Sennrich, arXiv:1910.07467.
+  """
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
+  return normed.astype(dtype) * scale.astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+  """`rms_norm` with its scale."""
+
+  def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype) -> None:
+    """Starts at a scale of one."""
+    self.scale = nnx.Param(jnp.ones((size,)))
+    self._epsilon = epsilon
+    self._dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last axis."""
+    scale = self.scale[...]
+    return rms_norm(x, scale, epsilon=self._epsilon, dtype=self._dtype)
+
+
+class GatedMLP(nnx.Module):
+  """down(silu(gate(x)) * up(x)).
+
+  Source: Shazeer, arXiv:2002.05202.
+  """
+
+  def __init__(
+    self,
+    width: int,
+    mlp_width: int,
+    *,
+    scale: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Draws the three kernels."""
+    kwargs = {"use_bias": False, "scale": scale, "dtype": dtype, "rngs": rngs}
+    self.gate = Linear((width,), (mlp_width,), **kwargs)
+    self.up = Linear((width,), (mlp_width,), **kwargs)
+    self.down = Linear((mlp_width,), (width,), **kwargs)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """Applies the MLP at every position."""
+    return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
