@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sampler in this process: prefill, then decoding from a KV cache.
+
+Shapes are bucketed, so that few programs are compiled whatever the prompts
+are. Random numbers depend on the seed, the prompt's row id, the index of the
+completion and that of the token, and on nothing else: a prompt samples alike
+alone and in any batch.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+import zlib
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax import errors, sharding, types
+from atlas_jax.models import attention, decoder
+
+
+class _Drawn(NamedTuple):
+  """Tokens drawn for B rows, N at most, with both log-probabilities."""
+
+  tokens_BN: jax.Array
+  logprobs_BN: jax.Array
+  model_logprobs_BN: jax.Array
+  lengths_B: jax.Array
+  stopped_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What a compiled program is specialised to, besides its shapes."""
+
+  group_size: int
+  max_new: int
+  greedy: bool
+  filtered: bool  # Whether top-p or top-k cut the vocabulary.
+
+
+class JaxSampler:
+  """Samples with a decoder held in this process.
+
+  It keeps a copy of the weights in the model's dtype, so the trainer may
+  donate its own.
+  """
+
+  def __init__(
+    self,
+    model: decoder.Model,
+    params: Mapping[str, Any],
+    *,
+    mesh: jax.sharding.Mesh,
+    stop_token_ids: Sequence[int],
+    max_rows: int,
+  ) -> None:
+    """Takes the first weights as version 0.
+
+    Args:
+      model: what is sampled from.
+      params: its parameters.
+      mesh: rows are spread over its `data` and `fsdp` axes.
+      stop_token_ids: each ends a completion, and is its last token.
+      max_rows: completions decoded at once; bounds the KV cache.
+    """
+    self._model = model
+    self._batch = sharding.of_batch(mesh)
+    self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._stop_token_ids = np.asarray(sorted(stop_token_ids), np.int32)
+    self._max_rows = max_rows
+    self._programs: set[tuple[Any, ...]] = set()  # Any: shapes and statics.
+    self._generate = jax.jit(
+      functools.partial(_generate, model), static_argnames="static"
+    )
+    self.update_weights(params, version=0)
+
+  @property
+  def version(self) -> int:
+    """The step whose weights it holds."""
+    return self._version
+
+  @property
+  def num_programs(self) -> int:
+    """How many programs were compiled so far."""
+    return len(self._programs)
+
+  def update_weights(self, params: Mapping[str, Any], version: int) -> None:
+    """Copies new weights, cast to the model's dtype."""
+    dtype = self._model.dtype
+    self._params = jax.tree.map(
+      lambda leaf: jnp.array(leaf, dtype=dtype, copy=True), params
+    )
+    self._version = version
+
+  def sample(
+    self, prompts: Sequence[types.Prompt], params: types.SamplingParams
+  ) -> list[list[types.Completion]]:
+    """Draws `params.group_size` completions for each prompt, in order.
+
+    At temperature 0 both log-probabilities are the model's own.
+
+    Raises:
+      errors.ConfigError: if a prompt with its completion would not fit into
+        the model's context.
+    """
+    self._check_fits(prompts, params.max_completion_tokens)
+    # Prompts of like length share a batch; the order is restored below.
+    order = sorted(
+      range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)
+    )
+    per_batch = max(1, self._max_rows // params.group_size)
+    completions: list[list[types.Completion]] = [[] for _ in prompts]
+    for start in range(0, len(order), per_batch):
+      chosen = order[start : start + per_batch]
+      groups = self._sample_batch([prompts[i] for i in chosen], params)
+      for i, group in zip(chosen, groups, strict=True):
+        completions[i] = group
+    return completions
+
+  def _sample_batch(
+    self, prompts: Sequence[types.Prompt], params: types.SamplingParams
+  ) -> list[list[types.Completion]]:
+    """Samples one batch, padded to its buckets."""
+    num_prompts = _bucket(len(prompts), smallest=self._num_shards)
+    length = _bucket(max(len(p.token_ids) for p in prompts), smallest=16)
+    tokens_PT = np.zeros((num_prompts, length), np.int32)
+    lengths_P = np.ones((num_prompts,), np.int32)
+    rows_P = np.zeros((num_prompts,), np.uint32)
+    for i, prompt in enumerate(prompts):
+      tokens_PT[i, : len(prompt.token_ids)] = prompt.token_ids
+      lengths_P[i] = len(prompt.token_ids)
+      rows_P[i] = zlib.crc32(prompt.row_id.encode())
+    static = _Static(
+      group_size=params.group_size,
+      max_new=params.max_completion_tokens,
+      greedy=params.temperature == 0.0,
+      filtered=params.top_p < 1.0 or params.top_k > 0,
+    )
+    self._count_program((num_prompts, length, static))
+    drawn = self._generate(
+      self._params,
+      *jax.device_put((tokens_PT, lengths_P, rows_P), self._batch),
+      # Rows that only fill a bucket are over before they begin.
+      jax.device_put(np.arange(num_prompts) < len(prompts), self._batch),
+      jax.random.key(params.seed),
+      self._stop_token_ids,
+      np.float32(params.temperature or 1.0),
+      np.float32(params.top_p),
+      np.int32(params.top_k or self._model.config.vocab_size),
+      static=static,
+    )
+    flat = _to_completions(jax.device_get(drawn), self._version)
+    size = params.group_size
+    return [flat[i * size : (i + 1) * size] for i in range(len(prompts))]
+
+  def _check_fits(self, prompts: Sequence[types.Prompt], max_new: int) -> None:
+    limit = self._model.config.max_positions
+    for prompt in prompts:
+      if not prompt.token_ids or len(prompt.token_ids) + max_new > limit:
+        raise errors.ConfigError(
+          f"A prompt of {len(prompt.token_ids)} tokens cannot be sampled.",
+          where=f"row {prompt.row_id}",
+          why=f"With {max_new} new tokens it needs 1 to {limit} positions, "
+          "the max_position_embeddings of the model.",
+          fix="Shorten the prompt or lower max_completion_tokens.",
+        )
+
+  def _count_program(self, program: tuple[Any, ...]) -> None:
+    if program not in self._programs:
+      self._programs.add(program)
+      logging.info(
+        "Sampler program %d: %d prompts of %d tokens, %s.",
+        *(len(self._programs), *program),
+      )
+
+
+def _bucket(size: int, *, smallest: int) -> int:
+  """Rounds up to `smallest` times a power of two, or 1.5 times that."""
+  bucket = smallest
+  while bucket < size:
+    if bucket % 2 == 0 and bucket * 3 // 2 >= size and bucket > smallest:
+      return bucket * 3 // 2
+    bucket *= 2
+  return bucket
+
+
+def _generate(
+  model: decoder.Model,
+  params: decoder.Params,
+  tokens_PT: jax.Array,
+  lengths_P: jax.Array,
+  rows_P: jax.Array,
+  real_P: jax.Array,
+  key: jax.Array,
+  stop_token_ids: jax.Array,
+  temperature: jax.Array,
+  top_p: jax.Array,
+  top_k: jax.Array,
+  *,
+  static: _Static,
+) -> _Drawn:
+  """Prefills P prompts once, then decodes C completions of each."""
+  num_prompts, length = tokens_PT.shape
+  batch_size = num_prompts * static.group_size
+  slots_T = jnp.arange(length)
+  real_PT = slots_T < lengths_P[:, None]
+  positions_PT = jnp.broadcast_to(slots_T, real_PT.shape)
+  cache = attention.empty_cache(
+    model.config, num_prompts, length + static.max_new, model.dtype
+  )
+  hidden_PTD, cache = model.cached(
+    params, tokens_PT, positions_PT, real_PT.astype(jnp.int32), cache, 0
+  )
+  last_PD = hidden_PTD[jnp.arange(num_prompts), lengths_P - 1]
+
+  # From here on a row is a completion: every group shares its prefill.
+  repeat = functools.partial(
+    jnp.repeat, repeats=static.group_size, total_repeat_length=batch_size
+  )
+  cache = attention.Cache(
+    *(repeat(leaf, axis=1) for leaf in cache[:2]),
+    *(repeat(leaf, axis=0) for leaf in cache[2:]),
+  )
+  index_B = jnp.tile(jnp.arange(static.group_size), num_prompts)
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, repeat(rows_P, axis=0))
+  keys_B = jax.vmap(jax.random.fold_in)(keys_B, index_B)
+  ones_B1 = jnp.ones((batch_size, 1), jnp.int32)
+
+  def draw(
+    logits_BV: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    cut = (temperature, top_p, top_k)
+    return _draw(logits_BV, step_keys_B, *cut, static=static)
+
+  def unfinished(carry: tuple[Any, ...]) -> jax.Array:  # Any: see `advance`.
+    drawn, step = carry[0], carry[1]
+    return (step < static.max_new) & ~jnp.all(drawn.stopped_B)
+
+  def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    drawn, step, logits_BV, positions_B, cache = carry
+    token_B, logprob_B, model_logprob_B = draw(logits_BV, step)
+    alive_B = ~drawn.stopped_B
+    write = jax.lax.dynamic_update_index_in_dim
+    drawn = _Drawn(
+      write(drawn.tokens_BN, token_B, step, axis=1),
+      write(drawn.logprobs_BN, logprob_B, step, axis=1),
+      write(drawn.model_logprobs_BN, model_logprob_B, step, axis=1),
+      drawn.lengths_B + alive_B,
+      drawn.stopped_B | jnp.isin(token_B, stop_token_ids),
+    )
+    hidden_B1D, cache = model.cached(
+      params,
+      token_B[:, None],
+      positions_B[:, None],
+      ones_B1,
+      cache,
+      length + step,
+    )
+    logits_BV = model.project(params, hidden_B1D[:, 0])
+    return drawn, step + 1, logits_BV, positions_B + 1, cache
+
+  empty_BN = jnp.zeros((batch_size, static.max_new))
+  drawn = _Drawn(
+    empty_BN.astype(jnp.int32),
+    empty_BN,
+    empty_BN,
+    jnp.zeros((batch_size,), jnp.int32),
+    repeat(~real_P, axis=0),
+  )
+  logits_BV = model.project(params, repeat(last_PD, axis=0))
+  carry = (drawn, 0, logits_BV, repeat(lengths_P, axis=0), cache)
+  return jax.lax.while_loop(unfinished, advance, carry)[0]
+
+
+def _draw(
+  logits_BV: jax.Array,
+  keys_B: jax.Array,
+  temperature: jax.Array,
+  top_p: jax.Array,
+  top_k: jax.Array,
+  *,
+  static: _Static,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Draws one token per row, with the log-probabilities it was drawn at."""
+
+  def pick(logprobs_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+
+  model_logprobs_BV = jax.nn.log_softmax(logits_BV)
+  if static.greedy:
+    token_B = jnp.argmax(logits_BV, axis=-1)
+    logprob_B = pick(model_logprobs_BV, token_B)
+    return token_B, logprob_B, logprob_B
+  logits_BV = logits_BV / temperature
+  if static.filtered:
+    logits_BV = _keep_top(logits_BV, top_p, top_k)
+  token_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+  logprob_B = pick(jax.nn.log_softmax(logits_BV), token_B)
+  return token_B, logprob_B, pick(model_logprobs_BV, token_B)
+
+
+def _keep_top(
+  logits_BV: jax.Array, top_p: jax.Array, top_k: jax.Array
+) -> jax.Array:
+  """Keeps the `top_k` likeliest, then of those the nucleus of mass `top_p`.
+
+  Source: Holtzman et al., arXiv:1904.09751, for the nucleus.
+  """
+  sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+  in_top_k_V = jnp.arange(logits_BV.shape[-1]) < top_k
+  sorted_BV = jnp.where(in_top_k_V, sorted_BV, -jnp.inf)
+  probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+  # The likeliest token always stays: nothing comes before it.
+  kept_BV = in_top_k_V & (before_BV < top_p)
+  threshold_B1 = jnp.min(
+    jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
+  )
+  return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def _to_completions(drawn: _Drawn, version: int) -> list[types.Completion]:
+  """Cuts each row at its length."""
+  return [
+    types.Completion(
+      token_ids=tuple(tokens[:length].tolist()),
+      logprobs=tuple(logprobs[:length].tolist()),
+      model_logprobs=tuple(model_logprobs[:length].tolist()),
+      finish_reason="stop" if stopped else "length",
+      version=version,
+    )
+    for tokens, logprobs, model_logprobs, length, stopped in zip(
+      *drawn, strict=True
+    )
+  ]
