@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples of any length to rows of one length."""
+
+import bisect
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from atlas_jax import errors
+
+Example = tuple[Sequence[int], Sequence[bool]]
+TooLong = Literal["drop", "truncate", "error"]
+
+
+def pack(
+  examples: Sequence[Example], length: int, *, too_long: TooLong
+) -> tuple[dict[str, np.ndarray], int]:
+  """Packs examples into as few rows as best-fit decreasing finds.
+
+  `loss_mask` marks targets: where it is True, the token is to be predicted from
+  those before it. So it is False on the first token of every example.
+
+  Args:
+    examples: token ids and loss mask of each.
+    length: tokens in a row.
+    too_long: what becomes of an example longer than a row. One that is
+      truncated loses its end, and goes if no target is left.
+
+  Returns:
+    Arrays of shape [rows, length], and how many examples were too long. They
+    are int32 `token_ids`, `segment_ids` and `positions` and bool `loss_mask`.
+    Segments count from 1 in each row, and positions from 0 in each segment;
+    padding is 0 in all of them.
+
+  Raises:
+    errors.DataError: if an example is too long and that is an error, or none
+      is left.
+  """
+  kept, num_too_long = _fit(examples, length, too_long)
+  bins = _bins([len(token_ids) for token_ids, _ in kept], length)
+  return _fill(kept, bins, length), num_too_long
+
+
+def pad(
+  examples: Sequence[Example], length: int, *, too_long: TooLong
+) -> tuple[dict[str, np.ndarray], int]:
+  """Gives every example its own row; otherwise as `pack`."""
+  kept, num_too_long = _fit(examples, length, too_long)
+  return _fill(kept, [[i] for i in range(len(kept))], length), num_too_long
+
+
+def _fit(
+  examples: Sequence[Example], length: int, too_long: TooLong
+) -> tuple[list[Example], int]:
+  """Returns the examples that fit into a row, and how many did not at first."""
+  if too_long not in ("drop", "truncate", "error"):
+    raise ValueError(
+      f'Expected too_long of "drop", "truncate" or "error", got {too_long!r}.'
+    )
+  kept: list[Example] = []
+  num_too_long = 0
+  for number, (token_ids, loss_mask) in enumerate(examples, start=1):
+    if not 0 < len(token_ids) == len(loss_mask):
+      raise ValueError(
+        f"Example {number} has {len(token_ids)} tokens and a loss mask of "
+        f"{len(loss_mask)}; expected as many, and at least one."
+      )
+    if len(token_ids) <= length:
+      kept.append((token_ids, loss_mask))
+      continue
+    num_too_long += 1
+    if too_long == "error":
+      raise errors.DataError(
+        f"Example {number} is longer than a row.",
+        where=f"example {number} of {len(examples)}",
+        why=f"It has {len(token_ids)} tokens, and a row {length}.",
+        fix="Make rows longer, or let longer examples be dropped or truncated.",
+      )
+    if too_long == "truncate" and any(loss_mask[1:length]):
+      kept.append((token_ids[:length], loss_mask[:length]))
+  if not kept:
+    raise errors.DataError(
+      "No example is left to train on.",
+      where=f"{len(examples)} examples",
+      why=f"{num_too_long} of them are longer than a row of {length} tokens.",
+      fix="Make rows longer than the prompts and answers of the data.",
+    )
+  return kept, num_too_long
+
+
+def _bins(sizes: Sequence[int], length: int) -> list[list[int]]:
+  """Puts each index into the fullest bin with room for it, longest first."""
+  bins: list[list[int]] = []
+  room: list[tuple[int, int]] = []  # Sorted (tokens free, bin); none is full.
+  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    place = bisect.bisect_left(room, (sizes[i], 0))
+    if place == len(room):
+      free, target = length, len(bins)
+      bins.append([])
+    else:
+      free, target = room.pop(place)
+    bins[target].append(i)
+    if free > sizes[i]:
+      bisect.insort(room, (free - sizes[i], target))
+  return bins
+
+
+def _fill(
+  examples: Sequence[Example], bins: Sequence[Sequence[int]], length: int
+) -> dict[str, np.ndarray]:
+  shape = (len(bins), length)
+  token_ids = np.zeros(shape, np.int32)
+  loss_mask = np.zeros(shape, np.bool_)
+  segment_ids = np.zeros(shape, np.int32)
+  positions = np.zeros(shape, np.int32)
+  for row, indices in enumerate(bins):
+    start = 0
+    for segment, i in enumerate(indices, start=1):
+      ids, mask = examples[i]
+      span = slice(start, start + len(ids))
+      token_ids[row, span] = ids
+      loss_mask[row, span] = mask
+      # Nothing in its segment comes before it, to predict it from.
+      loss_mask[row, start] = False
+      segment_ids[row, span] = segment
+      positions[row, span] = np.arange(len(ids))
+      start += len(ids)
+  return {
+    "token_ids": token_ids,
+    "loss_mask": loss_mask,
+    "segment_ids": segment_ids,
+    "positions": positions,
+  }

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and masks hold exactly what the sampler would see and write."""
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+import transformers
+
+from atlas_jax import chat, errors, types
+from tests import fakes
+
+_LLAMA3 = (
+  "{{ bos_token }}{% for message in messages %}"
+  "<|start|>{{ message.role }}<|end|>\n\n{{ message.content | trim }}<|eot|>"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+# A turn before the last user's loses its thinking; the last one gains a block.
+_THINKING = (
+  "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+  "{% if message.role == 'assistant' and loop.last"
+  " and '<think>' not in message.content %}<think>\n\n</think>\n\n{% endif %}"
+  "{{ message.content }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  fakes.write_tokenizer(tmp_path)
+  return chat.load_tokenizer(tmp_path)
+
+
+def _messages(*contents, roles=("user", "assistant")):
+  return [
+    types.Message(roles[i % len(roles)], content)
+    for i, content in enumerate(contents)
+  ]
+
+
+def _written(tokenizer, messages):
+  """Returns the runs of trained tokens as text, special tokens included."""
+  token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+  assert len(token_ids) == len(loss_mask)
+  runs = []
+  for i, (token_id, on) in enumerate(zip(token_ids, loss_mask, strict=True)):
+    if on and (i == 0 or not loss_mask[i - 1]):
+      runs.append([])
+    if on:
+      runs[-1].append(token_id)
+  return [tokenizer.decode(run) for run in runs]
+
+
+def test_render_ends_where_the_assistant_begins(tokenizer):
+  text, token_ids = chat.render(tokenizer, _messages("Hi {there}"))
+  assert (
+    text == "<|im_start|>user\nHi {there}<|im_end|>\n<|im_start|>assistant\n"
+  )
+  assert tokenizer.decode(token_ids) == text
+  assert token_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_mask_covers_answers_and_their_end_of_turn_only(tokenizer):
+  messages = [
+    types.Message("system", "Be brief."),
+    *_messages("2 + 2?", "It is 4.", "And 3 + 3?", "It is 6."),
+  ]
+  assert _written(tokenizer, messages) == [
+    "It is 4.<|im_end|>",
+    "It is 6.<|im_end|>",
+  ]
+  token_ids, _ = chat.tokenize(tokenizer, messages)
+  assert tokenizer.decode(token_ids) == tokenizer.apply_chat_template(
+    [{"role": m.role, "content": m.content} for m in messages], tokenize=False
+  )
+
+
+def test_mask_follows_a_llama_3_template(tokenizer):
+  tokenizer.add_special_tokens({"bos_token": "<|bos|>", "eos_token": "<|eot|>"})
+  tokenizer.add_special_tokens(
+    {"extra_special_tokens": ["<|start|>", "<|end|>"]}
+  )
+  tokenizer.chat_template = _LLAMA3
+  messages = _messages("2 + 2?", "  It is 4.\n", "Sure?", "Yes.")
+  assert _written(tokenizer, messages) == ["It is 4.<|eot|>", "Yes.<|eot|>"]
+  token_ids, _ = chat.tokenize(tokenizer, messages)
+  assert token_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("answer", ["", "\n\nOn a new line", " a", "12\n"])
+def test_prompt_is_the_same_in_training_and_sampling(tokenizer, answer):
+  _, prompt_ids = chat.render(tokenizer, _messages("Why?"))
+  token_ids, loss_mask = chat.tokenize(tokenizer, _messages("Why?", answer))
+  start = loss_mask.index(True)
+  assert tuple(token_ids[:start]) == prompt_ids
+  assert _written(tokenizer, _messages("Why?", answer)) == [
+    answer + "<|im_end|>"
+  ]
+
+
+def test_thinking_is_trained_in_a_last_turn(tokenizer):
+  tokenizer.chat_template = _THINKING
+  thought = "<think>\nhm\n</think>\n\n4"
+  assert _written(tokenizer, _messages("2 + 2?", thought)) == [
+    thought + "<|im_end|>"
+  ]
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+  tokenizer.chat_template = _THINKING
+  with pytest.raises(errors.DataError, match="turn 2"):
+    chat.tokenize(tokenizer, _messages("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(
+  ("template", "why"),
+  [
+    (fakes.CHATML.replace("<|im_end|>", ""), "closes no turn"),
+    (fakes.CHATML.partition("{% if")[0], "ignores add_generation_prompt"),
+  ],
+)
+def test_template_without_borders_is_refused(tokenizer, template, why):
+  tokenizer.chat_template = template
+  with pytest.raises(errors.ConfigError, match=why):
+    chat.tokenize(tokenizer, _messages("a", "b"))
+
+
+def test_template_error_is_told(tokenizer):
+  tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+  with pytest.raises(errors.DataError, match="no system turn"):
+    chat.render(tokenizer, _messages("a"))
+
+
+@pytest.mark.parametrize("contents", [(), ("only a question",)])
+def test_conversation_without_an_answer_is_refused(tokenizer, contents):
+  with pytest.raises(errors.DataError):
+    chat.tokenize(tokenizer, _messages(*contents))
+
+
+def test_conversation_that_begins_with_the_answer_is_refused(tokenizer):
+  with pytest.raises(errors.DataError):
+    chat.tokenize(tokenizer, _messages("a", roles=("assistant",)))
+
+
+def test_tokenizer_that_adds_a_space_to_every_text_is_refused():
+  vocabulary = {"<unk>": 0, "</s>": 1, "\u2581": 2, "a": 3, "b": 4}
+  backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+  backend.normalizer = normalizers.Prepend("\u2581")
+  backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+  )
+  tokenizer.chat_template = (
+    "{% for m in messages %}{% if m.role == 'user' %}a{{ m.content }}"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+  )
+  with pytest.raises(errors.ConfigError, match="in parts"):
+    chat.tokenize(tokenizer, _messages("a", "b"))
+
+
+def test_decode_is_the_inverse_of_encoding_without_special_tokens(tokenizer):
+  text = "a , b  .\n\u00e9 don 't {x}"
+  token_ids = tokenizer.encode(f"<|im_start|>{text}<|im_end|>")
+  assert chat.decode(tokenizer, token_ids) == text
+
+
+@pytest.mark.parametrize(
+  ("config", "expected"),
+  [
+    (None, (2,)),
+    ({}, (2,)),
+    ({"eos_token_id": 0}, (0, 2)),
+    ({"eos_token_id": [2, 0, 7]}, (0, 2, 7)),
+  ],
+)
+def test_stop_tokens_join_tokenizer_and_generation_config(
+  tokenizer, tmp_path, config, expected
+):
+  if config is not None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+  assert chat.stop_token_ids(tokenizer, tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "</s>"}'])
+def test_bad_generation_config_is_refused(tokenizer, tmp_path, text):
+  (tmp_path / "generation_config.json").write_text(text)
+  with pytest.raises(errors.ConfigError, match="generation_config.json"):
+    chat.stop_token_ids(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["missing", "", "owner/name"])
+def test_missing_tokenizer_is_told(tmp_path, place):
+  where = place if "/" in place else tmp_path / place
+  with pytest.raises(errors.ConfigError, match="where: .*") as info:
+    chat.load_tokenizer(where)
+  assert info.value.where == str(where)
+
+
+@pytest.mark.parametrize("content", ['{"version": ', '{"a": 1}', "\x00", ""])
+def test_broken_tokenizer_file_is_told(tmp_path, content):
+  fakes.write_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text(content)
+  with pytest.raises(errors.ConfigError, match="No tokenizer"):
+    chat.load_tokenizer(tmp_path)
+
+
+def test_tokenizer_without_chat_template_is_refused(tmp_path):
+  fakes.write_tokenizer(tmp_path)
+  (tmp_path / "chat_template.jinja").unlink()
+  with pytest.raises(errors.ConfigError, match="no chat template"):
+    chat.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token"])
+def test_tokenizer_without_pad_or_eos_is_refused(tmp_path, name):
+  fakes.write_tokenizer(tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  del config[name]
+  path.write_text(json.dumps(config))
+  with pytest.raises(errors.ConfigError, match=f"no {name}"):
+    chat.load_tokenizer(tmp_path)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch is a function of its step; an epoch sees each row once."""
+
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from atlas_jax import errors, types
+from atlas_jax.data import loader
+
+
+def _arrays(num_rows):
+  return {
+    "token_ids": np.arange(1, 2 * num_rows + 1, dtype=np.int32).reshape(-1, 2),
+    "loss_mask": np.ones((num_rows, 2), np.bool_),
+  }
+
+
+def _loader(num_rows, **changes):
+  settings = {
+    "batch_size": 4,
+    "seed": 0,
+    "remainder": "drop",
+    "process_index": 0,
+    "process_count": 1,
+  }
+  return loader.Loader(_arrays(num_rows), **settings | changes)
+
+
+def _epoch(data, epoch):
+  steps = range(
+    epoch * data.num_batches_per_epoch, (epoch + 1) * data.num_batches_per_epoch
+  )
+  return np.concatenate([data.batch(step)["token_ids"][:, 0] for step in steps])
+
+
+def _questions(count):
+  return [types.Question(str(i), f"{i}?", str(i)) for i in range(count)]
+
+
+@hypothesis.given(
+  num_rows=st.integers(8, 40),
+  batch_size=st.integers(1, 8),
+  epoch=st.integers(0, 3),
+)
+def test_epoch_sees_each_row_at_most_once(num_rows, batch_size, epoch):
+  seen = _epoch(_loader(num_rows, batch_size=batch_size), epoch)
+  assert len(set(seen)) == len(seen) == num_rows - num_rows % batch_size
+
+
+@hypothesis.given(num_rows=st.integers(1, 40), batch_size=st.integers(1, 8))
+def test_padded_epoch_sees_each_row_once(num_rows, batch_size):
+  data = _loader(num_rows, batch_size=batch_size, remainder="pad")
+  seen = _epoch(data, 0)
+  assert len(seen) % batch_size == 0
+  assert sorted(seen[seen > 0]) == list(range(1, 2 * num_rows, 2))
+  last = data.batch(data.num_batches_per_epoch - 1)
+  assert not last["loss_mask"][last["token_ids"] == 0].any()
+
+
+def test_epochs_and_seeds_differ_in_order():
+  data = _loader(32)
+  assert not np.array_equal(_epoch(data, 0), _epoch(data, 1))
+  assert not np.array_equal(_epoch(data, 0), _epoch(_loader(32, seed=1), 0))
+
+
+def test_batch_depends_on_the_step_alone():
+  data = _loader(10)
+  batches = [data.batch(step) for step in range(7)]
+  for step in (6, 0, 3):
+    again = _loader(10).batch(step)
+    for name, array in batches[step].items():
+      np.testing.assert_array_equal(again[name], array)
+      assert again[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize("remainder", ["drop", "pad"])
+def test_hosts_share_the_global_batch(remainder):
+  whole = _loader(11, remainder=remainder)
+  hosts = [
+    _loader(11, remainder=remainder, process_index=i, process_count=2)
+    for i in range(2)
+  ]
+  for step in range(5):
+    np.testing.assert_array_equal(
+      np.concatenate([host.batch(step)["token_ids"] for host in hosts]),
+      whole.batch(step)["token_ids"],
+    )
+
+
+def test_writing_into_a_batch_changes_no_other():
+  data = _loader(8)
+  batch = data.batch(0)
+  expected = batch["token_ids"].copy()
+  batch["token_ids"][:] = -1
+  np.testing.assert_array_equal(data.batch(0)["token_ids"], expected)
+
+
+def test_fingerprint_follows_contents_not_order_of_names():
+  arrays = _arrays(8)
+  settings = {
+    "batch_size": 4,
+    "seed": 0,
+    "remainder": "drop",
+    "process_index": 0,
+    "process_count": 1,
+  }
+
+  def digest(changed):
+    return loader.Loader(changed, **settings).fingerprint()
+
+  assert digest(dict(reversed(arrays.items()))) == digest(arrays)
+  for name in arrays:
+    changed = {key: array.copy() for key, array in arrays.items()}
+    changed[name][3, 1] ^= 1
+    assert digest(changed) != digest(arrays)
+  assert digest(
+    {**arrays, "token_ids": arrays["token_ids"][:, ::-1]}
+  ) != digest(arrays)
+
+
+def test_too_few_rows_are_refused():
+  with pytest.raises(errors.DataError, match="3 rows"):
+    _loader(3)
+  with pytest.raises(errors.DataError, match="0 rows"):
+    _loader(0, remainder="pad")
+
+
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_batch_that_hosts_cannot_share_is_refused(batch_size):
+  with pytest.raises(errors.ConfigError, match="multiple"):
+    _loader(8, batch_size=batch_size, process_count=2)
+
+
+def test_unequal_arrays_and_unknown_remainder_are_refused():
+  with pytest.raises(ValueError, match="remainder"):
+    _loader(8, remainder="keep")
+  uneven = {**_arrays(8), "positions": np.zeros((7, 2))}
+  with pytest.raises(ValueError, match="as many rows"):
+    loader.Loader(
+      uneven,
+      batch_size=1,
+      seed=0,
+      remainder="drop",
+      process_index=0,
+      process_count=1,
+    )
+
+
+@hypothesis.given(
+  count=st.integers(4, 30), batch_size=st.integers(1, 4), seed=st.integers(0, 5)
+)
+def test_questions_come_once_in_each_epoch(count, batch_size, seed):
+  questions = _questions(count)
+  num_batches = count // batch_size
+  epochs = [
+    [
+      question
+      for number in range(num_batches)
+      for question in loader.question_batch(
+        questions, epoch * num_batches + number, batch_size, seed
+      )
+    ]
+    for epoch in range(2)
+  ]
+  for seen in epochs:
+    assert len({question.row_id for question in seen}) == len(seen)
+    assert len(seen) == num_batches * batch_size
+
+
+def test_questions_are_shuffled_anew_and_reproducibly():
+  questions = _questions(16)
+  first, second = (
+    loader.question_batch(questions, step, 16, 0) for step in (0, 1)
+  )
+  assert first != second != questions
+  assert first == loader.question_batch(questions, 0, 16, 0)
+
+
+def test_too_few_questions_are_refused():
+  with pytest.raises(errors.DataError, match="3 rows"):
+    loader.question_batch(_questions(3), 0, 4, 0)
