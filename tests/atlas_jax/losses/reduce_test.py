@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means count what the mask shows, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax.losses import reduce
+
+_X_BT = jnp.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [7.0, 7.0, 7.0]])
+_MASK_BT = jnp.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
+_MEANS = [reduce.token_mean, reduce.sequence_mean]
+
+
+def test_token_mean_weighs_tokens_alike():
+  assert reduce.token_mean(_X_BT, _MASK_BT) == (1 + 2 + 30) / 3
+
+
+def test_sequence_mean_weighs_sequences_alike_and_skips_empty_ones():
+  assert reduce.sequence_mean(_X_BT, _MASK_BT) == (1.5 + 30) / 2
+
+
+@pytest.mark.parametrize("mean", _MEANS)
+@pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, 1e30])
+def test_masked_values_reach_neither_mean_nor_gradient(mean, garbage):
+  dirty_BT = jnp.where(_MASK_BT, _X_BT, garbage)
+  clean, grad_BT = jax.value_and_grad(mean)(_X_BT, _MASK_BT)
+  dirty, dirty_grad_BT = jax.value_and_grad(mean)(dirty_BT, _MASK_BT)
+  assert dirty == clean
+  np.testing.assert_array_equal(dirty_grad_BT, grad_BT)
+
+
+@pytest.mark.parametrize("mean", _MEANS)
+def test_nothing_counted_is_zero_with_zero_gradient(mean):
+  value, grad_BT = jax.value_and_grad(mean)(
+    jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool)
+  )
+  assert value == 0.0
+  np.testing.assert_array_equal(grad_BT, 0.0)
+
+
+@pytest.mark.parametrize("mean", _MEANS)
+def test_bfloat16_is_summed_in_float32(mean):
+  x_BT = jnp.ones((1, 4096), jnp.bfloat16)
+  assert mean(x_BT, x_BT > 0.0).dtype == jnp.float32
+  assert mean(x_BT, x_BT > 0.0) == 1.0
+
+
+def test_mean_goes_by_name():
+  for aggregate in ("token_mean", "sequence_mean"):
+    want = getattr(reduce, aggregate)(_X_BT, _MASK_BT)
+    assert reduce.mean(_X_BT, _MASK_BT, aggregate=aggregate) == want
+  with pytest.raises(ValueError, match=r"batch_mean.*sequence_mean"):
+    reduce.mean(_X_BT, _MASK_BT, aggregate="batch_mean")
