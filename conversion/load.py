@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face directories become parameters, without torch.
+
+Each device's part of a parameter is cut out of the mapped files by itself, so
+the host holds the parts of one parameter at a time and reads no byte that no
+device asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.sharding as js
+import numpy as np
+
+from atlas_jax import errors
+from atlas_jax.models import config as model_config
+from atlas_jax.models import decoder
+from conversion import rules, shards
+
+_HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja")
+_MAX_LISTED = 8
+
+
+def resolve(name: str) -> pathlib.Path:
+  """Finds a model directory, fetching it from the hub if it is not a path.
+
+  Args:
+    name: a local directory, or `owner/name` on the Hugging Face hub.
+
+  Raises:
+    errors.CheckpointError: if it is neither, or cannot be fetched.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.exists():
+    return path
+  try:
+    # Repositories also hold pickled and original weights; those stay there.
+    found = huggingface_hub.snapshot_download(
+      name, allow_patterns=list(_HUB_PATTERNS)
+    )
+  except (OSError, ValueError) as error:
+    raise errors.CheckpointError(
+      "The model can be found neither on disk nor on the hub.",
+      where=name,
+      why=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+      fix="Check the path; for a hub model check its name, the network, "
+      "and HF_TOKEN if it is gated; HF_HUB_OFFLINE=1 is offline mode.",
+    ) from error
+  return pathlib.Path(found)
+
+
+def read_config(
+  directory: pathlib.Path,
+) -> tuple[model_config.DecoderConfig, dict[str, Any]]:  # Any: JSON.
+  """Reads `config.json` as a decoder's shape, and as it is.
+
+  Raises:
+    errors.CheckpointError: if the file is absent or malformed, or describes a
+      model this project does not compute.
+  """
+  if directory.is_file():
+    raise errors.CheckpointError(
+      "A model is a directory, but this is a file.",
+      where=str(directory),
+      why="config.json and the tokenizer are looked for beside the weights.",
+      fix=f"Give {directory.parent} instead.",
+    )
+  path = directory / "config.json"
+  fields = shards.read_json(path)
+  try:
+    return model_config.from_hf(fields), fields
+  except errors.CheckpointError as error:
+    raise errors.CheckpointError(
+      error.what, where=str(path), why=error.why, fix=error.fix
+    ) from error
+
+
+def load(
+  directory: pathlib.Path,
+  model: decoder.Model,
+  *,
+  param_dtype: str,
+  shardings: Any = None,  # Any: a tree like the parameters'.
+) -> decoder.Params:
+  """Loads the parameters of a model.
+
+  Args:
+    directory: in Hugging Face format, of the same shape as `model`.
+    model: as built from this directory's config.
+    param_dtype: of the parameters, "float32" or "bfloat16".
+    shardings: where each goes: a tree of `jax.sharding.Sharding` like the
+      parameters', or None for the first device.
+
+  Returns:
+    The parameters, as `model.init` would make them.
+
+  Raises:
+    errors.CheckpointError: if a file is malformed, tensors are missing,
+      unexpected or of another shape (all in one list), or not finite.
+  """
+  if param_dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"Got param_dtype={param_dtype!r}.")
+  tensors = shards.open_directory(directory)
+  table = {rule.path: rule for rule in rules.of_model(model)}
+  _check_names(directory, model, tensors)
+  structure = jax.tree.structure(model.abstract_params)
+  if shardings is None:
+    first = js.SingleDeviceSharding(jax.devices()[0])
+    places = [first] * structure.num_leaves
+  else:
+    places = structure.flatten_up_to(shardings)
+  arrays = []
+  abstract = rules.flatten(model.abstract_params)
+  for (path, leaf), place in zip(abstract, places, strict=True):
+    names = rules.names(table[path], model.config.num_layers)
+    parts = {name: tensors[name] for name in names}
+    read = _reader(table[path], parts, leaf.shape, np.dtype(param_dtype))
+    arrays.append(jax.make_array_from_callback(leaf.shape, place, read))
+  return jax.tree.unflatten(structure, arrays)
+
+
+def _reader(
+  rule: rules.Rule,
+  parts: Mapping[str, shards.Tensor],
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+) -> Callable[[Any], np.ndarray]:  # Any: a slice of each axis, in a tuple.
+  """Makes the function that reads any slice of one parameter."""
+  names = list(parts)
+  shape = shape if rule.stacked else (1, *shape)
+  done: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    if not rule.stacked:
+      index = (slice(None), *index)
+    bounds = tuple(
+      part.indices(size) for part, size in zip(index, shape, strict=True)
+    )
+    if bounds not in done:  # Replicas ask for the same slice again.
+      sizes = [len(range(*bound)) for bound in bounds]
+      block = np.empty(sizes, dtype)
+      for row, layer in enumerate(range(*bounds[0])):
+        name = names[layer]
+        whole = rules.from_hf(rule, shards.read(parts[name]), shape[1:])
+        block[row] = whole[index[1:]]
+        shards.check_finite(name, block[row])
+      done[bounds] = block
+    return done[bounds] if rule.stacked else done[bounds][0]
+
+  return read
+
+
+def _check_names(
+  directory: pathlib.Path,
+  model: decoder.Model,
+  tensors: Mapping[str, shards.Tensor],
+) -> None:
+  """Refuses missing, unexpected and misshapen tensors, all at once."""
+  expected = rules.shapes(model)
+  missing = [name for name in expected if name not in tensors]
+  unexpected = [
+    name
+    for name in tensors
+    if name not in expected and not rules.IGNORED.fullmatch(name)
+  ]
+  if model.config.tie_embeddings and rules.HEAD_NAME in unexpected:
+    unexpected.remove(rules.HEAD_NAME)
+    _check_tied(directory, tensors)
+  misshapen = [
+    f"{name} is {tensors[name].shape}, not {shape}"
+    for name, shape in expected.items()
+    if name in tensors and tensors[name].shape != shape
+  ]
+  if missing or unexpected or misshapen:
+    raise errors.CheckpointError(
+      "The weights are not those config.json describes.",
+      where=str(directory),
+      why=f"Missing: {_listed(missing)}. Unexpected: {_listed(unexpected)}. "
+      f"Misshapen: {_listed(misshapen)}.",
+      fix="Fetch the model again; config.json and weights must belong "
+      "together.",
+    )
+
+
+def _check_tied(
+  directory: pathlib.Path, tensors: Mapping[str, shards.Tensor]
+) -> None:
+  """Refuses a head that differs from the embedding it is tied to."""
+  head, embedding = (
+    tensors.get(name) for name in (rules.HEAD_NAME, rules.EMBEDDING_NAME)
+  )
+  if head and embedding:
+    same = shards.digest(shards.read(head)) == shards.digest(
+      shards.read(embedding)
+    )
+    if not same or (head.dtype, head.shape) != (
+      embedding.dtype,
+      embedding.shape,
+    ):
+      raise errors.CheckpointError(
+        "A tied head differs from the embedding.",
+        where=f"{directory}: {rules.HEAD_NAME}",
+        why="config.json has tie_word_embeddings=true, yet the file holds a "
+        "head of its own.",
+        fix="Set tie_word_embeddings to false if the head was trained.",
+      )
+
+
+def _listed(names: Sequence[str]) -> str:
+  if not names:
+    return "none"
+  more = len(names) - _MAX_LISTED
+  text = ", ".join(names[:_MAX_LISTED])
+  return f"{text} and {more} more" if more > 0 else text

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters become a Hugging Face directory which transformers opens.
+
+Everything is written under a temporary name beside the target, read back and
+compared, and renamed last: killed at any moment, nothing half-written is found
+under the final name.
+"""
+
+from collections.abc import Callable, Mapping
+import math
+import os
+import pathlib
+import shutil
+from typing import Any, Literal
+
+import numpy as np
+
+from atlas_jax import errors
+from atlas_jax.models import decoder
+from conversion import load, rules, shards
+
+# What goes along with the weights, unchanged.
+_CARRIED = (
+  *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"),
+  *("added_tokens.json", "chat_template*", "generation_config.json"),
+  *("LICENSE*", "NOTICE*"),
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_CARD_HEAD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# Model card
+
+Weights written by atlas_jax, read back and compared.
+"""
+_SPARE_BYTES = 64 * 2**20  # For the files besides the weights.
+
+
+def save(
+  directory: pathlib.Path,
+  params: decoder.Params,
+  model: decoder.Model,
+  *,
+  source: pathlib.Path,
+  dtype: Literal["float32", "bfloat16"],
+  max_shard_bytes: int,
+  notes: Mapping[str, str],
+  overwrite: bool,
+) -> None:
+  """Writes a model directory, whole or not at all.
+
+  Args:
+    directory: the target.
+    params: of `model`, on any devices this process reaches.
+    model: what they are the parameters of.
+    source: the directory in Hugging Face format that the model came from; its
+      config, tokenizer and generation settings are carried over.
+    dtype: of the tensors written.
+    max_shard_bytes: see `shards.write`.
+    notes: go into the model card, one line each.
+    overwrite: replaces what is at `directory`, once the new one is complete.
+
+  Raises:
+    errors.ConfigError: if the target is in use.
+    errors.CheckpointError: if `source` is incomplete or of another shape, a
+      weight is not finite, the disk is full, or the files read back differ.
+  """
+  if dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"Got dtype={dtype!r}, expected float32 or bfloat16.")
+  directory = directory.absolute()
+  _check_target(directory, source, overwrite)
+  fields = _check_source(source, model)
+  shapes = rules.shapes(model)
+  partial = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(directory.parent, shapes, np.dtype(dtype).itemsize)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _write_texts(partial, source, _updated(fields, model, dtype), notes)
+    shards.write(
+      partial,
+      shapes,
+      _fetcher(params, model),
+      dtype=dtype,
+      max_shard_bytes=max_shard_bytes,
+    )
+    _sync(partial)
+    _rename(partial, directory)
+  except OSError as error:
+    raise errors.CheckpointError(
+      "The model cannot be written.",
+      where=str(directory),
+      why=str(error),
+      fix="Check the space and the permissions there; nothing was left behind.",
+    ) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_target(
+  directory: pathlib.Path, source: pathlib.Path, overwrite: bool
+) -> None:
+  if directory.resolve() == source.resolve():
+    raise errors.ConfigError(
+      "An export would replace the model it came from.",
+      where=str(directory),
+      why="Source and target are the same directory.",
+      fix="Choose another target.",
+    )
+  used = directory.exists() and not (
+    directory.is_dir() and not any(directory.iterdir())
+  )
+  if used and not (overwrite and directory.is_dir()):
+    raise errors.ConfigError(
+      "The target of the export is in use.",
+      where=str(directory),
+      why="It is not an empty directory.",
+      fix="Remove it, or choose another target.",
+    )
+
+
+def _check_source(
+  source: pathlib.Path, model: decoder.Model
+) -> dict[str, Any]:  # Any: JSON.
+  """Reads the source's config; refuses another shape, or no tokenizer."""
+  config, fields = load.read_config(source)
+  if config != model.config:
+    raise errors.CheckpointError(
+      "The export would carry the config of another model.",
+      where=str(source / "config.json"),
+      why=f"It describes {config}, the parameters are of {model.config}.",
+      fix="Give the directory that the model was loaded from.",
+    )
+  if not any((source / name).exists() for name in _TOKENIZER_FILES):
+    raise errors.CheckpointError(
+      "The model has no tokenizer to carry over.",
+      where=str(source),
+      why=f"None of {', '.join(_TOKENIZER_FILES)} is there, and an export "
+      "without one cannot be served.",
+      fix="Put the tokenizer's files beside config.json.",
+    )
+  return fields
+
+
+def _check_space(
+  parent: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], itemsize: int
+) -> None:
+  needed = itemsize * sum(math.prod(shape) for shape in shapes.values())
+  free = shutil.disk_usage(parent).free
+  if needed + _SPARE_BYTES > free:
+    raise errors.CheckpointError(
+      "The disk is too full for the export.",
+      where=str(parent),
+      why=f"It takes {needed:,} bytes and some spare; {free:,} are free.",
+      fix="Make room, or choose a target on another disk.",
+    )
+
+
+def _updated(
+  fields: Mapping[str, Any],  # Any: JSON.
+  model: decoder.Model,
+  dtype: str,
+) -> dict[str, Any]:  # Any: JSON.
+  """Gives the source's config with what the export changes."""
+  # transformers 4 reads the older name, and 5 reads both.
+  name = "torch_dtype" if "torch_dtype" in fields else "dtype"
+  kept = {key: fields[key] for key in fields if key != "dtype"}
+  architecture = rules.ARCHITECTURES[model.config.family]
+  return {**kept, "architectures": [architecture], name: dtype}
+
+
+def _write_texts(
+  partial: pathlib.Path,
+  source: pathlib.Path,
+  fields: Mapping[str, Any],  # Any: JSON.
+  notes: Mapping[str, str],
+) -> None:
+  """Writes everything besides the weights."""
+  for pattern in _CARRIED:
+    for path in source.glob(pattern):
+      if path.is_file():
+        shutil.copyfile(path, partial / path.name)
+  shards.write_json(partial / "config.json", fields)
+  generation = partial / "generation_config.json"
+  if not generation.exists():
+    ids = {key: fields[key] for key in _TOKEN_IDS if key in fields}
+    shards.write_json(
+      generation, {key: ids[key] for key in ids if ids[key] is not None}
+    )
+  lines = [
+    f"- {name}: {' '.join(text.split())}" for name, text in notes.items()
+  ]
+  card = "\n".join([_CARD_HEAD, *lines, ""])
+  (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _fetcher(
+  params: decoder.Params, model: decoder.Model
+) -> Callable[[str], np.ndarray]:
+  """Makes the function that fetches one tensor from its devices."""
+  leaves = dict(rules.flatten(params))
+  places = {
+    name: (rule, layer)
+    for rule in rules.of_model(model)
+    for layer, name in enumerate(rules.names(rule, model.config.num_layers))
+  }
+
+  def fetch(name: str) -> np.ndarray:
+    rule, layer = places[name]
+    leaf = leaves[rule.path]
+    array = np.asarray(leaf[layer] if rule.stacked else leaf)
+    return rules.to_hf(rule, array)
+
+  return fetch
+
+
+def _sync(directory: pathlib.Path) -> None:
+  """Waits until every file of a directory, and the list of them, is on disk."""
+  for path in (*directory.iterdir(), directory):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    finally:
+      os.close(handle)
+
+
+def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
+  """Puts a complete directory under its final name."""
+  if directory.exists() and any(directory.iterdir()):
+    old = directory.with_name(f"{directory.name}.old-{os.getpid()}")
+    directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old)
+  else:
+    partial.rename(directory)
+  handle = os.open(directory.parent, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny decoders of awkward shapes, and their Hugging Face directories."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.models import config as model_config
+from atlas_jax.models import decoder
+from conversion import rules, save
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+LLAMA3_ROPE = {
+  "rope_type": "llama3",
+  "rope_theta": 500_000.0,
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
+
+
+def fields(family, **changes):
+  """Gives a config.json: 3 heads over 1, head width not D / N, odd sizes."""
+  rope = {"rope_type": "default", "rope_theta": 10_000.0}
+  return {
+    "model_type": family,
+    "architectures": [rules.ARCHITECTURES[family]],
+    "dtype": "float32",
+    "vocab_size": 37,
+    "hidden_size": 21,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "rope_parameters": LLAMA3_ROPE if family == "llama" else rope,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    **changes,
+  }
+
+
+def build(family, *, dtype="float32", remat="none", unroll=1, **changes):
+  """Builds the model of `fields`."""
+  config = model_config.from_hf(fields(family, **changes))
+  return decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)
+
+
+def params_of(model, seed=0):
+  """Draws parameters in which no bias is zero and no norm is one."""
+  leaves, structure = jax.tree.flatten(model.abstract_params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  drawn = [
+    0.2 * jax.random.normal(key, leaf.shape)
+    for key, leaf in zip(keys, leaves, strict=True)
+  ]
+  params = jax.tree.unflatten(structure, drawn)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x + 1.0 if path[-1].key == "scale" else x, params
+  )
+
+
+def batch(model, batch_size=2, num_tokens=9, seed=1):
+  """Draws tokens, with their positions and one segment per row."""
+  shape = (batch_size, num_tokens)
+  key = jax.random.key(seed)
+  tokens = jax.random.randint(key, shape, 0, model.config.vocab_size)
+  positions = jnp.broadcast_to(jnp.arange(num_tokens), shape)
+  return tokens, positions, jnp.ones(shape, jnp.int32)
+
+
+def write_source(directory: pathlib.Path, family, **changes):
+  """Writes what an export carries over: a config and a tokenizer's files."""
+  directory.mkdir(parents=True)
+  text = json.dumps(fields(family, **changes))
+  (directory / "config.json").write_text(text)
+  (directory / "tokenizer.json").write_text("{}")
+  (directory / "tokenizer_config.json").write_text("{}")
+  (directory / "chat_template.jinja").write_text("{{ messages }}")
+  return directory
+
+
+def write_checkpoint(
+  directory: pathlib.Path, family, *, dtype="float32", shard=10**9, **changes
+):
+  """Writes a random checkpoint at `directory`; gives its model and params."""
+  model = build(family, **changes)
+  params = params_of(model)
+  source = write_source(
+    directory.with_name(directory.name + "-source"), family, **changes
+  )
+  save.save(
+    directory,
+    params,
+    model,
+    source=source,
+    dtype=dtype,
+    max_shard_bytes=shard,
+    notes={},
+    overwrite=False,
+  )
+  return model, params
