@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package metadata. Lower bounds here; exact versions in requirements/."""
+
+import setuptools
+
+_PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
+
+setuptools.setup(
+  name="atlas_jax",
+  version="0.1.0.dev0",
+  description="Trains teacher language models with JAX.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(
+    include=[pattern for name in _PACKAGES for pattern in (name, f"{name}.*")]
+  ),
+  install_requires=[
+    "absl-py>=2.1",
+    "flax>=0.12.8",
+    "jax>=0.10.2",
+    "jinja2>=3.1",
+    "ml-collections>=1.1",
+    "ml-dtypes>=0.5",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pyarrow>=18.0",
+    "rich>=13.0",
+    "safetensors>=0.6",
+    "tokenizers>=0.22",
+    "transformers>=5.0",
+  ],
+  extras_require={
+    "cpu": [],
+    "cuda": ["jax[cuda13]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "hub": ["datasets>=4.0"],
+    "plot": ["matplotlib>=3.9"],
+    "test": [
+      "datasets>=4.0",
+      "hypothesis>=6.100",
+      "matplotlib>=3.9",
+      "pytest>=8.0",
+      "pytest-timeout>=2.3",
+      "pytest-xdist>=3.6",
+    ],
+    "lint": ["pyright>=1.1.400", "ruff>=0.12"],
+    "parity": [
+      "accelerate>=1.10",
+      "peft>=0.18",
+      "torch>=2.8",
+      "trl>=1.0",
+    ],
+  },
+)
