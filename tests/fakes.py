@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small real things which tests share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 import transformers
+
+from atlas_jax import types
 
 CHATML = (
   "{% for message in messages %}"
@@ -63,3 +65,51 @@ def write_tokenizer(
   )
   fast.save_pretrained(directory)
   return fast
+
+
+class FakeSampler:
+  """A sampler whose texts a test scripts, and which remembers its calls.
+
+  `write(prompt, params, index)` returns what is sampled for one prompt.
+  """
+
+  def __init__(
+    self,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    write: Callable[[types.Prompt, types.SamplingParams, int], str],
+  ) -> None:
+    self.version = 0
+    self.calls: list[tuple[list[types.Prompt], types.SamplingParams]] = []
+    self._tokenizer, self._write = tokenizer, write
+
+  def sample(
+    self, prompts: Sequence[types.Prompt], params: types.SamplingParams
+  ) -> list[list[types.Completion]]:
+    """Encodes the script; a text past the limit is cut as a model's would."""
+    self.calls.append((list(prompts), params))
+    return [
+      [
+        self._complete(self._write(prompt, params, i), params)
+        for i in range(params.group_size)
+      ]
+      for prompt in prompts
+    ]
+
+  def update_weights(self, params: object, version: int) -> None:
+    """Takes the version; there are no weights."""
+    del params
+    self.version = version
+
+  def _complete(
+    self, text: str, params: types.SamplingParams
+  ) -> types.Completion:
+    token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+    token_ids.append(self._tokenizer.eos_token_id)
+    kept = tuple(token_ids[: params.max_completion_tokens])
+    return types.Completion(
+      token_ids=kept,
+      logprobs=(-0.5,) * len(kept),
+      model_logprobs=(-1.0,) * len(kept),
+      finish_reason="stop" if len(kept) == len(token_ids) else "length",
+      version=self.version,
+    )

@@ -113,11 +113,15 @@ def question_batch(
   return [questions[i] for i in order[start : start + batch_size]]
 
 
+def fingerprint(questions: Sequence[types.Question]) -> str:
+  """Returns a digest of questions and their order, as `Loader.fingerprint`."""
+  lines = "\n".join(types.to_json_line(question) for question in questions)
+  return hashlib.sha256(lines.encode()).hexdigest()
+
+
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-  order = np.random.default_rng((seed, epoch)).permutation(num_rows)
-  order.setflags(write=False)  # The cache hands out this very array.
-  return order
+  return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def _check_enough(num_rows: int, needed: int) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 import transformers
 
 from atlas_jax import chat, errors, types
@@ -114,6 +114,25 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     chat.tokenize(tokenizer, _messages("a", "b", "c", "d"))
 
 
+def test_header_that_the_answer_does_not_follow_is_refused(tokenizer):
+  tokenizer.chat_template = fakes.CHATML.replace(
+    "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
+  )
+  with pytest.raises(errors.DataError, match="turn 2"):
+    chat.tokenize(tokenizer, _messages("a", "b"))
+
+
+def test_nothing_is_added_to_what_the_template_wrote(tokenizer):
+  tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+  )
+  assert tokenizer.encode("a")[0] == 0
+  _, prompt_ids = chat.render(tokenizer, _messages("a"))
+  token_ids, _ = chat.tokenize(tokenizer, _messages("a", "b"))
+  assert 0 not in prompt_ids
+  assert 0 not in token_ids
+
+
 @pytest.mark.parametrize(
   ("template", "why"),
   [
@@ -183,17 +202,19 @@ def test_stop_tokens_join_tokenizer_and_generation_config(
   assert chat.stop_token_ids(tokenizer, tmp_path) == expected
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "</s>"}'])
+@pytest.mark.parametrize(
+  "text", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": true}']
+)
 def test_bad_generation_config_is_refused(tokenizer, tmp_path, text):
   (tmp_path / "generation_config.json").write_text(text)
-  with pytest.raises(errors.ConfigError, match="generation_config.json"):
+  with pytest.raises(errors.ConfigError, match=r"generation_config\.json"):
     chat.stop_token_ids(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["missing", "", "owner/name"])
 def test_missing_tokenizer_is_told(tmp_path, place):
   where = place if "/" in place else tmp_path / place
-  with pytest.raises(errors.ConfigError, match="where: .*") as info:
+  with pytest.raises(errors.ConfigError, match="No tokenizer") as info:
     chat.load_tokenizer(where)
   assert info.value.where == str(where)
 

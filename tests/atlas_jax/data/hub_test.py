@@ -15,11 +15,12 @@ def _part(*answers):
 
 def _serve(monkeypatch, **parts):
   whole = datasets.DatasetDict(parts)
-  monkeypatch.setattr(
-    datasets,
-    "load_dataset",
-    lambda name, split: whole[split] if split else whole,
-  )
+
+  def load_dataset(name, split):
+    assert name == "owner/name"
+    return whole[split] if split else whole
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
 def test_named_split_and_only_split_are_read(monkeypatch):

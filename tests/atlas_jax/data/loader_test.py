@@ -115,9 +115,10 @@ def test_fingerprint_follows_contents_not_order_of_names():
     changed = {key: array.copy() for key, array in arrays.items()}
     changed[name][3, 1] ^= 1
     assert digest(changed) != digest(arrays)
-  assert digest(
-    {**arrays, "token_ids": arrays["token_ids"][:, ::-1]}
-  ) != digest(arrays)
+  mirrored = {**arrays, "token_ids": arrays["token_ids"][:, ::-1]}
+  assert digest(mirrored) != digest(arrays)
+  reshaped = {name: array.reshape(4, 4) for name, array in arrays.items()}
+  assert digest(reshaped) != digest(arrays)
 
 
 def test_too_few_rows_are_refused():
@@ -181,3 +182,13 @@ def test_questions_are_shuffled_anew_and_reproducibly():
 def test_too_few_questions_are_refused():
   with pytest.raises(errors.DataError, match="3 rows"):
     loader.question_batch(_questions(3), 0, 4, 0)
+
+
+def test_fingerprint_of_questions_follows_contents_and_order():
+  questions = _questions(3)
+  digest = loader.fingerprint(questions)
+  assert digest == loader.fingerprint(_questions(3))
+  assert digest != loader.fingerprint(questions[::-1])
+  assert digest != loader.fingerprint(questions[:2])
+  other = types.Question("2", "2?", "3")
+  assert digest != loader.fingerprint([*questions[:2], other])
