@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What graded records say: the student alone against the student taught.
+
+The ATLAS documents name these metrics and leave units, and of APG and LR the
+formula, open; they are fixed here. With t and b the share of right answers with
+and without a teaching:
+
+  APG (performance gain)      mean(t - b)
+  NDR (non-degradation rate)  share of teachings with t - b >= 0
+  TES (teaching efficiency)   APG * completion rate
+                              / (mean teaching tokens / 1000)
+  LR  (gain per interaction)  APG / teachings per question
+
+Gains are fractions, not percentage points. The completion rate is the share of
+taught answers that end by themselves within the token limit.
+
+Sources: the README of ATLAS (APG, NDR), docs/benchmarks/evaluation-
+methodology.mdx (NDR, TES), its glossary (LR).
+
+Every question weighs the same, and is the unit of every interval: answers to
+one question are not independent.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+
+import numpy as np
+
+from atlas_jax import types
+
+Interval = list[float]
+Summary = dict[str, float | Interval | None]
+
+_Z = statistics.NormalDist().inv_cdf(0.975)
+
+# Which columns of `_per_question` are shares, and so have Wilson intervals.
+_SHARES = (
+  "accuracy",
+  "baseline_accuracy",
+  "NDR",
+  "completion_rate",
+  "leak_rate",
+  "no_teaching_rate",
+)
+_MEANS = ("num_teaching_tokens", "num_baseline_tokens", "num_taught_tokens")
+
+
+def summarize(
+  records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
+) -> Summary:
+  """Computes every metric, with 95 % intervals.
+
+  Keys are `teaching/NDR` and so on; `accuracy` is that of the taught answers.
+  `..._interval` holds [low, high]: Wilson's for shares, where the bootstrap
+  would claim certainty at 0 and 1, and the bootstrap over questions for APG,
+  TES and LR.
+
+  Args:
+    records: graded, at least one.
+    num_bootstrap: how often the questions are resampled.
+    seed: decides the resamples.
+
+  Returns:
+    The metrics. TES is None where no teaching was written, and its interval
+    also where that happens in a resample.
+
+  Raises:
+    ValueError: if there are no records or some are not graded.
+  """
+  columns = _per_question(records)
+  num_questions = len(columns["accuracy"])
+  per_question = len(records) / num_questions
+  means = {name: float(values.mean()) for name, values in columns.items()}
+  summary: Summary = {
+    "teaching/num_questions": num_questions,
+    "teaching/seconds": sum(record.seconds for record in records),
+  }
+  for name in _SHARES:
+    summary[f"teaching/{name}"] = means[name]
+    summary[f"teaching/{name}_interval"] = wilson(means[name], num_questions)
+  for name in _MEANS:
+    summary[f"teaching/{name}"] = means[name]
+  statistic: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "APG": performance_gain,
+    "TES": teaching_efficiency,
+    "LR": lambda means: performance_gain(means) / per_question,
+  }
+  for name, function in statistic.items():
+    value = function(means)
+    summary[f"teaching/{name}"] = value if math.isfinite(value) else None
+    summary[f"teaching/{name}_interval"] = bootstrap(
+      columns, function, num_bootstrap=num_bootstrap, seed=seed
+    )
+  return summary
+
+
+def by_difficulty(
+  records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
+) -> dict[str, Summary]:
+  """Summarizes the records of each difficulty apart, in alphabetical order."""
+  difficulties = sorted({record.question.difficulty for record in records})
+  return {
+    difficulty: summarize(
+      [r for r in records if r.question.difficulty == difficulty],
+      num_bootstrap=num_bootstrap,
+      seed=seed,
+    )
+    for difficulty in difficulties
+  }
+
+
+def compare(
+  records_a: Sequence[types.TeachingRecord],
+  records_b: Sequence[types.TeachingRecord],
+  *,
+  num_bootstrap: int,
+  seed: int,
+) -> Summary:
+  """Compares two teachers on the same questions, paired.
+
+  Returns:
+    `teaching/accuracy_difference`, taught accuracy of b minus that of a, with
+    its 95 % bootstrap interval, and the number of questions.
+
+  Raises:
+    ValueError: if the two do not cover the same questions.
+  """
+  groups_a, groups_b = _groups(records_a), _groups(records_b)
+  if groups_a.keys() != groups_b.keys():
+    odd = sorted(groups_a.keys() ^ groups_b.keys())
+    raise ValueError(
+      f"Expected the same questions on both sides; {len(odd)} are on one side "
+      f"only, such as {odd[0]!r}."
+    )
+  difference = np.array(
+    [
+      np.mean([_accuracy(r.taught) for r in groups_b[row_id]])
+      - np.mean([_accuracy(r.taught) for r in groups_a[row_id]])
+      for row_id in groups_a
+    ]
+  )
+  return {
+    "teaching/num_questions": len(difference),
+    "teaching/accuracy_difference": float(difference.mean()),
+    "teaching/accuracy_difference_interval": bootstrap(
+      {"difference": difference},
+      lambda means: means["difference"],
+      num_bootstrap=num_bootstrap,
+      seed=seed,
+    ),
+  }
+
+
+def performance_gain(means: Mapping[str, float]) -> float:
+  """Computes APG from the means of a set of questions."""
+  return means["accuracy"] - means["baseline_accuracy"]
+
+
+def teaching_efficiency(means: Mapping[str, float]) -> float:
+  """Computes TES, gain per thousand tokens of teaching; NaN without any."""
+  if means["num_teaching_tokens"] == 0:
+    return math.nan
+  gain = performance_gain(means) * means["completion_rate"]
+  return gain / (means["num_teaching_tokens"] / 1000)
+
+
+def wilson(share: float, num_trials: int) -> Interval:
+  """Computes Wilson's 95 % score interval of a share.
+
+  Where a trial is the mean over several answers to one question the interval
+  errs on the wide side.
+
+  Source: Wilson (1927), JASA 22:209-212.
+  """
+  center = share + _Z**2 / (2 * num_trials)
+  spread = _Z * math.sqrt(
+    share * (1 - share) / num_trials + _Z**2 / (4 * num_trials**2)
+  )
+  scale = 1 + _Z**2 / num_trials
+  # Rounding must not leave [0, 1] nor exclude the share itself.
+  low = min(max((center - spread) / scale, 0.0), share)
+  return [low, max(min((center + spread) / scale, 1.0), share)]
+
+
+def bootstrap(
+  columns: Mapping[str, np.ndarray],
+  statistic: Callable[[Mapping[str, float]], float],
+  *,
+  num_bootstrap: int,
+  seed: int,
+) -> Interval | None:
+  """Computes the 95 % percentile interval of a statistic of column means.
+
+  Rows, one per question, are drawn with replacement and kept whole, so what
+  is paired stays paired.
+
+  Returns:
+    [low, high], or None if the statistic is undefined for some resample.
+  """
+  rng = np.random.default_rng(seed)
+  table = np.stack(list(columns.values()), axis=1)
+  values = []
+  for _ in range(num_bootstrap):
+    means = table[rng.integers(len(table), size=len(table))].mean(axis=0)
+    values.append(statistic(dict(zip(columns, means.tolist(), strict=True))))
+  if not np.isfinite(values).all():
+    return None
+  return np.quantile(values, [0.025, 0.975]).tolist()
+
+
+def _per_question(
+  records: Sequence[types.TeachingRecord],
+) -> dict[str, np.ndarray]:
+  """Averages what is measured over the records of each question."""
+  if not records:
+    raise ValueError("Expected at least one record, got none.")
+  groups = [
+    [_measures(record) for record in group]
+    for group in _groups(records).values()
+  ]
+  return {
+    name: np.array([np.mean([m[name] for m in group]) for group in groups])
+    for name in groups[0][0]
+  }
+
+
+def _groups(
+  records: Sequence[types.TeachingRecord],
+) -> dict[str, list[types.TeachingRecord]]:
+  """Gathers the records of each question, in order of appearance."""
+  groups: dict[str, list[types.TeachingRecord]] = {}
+  for record in records:
+    groups.setdefault(record.question.row_id, []).append(record)
+  return groups
+
+
+def _measures(record: types.TeachingRecord) -> dict[str, float]:
+  """Measures one record."""
+  if record.leaked is None:
+    raise ValueError(f"Record {record.question.row_id!r} is not graded.")
+  taught, baseline = _accuracy(record.taught), _accuracy(record.baseline)
+  finished = [attempt.finish_reason == "stop" for attempt in record.taught]
+  return {
+    "accuracy": taught,
+    "baseline_accuracy": baseline,
+    "NDR": float(taught >= baseline),
+    "completion_rate": statistics.fmean(finished),
+    "leak_rate": float(record.leaked),
+    "no_teaching_rate": float(record.teaching is None),
+    "num_teaching_tokens": record.num_teaching_tokens,
+    "num_baseline_tokens": _mean_tokens(record.baseline),
+    "num_taught_tokens": _mean_tokens(record.taught),
+  }
+
+
+def _accuracy(attempts: Sequence[types.Attempt]) -> float:
+  """Returns the share of right answers among graded ones."""
+  correct = [a.correct for a in attempts if a.correct is not None]
+  if not attempts or len(correct) < len(attempts):
+    raise ValueError("Expected graded answers, at least one per record.")
+  return statistics.fmean(correct)
+
+
+def _mean_tokens(attempts: Sequence[types.Attempt]) -> float:
+  return statistics.fmean(attempt.num_tokens for attempt in attempts)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol asks each role the right thing, once, in order."""
+
+import dataclasses
+
+import pytest
+
+from atlas_jax import chat, errors, types
+from atlas_jax.teaching import protocol as teaching_protocol
+from atlas_jax.teaching import templates
+from tests import fakes
+
+_TEMPLATES = templates.Templates(
+  probe="PROBE {question}",
+  teach="TEACH {question} AFTER {probe}",
+  taught="SOLVE {question} WITH {teaching}",
+  baseline="SOLVE {question}",
+)
+_QUESTIONS = [
+  types.Question("a", "1 + {probe}", "2"),
+  types.Question("b", "2 + 2", "4"),
+]
+
+
+def _params(group_size, seed=5, max_completion_tokens=200):
+  return types.SamplingParams(
+    group_size=group_size,
+    max_completion_tokens=max_completion_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    seed=seed,
+  )
+
+
+def _student_writes(prompt, params, index):
+  return f"{prompt.row_id} seed {params.seed} draw {index}"
+
+
+def _policy_writes(prompt, params, index):
+  del prompt, params
+  return f"<thinking>secret</thinking><teaching>hint {index}</teaching>"
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  return fakes.write_tokenizer(tmp_path)
+
+
+def _protocol(tokenizer, *, policy_writes=_policy_writes, **overrides):
+  params = {
+    "probe_params": _params(1),
+    "teach_params": _params(3),
+    "solve_params": _params(2),
+    "baseline_params": _params(2, seed=70),
+  }
+  policy = fakes.FakeSampler(tokenizer, policy_writes)
+  student = fakes.FakeSampler(tokenizer, _student_writes)
+  return teaching_protocol.Protocol(
+    teaching_protocol.Role(policy, tokenizer),
+    teaching_protocol.Role(student, tokenizer),
+    _TEMPLATES,
+    **{**params, **overrides},
+  )
+
+
+def _asked(tokenizer, text):
+  return chat.render(tokenizer, [types.Message("user", text)])[0]
+
+
+def test_each_role_is_asked_what_its_template_says(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.run(_QUESTIONS, seed=7)
+
+  baseline, probe, taught = (
+    [prompt.text for prompt in prompts]
+    for prompts, _ in protocol.student.sampler.calls
+  )
+  ((teach, _),) = protocol.policy.sampler.calls
+  assert baseline == [
+    _asked(tokenizer, "SOLVE 1 + {probe}"),
+    _asked(tokenizer, "SOLVE 2 + 2"),
+  ]
+  assert probe[0] == _asked(tokenizer, "PROBE 1 + {probe}")
+  assert teach[1].text == _asked(
+    tokenizer, "TEACH 2 + 2 AFTER b/probe seed 7 draw 0"
+  )
+  assert taught[:4] == [
+    *(
+      _asked(tokenizer, f"SOLVE 1 + {{probe}} WITH hint {i}") for i in range(3)
+    ),
+    _asked(tokenizer, "SOLVE 2 + 2 WITH hint 0"),
+  ]
+
+
+def test_records_come_question_by_question_with_what_was_sampled(tokenizer):
+  protocol = _protocol(tokenizer)
+  records = protocol.run(_QUESTIONS, seed=7)
+
+  ((prompts, _),) = protocol.policy.sampler.calls
+  assert [r.question.row_id for r in records] == ["a"] * 3 + ["b"] * 3
+  for i, record in enumerate(records):
+    assert record.teacher_rollout.prompt is prompts[i // 3]
+    assert record.teaching == f"hint {i % 3}"
+    assert record.num_teaching_tokens == len(
+      tokenizer.encode(record.teaching, add_special_tokens=False)
+    )
+    assert [a.text for a in record.taught] == [
+      f"{record.question.row_id}/solve/{i % 3} seed 7 draw {j}"
+      for j in range(2)
+    ]
+    assert [a.text for a in record.baseline] == [
+      f"{record.question.row_id}/solve/0 seed 70 draw {j}" for j in range(2)
+    ]
+    assert record.taught[0].correct is None
+    assert record.leaked is None
+    assert record.reward is None
+    assert record.seconds > 0
+    types.to_json_line(record)
+
+
+def test_row_ids_differ_within_every_call(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.run(_QUESTIONS, seed=7)
+  for sampler in (protocol.student.sampler, protocol.policy.sampler):
+    for prompts, _ in sampler.calls:
+      row_ids = [prompt.row_id for prompt in prompts]
+      assert len(set(row_ids)) == len(row_ids)
+
+
+def test_the_runs_seed_reaches_every_phase_but_the_baseline(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.run(_QUESTIONS, seed=7)
+  seeds = [params.seed for _, params in protocol.student.sampler.calls]
+  assert seeds == [70, 7, 7]
+  assert protocol.policy.sampler.calls[0][1].seed == 7
+
+
+def test_known_baselines_are_not_sampled_again(tokenizer):
+  protocol = _protocol(tokenizer)
+  first = protocol.run(_QUESTIONS[:1], seed=1)
+  calls = protocol.student.sampler.calls
+  calls.clear()
+  again = protocol.run(_QUESTIONS[:1], seed=2)
+  assert len(calls) == 2
+  assert again[0].baseline == first[0].baseline
+
+  calls.clear()
+  protocol.run(_QUESTIONS, seed=3)
+  assert len(calls) == 3
+  assert [p.row_id for p in calls[0][0]] == ["b/solve/0"]
+
+
+@pytest.mark.parametrize("change", ["text", "weights"])
+def test_a_baseline_is_not_used_for_other_text_or_weights(tokenizer, change):
+  protocol = _protocol(tokenizer)
+  protocol.run(_QUESTIONS, seed=1)
+  protocol.student.sampler.calls.clear()
+  questions = _QUESTIONS
+  if change == "text":
+    questions = [dataclasses.replace(q, question="new") for q in _QUESTIONS]
+  else:
+    protocol.student.sampler.update_weights({}, 1)
+  protocol.run(questions, seed=1)
+  assert len(protocol.student.sampler.calls) == 3
+
+
+def test_without_a_teaching_the_student_answers_as_if_alone(tokenizer):
+  protocol = _protocol(
+    tokenizer,
+    policy_writes=lambda *_: "<thinking>secret</thinking> no tag",
+    teach_params=_params(1),
+  )
+  records = protocol.run(_QUESTIONS, seed=70)
+  for record in records:
+    assert record.teaching is None
+    assert record.num_teaching_tokens == 0
+    assert record.taught == record.baseline
+  baseline, _, taught = protocol.student.sampler.calls
+  assert taught == baseline
+
+
+def test_truncation_is_kept(tokenizer):
+  protocol = _protocol(
+    tokenizer, solve_params=_params(1, max_completion_tokens=3)
+  )
+  record = protocol.run(_QUESTIONS, seed=7)[0]
+  assert record.taught[0].finish_reason == "length"
+  assert record.taught[0].num_tokens == 3
+  assert record.baseline[0].finish_reason == "stop"
+
+
+def test_no_questions_make_no_calls(tokenizer):
+  protocol = _protocol(tokenizer)
+  assert protocol.run([], seed=7) == []
+  assert protocol.student.sampler.calls == []
+
+
+def test_more_than_one_probe_is_refused(tokenizer):
+  with pytest.raises(errors.ConfigError, match=r"probe_params\.group_size"):
+    _protocol(tokenizer, probe_params=_params(2))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates are filled literally, and thinking never becomes a teaching."""
+
+import dataclasses
+
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.teaching import templates
+
+
+@pytest.mark.parametrize(
+  "question",
+  ["{probe}", "{question}", "{", "}}", "{0} {x!r:>{y}}", r"\boxed{\1 \g<0>}"],
+)
+def test_what_is_filled_in_stays_as_it_is(question):
+  filled = templates.fill(
+    "Q: {question} P: {probe}", question=question, probe="P"
+  )
+  assert filled == f"Q: {question} P: P"
+
+
+def test_braces_around_anything_but_a_name_are_text():
+  template = r"{question} Answer in \boxed{} or {1, 2}."
+  assert templates.fill(template, question="Q").startswith(
+    "Q Answer in \\boxed{}"
+  )
+
+
+def test_fill_refuses_what_does_not_fit():
+  with pytest.raises(ValueError, match="probe"):
+    templates.fill("{question}", question="Q", probe="P")
+  with pytest.raises(ValueError, match="probe"):
+    templates.fill("{question} {probe}", question="Q")
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("probe", "no question"),
+    ("teach", "{question}"),
+    ("taught", "{question} {guidance}"),
+    ("baseline", "{question} {teaching}"),
+  ],
+)
+def test_a_template_with_other_placeholders_is_refused(name, text):
+  with pytest.raises(errors.ConfigError, match=f"templates.{name}"):
+    dataclasses.replace(templates.DEFAULT, **{name: text})
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("<thinking>secret</thinking><teaching> hint </teaching>", "hint"),
+    ("<teaching>one</teaching><teaching>two</teaching>", "one"),
+    ("<thinking><teaching>draft</teaching></thinking>", None),
+    (
+      "<thinking><teaching>draft</teaching></thinking><teaching>x</teaching>",
+      "x",
+    ),
+    ("<thinking>cut off <teaching>draft</teaching>", None),
+    ("opened by the template</think><teaching>x</teaching>", "x"),
+    ("<teaching>draft</teaching></think> nothing", None),
+    ("<teaching>torn <teaching>x</teaching>", "x"),
+    ("</teaching><teaching>x</teaching>", "x"),
+    ("<teaching>a<thinking>secret</thinking>b</teaching>", "ab"),
+    ("<teaching>line\nline</teaching>", "line\nline"),
+    ("<teaching>  </teaching>", None),
+    ("<teaching>never closed", None),
+    ("just a hint", None),
+    ("", None),
+  ],
+)
+def test_a_teaching_is_what_stands_in_its_tag_outside_thinking(text, expected):
+  assert templates.extract_teaching(text) == expected
