@@ -33,7 +33,7 @@ ensure_environment() {
     "$python" -m venv --clear .venv
   fi
   echo "Installing requirements ($*) into .venv; the first time takes minutes."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  .venv/bin/python -m pip install -qq --disable-pip-version-check \
     "${files[@]}"
   mkdir -p .venv/installed
   for name in "$@"; do
