@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 from typing import Any, TypeGuard
 
 import ml_dtypes
@@ -250,21 +251,23 @@ def _entry(
 ) -> Tensor:
   """Reads one tensor's entry; `start` is where the body begins."""
   if not isinstance(entry, dict):
-    raise _refuse(path, f"the entry of {name!r} is no object")
-  if entry.get("dtype") not in _DTYPES:
+    raise _refuse(path, f"the entry of {reprlib.repr(name)} is no object")
+  kind, short = entry.get("dtype"), reprlib.repr(name)
+  if not isinstance(kind, str) or kind not in _DTYPES:
     raise _refuse(
       path,
-      f"{name!r} has dtype {entry.get('dtype')!r}; "
+      f"{short} has dtype {reprlib.repr(kind)}; "
       f"supported are {sorted(_DTYPES)}",
       fix="Convert the weights to bfloat16 or float32 first.",
     )
   shape, offsets = entry.get("shape"), entry.get("data_offsets")
   if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-    raise _refuse(path, f"{name!r} has shape {shape!r} and offsets {offsets!r}")
-  dtype, (begin, end) = _DTYPES[entry["dtype"]], offsets
+    given = f"shape {reprlib.repr(shape)}, offsets {reprlib.repr(offsets)}"
+    raise _refuse(path, f"{short} has {given}")
+  dtype, (begin, end) = _DTYPES[kind], offsets
   if math.prod(shape) * dtype.itemsize != end - begin:
     raise _refuse(
-      path, f"{name!r} of shape {shape} does not take {end - begin} bytes"
+      path, f"{short} of shape {shape} does not take {end - begin} bytes"
     )
   return Tensor(path, dtype, tuple(shape), start + begin, start + end)
 

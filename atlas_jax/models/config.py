@@ -8,6 +8,7 @@ refused by name: a field ignored in silence is a wrong model.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from atlas_jax import errors
@@ -74,13 +75,14 @@ _FAMILIES = {
   "llama": _Family(qkv_bias=False, qk_norm=False, head_width=None),
 }
 
-_READ = {
-  *("model_type", "vocab_size", "hidden_size", "intermediate_size"),
-  *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-  *("head_dim", "max_position_embeddings", "rms_norm_eps"),
-  *("initializer_range", "tie_word_embeddings"),
-  *("rope_theta", "rope_scaling", "rope_parameters"),
+_COUNTS = {
+  *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+  *("num_attention_heads", "num_key_value_heads", "head_dim"),
+  *("max_position_embeddings",),
 }
+_NUMBERS = {"rms_norm_eps", "initializer_range", "rope_theta"}
+_OBJECTS = {"rope_scaling", "rope_parameters"}
+_READ = _COUNTS | _NUMBERS | _OBJECTS | {"model_type", "tie_word_embeddings"}
 # No effect on the logits of a decoder in evaluation.
 _NO_EFFECT = {
   *("architectures", "transformers_version", "torch_dtype", "dtype"),
@@ -116,13 +118,16 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
       or a field asks for something this decoder does not compute.
   """
   name = fields.get("model_type")
-  if name not in _FAMILIES:
+  if not isinstance(name, str) or name not in _FAMILIES:
     raise _refuse(
       f"model_type={name!r} is not one of {sorted(_FAMILIES)}",
       fix="Use a checkpoint of a family in the list.",
     )
   family = _FAMILIES[name]
   _refuse_unknown(fields)
+  # A null means what an absent field means, here as in transformers.
+  fields = {key: value for key, value in fields.items() if value is not None}
+  _check_types(fields)
   try:
     width = fields["hidden_size"]
     num_heads = fields["num_attention_heads"]
@@ -133,7 +138,7 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
       mlp_width=fields["intermediate_size"],
       num_layers=fields["num_hidden_layers"],
       num_heads=num_heads,
-      num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+      num_kv_heads=fields.get("num_key_value_heads", num_heads),
       head_width=fields.get("head_dim")
       or family.head_width
       or width // num_heads,
@@ -142,7 +147,7 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
       initializer_range=fields.get("initializer_range", 0.02),
       qkv_bias=bool(family.qkv_bias),
       qk_norm=family.qk_norm,
-      tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+      tie_embeddings=fields.get("tie_word_embeddings", False),
       **_rope(fields),
     )
   except KeyError as missing:
@@ -158,21 +163,44 @@ def _refuse_unknown(fields: Mapping[str, Any]) -> None:
           f"{key}={value!r}; only {_REQUIRED[key][0]!r} is computed"
         )
     elif key == "layer_types":
-      if value and set(value) != {"full_attention"}:
-        raise _refuse(f"layer_types={sorted(set(value))}; only full_attention")
+      kinds = value if isinstance(value, list) else [value]
+      if value is not None and any(kind != "full_attention" for kind in kinds):
+        raise _refuse(f"layer_types={value!r}; only full_attention is computed")
     elif key not in _READ | _NO_EFFECT:
       raise _refuse(f"field {key}={value!r} is not known")
 
 
+def _check_types(fields: Mapping[str, Any]) -> None:  # Any: JSON.
+  """Refuses values that are no counts, numbers or flags where they must be."""
+  for key, value in fields.items():
+    # A JSON true is no number, though Python counts with it.
+    kind = type(value)
+    if key in _COUNTS and (kind is not int or value < 1):
+      raise _refuse(f"{key}={value!r} is no positive integer")
+    if key in _NUMBERS and not _is_positive(value):
+      raise _refuse(f"{key}={value!r} is no positive number")
+    if key in _OBJECTS and kind is not dict:
+      raise _refuse(f"{key}={value!r} is no object")
+    if key == "tie_word_embeddings" and kind is not bool:
+      raise _refuse(f"{key}={value!r} is neither true nor false")
+
+
+def _is_positive(value: Any) -> bool:  # Any: JSON.
+  return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Reads RoPE from transformers 5's one field or transformers 4's two."""
-  rope = dict(fields.get("rope_scaling") or {})
-  rope |= fields.get("rope_parameters") or {}
+  rope = dict(fields.get("rope_scaling", {}))
+  rope |= fields.get("rope_parameters", {})
   theta = rope.pop("rope_theta", fields.get("rope_theta", 10_000.0))
   legacy_type = rope.pop("type", "default")
   kind = rope.pop("rope_type", legacy_type)
   if rope.pop("partial_rotary_factor", 1.0) != 1.0:
     raise _refuse("rope_parameters.partial_rotary_factor is not 1.0")
+  for key, value in {"rope_theta": theta, **rope}.items():
+    if not _is_positive(value):
+      raise _refuse(f"rope field {key}={value!r} is no positive number")
   if kind == "default" and not rope:
     return {"rope_theta": float(theta), "rope_scaling": None}
   if kind != "llama3":
@@ -188,6 +216,8 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     raise _refuse(f"rope field {missing} is missing") from missing
   if rope:
     raise _refuse(f"rope fields {sorted(rope)} are not known")
+  if scaling.high_freq_factor <= scaling.low_freq_factor:
+    raise _refuse("high_freq_factor is not above low_freq_factor")
   return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 

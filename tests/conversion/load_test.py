@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, and every way a checkpoint can be wrong."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import errors, sharding
+from conversion import load, shards
+from tests import tiny
+
+
+def _read_all(directory):
+  tensors = shards.open_directory(directory)
+  return {name: shards.read(tensor).copy() for name, tensor in tensors.items()}
+
+
+def _rewrite(directory, tensors):
+  """Replaces the weights, whatever they are."""
+  for path in directory.glob("model*"):
+    path.unlink()
+  shapes = {name: array.shape for name, array in tensors.items()}
+  shards.write(
+    directory, shapes, tensors.get, dtype="float32", max_shard_bytes=10**9
+  )
+
+
+def _assert_equal(got, expected):
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_was_saved_is_loaded(tmp_path, family, tied):
+  model, params = tiny.write_checkpoint(
+    tmp_path / "hf", family, tie_word_embeddings=tied
+  )
+  config, fields = load.read_config(tmp_path / "hf")
+  assert config == model.config
+  assert fields["model_type"] == family
+  _assert_equal(
+    load.load(tmp_path / "hf", model, param_dtype="float32"), params
+  )
+
+
+def test_each_device_gets_its_part(tmp_path):
+  changes = {
+    "vocab_size": 38,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+  }
+  model, params = tiny.write_checkpoint(
+    tmp_path / "hf", "qwen2", shard=4000, **changes
+  )
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = sharding.of_params(mesh, model.abstract_params)
+
+  got = load.load(
+    tmp_path / "hf", model, param_dtype="float32", shardings=shardings
+  )
+
+  _assert_equal(got, params)
+  assert jax.tree.map(lambda x: x.sharding, got) == shardings
+
+
+def test_each_slice_is_read_once(tmp_path, monkeypatch):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+  reads = []
+  read = shards.read
+  monkeypatch.setattr(
+    shards, "read", lambda tensor: reads.append(tensor) or read(tensor)
+  )
+
+  load.load(
+    tmp_path / "hf",
+    model,
+    param_dtype="float32",
+    shardings=sharding.of_params(mesh, model.abstract_params),
+  )
+
+  assert len(reads) == len(shards.open_directory(tmp_path / "hf"))
+
+
+def test_parameters_take_the_dtype_asked_for(tmp_path):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
+  got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
+  _assert_equal(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  with pytest.raises(ValueError, match="float64"):
+    load.load(tmp_path / "hf", model, param_dtype="float64")
+
+
+def test_all_that_is_wrong_is_in_one_error(tmp_path):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  tensors = _read_all(tmp_path / "hf")
+  tensors["other.weight"] = tensors.pop("model.norm.weight")
+  tensors["lm_head.weight"] = np.zeros((36, 21))
+  _rewrite(tmp_path / "hf", tensors)
+  with pytest.raises(errors.CheckpointError) as caught:
+    load.load(tmp_path / "hf", model, param_dtype="float32")
+  assert "Missing: model.norm.weight." in caught.value.why
+  assert "Unexpected: other.weight." in caught.value.why
+  assert "lm_head.weight is (36, 21), not (37, 21)" in caught.value.why
+
+
+def test_a_long_list_is_cut(tmp_path):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  _rewrite(tmp_path / "hf", {"model.norm.weight": np.zeros(21)})
+  with pytest.raises(errors.CheckpointError, match="and 18 more"):
+    load.load(tmp_path / "hf", model, param_dtype="float32")
+
+
+def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
+  model, params = tiny.write_checkpoint(
+    tmp_path / "hf", "llama", tie_word_embeddings=True
+  )
+  tensors = _read_all(tmp_path / "hf")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  _rewrite(tmp_path / "hf", tensors)
+  got = load.load(tmp_path / "hf", model, param_dtype="float32")
+  _assert_equal(got, params)
+
+  tensors["lm_head.weight"][3, 4] += 1e-6
+  _rewrite(tmp_path / "hf", tensors)
+  with pytest.raises(errors.CheckpointError, match="tied head"):
+    load.load(tmp_path / "hf", model, param_dtype="float32")
+
+
+def test_stored_rope_frequencies_are_passed_over(tmp_path):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
+  tensors = _read_all(tmp_path / "hf")
+  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4)
+  _rewrite(tmp_path / "hf", tensors)
+  got = load.load(tmp_path / "hf", model, param_dtype="float32")
+  _assert_equal(got, params)
+
+
+def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  name = "model.layers.1.mlp.up_proj.weight"
+  tensor = shards.open_directory(tmp_path / "hf")[name]
+  with tensor.file.open("r+b") as file:
+    file.seek(tensor.begin)
+    file.write(np.float32(np.nan).tobytes())
+  with pytest.raises(errors.CheckpointError) as caught:
+    load.load(tmp_path / "hf", model, param_dtype="float32")
+  assert caught.value.where == name
+
+
+def test_a_config_that_cannot_be_read_is_refused_with_its_path(tmp_path):
+  path = tmp_path / "config.json"
+  for text in ("{", "[]", "\xff", json.dumps({"model_type": "gpt2"})):
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(errors.CheckpointError) as caught:
+      load.read_config(tmp_path)
+    assert caught.value.where == str(path)
+  path.unlink()
+  with pytest.raises(errors.CheckpointError, match="missing"):
+    load.read_config(tmp_path)
+
+
+def test_a_file_instead_of_a_directory_is_refused(tmp_path):
+  file = tmp_path / "model.safetensors"
+  file.write_bytes(b"")
+  with pytest.raises(errors.CheckpointError, match="directory") as caught:
+    load.read_config(file)
+  assert str(tmp_path) in caught.value.fix
+
+
+def test_a_local_directory_is_itself(tmp_path):
+  assert load.resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "a/b/c/d", "not there"])
+def test_what_is_neither_on_disk_nor_on_the_hub_is_refused(name):
+  with pytest.raises(errors.CheckpointError) as caught:
+    load.resolve(name)
+  assert caught.value.where == name
+  assert "offline" in caught.value.fix

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export is whole or not there at all."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from atlas_jax import errors, sharding
+from conversion import load, save, shards, verify
+from tests import tiny
+
+
+def _save(directory, params, model, source, **changes):
+  arguments = {
+    "source": source,
+    "dtype": "float32",
+    "max_shard_bytes": 10**9,
+    "notes": {},
+    "overwrite": False,
+    **changes,
+  }
+  save.save(directory, params, model, **arguments)
+
+
+@pytest.fixture
+def job(tmp_path):
+  """Gives parameters, their model and the source they came from."""
+  model = tiny.build("qwen2")
+  source = tiny.write_source(tmp_path / "source", "qwen2")
+  return tiny.params_of(model), model, source
+
+
+def test_everything_a_server_needs_is_there(tmp_path, job):
+  params, model, source = job
+  _save(tmp_path / "out", params, model, source, notes={"step": "7\n# x"})
+
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    "README.md",
+  }
+  generation = (tmp_path / "out" / "generation_config.json").read_text()
+  assert json.loads(generation) == {"eos_token_id": 2, "pad_token_id": 0}
+  assert "- step: 7 # x\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_generation_settings_of_the_source_are_kept(tmp_path, job):
+  params, model, source = job
+  (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+  _save(tmp_path / "out", params, model, source)
+  text = (tmp_path / "out" / "generation_config.json").read_text()
+  assert text == '{"eos_token_id": [2, 3]}'
+
+
+def test_config_says_the_dtype_under_the_name_the_source_uses(tmp_path, job):
+  params, model, source = job
+  older = tiny.fields("qwen2")
+  older["torch_dtype"] = older.pop("dtype")
+  (source / "config.json").write_text(json.dumps(older))
+  _save(tmp_path / "out", params, model, source, dtype="bfloat16")
+  fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert fields == {**older, "torch_dtype": "bfloat16"}
+
+
+def test_a_tied_head_is_not_written(tmp_path):
+  tiny.write_checkpoint(tmp_path / "hf", "llama", tie_word_embeddings=True)
+  assert "lm_head.weight" not in shards.open_directory(tmp_path / "hf")
+
+
+def test_sharded_parameters_are_written_alike(tmp_path):
+  changes = {
+    "vocab_size": 38,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+  }
+  model, params = tiny.write_checkpoint(tmp_path / "one", "qwen3", **changes)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  places = sharding.of_params(mesh, model.abstract_params)
+  source = tmp_path / "one-source"
+  _save(tmp_path / "many", jax.device_put(params, places), model, source)
+  assert verify.differing_tensors(tmp_path / "one", tmp_path / "many") == []
+
+
+def test_a_target_in_use_is_refused_and_kept(tmp_path, job):
+  params, model, source = job
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "notes.txt").write_text("mine")
+  with pytest.raises(errors.ConfigError, match="Remove it"):
+    _save(tmp_path / "out", params, model, source)
+  assert os.listdir(tmp_path / "out") == ["notes.txt"]
+
+
+def test_an_empty_target_is_used(tmp_path, job):
+  params, model, source = job
+  (tmp_path / "out").mkdir()
+  _save(tmp_path / "out", params, model, source)
+  assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_overwriting_replaces_the_whole_directory(tmp_path, job):
+  params, model, source = job
+  _save(tmp_path / "out", params, model, source, max_shard_bytes=3000)
+  doubled = jax.tree.map(lambda x: 2 * x, params)
+  _save(tmp_path / "out", doubled, model, source, overwrite=True)
+
+  got = load.load(tmp_path / "out", model, param_dtype="float32")
+  assert jnp.array_equal(
+    got["embed"]["embedding"], doubled["embed"]["embedding"]
+  )
+  assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_neither_the_source_nor_a_file_is_overwritten(tmp_path, job):
+  params, model, source = job
+  (tmp_path / "file").write_text("mine")
+  for target in (source, tmp_path / "file"):
+    with pytest.raises(errors.ConfigError):
+      _save(target, params, model, source, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_export_leaves_nothing_new(
+  tmp_path, job, monkeypatch, overwrite
+):
+  params, model, source = job
+  if overwrite:
+    _save(tmp_path / "out", params, model, source)
+  before = sorted(tmp_path.rglob("*"))
+  calls = []
+
+  def stop_at_the_second(name, array):
+    del name, array
+    calls.append(sorted(path.name for path in tmp_path.iterdir()))
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(shards, "check_finite", stop_at_the_second)
+  with pytest.raises(KeyboardInterrupt):
+    _save(tmp_path / "out", params, model, source, overwrite=overwrite)
+
+  # It was being written beside its final name, and is gone.
+  assert f"out.tmp-{os.getpid()}" in calls[0]
+  assert ("out" in calls[0]) == overwrite
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path, job):
+  params, model, source = job
+  (tmp_path / f"out.tmp-{os.getpid()}" / "model").mkdir(parents=True)
+  _save(tmp_path / "out", params, model, source)
+  assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, job):
+  params, model, source = job
+  scale = params["final_norm"]["scale"]
+  bad = {**params, "final_norm": {"scale": scale.at[0].set(jnp.nan)}}
+  with pytest.raises(errors.CheckpointError) as caught:
+    _save(tmp_path / "out", bad, model, source)
+  assert caught.value.where == "model.norm.weight"
+  assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+  tmp_path, job, monkeypatch
+):
+  params, model, source = job
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+  with pytest.raises(errors.CheckpointError, match="1,000 are free"):
+    _save(tmp_path / "out", params, model, source)
+  assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_a_disk_that_fails_meanwhile_leaves_nothing(tmp_path, job, monkeypatch):
+  params, model, source = job
+
+  def fail(handle):
+    raise OSError(28, "No space left on device", str(handle))
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(errors.CheckpointError, match="No space left"):
+    _save(tmp_path / "out", params, model, source)
+  assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_a_source_of_another_shape_is_refused(tmp_path, job):
+  params, model, _ = job
+  other = tiny.write_source(tmp_path / "other", "qwen2", rms_norm_eps=1e-5)
+  with pytest.raises(errors.CheckpointError, match="another model"):
+    _save(tmp_path / "out", params, model, other)
+
+
+def test_a_source_without_tokenizer_is_refused(tmp_path, job):
+  params, model, source = job
+  (source / "tokenizer.json").unlink()
+  with pytest.raises(errors.CheckpointError, match="no tokenizer"):
+    _save(tmp_path / "out", params, model, source)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path, job):
+  params, model, source = job
+  with pytest.raises(ValueError, match="float16"):
+    _save(tmp_path / "out", params, model, source, dtype="float16")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of an export find what they are for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import errors
+from conversion import verify
+from tests import tiny
+
+_TOKENS = (3, 1, 4, 1, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_computes_what_the_live_parameters_do(tmp_path, dtype):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen3", dtype=dtype)
+  difference = verify.logits_equal(
+    tmp_path / "hf", params, model, token_ids=_TOKENS, tolerance=1e-6
+  )
+  assert difference <= 1e-6
+
+
+@pytest.mark.parametrize("value", [2.0, np.nan])
+def test_other_parameters_are_told_apart(tmp_path, value):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  kernel = params["layers"]["attention"]["o"]["kernel"]
+  params["layers"]["attention"]["o"]["kernel"] = kernel.at[1].multiply(value)
+  with pytest.raises(errors.CheckpointError, match="Logits differ"):
+    verify.logits_equal(
+      tmp_path / "hf", params, model, token_ids=_TOKENS, tolerance=1e-3
+    )
+
+
+def test_tensors_that_differ_are_listed(tmp_path):
+  tiny.write_checkpoint(tmp_path / "a", "qwen2")
+  tiny.write_checkpoint(tmp_path / "b", "qwen2", shard=3000)
+  tiny.write_checkpoint(tmp_path / "c", "llama")
+  tiny.write_checkpoint(tmp_path / "d", "qwen2", dtype="bfloat16")
+  assert verify.differing_tensors(tmp_path / "a", tmp_path / "b") == []
+  biases = verify.differing_tensors(tmp_path / "a", tmp_path / "c")
+  assert "model.layers.0.self_attn.q_proj.bias" in biases
+  assert len(verify.differing_tensors(tmp_path / "a", tmp_path / "d")) == 27
+
+
+def test_the_copy_is_laid_out_like_the_live_parameters(tmp_path):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
+  other = jax.devices()[3]
+  moved = jax.device_put(params, other)
+  with jax.default_device(other):
+    verify.logits_equal(
+      tmp_path / "hf", moved, model, token_ids=_TOKENS, tolerance=0.0
+    )
+  assert jnp.isfinite(moved["embed"]["embedding"]).all()
