@@ -54,6 +54,19 @@ def test_views_are_written_as_they_look(tmp_path):
     np.testing.assert_array_equal(public[name], _VIEWS[name])
 
 
+def test_digests_are_of_what_an_array_looks_like():
+  for view in _VIEWS.values():
+    assert shards.digest(view) == shards.digest(np.array(view, order="C"))
+  assert shards.digest(_ARRAY) != shards.digest(_ARRAY[::-1])
+
+
+def test_reading_maps_the_file(tmp_path):
+  _write(tmp_path, {"a": _ARRAY})
+  array = shards.read(shards.open_directory(tmp_path)["a"])
+  assert not array.flags.writeable
+  assert not array.flags.owndata
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_each_dtype_survives(tmp_path, dtype):
   array = np.random.default_rng(0).normal(size=(3, 5)).astype(dtype)
