@@ -32,6 +32,27 @@ class _Drawn(NamedTuple):
   stopped_B: jax.Array
 
 
+class _Requests(NamedTuple):
+  """P prompts, padded on the right to T tokens.
+
+  `rows` name them to the random numbers; rows that only fill a bucket are not
+  `real`, and over before they begin.
+  """
+
+  tokens_PT: np.ndarray
+  lengths_P: np.ndarray
+  rows_P: np.ndarray
+  real_P: np.ndarray
+
+
+class _Cut(NamedTuple):
+  """How the distribution is bent before a token is drawn from it."""
+
+  temperature: np.float32
+  top_p: np.float32
+  top_k: np.int32
+
+
 @dataclasses.dataclass(frozen=True)
 class _Static:
   """What a compiled program is specialised to, besides its shapes."""
@@ -127,13 +148,16 @@ class JaxSampler:
     """Samples one batch, padded to its buckets."""
     num_prompts = _bucket(len(prompts), smallest=self._num_shards)
     length = _bucket(max(len(p.token_ids) for p in prompts), smallest=16)
-    tokens_PT = np.zeros((num_prompts, length), np.int32)
-    lengths_P = np.ones((num_prompts,), np.int32)
-    rows_P = np.zeros((num_prompts,), np.uint32)
+    requests = _Requests(
+      tokens_PT=np.zeros((num_prompts, length), np.int32),
+      lengths_P=np.ones((num_prompts,), np.int32),
+      rows_P=np.zeros((num_prompts,), np.uint32),
+      real_P=np.arange(num_prompts) < len(prompts),
+    )
     for i, prompt in enumerate(prompts):
-      tokens_PT[i, : len(prompt.token_ids)] = prompt.token_ids
-      lengths_P[i] = len(prompt.token_ids)
-      rows_P[i] = zlib.crc32(prompt.row_id.encode())
+      requests.tokens_PT[i, : len(prompt.token_ids)] = prompt.token_ids
+      requests.lengths_P[i] = len(prompt.token_ids)
+      requests.rows_P[i] = zlib.crc32(prompt.row_id.encode())
     static = _Static(
       group_size=params.group_size,
       max_new=params.max_completion_tokens,
@@ -143,14 +167,14 @@ class JaxSampler:
     self._count_program((num_prompts, length, static))
     drawn = self._generate(
       self._params,
-      *jax.device_put((tokens_PT, lengths_P, rows_P), self._batch),
-      # Rows that only fill a bucket are over before they begin.
-      jax.device_put(np.arange(num_prompts) < len(prompts), self._batch),
+      jax.device_put(requests, self._batch),
       jax.random.key(params.seed),
       self._stop_token_ids,
-      np.float32(params.temperature or 1.0),
-      np.float32(params.top_p),
-      np.int32(params.top_k or self._model.config.vocab_size),
+      _Cut(
+        np.float32(params.temperature or 1.0),
+        np.float32(params.top_p),
+        np.int32(params.top_k or self._model.config.vocab_size),
+      ),
       static=static,
     )
     flat = _to_completions(jax.device_get(drawn), self._version)
@@ -191,19 +215,15 @@ def _bucket(size: int, *, smallest: int) -> int:
 def _generate(
   model: decoder.Model,
   params: decoder.Params,
-  tokens_PT: jax.Array,
-  lengths_P: jax.Array,
-  rows_P: jax.Array,
-  real_P: jax.Array,
+  requests: _Requests,
   key: jax.Array,
   stop_token_ids: jax.Array,
-  temperature: jax.Array,
-  top_p: jax.Array,
-  top_k: jax.Array,
+  cut: _Cut,
   *,
   static: _Static,
 ) -> _Drawn:
   """Prefills P prompts once, then decodes C completions of each."""
+  tokens_PT, lengths_P, rows_P, real_P = map(jnp.asarray, requests)
   num_prompts, length = tokens_PT.shape
   batch_size = num_prompts * static.group_size
   slots_T = jnp.arange(length)
@@ -213,7 +233,12 @@ def _generate(
     model.config, num_prompts, length + static.max_new, model.dtype
   )
   hidden_PTD, cache = model.cached(
-    params, tokens_PT, positions_PT, real_PT.astype(jnp.int32), cache, 0
+    params,
+    tokens_PT,
+    positions_PT,
+    real_PT.astype(jnp.int32),
+    cache,
+    jnp.int32(0),
   )
   last_PD = hidden_PTD[jnp.arange(num_prompts), lengths_P - 1]
 
@@ -234,8 +259,7 @@ def _generate(
     logits_BV: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    cut = (temperature, top_p, top_k)
-    return _draw(logits_BV, step_keys_B, *cut, static=static)
+    return _draw(logits_BV, step_keys_B, cut, static=static)
 
   def unfinished(carry: tuple[Any, ...]) -> jax.Array:  # Any: see `advance`.
     drawn, step = carry[0], carry[1]
@@ -280,9 +304,7 @@ def _generate(
 def _draw(
   logits_BV: jax.Array,
   keys_B: jax.Array,
-  temperature: jax.Array,
-  top_p: jax.Array,
-  top_k: jax.Array,
+  cut: _Cut,
   *,
   static: _Static,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -296,28 +318,26 @@ def _draw(
     token_B = jnp.argmax(logits_BV, axis=-1)
     logprob_B = pick(model_logprobs_BV, token_B)
     return token_B, logprob_B, logprob_B
-  logits_BV = logits_BV / temperature
+  logits_BV = logits_BV / cut.temperature
   if static.filtered:
-    logits_BV = _keep_top(logits_BV, top_p, top_k)
+    logits_BV = _keep_top(logits_BV, cut)
   token_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
   logprob_B = pick(jax.nn.log_softmax(logits_BV), token_B)
   return token_B, logprob_B, pick(model_logprobs_BV, token_B)
 
 
-def _keep_top(
-  logits_BV: jax.Array, top_p: jax.Array, top_k: jax.Array
-) -> jax.Array:
+def _keep_top(logits_BV: jax.Array, cut: _Cut) -> jax.Array:
   """Keeps the `top_k` likeliest, then of those the nucleus of mass `top_p`.
 
   Source: Holtzman et al., arXiv:1904.09751, for the nucleus.
   """
   sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-  in_top_k_V = jnp.arange(logits_BV.shape[-1]) < top_k
+  in_top_k_V = jnp.arange(logits_BV.shape[-1]) < cut.top_k
   sorted_BV = jnp.where(in_top_k_V, sorted_BV, -jnp.inf)
   probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
   before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
   # The likeliest token always stays: nothing comes before it.
-  kept_BV = in_top_k_V & (before_BV < top_p)
+  kept_BV = in_top_k_V & (before_BV < cut.top_p)
   threshold_B1 = jnp.min(
     jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
   )

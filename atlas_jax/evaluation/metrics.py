@@ -58,7 +58,8 @@ def summarize(
 
   Args:
     records: graded, at least one.
-    num_bootstrap: how often the questions are resampled.
+    num_bootstrap: how often the questions are resampled; 0 leaves out the
+      intervals that need it.
     seed: decides the resamples.
 
   Returns:
@@ -196,7 +197,8 @@ def bootstrap(
   is paired stays paired.
 
   Returns:
-    [low, high], or None if the statistic is undefined for some resample.
+    [low, high], or None if there are no resamples, or the statistic is
+    undefined for one of them.
   """
   rng = np.random.default_rng(seed)
   table = np.stack(list(columns.values()), axis=1)
@@ -204,7 +206,7 @@ def bootstrap(
   for _ in range(num_bootstrap):
     means = table[rng.integers(len(table), size=len(table))].mean(axis=0)
     values.append(statistic(dict(zip(columns, means.tolist(), strict=True))))
-  if not np.isfinite(values).all():
+  if not values or not np.isfinite(values).all():
     return None
   return np.quantile(values, [0.025, 0.975]).tolist()
 

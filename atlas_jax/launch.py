@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process start, and the pieces that every main puts together."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from absl import logging
+import jax
+
+from atlas_jax import chat, errors, sharding, types
+from atlas_jax.models import decoder
+from atlas_jax.teaching import protocol, templates
+from conversion import load, save, verify
+from rollout import jax_sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+  """A model directory, opened."""
+
+  directory: pathlib.Path
+  decoder: decoder.Model
+  params: decoder.Params
+  tokenizer: chat.Tokenizer
+
+
+@contextlib.contextmanager
+def start(
+  workdir: pathlib.Path,
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+) -> Iterator[Callable[[], bool]]:
+  """Takes the workdir for this process alone, and listens for signals.
+
+  Writes the resolved config to `config.json`. If the config names a small
+  world that does not exist yet, it is made first.
+
+  Yields:
+    A function that tells whether SIGINT or SIGTERM asked the run to stop.
+
+  Raises:
+    errors.ConfigError: if the workdir cannot be used, or another run uses it.
+  """
+  stopping: list[int] = []
+
+  def on_signal(number: int, frame: object) -> None:
+    del frame
+    if stopping:
+      raise KeyboardInterrupt  # Asked twice: do not wait for the step.
+    stopping.append(number)
+    logging.warning(
+      "Got %s; saving after this step.", signal.Signals(number).name
+    )
+
+  with _lock(workdir):
+    text = config.to_json_best_effort(indent=2)
+    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+    if config.world_directory:
+      ensure_world(pathlib.Path(config.world_directory))
+    logging.info("Devices: %s", jax.devices())
+    old = {n: signal.signal(n, on_signal) for n in _SIGNALS}
+    try:
+      yield lambda: bool(stopping)
+    except KeyboardInterrupt as error:
+      raise errors.PreemptedError(
+        "Interrupted before the step was done.",
+        where=str(workdir),
+        why="The process was asked to stop twice.",
+        fix="Run the same command again: it goes on from the last checkpoint.",
+      ) from error
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir; the lock dies with the process."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / "lock").open("a+", encoding="utf-8")
+  except OSError as error:
+    raise errors.ConfigError(
+      "The workdir cannot be written.",
+      where=f"--workdir={workdir}",
+      why=str(error),
+      fix="Choose a folder that you may write to.",
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise errors.ConfigError(
+        "Another run uses this workdir.",
+        where=f"--workdir={workdir}",
+        why=f"It is held by {file.read().strip() or 'another process'}.",
+        fix="Wait for that run, stop it, or choose another --workdir.",
+      ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    yield
+
+
+def ensure_world(directory: pathlib.Path) -> None:
+  """Makes the small world in `directory`, unless it is there."""
+  if (directory / "world.json").exists():
+    return
+  logging.info("Making the small world in %s; a few minutes.", directory)
+  command = [sys.executable, "-m", "scripts.make_world"]
+  done = subprocess.run([*command, f"--directory={directory}"], check=False)
+  if done.returncode:
+    raise errors.ConfigError(
+      "The small world could not be made.",
+      where=str(directory),
+      why=f"scripts.make_world ended with code {done.returncode}; see above.",
+      fix="Mend what it reports; what is done already is kept.",
+    )
+
+
+def open_model(
+  mesh: jax.sharding.Mesh,
+  *,
+  path: str,
+  dtype: str,
+  param_dtype: str,
+  remat: decoder.Remat,
+  unroll: int,
+) -> OpenModel:
+  """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
+
+  Args:
+    mesh: where the parameters go.
+    path: a directory, or `owner/name`.
+    dtype: of activations.
+    param_dtype: of parameters; float32 for masters that are trained.
+    remat: see `decoder.build`.
+    unroll: see `decoder.build`.
+
+  Raises:
+    errors.AtlasError: if the directory or the tokenizer cannot be used.
+  """
+  directory = load.resolve(path)
+  config, _ = load.read_config(directory)
+  model = decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)
+  shardings = sharding.of_params(mesh, model.abstract_params)
+  tokenizer = chat.load_tokenizer(directory)
+  params = load.load(
+    directory, model, param_dtype=param_dtype, shardings=shardings
+  )
+  return OpenModel(directory, model, params, tokenizer)
+
+
+def open_role(
+  model: OpenModel, mesh: jax.sharding.Mesh, *, max_rows: int
+) -> protocol.Role:
+  """Lets a model speak: a sampler in this process, with its tokenizer."""
+  stops = chat.stop_token_ids(model.tokenizer, model.directory)
+  sampler = jax_sampler.JaxSampler(
+    model.decoder,
+    model.params,
+    mesh=mesh,
+    stop_token_ids=stops,
+    max_rows=max_rows,
+  )
+  return protocol.Role(sampler, model.tokenizer)
+
+
+def open_protocol(
+  policy: OpenModel,
+  student: OpenModel,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+) -> protocol.Protocol:
+  """Lets a policy teach a student, as `config` says.
+
+  Its sections are `sampler`, `templates` and `sampling`; `seed` is that of the
+  baseline answers.
+  """
+  params = {
+    f"{name}_params": types.SamplingParams(**section, seed=config.seed)
+    for name, section in config.sampling.items()
+  }
+  return protocol.Protocol(
+    open_role(policy, mesh, **config.sampler),
+    open_role(student, mesh, **config.sampler),
+    templates.Templates(**config.templates),
+    **params,
+  )
+
+
+def fingerprint(model: OpenModel) -> str:
+  """Names the weights of a model directory by a digest of its files."""
+  digest = hashlib.sha256()
+  for path in sorted(model.directory.glob("*.safetensors")):
+    with path.open("rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  return digest.hexdigest()
+
+
+def export(
+  directory: pathlib.Path,
+  params: decoder.Params,
+  model: OpenModel,
+  *,
+  notes: Mapping[str, str],
+  dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
+  max_shard_bytes: int,
+) -> None:
+  """Writes a Hugging Face directory, and compares its logits with `params`.
+
+  Raises:
+    errors.CheckpointError: if it cannot be written, or says something else.
+  """
+  save.save(
+    directory,
+    params,
+    model.decoder,
+    source=model.directory,
+    dtype=dtype,
+    max_shard_bytes=max_shard_bytes,
+    notes=notes,
+    overwrite=True,
+  )
+  token_ids = range(min(32, model.decoder.config.vocab_size))
+  difference = verify.logits_equal(
+    directory, params, model.decoder, token_ids=token_ids, tolerance=1e-4
+  )
+  logging.info(
+    "Exported to %s; logits differ by %.1e at most.", directory, difference
+  )

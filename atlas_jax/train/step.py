@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update: gradient over microbatches, clip, apply."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from atlas_jax.train import state as train_state
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# Returns the mean loss of a batch, the weight of that mean (how many tokens or
+# sequences it is over) and metrics, which are means of the same weight.
+LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
+Step = Callable[
+  [train_state.TrainState, Batch], tuple[train_state.TrainState, Metrics]
+]
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  num_microbatches: int,
+) -> Step:
+  """Makes the jitted update; it donates the state.
+
+  The loss is the mean over the whole batch, however many microbatches it is
+  split into: each one's mean counts by its weight. An update whose loss or
+  gradient is not finite is skipped and counted.
+
+  Args:
+    loss_fn: the mean loss of a batch, with its weight.
+    optimizer: clipping included.
+    num_microbatches: rows of a batch are split into as many parts, whose
+      gradients are added up.
+
+  Returns:
+    A function from state and batch to the new state and metrics.
+  """
+
+  def weighted(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    loss, (weight, metrics) = loss_fn(params, batch)
+    return loss * weight, (weight, metrics)
+
+  def step(
+    state: train_state.TrainState, batch: Batch
+  ) -> tuple[train_state.TrainState, Metrics]:
+    grads, metrics = _accumulate(
+      jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
+    )
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+
+    def apply() -> tuple[Any, Any]:
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(
+      finite, apply, lambda: (state.params, state.opt_state)
+    )
+    num_nonfinite = jnp.where(finite, 0, state.num_nonfinite + 1)
+    metrics |= {"grad_norm": grad_norm, "num_nonfinite": num_nonfinite}
+    new = state._replace(
+      params=params, opt_state=opt_state, num_nonfinite=num_nonfinite
+    )
+    return new, metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(
+  grad_fn: Callable[..., Any],
+  params: Any,
+  batch: Batch,
+  num_microbatches: int,
+) -> tuple[Any, Metrics]:
+  """Adds up weighted gradients and metrics, then divides by the weight."""
+
+  def of(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
+    grads, (weight, metrics) = grad_fn(params, microbatch)
+    return grads, weight, {k: v * weight for k, v in metrics.items()}
+
+  def split(x: jax.Array) -> jax.Array:
+    # Row i goes to microbatch i % n, so a device keeps rows of its own.
+    x = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  if num_microbatches == 1:
+    grads, weight, metrics = of(batch)
+  else:
+    microbatches = {k: split(v) for k, v in batch.items()}
+    zeros = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+      jax.eval_shape(of, {k: v[0] for k, v in microbatches.items()}),
+    )
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, of(microbatch)), None
+
+    (grads, weight, metrics), _ = jax.lax.scan(add, zeros, microbatches)
+  weight = jnp.maximum(weight, 1)
+  grads = jax.tree.map(lambda leaf: leaf / weight, grads)
+  return grads, {k: v / weight for k, v in metrics.items()}

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small world: where it lies, and the short prompts its models know."""
+
+import ml_collections
+
+DIRECTORY = ".cache/world"
+
+
+def get_templates() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(  # templates.Templates
+    dict(
+      probe="Plan only: {question}",
+      teach="Teach: {question}\nPlan: {probe}",
+      taught="Solve: {question}\nHint: {teaching}",
+      baseline="Solve: {question}",
+    )
+  )

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model to train: float32 masters, bfloat16 activations, remat by block."""
+
+import ml_collections
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(  # launch.open_model
+    dict(
+      path=path,
+      dtype="bfloat16",
+      param_dtype="float32",
+      remat="block",
+      unroll=1,
+    )
+  )

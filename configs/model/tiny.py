@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of the small world, on a CPU: float32, layers unrolled."""
+
+import ml_collections
+
+from configs.model import hf
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+  config = hf.get_config(path)
+  config.dtype = "float32"
+  config.remat = "none"
+  config.unroll = 4
+  return config

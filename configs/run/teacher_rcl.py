@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO of a teacher, with a reward measured on its student.
+
+  python -m scripts.train_grpo --config=configs/run/teacher_rcl.py \
+    --workdir=results/rcl --config.model.path=results/sft/export \
+    --config.data.path=questions.jsonl
+
+Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs.data import prompts, world
+from configs.model import frozen, hf, tiny
+from configs.reward import teaching
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 42
+  config.world_directory = ""
+  config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
+  config.student = frozen.get_config("Qwen/Qwen3-4B")
+  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.data = dict(path=config_dict.required_placeholder(str))
+  config.sampler = dict(max_rows=256)  # launch.open_role
+  config.templates = prompts.get_templates()
+  config.sampling = get_sampling()
+  config.reward = teaching.get_config()
+  config.advantages = dict(scale_by_std=True)  # losses.grpo.group_advantages
+  config.correction = dict(max_ratio=2.0)  # losses.grpo.sampler_correction
+  config.score = dict(chunk_size=512)  # train.score.token_stats
+  config.loss = dict(  # losses.grpo.clipped_surrogate
+    clip_low=0.2, clip_high=0.28, kl_coef=0.04, aggregate="sequence_mean"
+  )
+  config.reference = dict(sync_every=64, mix=0.6)
+  config.batch = dict(
+    num_questions=4,
+    num_iterations=1,
+    num_minibatches=1,
+    num_microbatches=16,
+    mask_truncated=True,
+  )
+  config.schedule = dict(  # train.optimizer.make_schedule
+    learning_rate=1e-6, schedule="constant", warmup_fraction=0.03
+  )
+  config.optimizer = dict(  # train.optimizer.make_optimizer
+    weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8, max_grad_norm=1.0
+  )
+  config.loop = dict(  # train.loop.run
+    num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
+  )
+  config.evaluation = dict(path="", num_questions=64)
+  config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
+  config.export = dict(dtype="bfloat16", max_shard_bytes=5 * 10**9)
+
+  if variant == "smoke":
+    _make_smoke(config)
+  elif variant != "full":
+    raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
+  return config
+
+
+def _make_smoke(config: ml_collections.ConfigDict) -> None:
+  config.world_directory = world.DIRECTORY
+  config.model = tiny.get_config("results/quickstart/sft/export")
+  config.student = tiny.get_config(f"{world.DIRECTORY}/student")
+  config.data.path = f"{world.DIRECTORY}/questions.jsonl"
+  config.templates = world.get_templates()
+  config.sampling = get_world_sampling()
+  config.score.chunk_size = 128
+  config.batch.num_questions = 16
+  config.batch.num_microbatches = 1
+  config.sampling.teach.group_size = 8
+  config.schedule.learning_rate = 3e-4
+  config.optimizer.beta2 = 0.99
+  config.loop.num_steps = 120
+  config.loop.log_every = 5
+  config.loop.eval_every = 40
+  config.loop.save_every = 40
+  config.evaluation.path = f"{world.DIRECTORY}/validation.jsonl"
+  config.export.dtype = "float32"
+
+
+def get_sampling() -> ml_collections.ConfigDict:
+  """Each is a `types.SamplingParams`, but for its seed."""
+  common = dict(temperature=0.7, top_p=1.0, top_k=0)
+  return ml_collections.ConfigDict(
+    dict(
+      probe=dict(group_size=1, max_completion_tokens=50, **common),
+      baseline=dict(group_size=4, max_completion_tokens=4096, **common),
+      teach=dict(group_size=32, max_completion_tokens=1024, **common),
+      solve=dict(group_size=1, max_completion_tokens=4096, **common),
+    )
+  )
+
+
+def get_world_sampling() -> ml_collections.ConfigDict:
+  """The same, at lengths that the small world needs."""
+  sampling = get_sampling()
+  # The teacher explores; the student means what it says.
+  sampling.teach.temperature = 1.0
+  sampling.probe.max_completion_tokens = 16
+  sampling.baseline.max_completion_tokens = 40
+  sampling.teach.max_completion_tokens = 64
+  sampling.solve.max_completion_tokens = 40
+  return sampling

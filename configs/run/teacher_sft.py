@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT warm-up of a teacher.
+
+  python -m scripts.train_sft --config=configs/run/teacher_sft.py \
+    --workdir=results/sft --config.data.path=my.jsonl
+
+Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs.data import world
+from configs.model import hf, tiny
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 42
+  config.world_directory = ""
+  config.model = hf.get_config("Qwen/Qwen3-8B")
+  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.data = dict(  # train.sft.make_sets
+    path=config_dict.required_placeholder(str),
+    validation_path="",
+    validation_fraction=0.05,
+    format_name="default",
+    length=16384,
+    packed=True,
+    too_long="drop",
+  )
+  config.batch = dict(size=16, num_microbatches=2)
+  config.num_epochs = 10  # 0: as many steps as `loop.num_steps` says.
+  config.loss = dict(z_loss_coef=0.0, chunk_size=512)
+  config.schedule = dict(  # train.optimizer.make_schedule
+    learning_rate=1e-5, schedule="cosine", warmup_fraction=0.05
+  )
+  config.optimizer = dict(  # train.optimizer.make_optimizer
+    weight_decay=1e-4,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-8,
+    max_grad_norm=1.0,
+  )
+  config.loop = dict(  # train.loop.run
+    num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
+  )
+  config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
+  config.export = dict(dtype="bfloat16", max_shard_bytes=5 * 10**9)
+
+  if variant == "smoke":
+    config.world_directory = world.DIRECTORY
+    config.model = tiny.get_config(f"{world.DIRECTORY}/teacher")
+    config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
+    config.data.length = 128
+    config.batch = dict(size=32, num_microbatches=1)
+    config.num_epochs = 3
+    config.loss.chunk_size = 128
+    config.schedule.learning_rate = 3e-3
+    config.optimizer.beta2 = 0.98
+    config.loop.log_every = 20
+    config.loop.eval_every = 0
+    config.export.dtype = "float32"
+  elif variant != "full":
+    raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
+  return config

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation of a teacher: its student alone against its student taught.
+
+  python -m scripts.evaluate --config=configs/run/teaching_eval.py \
+    --workdir=results/eval --config.model.path=results/rcl/export \
+    --config.data.path=held_out.jsonl
+
+`:smoke` runs on a CPU.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs.data import prompts, world
+from configs.model import frozen, tiny
+from configs.run import teacher_rcl
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 7
+  config.world_directory = ""
+  config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
+  config.student = frozen.get_config("Qwen/Qwen3-4B")
+  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.data = dict(path=config_dict.required_placeholder(str))
+  config.sampler = dict(max_rows=256)  # launch.open_role
+  config.templates = prompts.get_templates()
+  config.sampling = teacher_rcl.get_sampling()
+  config.batch_size = 64
+  config.num_bootstrap = 2000
+
+  if variant == "smoke":
+    config.world_directory = world.DIRECTORY
+    config.model = tiny.get_config("results/quickstart/grpo/export")
+    config.student = tiny.get_config(f"{world.DIRECTORY}/student")
+    config.data.path = f"{world.DIRECTORY}/test.jsonl"
+    config.templates = world.get_templates()
+    config.sampling = teacher_rcl.get_world_sampling()
+    config.batch_size = 200
+  elif variant != "full":
+    raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
+  # One answer each, so that every question is one pair.
+  config.sampling.baseline.group_size = 1
+  config.sampling.teach.group_size = 1
+  return config

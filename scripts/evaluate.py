@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates a teacher: its student alone against its student taught.
+
+  python -m scripts.evaluate --config=configs/run/teaching_eval.py:smoke \
+    --workdir=results/eval --config.model.path=results/grpo/export
+
+Writes `records.jsonl`, one line per question, and `summary.json`, with 95 %
+intervals. Interrupted, it goes on where the records end.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from atlas_jax import launch, sharding
+from atlas_jax.data import sources
+from atlas_jax.evaluation import evaluate, metrics
+from scripts import program
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+  """Teaches every question once, and says what came of it."""
+  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  with launch.start(workdir, config):
+    mesh = sharding.make_mesh(**config.mesh)
+    questions = sources.questions(sources.read(config.data.path))
+    policy = launch.open_model(mesh, **config.model)
+    student = launch.open_model(mesh, **config.student)
+    records = evaluate.run(
+      launch.open_protocol(policy, student, mesh, config),
+      questions,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      weights={
+        "policy": launch.fingerprint(policy),
+        "student": launch.fingerprint(student),
+      },
+      path=workdir / "records.jsonl",
+    )
+    bootstrap = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
+    summary = {
+      "all": metrics.summarize(records, **bootstrap),
+      **metrics.by_difficulty(records, **bootstrap),
+    }
+    text = json.dumps(summary, indent=2)
+    (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(summary["all"], indent=2))
+
+
+if __name__ == "__main__":
+  program.run(main)

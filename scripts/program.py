@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every script begins and ends: flags, logs, exit codes."""
+
+from collections.abc import Callable
+import logging as stdlib_logging
+import pathlib
+import sys
+import traceback
+
+from absl import app, flags, logging
+
+from atlas_jax import errors
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a main; every way it can end has an exit code of its own.
+
+  Known failures are told in four lines on stderr, unknown ones with their
+  traceback. See `errors.Exit` for the codes.
+  """
+
+  def guarded(argv: list[str]) -> None:
+    code = errors.Exit.INTERNAL
+    try:
+      if len(argv) > 1:
+        raise errors.ConfigError(
+          f"Unexpected arguments {argv[1:]}.",
+          where="command line",
+          why="Flags start with --; config values are set by name.",
+          fix="For example --config.seed=1.",
+        )
+      main()
+      code = errors.Exit.DONE
+    except errors.AtlasError as error:
+      logging.flush()
+      print(f"\n{error}", file=sys.stderr)
+      code = error.exit_code
+    finally:
+      if code == errors.Exit.INTERNAL:
+        traceback.print_exc()
+      sys.exit(int(code))
+
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_ours_or_serious)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
+  """Keeps libraries' progress reports out of ours."""
+  in_house = _ROOT in pathlib.Path(record.pathname).resolve().parents
+  in_library = "site-packages" in record.pathname
+  return record.levelno >= stdlib_logging.WARNING or (
+    in_house and not in_library
+  )
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags; a bad one ends with its own message and exit code."""
+  try:
+    return flags.FLAGS(argv)
+  except (
+    *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
+  ) as error:
+    wrong = errors.ConfigError(
+      "The flags cannot be used.",
+      where="command line",
+      why=" ".join(str(error).split()),
+      fix="--help lists the flags; --config.KEY=VALUE sets a config value.",
+    )
+    print(wrong, file=sys.stderr)
+    sys.exit(int(wrong.exit_code))

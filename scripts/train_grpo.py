@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a teacher by GRPO, with a reward measured on its student.
+
+  python -m scripts.train_grpo --config=configs/run/teacher_rcl.py:smoke \
+    --workdir=results/grpo --config.model.path=results/sft/export
+
+The workdir is the only state: run the same line again and it resumes.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from atlas_jax import launch, sharding
+from atlas_jax.data import sources
+from atlas_jax.evaluation import metrics
+from atlas_jax.rewards import teaching as rewards
+from atlas_jax.train import grpo, loop
+from atlas_jax.train import state as train_state
+from scripts import program
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+  """Runs one training job to its end."""
+  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  with launch.start(workdir, config) as should_stop:
+    mesh = sharding.make_mesh(**config.mesh)
+    questions = sources.questions(sources.read(config.data.path))
+    policy = launch.open_model(mesh, **config.model)
+    student = launch.open_model(mesh, **config.student)
+    protocol = launch.open_protocol(policy, student, mesh, config)
+    held_out = []
+    if config.evaluation.path:
+      held_out = sources.questions(sources.read(config.evaluation.path))
+      held_out = held_out[: config.evaluation.num_questions]
+
+    def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
+      if not held_out:
+        return {}
+      protocol.policy.sampler.update_weights(state.params, step)
+      records = protocol.run(held_out, seed=config.seed)
+      summary = metrics.summarize(
+        [rewards.grade(record) for record in records],
+        num_bootstrap=0,
+        seed=config.seed,
+      )
+      numbers = {k: v for k, v in summary.items() if isinstance(v, float)}
+      return {f"eval/{name}": value for name, value in numbers.items()}
+
+    params = grpo.train(
+      policy.decoder,
+      policy.params,
+      protocol=protocol,
+      reward_fn=rewards.build(**config.reward),
+      questions=questions,
+      evaluate=evaluate,
+      mesh=mesh,
+      config=config,
+      workdir=workdir,
+      should_stop=should_stop,
+    )
+    launch.export(
+      workdir / "export",
+      params,
+      policy,
+      notes={
+        "Recipe": "GRPO on the teaching protocol",
+        "Base model": config.model.path,
+        "Student": config.student.path,
+        "Reward": config.reward.preset,
+      },
+      **config.export,
+    )
+
+
+if __name__ == "__main__":
+  program.run(main)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes a model on conversations.
+
+  python -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke \
+    --workdir=results/sft
+
+The workdir is the only state: run the same line again and it resumes.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from atlas_jax import launch, sharding
+from atlas_jax.train import sft
+from scripts import program
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+  """Runs one training job to its end."""
+  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  with launch.start(workdir, config) as should_stop:
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch.size, "--config.batch.size")
+    model = launch.open_model(mesh, **config.model)
+    train_set, eval_set = sft.make_sets(
+      model.tokenizer,
+      batch_size=config.batch.size,
+      seed=config.seed,
+      **config.data,
+    )
+    params = sft.train(
+      model.decoder,
+      model.params,
+      train_set=train_set,
+      eval_set=eval_set,
+      mesh=mesh,
+      config=config,
+      workdir=workdir,
+      should_stop=should_stop,
+    )
+    launch.export(
+      workdir / "export",
+      params,
+      model,
+      notes={"Recipe": "SFT", "Base model": config.model.path},
+      **config.export,
+    )
+
+
+if __name__ == "__main__":
+  program.run(main)
