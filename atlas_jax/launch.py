@@ -28,7 +28,7 @@ class OpenModel:
   """A model directory, opened."""
 
   directory: pathlib.Path
-  decoder: decoder.Model
+  model: decoder.Model
   params: decoder.Params
   tokenizer: chat.Tokenizer
 
@@ -164,18 +164,18 @@ def open_model(
 
 
 def open_role(
-  model: OpenModel, mesh: jax.sharding.Mesh, *, max_rows: int
+  opened: OpenModel, mesh: jax.sharding.Mesh, *, max_rows: int
 ) -> protocol.Role:
   """Lets a model speak: a sampler in this process, with its tokenizer."""
-  stops = chat.stop_token_ids(model.tokenizer, model.directory)
+  stops = chat.stop_token_ids(opened.tokenizer, opened.directory)
   sampler = jax_sampler.JaxSampler(
-    model.decoder,
-    model.params,
+    opened.model,
+    opened.params,
     mesh=mesh,
     stop_token_ids=stops,
     max_rows=max_rows,
   )
-  return protocol.Role(sampler, model.tokenizer)
+  return protocol.Role(sampler, opened.tokenizer)
 
 
 def open_protocol(
@@ -201,10 +201,10 @@ def open_protocol(
   )
 
 
-def fingerprint(model: OpenModel) -> str:
+def fingerprint(opened: OpenModel) -> str:
   """Names the weights of a model directory by a digest of its files."""
   digest = hashlib.sha256()
-  for path in sorted(model.directory.glob("*.safetensors")):
+  for path in sorted(opened.directory.glob("*.safetensors")):
     with path.open("rb") as file:
       digest.update(hashlib.file_digest(file, "sha256").digest())
   return digest.hexdigest()
@@ -213,7 +213,7 @@ def fingerprint(model: OpenModel) -> str:
 def export(
   directory: pathlib.Path,
   params: decoder.Params,
-  model: OpenModel,
+  opened: OpenModel,
   *,
   notes: Mapping[str, str],
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
@@ -227,16 +227,16 @@ def export(
   save.save(
     directory,
     params,
-    model.decoder,
-    source=model.directory,
+    opened.model,
+    source=opened.directory,
     dtype=dtype,
     max_shard_bytes=max_shard_bytes,
     notes=notes,
     overwrite=True,
   )
-  token_ids = range(min(32, model.decoder.config.vocab_size))
+  token_ids = range(min(32, opened.model.config.vocab_size))
   difference = verify.logits_equal(
-    directory, params, model.decoder, token_ids=token_ids, tolerance=1e-4
+    directory, params, opened.model, token_ids=token_ids, tolerance=1e-4
   )
   logging.info(
     "Exported to %s; logits differ by %.1e at most.", directory, difference

@@ -53,7 +53,7 @@ def main() -> None:
       return {f"eval/{name}": value for name, value in numbers.items()}
 
     params = grpo.train(
-      policy.decoder,
+      policy.model,
       policy.params,
       protocol=protocol,
       reward_fn=rewards.build(**config.reward),

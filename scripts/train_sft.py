@@ -27,16 +27,16 @@ def main() -> None:
   with launch.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch.size, "--config.batch.size")
-    model = launch.open_model(mesh, **config.model)
+    policy = launch.open_model(mesh, **config.model)
     train_set, eval_set = sft.make_sets(
-      model.tokenizer,
+      policy.tokenizer,
       batch_size=config.batch.size,
       seed=config.seed,
       **config.data,
     )
     params = sft.train(
-      model.decoder,
-      model.params,
+      policy.model,
+      policy.params,
       train_set=train_set,
       eval_set=eval_set,
       mesh=mesh,
@@ -47,7 +47,7 @@ def main() -> None:
     launch.export(
       workdir / "export",
       params,
-      model,
+      policy,
       notes={"Recipe": "SFT", "Base model": config.model.path},
       **config.export,
     )

@@ -9,6 +9,7 @@ import pathlib
 import time
 
 from absl import logging
+import jax
 
 
 class Writer:
@@ -28,7 +29,7 @@ class Writer:
     partial.replace(path)
     self._file = path.open("a", encoding="utf-8")
 
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+  def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
     """Writes metrics after `step` steps, and shows them."""
     values = {k: float(v) for k, v in metrics.items()}
     # JSON has no NaN; null is what a reader can test for.
