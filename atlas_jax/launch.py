@@ -63,8 +63,8 @@ def start(
   with _lock(workdir):
     text = config.to_json_best_effort(indent=2)
     (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
-    if config.world_directory:
-      ensure_world(pathlib.Path(config.world_directory))
+    if config.world.directory:
+      ensure_world(**config.world)
     logging.info("Devices: %s", jax.devices())
     old = {n: signal.signal(n, on_signal) for n in _SIGNALS}
     try:
@@ -114,18 +114,26 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def ensure_world(directory: pathlib.Path) -> None:
-  """Makes the small world in `directory`, unless it is there."""
-  if (directory / "world.json").exists():
+def ensure_world(*, directory: str, with_teacher: bool) -> None:
+  """Makes the small world in `directory`, unless it is there.
+
+  Raises:
+    errors.ConfigError: if it could not be made.
+  """
+  needed = (
+    ["world.json", "teacher_run/export"] if with_teacher else ["world.json"]
+  )
+  if all((pathlib.Path(directory) / name).exists() for name in needed):
     return
   logging.info("Making the small world in %s; a few minutes.", directory)
   command = [sys.executable, "-m", "scripts.make_world"]
-  done = subprocess.run([*command, f"--directory={directory}"], check=False)
-  if done.returncode:
+  options = [f"--directory={directory}", f"--teacher={with_teacher}"]
+  code = subprocess.run([*command, *options], check=False).returncode
+  if code:
     raise errors.ConfigError(
       "The small world could not be made.",
-      where=str(directory),
-      why=f"scripts.make_world ended with code {done.returncode}; see above.",
+      where=directory,
+      why=f"scripts.make_world ended with code {code}; see above.",
       fix="Mend what it reports; what is done already is kept.",
     )
 

@@ -4,7 +4,8 @@
   python -m scripts.make_world --directory=.cache/world
 
 Word problems with checkable answers, a tokenizer, a student trained on the
-spot, and an untrained teacher, all in the formats of the real thing.
+spot, and an untrained teacher, all in the formats of the real thing. With
+`--teacher`, a teacher warmed up by SFT as well.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,7 @@ from conversion import save
 from scripts import program
 
 _DIRECTORY = flags.DEFINE_string("directory", world.DIRECTORY, "Where it goes.")
+_TEACHER = flags.DEFINE_bool("teacher", False, "Warms a teacher up as well.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides every problem and weight.")
 
 _SIZES = {"train": 3000, "teacher": 2500, "questions": 1000}
@@ -51,12 +53,20 @@ _SPLIT = tokenizers.Regex(
 def main() -> None:
   """Makes whatever of the world is not there yet; `world.json` comes last."""
   directory = pathlib.Path(_DIRECTORY.value)
+  if not (directory / "world.json").exists():
+    _make(directory)
+  if _TEACHER.value and not (directory / "teacher_run/export").exists():
+    _train(directory, "teacher_sft.py:smoke", "teacher")
+
+
+def _make(directory: pathlib.Path) -> None:
+  """Makes the data, the tokenizer and the student."""
   directory.mkdir(parents=True, exist_ok=True)
   texts = _write_data(directory, _SEED.value)
   tokenizer = _make_tokenizer(texts)
   _write_model(directory / "student_init", tokenizer, "qwen2", num_layers=2)
-  _write_model(directory / "teacher", tokenizer, "qwen3", num_layers=3)
-  _train_student(directory)
+  _write_model(directory / "teacher_init", tokenizer, "qwen3", num_layers=3)
+  _train(directory, "world_student.py", "student")
   facts = {"seed": _SEED.value, **_SIZES, **_HELD_OUT}
   (directory / "world.json").write_text(json.dumps(facts) + "\n")
 
@@ -175,29 +185,26 @@ def _write_model(
   )
 
 
-def _train_student(directory: pathlib.Path) -> None:
-  """Trains the student by the ordinary SFT script, and moves its export."""
-  student = directory / "student"
-  if student.exists():
-    return
-  workdir = directory / "student_run"
+def _train(directory: pathlib.Path, recipe: str, role: str) -> None:
+  """Trains a role by the ordinary script; its export stays in the workdir."""
+  workdir = directory / f"{role}_run"
   command = [sys.executable, "-m", "scripts.train_sft"]
   options = [
-    "--config=configs/run/world_student.py",
+    f"--config=configs/run/{recipe}",
     f"--workdir={workdir}",
-    f"--config.model.path={directory}/student_init",
-    f"--config.data.path={directory}/student_sft.jsonl",
+    "--config.world.directory=",
+    f"--config.model.path={directory}/{role}_init",
+    f"--config.data.path={directory}/{role}_sft.jsonl",
     f"--config.seed={_SEED.value}",
   ]
   code = subprocess.run([*command, *options], check=False).returncode
   if code:
     raise errors.ConfigError(
-      "The student could not be trained.",
+      f"The {role} could not be trained.",
       where=str(workdir),
       why=f"scripts.train_sft ended with code {code}; see above.",
       fix="Mend what it reports and run this again.",
     )
-  (workdir / "export").rename(student)
 
 
 if __name__ == "__main__":

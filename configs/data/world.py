@@ -4,6 +4,8 @@
 import ml_collections
 
 DIRECTORY = ".cache/world"
+STUDENT = f"{DIRECTORY}/student_run/export"
+TEACHER = f"{DIRECTORY}/teacher_run/export"  # Warmed up by SFT.
 
 
 def get_templates() -> ml_collections.ConfigDict:

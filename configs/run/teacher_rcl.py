@@ -19,7 +19,7 @@ from configs.reward import teaching
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
-  config.world_directory = ""
+  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
@@ -63,9 +63,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
 
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
-  config.world_directory = world.DIRECTORY
-  config.model = tiny.get_config("results/quickstart/sft/export")
-  config.student = tiny.get_config(f"{world.DIRECTORY}/student")
+  config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+  config.model = tiny.get_config(world.TEACHER)
+  config.student = tiny.get_config(world.STUDENT)
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"
   config.templates = world.get_templates()
   config.sampling = get_world_sampling()

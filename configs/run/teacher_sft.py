@@ -17,7 +17,7 @@ from configs.model import hf, tiny
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
-  config.world_directory = ""
+  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
   config.data = dict(  # train.sft.make_sets
@@ -49,8 +49,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.export = dict(dtype="bfloat16", max_shard_bytes=5 * 10**9)
 
   if variant == "smoke":
-    config.world_directory = world.DIRECTORY
-    config.model = tiny.get_config(f"{world.DIRECTORY}/teacher")
+    config.world.directory = world.DIRECTORY
+    config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
     config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
     config.data.length = 128
     config.batch = dict(size=32, num_microbatches=1)

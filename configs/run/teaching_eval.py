@@ -19,7 +19,7 @@ from configs.run import teacher_rcl
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 7
-  config.world_directory = ""
+  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
@@ -31,9 +31,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.num_bootstrap = 2000
 
   if variant == "smoke":
-    config.world_directory = world.DIRECTORY
-    config.model = tiny.get_config("results/quickstart/grpo/export")
-    config.student = tiny.get_config(f"{world.DIRECTORY}/student")
+    config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+    config.model = tiny.get_config(world.TEACHER)
+    config.student = tiny.get_config(world.STUDENT)
     config.data.path = f"{world.DIRECTORY}/test.jsonl"
     config.templates = world.get_templates()
     config.sampling = teacher_rcl.get_world_sampling()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints what evaluations found as one table, and plots a training run.
+
+  python -m scripts.report --before=results/quickstart/eval_sft \
+    --after=results/quickstart/eval_grpo --metrics=results/quickstart/grpo \
+    --plot=results/quickstart/training.png
+
+With several folders, separated by commas, each pair is one seed, and every
+seed gets its rows. The table is Markdown.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+
+from absl import flags
+import matplotlib as mpl
+import matplotlib.figure
+
+from atlas_jax import errors, types
+from atlas_jax.evaluation import evaluate, metrics
+from scripts import program
+
+_BEFORE = flags.DEFINE_list("before", None, "Evaluations of the SFT teacher.")
+_AFTER = flags.DEFINE_list("after", None, "Evaluations of the GRPO teacher.")
+_METRICS = flags.DEFINE_list("metrics", [], "Workdirs of the GRPO runs.")
+_PLOT = flags.DEFINE_string("plot", "", "A PNG of reward and accuracy.")
+flags.mark_flags_as_required(["before", "after"])
+
+_BOOTSTRAP = {"num_bootstrap": 2000, "seed": 0}
+_HEADER = "| {:<22} | {:<22} | {:<22} | {:>6} | {:>6} | {:>6} | {:>7} |".format(
+  "who answers",
+  "accuracy [95 %]",
+  "NDR [95 %]",
+  "leaks",
+  "no tag",
+  "tokens",
+  "TES",
+)
+
+
+def main() -> None:
+  """Prints the table, then draws the plot if one is asked for."""
+  if len(_BEFORE.value) != len(_AFTER.value):
+    raise errors.ConfigError(
+      "The evaluations do not come in pairs.",
+      where="--before, --after",
+      why=f"There are {len(_BEFORE.value)} and {len(_AFTER.value)} of them.",
+      fix="Give one of each per seed, in the same order.",
+    )
+  print(_HEADER)
+  print(
+    "|-" + "-|-".join("-" * len(c) for c in _HEADER[2:-2].split(" | ")) + "-|"
+  )
+  differences = []
+  for i, folders in enumerate(zip(_BEFORE.value, _AFTER.value, strict=True)):
+    before, after = (
+      evaluate.read(pathlib.Path(folder) / "records.jsonl")
+      for folder in folders
+    )
+    seed = f", seed {i}" if len(_BEFORE.value) > 1 else ""
+    print(_alone_row(f"student alone{seed}", before))
+    print(_taught_row(f"taught after SFT{seed}", before))
+    print(_taught_row(f"taught after GRPO{seed}", after))
+    differences.append(metrics.compare(before, after, **_BOOTSTRAP))
+  print()
+  for difference in differences:
+    low, high = difference["teaching/accuracy_difference_interval"]
+    print(
+      f"GRPO minus SFT, taught accuracy on the same "
+      f"{difference['teaching/num_questions']} questions: "
+      f"{difference['teaching/accuracy_difference']:+.3f} "
+      f"[{low:+.3f}, {high:+.3f}]"
+    )
+  if _PLOT.value:
+    _draw(pathlib.Path(_PLOT.value))
+
+
+def _alone_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
+  summary = metrics.summarize(records, **_BOOTSTRAP)
+  accuracy = _with_interval(summary, "baseline_accuracy")
+  return _row(name, accuracy, "", "", "", "", "")
+
+
+def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
+  summary = metrics.summarize(records, **_BOOTSTRAP)
+  return _row(
+    name,
+    _with_interval(summary, "accuracy"),
+    _with_interval(summary, "NDR"),
+    f"{summary['teaching/leak_rate']:.3f}",
+    f"{summary['teaching/no_teaching_rate']:.3f}",
+    f"{summary['teaching/num_teaching_tokens']:.1f}",
+    f"{summary['teaching/TES']:.1f}",
+  )
+
+
+def _row(*cells: str) -> str:
+  widths = [len(cell) for cell in _HEADER[2:-2].split(" | ")]
+  padded = (
+    f"{cell:<{width}}" if i < 3 else f"{cell:>{width}}"
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+  )
+  return "| " + " | ".join(padded) + " |"
+
+
+def _with_interval(summary: metrics.Summary, name: str) -> str:
+  low, high = summary[f"teaching/{name}_interval"]
+  return f"{summary[f'teaching/{name}']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _draw(path: pathlib.Path) -> None:
+  """Draws reward and accuracies over the steps of each run."""
+  mpl.rcParams["svg.hashsalt"] = "fixed"
+  figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  for i, folder in enumerate(_METRICS.value):
+    file = pathlib.Path(folder) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    train = [row for row in rows if "reward" in row]
+    held_out = [row for row in rows if "eval/teaching/accuracy" in row]
+    steps = [row["step"] for row in train]
+    left.plot(steps, [row["reward"] for row in train], color=f"C{i}")
+    for rows, prefix, style in ((train, "", "-"), (held_out, "eval/", "o")):
+      right.plot(
+        [row["step"] for row in rows],
+        [row[f"{prefix}teaching/accuracy"] for row in rows],
+        style,
+        color=f"C{i}",
+        label="taught" if style == "-" else "taught, held out",
+      )
+    right.plot(
+      steps,
+      [row["teaching/baseline_accuracy"] for row in train],
+      ":",
+      color=f"C{i}",
+      label="student alone",
+    )
+  left.set(title="reward (R4)", xlabel="GRPO step")
+  right.set(title="accuracy of the student", xlabel="GRPO step", ylim=(0, 1))
+  handles, labels = right.get_legend_handles_labels()
+  right.legend(handles[:3], labels[:3])
+  figure.savefig(path, dpi=120)
+  print(f"Plot: {path}")
+
+
+if __name__ == "__main__":
+  program.run(main)
