@@ -120,9 +120,7 @@ def ensure_world(*, directory: str, with_teacher: bool) -> None:
   Raises:
     errors.ConfigError: if it could not be made.
   """
-  needed = (
-    ["world.json", "teacher_run/export"] if with_teacher else ["world.json"]
-  )
+  needed = ["world.json"] + ["teacher_run/export"] * with_teacher
   if all((pathlib.Path(directory) / name).exists() for name in needed):
     return
   logging.info("Making the small world in %s; a few minutes.", directory)

@@ -28,15 +28,11 @@ _PLOT = flags.DEFINE_string("plot", "", "A PNG of reward and accuracy.")
 flags.mark_flags_as_required(["before", "after"])
 
 _BOOTSTRAP = {"num_bootstrap": 2000, "seed": 0}
-_HEADER = "| {:<22} | {:<22} | {:<22} | {:>6} | {:>6} | {:>6} | {:>7} |".format(
-  "who answers",
-  "accuracy [95 %]",
-  "NDR [95 %]",
-  "leaks",
-  "no tag",
-  "tokens",
-  "TES",
+_COLUMNS = (
+  *("who answers", "accuracy [95 %]", "NDR [95 %]"),
+  *("leaks", "no tag", "tokens", "TES"),
 )
+_WIDTHS = (24, 20, 20, 5, 6, 6, 6)
 
 
 def main() -> None:
@@ -48,10 +44,8 @@ def main() -> None:
       why=f"There are {len(_BEFORE.value)} and {len(_AFTER.value)} of them.",
       fix="Give one of each per seed, in the same order.",
     )
-  print(_HEADER)
-  print(
-    "|-" + "-|-".join("-" * len(c) for c in _HEADER[2:-2].split(" | ")) + "-|"
-  )
+  print(_row(*_COLUMNS))
+  print(_row(*("-" * width for width in _WIDTHS)))
   differences = []
   for i, folders in enumerate(zip(_BEFORE.value, _AFTER.value, strict=True)):
     before, after = (
@@ -96,12 +90,8 @@ def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
 
 
 def _row(*cells: str) -> str:
-  widths = [len(cell) for cell in _HEADER[2:-2].split(" | ")]
-  padded = (
-    f"{cell:<{width}}" if i < 3 else f"{cell:>{width}}"
-    for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-  )
-  return "| " + " | ".join(padded) + " |"
+  padded = [c.ljust(width) for c, width in zip(cells, _WIDTHS, strict=True)]
+  return f"| {' | '.join(padded)} |"
 
 
 def _with_interval(summary: metrics.Summary, name: str) -> str:
