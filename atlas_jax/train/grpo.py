@@ -67,14 +67,26 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     **config.schedule, num_updates=config.loop.num_steps * updates
   )
   optimizer = train_optimizer.make_optimizer(schedule, **config.optimizer)
-  learner = _Learner(model, optimizer, mesh=mesh, config=config)
+  # The trainer donates its parameters, so the reference is a copy.
+  has_reference = config.loss.kl_coef > 0
+  reference = jax.tree.map(jnp.copy, params) if has_reference else None
+  state = train_state.create(
+    params, optimizer, mesh=mesh, reference=reference
+  )
+  learner = _Learner(
+    model,
+    optimizer,
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
 
   def do_step(
     state: train_state.TrainState, step: int
   ) -> tuple[train_state.TrainState, loop.Metrics]:
     clock = _Clock()
     sampler = protocol.policy.sampler
-    if sampler.version != step or step == 0:
+    if sampler.version != step:
       sampler.update_weights(state.params, step)
     clock.lap("push")
     batch_questions = loader.question_batch(
@@ -93,10 +105,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     clock.lap("train")
     return state, {**_describe(records, rewarded), **metrics, **clock.seconds}
 
-  # The trainer donates its parameters, so the reference is a copy.
-  reference = jax.tree.map(jnp.copy, params) if learner.has_reference else None
   state = loop.run(
-    train_state.create(params, optimizer, mesh=mesh, reference=reference),
+    state,
     do_step,
     evaluate,
     checkpointer=checkpoint.Checkpointer(
@@ -119,6 +129,7 @@ class _Learner:
     model: decoder.Model,
     optimizer: Any,  # Any: optax's transformation, a NamedTuple of functions.
     *,
+    shardings: Any,  # Any: a tree like the state's.
     mesh: jax.sharding.Mesh,
     config: Any,  # Any: as in `train`.
   ) -> None:
@@ -130,7 +141,6 @@ class _Learner:
         why="A cut vocabulary or a temperature of 0 has no importance ratio.",
         fix="Set temperature > 0, top_p=1 and top_k=0.",
       )
-    self.has_reference = config.loss.kl_coef > 0
     self._batch, self._reference = config.batch, config.reference
     self._advantages = config.advantages
     self._rows = sharding.of_batch(mesh)
@@ -154,6 +164,7 @@ class _Learner:
       ),
       optimizer,
       num_microbatches=config.batch.num_microbatches,
+      shardings=shardings,
     )
     self._multiple *= config.batch.num_microbatches
     self._correct = jax.jit(
@@ -237,6 +248,7 @@ class _Learner:
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
     gap_BT = jnp.abs(old_BT - rollout_BT)
     means |= {
+      "num_nonfinite": state.num_nonfinite,
       "entropy": reduce.token_mean(entropy_BT, loss_mask_BT),
       "rollout/logprob_gap": reduce.token_mean(gap_BT, loss_mask_BT),
       "rollout/prob_error": reduce.token_mean(jnp.exp(gap_BT), loss_mask_BT),
@@ -358,9 +370,14 @@ def _describe(
   parts = [r.parts for r in rewarded if r.value is not None]
   names = dict.fromkeys(name for part in parts for name in part)
   completions = [r.teacher_rollout.completion for r in records]
+  # Where every reward is missing there is no mean, and none is made up.
+  rewards_seen = (
+    {"reward": float(np.mean(values)), "reward_std": float(np.std(values))}
+    if values
+    else {}
+  )
   return {
-    "reward": float(np.mean(values)) if values else 0.0,
-    "reward_std": float(np.std(values)) if values else 0.0,
+    **rewards_seen,
     "rewards/unavailable": len(rewarded) - len(values),
     **{
       f"rewards/{n}": float(np.mean([p.get(n, 0.0) for p in parts]))

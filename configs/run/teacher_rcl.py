@@ -75,10 +75,10 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.sampling.teach.group_size = 8
   config.schedule.learning_rate = 3e-4
   config.optimizer.beta2 = 0.99
-  config.loop.num_steps = 120
+  config.loop.num_steps = 80
   config.loop.log_every = 5
-  config.loop.eval_every = 40
-  config.loop.save_every = 40
+  config.loop.eval_every = 20
+  config.loop.save_every = 20
   config.evaluation.path = f"{world.DIRECTORY}/validation.jsonl"
   config.export.dtype = "float32"
 
