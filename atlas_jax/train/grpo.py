@@ -70,9 +70,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   # The trainer donates its parameters, so the reference is a copy.
   has_reference = config.loss.kl_coef > 0
   reference = jax.tree.map(jnp.copy, params) if has_reference else None
-  state = train_state.create(
-    params, optimizer, mesh=mesh, reference=reference
-  )
+  state = train_state.create(params, optimizer, mesh=mesh, reference=reference)
   learner = _Learner(
     model,
     optimizer,

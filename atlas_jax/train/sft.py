@@ -54,9 +54,13 @@ def train(
     **config.schedule, num_updates=num_steps
   )
   optimizer = train_optimizer.make_optimizer(schedule, **config.optimizer)
+  state = train_state.create(params, optimizer, mesh=mesh)
   loss_fn = functools.partial(_loss, model, **config.loss)
   step_fn = train_step.make_step(
-    loss_fn, optimizer, num_microbatches=config.batch.num_microbatches
+    loss_fn,
+    optimizer,
+    num_microbatches=config.batch.num_microbatches,
+    shardings=train_state.shardings(state),
   )
   eval_fn = jax.jit(loss_fn)
   rows = sharding.of_batch(mesh)
@@ -87,7 +91,7 @@ def train(
     return {"eval/loss": total / max(weight, 1.0)}
 
   state = loop.run(
-    train_state.create(params, optimizer, mesh=mesh),
+    state,
     do_step,
     evaluate,
     checkpointer=checkpoint.Checkpointer(

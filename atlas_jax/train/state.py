@@ -38,9 +38,19 @@ def create(
   def zero() -> jax.Array:
     return jax.device_put(jnp.zeros((), jnp.int32), everywhere)
 
-  opt_state = jax.tree.map(
-    # Counters start out on one device; all state must share the mesh.
-    lambda leaf: jax.device_put(leaf, everywhere) if leaf.ndim == 0 else leaf,
-    jax.jit(optimizer.init)(params),
+  shardings = optax.tree.map_params(
+    optimizer,
+    lambda _, param: param.sharding,
+    jax.eval_shape(optimizer.init, params),
+    params,
+    transform_non_params=lambda _: everywhere,
   )
+  # Moments are zeros, which know nothing of the parameters they belong to:
+  # without this they would all lie on the first device.
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
   return TrainState(zero(), zero(), params, opt_state, reference)
+
+
+def shardings(state: TrainState) -> Any:  # Any: mirrors the tree.
+  """Tells where each array of the state lies."""
+  return jax.tree.map(lambda leaf: leaf.sharding, state)

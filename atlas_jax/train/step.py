@@ -25,6 +25,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   *,
   num_microbatches: int,
+  shardings: Any,  # Any: a tree like the state's.
 ) -> Step:
   """Makes the jitted update; it donates the state.
 
@@ -37,6 +38,9 @@ def make_step(
     optimizer: clipping included.
     num_microbatches: rows of a batch are split into as many parts, whose
       gradients are added up.
+    shardings: where the state stays, as `state.shardings` tells. The compiler
+      would move some of it after the first update, so that a resumed run would
+      be another program.
 
   Returns:
     A function from state and batch to the new state and metrics.
@@ -52,7 +56,7 @@ def make_step(
     grads, metrics = _accumulate(
       jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
     )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
 
     def apply() -> tuple[Any, Any]:
@@ -71,7 +75,7 @@ def make_step(
     )
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _accumulate(
