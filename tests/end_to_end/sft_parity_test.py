@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SFT loss and its gradient, through the whole model, by transformers."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from atlas_jax.models import decoder
+from atlas_jax.train import sft
+from conversion import load, rules
+from tests import tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+_LENGTHS = (9, 5, 7)
+
+
+def _reference(directory, family):
+  torch.set_num_threads(1)
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(**tiny.fields(family))
+  reference = transformers.AutoModelForCausalLM.from_config(config)
+  reference.save_pretrained(directory)
+  return reference
+
+
+def _batch(vocab_size):
+  """Draws rows of several lengths, some of whose tokens are targets."""
+  rng = np.random.default_rng(0)
+  shape = (len(_LENGTHS), max(_LENGTHS))
+  real_BT = np.arange(shape[1]) < np.array(_LENGTHS)[:, None]
+  loss_mask_BT = real_BT & (rng.random(shape) < 0.6)
+  loss_mask_BT[:, 0] = False
+  return {
+    "token_ids": np.where(real_BT, rng.integers(3, vocab_size, shape), 0),
+    "positions": np.where(real_BT, np.arange(shape[1]), 0),
+    "segment_ids": real_BT.astype(np.int32),
+    "loss_mask": loss_mask_BT,
+  }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_loss_and_gradient_equal_those_of_transformers(tmp_path, family):
+  reference = _reference(tmp_path / "hf", family)
+  config, _ = load.read_config(tmp_path / "hf")
+  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  params = load.load(tmp_path / "hf", model, param_dtype="float32")
+  batch = _batch(config.vocab_size)
+  labels_BT = np.where(batch["loss_mask"], batch["token_ids"], -100)
+
+  loss_fn = functools.partial(sft._loss, model, z_loss_coef=0.0, chunk_size=4)
+  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+
+  expected = reference(
+    input_ids=torch.tensor(batch["token_ids"]),
+    attention_mask=torch.tensor(batch["segment_ids"]),
+    labels=torch.tensor(labels_BT),
+  ).loss
+  expected.backward()
+  np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
+  flat = dict(rules.flatten(grads))
+  for rule in rules.of_model(model):
+    grad = np.asarray(flat[rule.path])
+    by_layer = grad if rule.stacked else [grad]
+    names = rules.names(rule, config.num_layers)
+    for name, layer in zip(names, by_layer, strict=True):
+      wanted = reference.get_parameter(name).grad.numpy()
+      got = rules.to_hf(rule, layer)
+      np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=name)
