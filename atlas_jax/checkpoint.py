@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from atlas_jax import errors
 
 _State = TypeVar("_State")
+_IDENTITY = "identity.json"
 _MANIFEST = "manifest.json"
 
 
@@ -33,7 +34,23 @@ class Checkpointer:
   def __init__(
     self, directory: pathlib.Path, *, identity: dict[str, str], keep: int
   ) -> None:
-    """Removes what a killed save left behind."""
+    """Removes what a killed save left behind.
+
+    Args:
+      directory: holds one folder per step.
+      identity: names and digests of what the run depends on.
+      keep: how many of the newest steps stay on disk.
+
+    Raises:
+      errors.ConfigError: if none is to be kept.
+    """
+    if keep < 1:
+      raise errors.ConfigError(
+        f"{keep} checkpoints are to be kept.",
+        where="--config.checkpoint.keep",
+        why="Without one, a run that is stopped starts anew.",
+        fix="Keep at least 1; with 2 a damaged one has another before it.",
+      )
     self._directory = directory.absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self._identity = identity
@@ -45,16 +62,11 @@ class Checkpointer:
   def save(self, step: int, state: Any) -> None:  # Any: a pytree of arrays.
     """Saves a step: written aside, digested, then given its name."""
     final = self._directory / str(step)
-    if final.exists():
-      return
     partial = self._directory / f"{step}.tmp"
     self._orbax.save(partial / "state", state)
     self._orbax.wait_until_finished()
-    manifest = {"identity": self._identity, "digests": _digests(partial)}
-    with (partial / _MANIFEST).open("w", encoding="utf-8") as file:
-      json.dump(manifest, file)
-      file.flush()
-      os.fsync(file.fileno())
+    _write_json(partial / _IDENTITY, self._identity)
+    _write_json(partial / _MANIFEST, _digests(partial))
     partial.rename(final)
     for old in self.steps()[: -self._keep]:
       shutil.rmtree(self._directory / str(old))
@@ -68,7 +80,8 @@ class Checkpointer:
   def restore_latest(self, state: _State) -> _State:
     """Restores the newest sound step into the shape of `state`.
 
-    A damaged step is passed over, with a warning, for the one before it.
+    A damaged step is put aside, with a warning, for the one before it; so it
+    neither counts as kept nor is in the way when its step is saved again.
 
     Args:
       state: a pytree with the shapes, dtypes and shardings wanted. Returned as
@@ -79,13 +92,18 @@ class Checkpointer:
         newest was made by a run of another identity or shape.
     """
     steps = self.steps()
+    damaged = []
     for step in reversed(steps):
       path = self._directory / str(step)
       identity = _identity_if_sound(path)
       if identity is not None:
         self._check_identity(identity, path)
-        return self._restore(path, state)
+        restored = self._restore(path, state)
+        for other in damaged:
+          _put_aside(other)
+        return restored
       logging.warning("Checkpoint %s is damaged; passed over.", path)
+      damaged.append(path)
     if steps:
       raise errors.CheckpointError(
         "No checkpoint of this run is sound.",
@@ -107,8 +125,8 @@ class Checkpointer:
         "A checkpoint does not fit this model and optimizer.",
         where=str(path),
         why=str(error).splitlines()[0][:300],
-        fix="Run with the config it was made with (config.json in the "
-        "workdir), or choose another --workdir.",
+        fix="Run with the config it was made with (the workdir keeps earlier "
+        "ones, as config.*.json), or choose another --workdir.",
       ) from error
     logging.info("Resumed from %s.", path)
     return restored
@@ -129,13 +147,28 @@ class Checkpointer:
 
 
 def _identity_if_sound(path: pathlib.Path) -> dict[str, str] | None:
-  """Reads the manifest of a step, unless a file differs from it."""
+  """Reads who made a step, unless a file differs from the manifest."""
   try:
     manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
-    sound = manifest["digests"] == _digests(path)
-    return manifest["identity"] if sound else None
-  except (OSError, ValueError, KeyError):
+    if manifest != _digests(path):
+      return None
+    return json.loads((path / _IDENTITY).read_text("utf-8"))
+  except (OSError, ValueError):
     return None
+
+
+def _put_aside(path: pathlib.Path) -> None:
+  aside = path.with_name(f"{path.name}.damaged")
+  if aside.exists():
+    shutil.rmtree(aside)
+  path.rename(aside)
+
+
+def _write_json(path: pathlib.Path, value: dict[str, str]) -> None:
+  with path.open("w", encoding="utf-8") as file:
+    json.dump(value, file)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:

@@ -47,8 +47,16 @@ def start(
     A function that tells whether SIGINT or SIGTERM asked the run to stop.
 
   Raises:
-    errors.ConfigError: if the workdir cannot be used, or another run uses it.
+    errors.ConfigError: if the workdir cannot be used, another run uses it, or
+      the config names no data.
   """
+  if config.data.path is None:
+    raise errors.ConfigError(
+      "The config names no data.",
+      where="--config.data.path",
+      why="This recipe leaves it to you.",
+      fix="Set --config.data.path to a file, a folder or a Hub dataset.",
+    )
   stopping: list[int] = []
 
   def on_signal(number: int, frame: object) -> None:
@@ -61,8 +69,7 @@ def start(
     )
 
   with _lock(workdir):
-    text = config.to_json_best_effort(indent=2)
-    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+    _write_config(workdir / "config.json", config)
     if config.world.directory:
       ensure_world(**config.world)
     logging.info("Devices: %s", jax.devices())
@@ -82,6 +89,15 @@ def start(
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _write_config(path: pathlib.Path, config: Any) -> None:  # Any: as in start.
+  """Writes the resolved config; another that it replaces stays beside it."""
+  text = config.to_json_best_effort(indent=2) + "\n"
+  if path.exists() and path.read_text("utf-8") != text:
+    number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
+    path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
+  path.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
   """Teaches every question once, and says what came of it."""
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-  with launch.start(workdir, config):
+  with launch.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
@@ -42,6 +42,7 @@ def main() -> None:
         "student": launch.fingerprint(student),
       },
       path=workdir / "records.jsonl",
+      should_stop=should_stop,
     )
     bootstrap = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
     summary = {

@@ -34,9 +34,16 @@ def run(main: Callable[[], None]) -> None:
       main()
       code = errors.Exit.DONE
     except errors.AtlasError as error:
-      logging.flush()
-      print(f"\n{error}", file=sys.stderr)
-      code = error.exit_code
+      code = _tell(error)
+    except KeyboardInterrupt:
+      code = _tell(
+        errors.PreemptedError(
+          "Interrupted.",
+          where="this process",
+          why="It was asked to stop where it had nothing to save.",
+          fix="Run the same command again: what is done already is kept.",
+        )
+      )
     finally:
       if code == errors.Exit.INTERNAL:
         traceback.print_exc()
@@ -45,6 +52,12 @@ def run(main: Callable[[], None]) -> None:
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_ours_or_serious)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _tell(error: errors.AtlasError) -> errors.Exit:
+  logging.flush()
+  print(f"\n{error}", file=sys.stderr)
+  return error.exit_code
 
 
 def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
@@ -59,15 +72,30 @@ def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; a bad one ends with its own message and exit code."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    config = flags.FLAGS.get_flag_value("config", None)
+    if config is not None:
+      config.lock()  # A file that could not be loaded says so in use only.
+    return rest
   except (
     *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
   ) as error:
     wrong = errors.ConfigError(
       "The flags cannot be used.",
       where="command line",
-      why=" ".join(str(error).split()),
+      why=_reason(error),
       fix="--help lists the flags; --config.KEY=VALUE sets a config value.",
     )
-    print(wrong, file=sys.stderr)
-    sys.exit(int(wrong.exit_code))
+    sys.exit(int(_tell(wrong)))
+
+
+def _reason(error: Exception) -> str:
+  """Finds the sentence in what absl and ml_collections raise."""
+  inner = error.args[0] if isinstance(error, AttributeError) else error
+  if isinstance(inner, KeyError):  # str() would quote it once more.
+    text = f"There is no config key {inner.args[0]}"
+  else:
+    text = str(inner)
+  if "Traceback" in text:
+    text = text.strip().splitlines()[-1]
+  return " ".join(text.split())

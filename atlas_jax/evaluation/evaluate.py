@@ -6,7 +6,7 @@ holds the settings they came from; the same line of command carries on where
 the file ends, and other settings are refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -29,6 +29,7 @@ def run(
   seed: int,
   weights: Mapping[str, str],
   path: pathlib.Path,
+  should_stop: Callable[[], bool],
 ) -> list[types.TeachingRecord]:
   """Teaches every question, and writes and returns the graded records.
 
@@ -41,6 +42,7 @@ def run(
     weights: names what the samplers hold, such as {"policy": checkpoint}, so
       that records of one teacher are never taken for those of another.
     path: the JSONL file. Missing folders are made.
+    should_stop: asked before each pass.
 
   Returns:
     All records, question by question, those read back included.
@@ -48,6 +50,7 @@ def run(
   Raises:
     ConfigError: if the file holds records of other settings.
     DataError: if a line of it cannot be read, or row ids repeat.
+    PreemptedError: if `should_stop` said so; what is done is in the file.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -59,6 +62,13 @@ def run(
   if done:
     logging.info("%s: %s of %s questions found", path, done, len(questions))
   for start in range(done, len(questions), batch_size):
+    if should_stop():
+      raise errors.PreemptedError(
+        f"Stopped on request after {start} of {len(questions)} questions.",
+        where=str(path),
+        why="The process was asked to stop; the records are saved.",
+        fix="Run the same command again: it goes on with the next question.",
+      )
     batch = protocol.run(questions[start : start + batch_size], seed)
     graded = [rewards.grade(record) for record in batch]
     _append(path, [types.to_json_line(record) for record in graded])

@@ -47,9 +47,16 @@ def train(
   Raises:
     errors.AtlasError: see `loop.run`.
   """
-  num_steps = config.loop.num_steps
-  if config.num_epochs:
-    num_steps = config.num_epochs * train_set.num_batches_per_epoch
+  if bool(config.num_epochs) == bool(config.loop.num_steps):
+    raise errors.ConfigError(
+      "The length of the run must be told in one way.",
+      where="--config.num_epochs, --config.loop.num_steps",
+      why=f"They are {config.num_epochs} and {config.loop.num_steps}.",
+      fix="Set one of them, and the other to 0.",
+    )
+  num_steps = (
+    config.loop.num_steps or config.num_epochs * train_set.num_batches_per_epoch
+  )
   schedule = train_optimizer.make_schedule(
     **config.schedule, num_updates=num_steps
   )

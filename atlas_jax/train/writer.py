@@ -67,5 +67,5 @@ def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     except json.JSONDecodeError:
       continue
     if row["step"] <= step:
-      kept.append(line)
+      kept.append(line.rstrip("\n") + "\n")
   return kept

@@ -67,7 +67,9 @@ def _run(protocol, path, **overrides):
     "weights": _WEIGHTS,
     **overrides,
   }
-  return evaluate.run(protocol, path=path, **arguments)
+  return evaluate.run(
+    protocol, path=path, should_stop=lambda: False, **arguments
+  )
 
 
 def _timeless(records):
