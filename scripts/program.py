@@ -50,7 +50,11 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(int(code))
 
   logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().addFilter(_ours_or_serious)
+  handler = logging.get_absl_handler()
+  handler.addFilter(_ours_or_serious)
+  handler.setFormatter(
+    stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  )
   app.run(guarded, flags_parser=_parse_flags)
 
 

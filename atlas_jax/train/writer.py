@@ -11,6 +11,9 @@ import time
 from absl import logging
 import jax
 
+# Prefixes of metrics that would crowd the console line.
+_FILE_ONLY = ("seconds/", "rewards/", "rollout/", "ratio_", "clip_", "num_")
+
 
 class Writer:
   """Appends one JSON object per call, with its step and wall time.
@@ -37,7 +40,11 @@ class Writer:
     line = json.dumps({"step": step, "time": time.time(), **row})
     self._file.write(line + "\n")
     self._file.flush()
-    shown = " ".join(f"{k}={v:.4g}" for k, v in values.items())
+    shown = " ".join(
+      f"{name}={value:.4g}"
+      for name, value in values.items()
+      if not name.startswith(_FILE_ONLY)
+    )
     logging.info(
       "step %d/%d %s eta=%s",
       *(step, self._num_steps, shown, self._eta(step)),
