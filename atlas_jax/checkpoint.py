@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from atlas_jax import errors
 
 _State = TypeVar("_State")
-_IDENTITY = "identity.json"
+_ABOUT = "about.json"
 _MANIFEST = "manifest.json"
+_MAX_LISTED = 4
 
 
 class Checkpointer:
@@ -65,7 +66,8 @@ class Checkpointer:
     partial = self._directory / f"{step}.tmp"
     self._orbax.save(partial / "state", state)
     self._orbax.wait_until_finished()
-    _write_json(partial / _IDENTITY, self._identity)
+    about = {"identity": self._identity, "arrays": _arrays(state)}
+    _write_json(partial / _ABOUT, about)
     _write_json(partial / _MANIFEST, _digests(partial))
     partial.rename(final)
     for old in self.steps()[: -self._keep]:
@@ -95,9 +97,10 @@ class Checkpointer:
     damaged = []
     for step in reversed(steps):
       path = self._directory / str(step)
-      identity = _identity_if_sound(path)
-      if identity is not None:
-        self._check_identity(identity, path)
+      about = _about_if_sound(path)
+      if about is not None:
+        self._check_identity(about["identity"], path)
+        _check_arrays(about["arrays"], _arrays(state), path)
         restored = self._restore(path, state)
         for other in damaged:
           _put_aside(other)
@@ -118,41 +121,64 @@ class Checkpointer:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
-    try:
-      restored = self._orbax.restore(path / "state", abstract)
-    except (ValueError, KeyError, TypeError) as error:
-      raise errors.CheckpointError(
-        "A checkpoint does not fit this model and optimizer.",
-        where=str(path),
-        why=str(error).splitlines()[0][:300],
-        fix="Run with the config it was made with (the workdir keeps earlier "
-        "ones, as config.*.json), or choose another --workdir.",
-      ) from error
+    restored = self._orbax.restore(path / "state", abstract)
     logging.info("Resumed from %s.", path)
     return restored
 
   def _check_identity(self, saved: dict[str, str], path: pathlib.Path) -> None:
-    names = sorted(saved.keys() | self._identity.keys())
-    changed = [n for n in names if saved.get(n) != self._identity.get(n)]
+    changed = _changes(saved, self._identity)
     if changed:
       raise errors.CheckpointError(
         f"A checkpoint was made with another {' and '.join(changed)}.",
         where=str(path),
-        why="; ".join(
-          f"{n}: {saved.get(n)} then, {self._identity.get(n)} now"
-          for n in changed
-        ),
+        why="; ".join(changed.values()),
         fix="Restore what changed, or choose another --workdir.",
       )
 
 
-def _identity_if_sound(path: pathlib.Path) -> dict[str, str] | None:
-  """Reads who made a step, unless a file differs from the manifest."""
+def _check_arrays(
+  saved: dict[str, str], wanted: dict[str, str], path: pathlib.Path
+) -> None:
+  """Compares shapes here: orbax would cast, and leave out what is None."""
+  changed = _changes(saved, wanted)
+  if changed:
+    listed = list(changed.values())[:_MAX_LISTED]
+    raise errors.CheckpointError(
+      "A checkpoint does not fit this model and optimizer.",
+      where=str(path),
+      why=f"{len(changed)} arrays differ: {'; '.join(listed)}"
+      + (", and so on." if len(listed) < len(changed) else "."),
+      fix="Run with the config it was made with (the workdir keeps earlier "
+      "ones, as config.*.json), or choose another --workdir.",
+    )
+
+
+def _changes(saved: dict[str, str], wanted: dict[str, str]) -> dict[str, str]:
+  """Tells for each name that differs what was and what is."""
+  return {
+    name: f"{name}: {saved.get(name)} then, {wanted.get(name)} now"
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
+  }
+
+
+def _arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
+  """Names every array of a state, with its type and shape."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def _about_if_sound(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
+  """Reads what a step holds, unless a file differs from the manifest."""
   try:
     manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
     if manifest != _digests(path):
       return None
-    return json.loads((path / _IDENTITY).read_text("utf-8"))
+    return json.loads((path / _ABOUT).read_text("utf-8"))
   except (OSError, ValueError):
     return None
 
@@ -164,7 +190,7 @@ def _put_aside(path: pathlib.Path) -> None:
   path.rename(aside)
 
 
-def _write_json(path: pathlib.Path, value: dict[str, str]) -> None:
+def _write_json(path: pathlib.Path, value: Any) -> None:  # Any: JSON.
   with path.open("w", encoding="utf-8") as file:
     json.dump(value, file)
     file.flush()

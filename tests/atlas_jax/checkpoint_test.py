@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint is whole and unaltered, or it is not restored."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import checkpoint, errors
+
+_IDENTITY = {"data": "abc"}
+
+
+def _state(value):
+  return {
+    "weights": jnp.full((4, 3), value, jnp.float32),
+    "step": jnp.int32(value),
+    "none": None,
+  }
+
+
+def _open(tmp_path, *, identity=_IDENTITY, keep=3):
+  return checkpoint.Checkpointer(
+    tmp_path / "checkpoints", identity=identity, keep=keep
+  )
+
+
+def _saved(tmp_path, *steps):
+  checkpointer = _open(tmp_path)
+  for step in steps:
+    checkpointer.save(step, _state(step))
+  return tmp_path / "checkpoints"
+
+
+def _restored_step(tmp_path):
+  return int(_open(tmp_path).restore_latest(_state(0))["step"])
+
+
+def _files(directory):
+  return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_restores_what_was_saved_with_its_sharding(tmp_path):
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  weights = jax.device_put(jnp.arange(16, dtype=jnp.bfloat16), rows)
+  _open(tmp_path).save(7, {"w": weights})
+  empty = {"w": jnp.zeros_like(weights, device=rows)}
+  found = _open(tmp_path).restore_latest(empty)["w"]
+  np.testing.assert_array_equal(found, weights)
+  assert (found.dtype, found.sharding) == (weights.dtype, rows)
+
+
+def test_without_a_checkpoint_the_state_is_given_back(tmp_path):
+  state = _state(5)
+  assert _open(tmp_path).restore_latest(state) is state
+
+
+def _flip_bit(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def _truncate(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+  "damage", [_flip_bit, _truncate, lambda path: path.unlink()]
+)
+def test_any_damaged_file_sends_it_to_the_step_before(
+  tmp_path, damage, monkeypatch
+):
+  warnings = []
+  monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
+  pristine = _saved(tmp_path / "pristine", 1, 2)
+  names = [
+    path.relative_to(pristine / "2")
+    for path in _files(pristine / "2")
+    if path.stat().st_size
+  ]
+  assert {"manifest.json", "about.json"} <= {str(name) for name in names}
+  # The manifest is in all of them; of the rest, one of each kind will do.
+  for name in [*names[:4], names[-1]]:
+    directory = tmp_path / "checkpoints"
+    subprocess.run(["cp", "-r", pristine, directory], check=True)
+    damage(directory / "2" / name)
+    assert _restored_step(tmp_path) == 1, name
+    assert len(warnings) == 1
+    assert str(directory / "2") in str(warnings.pop())
+    subprocess.run(["rm", "-r", directory], check=True)
+
+
+def test_a_damaged_step_is_replaced_when_it_is_reached_again(tmp_path):
+  directory = _saved(tmp_path, 1, 2)
+  (directory / "2/manifest.json").unlink()
+  checkpointer = _open(tmp_path, keep=1)
+  checkpointer.restore_latest(_state(0))
+  assert checkpointer.steps() == [1]
+  assert (directory / "2.damaged").exists()
+  checkpointer.save(2, _state(2))
+  assert checkpointer.steps() == [2]
+  assert _restored_step(tmp_path) == 2
+
+
+def test_if_all_are_damaged_nothing_is_loaded_or_removed(tmp_path):
+  directory = _saved(tmp_path, 1, 2)
+  for step in (1, 2):
+    (directory / f"{step}/manifest.json").write_text("{}")
+  before = _files(directory)
+  with pytest.raises(errors.CheckpointError, match=r"Steps \[1, 2\]"):
+    _restored_step(tmp_path)
+  assert _files(directory) == before
+
+
+def test_another_identity_is_refused_with_both_values(tmp_path):
+  _saved(tmp_path, 1)
+  with pytest.raises(errors.CheckpointError) as caught:
+    _open(tmp_path, identity={"data": "xyz"}).restore_latest(_state(0))
+  assert "another data" in caught.value.what
+  assert "abc then, xyz now" in caught.value.why
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {**_state(0), "weights": jnp.zeros((4, 4))},
+    {**_state(0), "weights": jnp.zeros((2, 3))},
+    {**_state(0), "more": jnp.zeros(())},
+    {"weights": jnp.zeros((4, 3))},
+    {**_state(0), "none": jnp.zeros(())},
+    {**_state(0), "step": jnp.float32(0)},
+  ],
+)
+def test_a_state_of_another_shape_is_refused(tmp_path, other):
+  _saved(tmp_path, 1)
+  with pytest.raises(errors.CheckpointError, match="1 arrays differ"):
+    _open(tmp_path).restore_latest(other)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  checkpointer = _open(tmp_path, keep=2)
+  for step in (1, 2, 9, 10):
+    checkpointer.save(step, _state(step))
+  assert checkpointer.steps() == [9, 10]
+
+
+def test_keeping_none_is_refused(tmp_path):
+  with pytest.raises(errors.ConfigError, match="keep"):
+    _open(tmp_path, keep=0)
+
+
+def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+  directory = _saved(tmp_path, 1)
+  (directory / "2.tmp/state").mkdir(parents=True)
+  (directory / "2.tmp/state/d").write_text("half")
+  assert _restored_step(tmp_path) == 1
+  assert [path.name for path in directory.iterdir()] == ["1"]
+
+
+_SAVES_FOREVER = """
+import pathlib, sys
+import jax.numpy as jnp
+from atlas_jax import checkpoint
+
+saver = checkpoint.Checkpointer(
+  pathlib.Path(sys.argv[1]), identity={"data": "abc"}, keep=3
+)
+step = int(saver.restore_latest({"w": jnp.zeros(300_000)})["w"][0])
+while True:
+  step += 1
+  saver.save(step, {"w": jnp.full(300_000, float(step))})
+  print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.0, 0.015, 0.04])
+def test_a_save_killed_at_any_moment_loses_at_most_itself(tmp_path, delay_s):
+  directory = tmp_path / "checkpoints"
+  child = subprocess.Popen(
+    [sys.executable, "-c", _SAVES_FOREVER, str(directory)],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  for _ in range(2):
+    done = int(child.stdout.readline())
+  time.sleep(delay_s)
+  child.send_signal(signal.SIGKILL)
+  more = child.communicate(timeout=30)[0].split()
+  done = int(more[-1]) if more else done
+  restored = _open(tmp_path).restore_latest({"w": jnp.zeros(300_000)})["w"]
+  # The kill may fall between the rename and the line that tells of it.
+  assert restored[0] in (done, done + 1)
+  assert (restored == restored[0]).all()
+  assert not list(directory.glob("*.tmp"))
+
+
+def test_manifest_tells_the_digest_of_every_file(tmp_path):
+  directory = _saved(tmp_path, 1) / "1"
+  manifest = json.loads((directory / "manifest.json").read_text())
+  names = {p.relative_to(directory).as_posix() for p in _files(directory)}
+  assert set(manifest) == names - {"manifest.json"}
