@@ -246,7 +246,8 @@ class _Learner:
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
     gap_BT = jnp.abs(old_BT - rollout_BT)
     means |= {
-      "num_nonfinite": state.num_nonfinite,
+      # Its value: the next update donates the array itself.
+      "num_nonfinite": int(state.num_nonfinite),
       "entropy": reduce.token_mean(entropy_BT, loss_mask_BT),
       "rollout/logprob_gap": reduce.token_mean(gap_BT, loss_mask_BT),
       "rollout/prob_error": reduce.token_mean(jnp.exp(gap_BT), loss_mask_BT),
