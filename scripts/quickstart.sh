@@ -3,11 +3,23 @@
 # From nothing to a trained teacher, on a CPU: a small world of word problems,
 # SFT, GRPO, evaluation of both teachers, one table. Run again, it reuses what
 # exists. A seed makes a world and a run of its own:
-#   bash scripts/quickstart.sh [SEED]
+#   bash scripts/quickstart.sh [--seed=0] [--epochs=3] [--steps=80]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed="${1:-0}"
+seed=0 epochs=3 steps=80
+for argument in "$@"; do
+  case "$argument" in
+    --seed=*) seed="${argument#*=}" ;;
+    --epochs=*) epochs="${argument#*=}" ;;
+    --steps=*) steps="${argument#*=}" ;;
+    *)
+      echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)" \
+        "and --steps= (of GRPO)." >&2
+      exit 2
+      ;;
+  esac
+done
 world=".cache/world" results="results/quickstart"
 if [[ "$seed" != 0 ]]; then
   world+="-$seed" results+="-$seed"
@@ -22,14 +34,15 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/6 The small world: problems, tokenizer, student ($world)"
 [[ -f "$world/world.json" ]] ||
-  "$python" -m scripts.make_world --directory="$world" --seed="$seed"
+  "$python" -m scripts.make_world --directory="$world" --seed="$seed" \
+    --epochs="$epochs"
 
 say "2/6 SFT warm-up of the teacher, on guidance of mixed quality"
 [[ -d "$results/sft/export" ]] ||
   "$python" -m scripts.train_sft \
     --config=configs/run/teacher_sft.py:smoke --workdir="$results/sft" \
     --config.seed="$seed" --config.world.directory="$world" \
-    --config.model.path="$world/teacher_init" \
+    --config.num_epochs="$epochs" --config.model.path="$world/teacher_init" \
     --config.data.path="$world/teacher_sft.jsonl"
 
 common=(
@@ -40,7 +53,7 @@ say "3/6 GRPO of the teacher, rewarded by what its student then answers"
 [[ -d "$results/grpo/export" ]] ||
   "$python" -m scripts.train_grpo \
     --config=configs/run/teacher_rcl.py:smoke --workdir="$results/grpo" \
-    --config.seed="$seed" "${common[@]}" \
+    --config.seed="$seed" --config.loop.num_steps="$steps" "${common[@]}" \
     --config.model.path="$results/sft/export" \
     --config.data.path="$world/questions.jsonl" \
     --config.evaluation.path="$world/validation.jsonl"

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 runs=(results/quickstart results/quickstart-1 results/quickstart-2)
 for seed in 0 1 2; do
-  bash scripts/quickstart.sh "$seed"
+  bash scripts/quickstart.sh --seed="$seed"
 done
 
 # list SUFFIX: the folders of all runs, separated by commas.
