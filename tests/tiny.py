@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from conversion import rules, save
+from tests import fakes
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -106,6 +107,36 @@ def write_checkpoint(
     source=source,
     dtype=dtype,
     max_shard_bytes=shard,
+    notes={},
+    overwrite=False,
+  )
+  return model, params
+
+
+def write_talker(directory: pathlib.Path, family="qwen2", **changes):
+  """Writes a random checkpoint with a tokenizer; gives its model and params.
+
+  Its shape is even, so any mesh of two by two by two divides it.
+  """
+  source = directory.with_name(directory.name + "-source")
+  tokenizer = fakes.write_tokenizer(source)
+  changes = {
+    "vocab_size": len(tokenizer) + len(tokenizer) % 2,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    **changes,
+  }
+  (source / "config.json").write_text(json.dumps(fields(family, **changes)))
+  model = build(family, **changes)
+  params = params_of(model)
+  save.save(
+    directory,
+    params,
+    model,
+    source=source,
+    dtype="float32",
+    max_shard_bytes=10**9,
     notes={},
     overwrite=False,
   )

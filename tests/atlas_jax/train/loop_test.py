@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop saves, resumes, stops and gives up when it should."""
+
+import functools
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from atlas_jax import checkpoint, errors, sharding
+from atlas_jax.train import loop
+from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import state as train_state
+from atlas_jax.train import step as train_step
+
+_WIDTH = 5
+
+
+@functools.cache
+def _parts():
+  mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+  optimizer = train_optimizer.make_optimizer(
+    lambda count: 0.1 / (1.0 + count),
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-8,
+    max_grad_norm=1.0,
+  )
+
+  def loss_fn(params, batch):
+    error = jnp.mean(jnp.square(batch["x"] @ params["kernel"] - batch["y"]))
+    return error, (jnp.float32(1.0), {"loss": error})
+
+  def state():
+    params = {"kernel": jnp.ones(_WIDTH, device=sharding.replicated(mesh))}
+    return train_state.create(params, optimizer, mesh=mesh)
+
+  step = train_step.make_step(
+    loss_fn,
+    optimizer,
+    num_microbatches=1,
+    shardings=train_state.shardings(state()),
+  )
+  return state, step
+
+
+class _CrashError(Exception):
+  pass
+
+
+def _run(workdir, *, stop_after=None, crash_at=None, broken=(), **changes):
+  """Runs on data that depend on the step; `broken` steps get NaN."""
+  state, step_fn = _parts()
+  done = []
+
+  def do_step(state, step):
+    if step == crash_at:
+      raise _CrashError
+    key = jax.random.fold_in(jax.random.key(0), step)
+    x = jax.random.normal(key, (4, _WIDTH))
+    y = jnp.full(4, jnp.nan) if step in broken else jnp.ones(4)
+    done.append(step)
+    return step_fn(state, {"x": x, "y": y})
+
+  def evaluate(state, step):
+    del step
+    return {"eval/norm": jnp.linalg.norm(state.params["kernel"])}
+
+  arguments = {
+    "num_steps": 6,
+    "log_every": 1,
+    "eval_every": 0,
+    "save_every": 2,
+    "max_nonfinite": 2,
+    **changes,
+  }
+  final = loop.run(
+    state(),
+    do_step,
+    evaluate,
+    checkpointer=checkpoint.Checkpointer(
+      workdir / "checkpoints", identity={}, keep=9
+    ),
+    workdir=workdir,
+    should_stop=lambda: done[-1] + 1 == stop_after,
+    **arguments,
+  )
+  return final, done
+
+
+def _hash(state):
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(state)):
+    digest.update(leaf.tobytes())
+  return digest.hexdigest()
+
+
+def _rows(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _saved(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path):
+  straight, _ = _run(tmp_path / "straight")
+  with pytest.raises(errors.PreemptedError) as caught:
+    _run(tmp_path / "resumed", stop_after=3)
+  assert caught.value.exit_code == 75
+  assert _saved(tmp_path / "resumed") == [2, 3]
+  resumed, done = _run(tmp_path / "resumed")
+  assert done == [3, 4, 5]
+  assert int(resumed.step) == 6
+  assert _hash(resumed) == _hash(straight)
+
+
+def test_after_a_crash_each_step_is_told_once(tmp_path):
+  _run(tmp_path / "straight")
+  with pytest.raises(_CrashError):
+    _run(tmp_path / "crashed", crash_at=3)
+  # Step 3 was told but not saved: it is done, and told, again.
+  assert [row["step"] for row in _rows(tmp_path / "crashed")] == [1, 2, 3]
+  assert _saved(tmp_path / "crashed") == [2]
+  _run(tmp_path / "crashed")
+  straight, crashed = _rows(tmp_path / "straight"), _rows(tmp_path / "crashed")
+  assert [row["step"] for row in crashed] == [1, 2, 3, 4, 5, 6, 6]
+  for old, new in zip(straight, crashed, strict=True):
+    assert old.get("loss") == new.get("loss")
+    assert old.get("eval/norm") == new.get("eval/norm")
+
+
+def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):
+  _run(tmp_path, num_steps=5, log_every=2, eval_every=3, save_every=2)
+  assert _saved(tmp_path) == [2, 4, 5]
+  rows = _rows(tmp_path)
+  assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
+  assert [row["step"] for row in rows if "eval/norm" in row] == [3, 5]
+
+
+def test_a_finished_run_does_nothing_when_run_again(tmp_path):
+  first, _ = _run(tmp_path)
+  told = (tmp_path / "metrics.jsonl").read_text()
+  again, done = _run(tmp_path)
+  assert done == []
+  assert _hash(again) == _hash(first)
+  assert (tmp_path / "metrics.jsonl").read_text() == told
+
+
+def test_a_request_to_stop_at_the_last_step_is_an_ordinary_end(tmp_path):
+  _, done = _run(tmp_path, stop_after=6)
+  assert done[-1] == 5
+
+
+def test_a_few_updates_that_are_not_finite_are_passed_over(tmp_path):
+  final, done = _run(tmp_path, broken={1, 2, 4})
+  assert done == list(range(6))
+  assert int(final.num_nonfinite) == 0
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path):
+  with pytest.raises(errors.DivergedError, match="3 updates in a row"):
+    _run(tmp_path, broken={2, 3, 4})
+  assert _saved(tmp_path) == [2, 4]

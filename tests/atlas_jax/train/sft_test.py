@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT: the right tokens count, packing changes nothing, and it learns."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from atlas_jax import chat, errors, sharding, types
+from atlas_jax.data import packing
+from atlas_jax.train import sft
+from tests import fakes, tiny
+
+_ROWS = [
+  {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
+  for i in range(20)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return fakes.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def _write(tmp_path, rows=_ROWS, name="data.jsonl"):
+  path = tmp_path / name
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def _sets(tokenizer, path, **changes):
+  return sft.make_sets(
+    tokenizer,
+    **{
+      "batch_size": 4,
+      "seed": 0,
+      "path": path,
+      "validation_path": "",
+      "validation_fraction": 0.2,
+      "format_name": "default",
+      "length": 128,
+      "packed": False,
+      "too_long": "error",
+      **changes,
+    },
+  )
+
+
+def _texts(tokenizer, batch, *, counted):
+  """Gives the text of each row, or of its counted tokens."""
+  real = batch["loss_mask"] if counted else batch["segment_ids"] > 0
+  return [
+    tokenizer.decode(row[kept])
+    for row, kept in zip(batch["token_ids"], real, strict=True)
+    if kept.any()
+  ]
+
+
+def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
+  train_set, eval_set = _sets(tokenizer, _write(tmp_path), packed=True)
+  answers = {f"It is {2 * i}.<|im_end|>" for i in range(20)}
+  found = []
+  for batch in (train_set.batch(0), eval_set.batch(0)):
+    for text in _texts(tokenizer, batch, counted=True):
+      found += [part + "<|im_end|>" for part in text.split("<|im_end|>")[:-1]]
+  assert found
+  assert set(found) <= answers
+  assert len(found) == len(set(found))
+
+
+def test_what_is_held_out_is_not_trained_on(tokenizer, tmp_path):
+  train_set, eval_set = _sets(tokenizer, _write(tmp_path))
+  seen = [
+    text
+    for data in (train_set, eval_set)
+    for i in range(data.num_batches_per_epoch)
+    for text in _texts(tokenizer, data.batch(i), counted=False)
+  ]
+  assert eval_set.num_batches_per_epoch == 1
+  assert len(_texts(tokenizer, eval_set.batch(0), counted=False)) == 4
+  assert len(seen) == len(set(seen)) == len(_ROWS)
+
+
+def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
+  held_out = _write(tmp_path, _ROWS[:3], "held_out.jsonl")
+  train_set, eval_set = _sets(
+    tokenizer,
+    _write(tmp_path),
+    validation_path=held_out,
+    validation_fraction=0.0,
+  )
+  assert train_set.num_batches_per_epoch == 5
+  assert len(_texts(tokenizer, eval_set.batch(0), counted=False)) == 3
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"validation_fraction": 0.0},
+    {"validation_path": "held_out.jsonl"},
+    {"format_name": "defualt"},
+  ],
+)
+def test_settings_that_contradict_or_do_not_exist_are_refused(
+  tokenizer, tmp_path, changes
+):
+  with pytest.raises(errors.ConfigError):
+    _sets(tokenizer, _write(tmp_path), **changes)
+
+
+def test_bad_data_are_told_with_their_place(tokenizer, tmp_path):
+  with pytest.raises(errors.DataError, match=r"none\.jsonl"):
+    _sets(tokenizer, str(tmp_path / "none.jsonl"))
+  with pytest.raises(errors.DataError, match="empty"):
+    _sets(tokenizer, _write(tmp_path, []))
+  with pytest.raises(errors.DataError, match="question, answer"):
+    _sets(tokenizer, _write(tmp_path, [{"question": "a", "answer": "b"}]))
+  path = tmp_path / "torn.jsonl"
+  path.write_text(json.dumps(_ROWS[0]) + '\n{"question": "Wh')
+  with pytest.raises(errors.DataError, match="line 2"):
+    _sets(tokenizer, str(path))
+  with pytest.raises(errors.DataError, match="too few rows"):
+    _sets(tokenizer, _write(tmp_path), batch_size=64)
+
+
+def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
+  conversations = [
+    [
+      {"role": "user", "content": "Say " + "hello " * i},
+      {"role": "assistant", "content": "hello " * (i + 1)},
+    ]
+    for i in range(4)
+  ]
+  examples = [
+    chat.tokenize(tokenizer, [types.Message(**turn) for turn in conversation])
+    for conversation in conversations
+  ]
+  model = tiny.build("qwen2", vocab_size=len(tokenizer))
+  params = tiny.params_of(model)
+  loss_fn = functools.partial(sft._loss, model, z_loss_coef=1e-3, chunk_size=16)
+
+  def of(layout):
+    arrays, _ = layout(examples, 128, too_long="error")
+    batch = {name: jnp.asarray(array) for name, array in arrays.items()}
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, (weight, _)), grads = grad_fn(params, batch)
+    return len(arrays["token_ids"]), loss, weight, grads
+
+  num_packed, loss, weight, grads = of(packing.pack)
+  num_padded, *expected, expected_grads = of(packing.pad)
+  assert (num_packed, num_padded) == (2, 4)
+  assert weight == expected[1]
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    grads,
+    expected_grads,
+  )
+
+
+def _config(**changes):
+  config = ml_collections.ConfigDict(
+    {
+      "num_epochs": 0,
+      "batch": {"size": 8, "num_microbatches": 2},
+      "loss": {"z_loss_coef": 0.0, "chunk_size": 32},
+      "schedule": {
+        "learning_rate": 0.02,
+        "schedule": "cosine",
+        "warmup_fraction": 0.1,
+      },
+      "optimizer": {
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+      },
+      "loop": {
+        "num_steps": 12,
+        "log_every": 1,
+        "eval_every": 6,
+        "save_every": 6,
+        "max_nonfinite": 1,
+      },
+      "checkpoint": {"keep": 2},
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  model = tiny.build(
+    "qwen2",
+    vocab_size=len(tokenizer) + len(tokenizer) % 2,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=1,
+  )
+  shardings = sharding.of_params(mesh, model.abstract_params)
+  train_set, eval_set = _sets(
+    tokenizer, path, batch_size=config.batch.size, length=64, packed=True
+  )
+  return sft.train(
+    model,
+    jax.device_put(tiny.params_of(model), shardings),
+    train_set=train_set,
+    eval_set=eval_set,
+    mesh=mesh,
+    config=config,
+    workdir=workdir,
+    should_stop=should_stop,
+  )
+
+
+@pytest.mark.slow
+def test_it_learns_and_resumes_only_with_the_data_it_began_with(
+  tokenizer, tmp_path
+):
+  path = _write(tmp_path)
+  config = _config()
+  _train(tokenizer, path, tmp_path / "run", config)
+  lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  losses = [row["loss"] for row in rows if "loss" in row]
+  evaluated = [row["eval/loss"] for row in rows if "eval/loss" in row]
+  assert len(losses) == 12
+  assert losses[-1] < 0.7 * losses[0]
+  assert evaluated[1] < evaluated[0]
+  assert rows[0]["learning_rate"] == pytest.approx(0.02)
+  assert {"tokens_per_s", "grad_norm", "num_tokens"} <= rows[0].keys()
+
+  other = _write(tmp_path, _ROWS[:-1], "other.jsonl")
+  with pytest.raises(errors.CheckpointError, match="another data") as caught:
+    _train(tokenizer, other, tmp_path / "run", config)
+  assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(("num_epochs", "num_steps"), [(0, 0), (2, 3)])
+def test_the_length_of_a_run_is_told_in_one_way(
+  tokenizer, tmp_path, num_epochs, num_steps
+):
+  config = _config(**{"num_epochs": num_epochs, "loop.num_steps": num_steps})
+  with pytest.raises(errors.ConfigError, match="num_epochs"):
+    _train(tokenizer, _write(tmp_path), tmp_path / "run", config)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update: the same however it is split, spread or interrupted by NaN."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import sharding
+from atlas_jax.losses import reduce
+from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import sft
+from atlas_jax.train import state as train_state
+from atlas_jax.train import step as train_step
+from tests import tiny
+
+_WIDTH, _ROWS, _TOKENS = 6, 8, 5
+_SHAPE = {
+  "hidden_size": 24,
+  "vocab_size": 36,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+}
+
+
+def _mesh(**sizes):
+  return sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+
+
+def _optimizer():
+  return train_optimizer.make_optimizer(
+    lambda _: 0.05,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-3,
+    max_grad_norm=1.0,
+  )
+
+
+def _regression(aggregate):
+  """A masked regression, whose mean is over tokens or over sequences."""
+
+  def loss_fn(params, batch):
+    error_BT = jnp.square(batch["x"] @ params["kernel"] - batch["y"])
+    loss = reduce.mean(error_BT, batch["mask"], aggregate=aggregate)
+    by_tokens = aggregate == "token_mean"
+    counted = batch["mask"] if by_tokens else jnp.any(batch["mask"], axis=1)
+    return loss, (jnp.sum(counted), {"loss": loss})
+
+  return loss_fn
+
+
+def _data(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  mask = jax.random.bernoulli(keys[2], 0.5, (_ROWS, _TOKENS))
+  return {
+    "x": jax.random.normal(keys[0], (_ROWS, _TOKENS, _WIDTH)),
+    "y": jax.random.normal(keys[1], (_ROWS, _TOKENS)),
+    # A row in which nothing counts, and one in which all does.
+    "mask": mask.at[2].set(False).at[5].set(True),
+  }
+
+
+def _start(loss_fn, *, num_microbatches=1):
+  params = {"kernel": jnp.linspace(-1.0, 1.0, _WIDTH)}
+  mesh = _mesh(fsdp=8)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  state = train_state.create(params, _optimizer(), mesh=mesh)
+  step = train_step.make_step(
+    loss_fn,
+    _optimizer(),
+    num_microbatches=num_microbatches,
+    shardings=train_state.shardings(state),
+  )
+  return state, step
+
+
+def _assert_close(left, right):
+  # Only what is near zero is let off the relative bound.
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("num_microbatches", [2, 8])
+def test_microbatches_add_up_to_one_batch(aggregate, num_microbatches):
+  loss_fn = _regression(aggregate)
+  whole, whole_metrics = _start(loss_fn)[1](_start(loss_fn)[0], _data())
+  state, step = _start(loss_fn, num_microbatches=num_microbatches)
+  split, split_metrics = step(state, _data())
+  _assert_close(split, whole)
+  _assert_close(split_metrics, whole_metrics)
+
+
+def test_gradient_norm_is_that_of_the_whole_loss_before_clipping():
+  loss_fn = _regression("token_mean")
+  state, step = _start(loss_fn, num_microbatches=4)
+  grads = jax.grad(lambda p: loss_fn(p, _data())[0])(state.params)
+  _, metrics = step(state, _data())
+  np.testing.assert_allclose(
+    metrics["grad_norm"], np.linalg.norm(grads["kernel"]), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(num_microbatches):
+  state, step = _start(
+    _regression("token_mean"), num_microbatches=num_microbatches
+  )
+  state, _ = step(state, _data())
+  before = jax.device_get((state.params, state.opt_state))
+  broken = _data()
+  broken["y"] = broken["y"].at[5, 0].set(jnp.inf)
+  for count in (1, 2):
+    state, metrics = step(state, broken)
+    assert metrics["num_nonfinite"] == state.num_nonfinite == count
+  jax.tree.map(
+    np.testing.assert_array_equal, (state.params, state.opt_state), before
+  )
+  state, metrics = step(state, _data())
+  assert metrics["num_nonfinite"] == state.num_nonfinite == 0
+  assert (state.params["kernel"] != before[0]["kernel"]).any()
+
+
+def test_the_state_is_donated():
+  state, step = _start(_regression("token_mean"))
+  new, _ = step(state, _data())
+  assert state.params["kernel"].is_deleted()
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.opt_state))
+  assert not new.params["kernel"].is_deleted()
+
+
+def _sft_state(mesh, model):
+  params = jax.device_put(
+    tiny.params_of(model), sharding.of_params(mesh, model.abstract_params)
+  )
+  return train_state.create(params, _optimizer(), mesh=mesh)
+
+
+def _sft_batch(model, seed):
+  tokens, positions, segments = tiny.batch(model, 8, 9, seed=seed)
+  mask = jax.random.bernoulli(jax.random.key(seed), 0.6, tokens.shape)
+  return {
+    "token_ids": tokens,
+    "positions": positions,
+    "segment_ids": segments,
+    "loss_mask": mask,
+  }
+
+
+def _three_steps(mesh, *, num_microbatches):
+  model = tiny.build("qwen2", **_SHAPE)
+  state = _sft_state(mesh, model)
+  step = train_step.make_step(
+    functools.partial(sft._loss, model, z_loss_coef=1e-4, chunk_size=4),
+    _optimizer(),
+    num_microbatches=num_microbatches,
+    shardings=train_state.shardings(state),
+  )
+  losses = []
+  for seed in range(3):
+    batch = jax.device_put(_sft_batch(model, seed), sharding.of_batch(mesh))
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  return state, losses, step
+
+
+def _distance(left, right):
+  """Gives the largest relative difference between two arrays of a tree."""
+  distances = jax.tree.map(
+    lambda a, b: np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b),
+    jax.device_get(left),
+    jax.device_get(right),
+  )
+  return max(jax.tree.leaves(distances))
+
+
+def _one_device_mesh():
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(
+    (1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1]
+  )
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does():
+  one, one_losses, _ = _three_steps(_one_device_mesh(), num_microbatches=1)
+  mesh = _mesh(data=2, fsdp=2, tensor=2)
+  eight, eight_losses, step = _three_steps(mesh, num_microbatches=2)
+  np.testing.assert_allclose(eight_losses, one_losses, rtol=1e-6)
+  # In the norm: Adam divides by small moments, so single elements differ more.
+  assert _distance(eight.params, one.params) <= 1e-6
+  assert _distance(eight.opt_state, one.opt_state) <= 1e-5
+  # Where the state lies is where it began: one program, and none more.
+  model = tiny.build("qwen2", **_SHAPE)
+  start = train_state.shardings(_sft_state(mesh, model))
+  assert train_state.shardings(eight) == start
+  assert step._cache_size() == 1
+
+
+def test_moments_lie_where_their_parameters_do():
+  mesh = _mesh(data=2, fsdp=2, tensor=2)
+  model = tiny.build("qwen2", **_SHAPE)
+  state = _sft_state(mesh, model)
+  adam = state.opt_state[1][0]
+  for moment in (adam.mu, adam.nu):
+    assert train_state.shardings(moment) == train_state.shardings(state.params)
