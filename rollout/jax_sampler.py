@@ -86,7 +86,8 @@ class JaxSampler:
       params: its parameters.
       mesh: rows are spread over its `data` and `fsdp` axes.
       stop_token_ids: each ends a completion, and is its last token.
-      max_rows: completions decoded at once; bounds the KV cache.
+      max_rows: completions decoded at once, or one group on each device that
+        sees rows of its own, if that is more; bounds the KV cache.
     """
     self._model = model
     self._batch = sharding.of_batch(mesh)
@@ -133,7 +134,12 @@ class JaxSampler:
     order = sorted(
       range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)
     )
-    per_batch = max(1, self._max_rows // params.group_size)
+    most = max(self._num_shards, self._max_rows // params.group_size)
+    per_batch = max(
+      size
+      for size in range(1, most + 1)
+      if _bucket(size, smallest=self._num_shards) <= most
+    )
     completions: list[list[types.Completion]] = [[] for _ in prompts]
     for start in range(0, len(order), per_batch):
       chosen = order[start : start + per_batch]

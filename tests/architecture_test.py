@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holds the source tree to the layers drawn in STYLE.md."""
 
 import ast
@@ -78,3 +79,99 @@ def test_heavy_imports_stay_in_their_room(path):
     for heavy, rooms in _ONLY_IN.items():
       if _within(name, heavy):
         assert path.as_posix().startswith(rooms), f"{path} imports {name}"
+
+
+# The rollout environment has no JAX, so these may not reach it by any way.
+_WITHOUT_JAX = ("server.py", "client.py", "engine_vllm.py")
+_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "atlas_jax.models")
+
+
+@pytest.mark.parametrize("name", _WITHOUT_JAX)
+def test_the_rollout_environment_needs_no_jax(name):
+  seen, paths = set(), [_ROOT / "rollout" / name]
+  while paths:
+    path = paths.pop()
+    if path in seen or not path.is_file():
+      continue
+    seen.add(path)
+    for imported in _imports(path):
+      assert not any(_within(imported, heavy) for heavy in _JAX), (
+        f"{name} imports {imported}, by way of {path.relative_to(_ROOT)}"
+      )
+      if any(_within(imported, package) for package in _OURS):
+        # A package, a module, or a name inside of a module.
+        file = _ROOT.joinpath(*imported.split("."))
+        paths += [file / "__init__.py", file.with_suffix(".py")]
+        paths += [file.parent / "__init__.py", file.parent.with_suffix(".py")]
+
+
+_UNSAFE_MODULES = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
+_UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load"}
+_UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+_OPEN_ADDRESSES = {"0.0.0.0", "::"}
+
+
+def _is_unsafe(node):
+  """Tells whether a node of the syntax tree has no place in our code."""
+  match node:
+    case ast.Assert():  # python -O removes it.
+      return True
+    case ast.ExceptHandler(type=caught):
+      kinds = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+      names = {ast.unparse(kind) for kind in kinds if kind}
+      return not names or bool(names & {"Exception", "BaseException"})
+    case ast.Call(func=function):
+      return ast.unparse(function) in _UNSAFE_CALLS
+    case ast.keyword(arg=name, value=value) if name in _UNSAFE_KEYWORDS:
+      return not (isinstance(value, ast.Constant) and value.value is False)
+    case ast.Constant(value=str(text)):
+      return text in _OPEN_ADDRESSES
+  return False
+
+
+@pytest.mark.parametrize("path", _SOURCES, ids=str)
+def test_nothing_unsafe_is_written(path):
+  tree = ast.parse((_ROOT / path).read_text())
+  found = [
+    f"line {node.lineno}: {ast.unparse(node)}"
+    for node in ast.walk(tree)
+    if _is_unsafe(node)
+  ]
+  assert not found, f"{path} holds {found}"
+  for name in _imports(_ROOT / path):
+    assert not any(_within(name, module) for module in _UNSAFE_MODULES), name
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "assert x",
+    "eval(x)",
+    "exec(x)",
+    "os.system(x)",
+    "run(x, shell=True)",
+    "run(x, shell=y)",
+    "load(x, trust_remote_code=True)",
+    "load(x, allow_pickle=True)",
+    "serve('0.0.0.0')",
+    "try: x\nexcept: y",
+    "try: x\nexcept Exception as e: y",
+    "try: x\nexcept (OSError, BaseException): y",
+  ],
+)
+def test_what_is_unsafe_is_seen(line):
+  assert any(map(_is_unsafe, ast.walk(ast.parse(line))))
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "run(x, shell=False)",
+    "load(x, trust_remote_code=False)",
+    "model.eval()",
+    "serve('127.0.0.1')",
+    "try: x\nexcept (OSError, ValueError): y",
+  ],
+)
+def test_what_is_safe_passes(line):
+  assert not any(map(_is_unsafe, ast.walk(ast.parse(line))))

@@ -123,6 +123,6 @@ def _check_finite(metrics: Metrics, step: int, max_nonfinite: int) -> None:
       f"{num_nonfinite} updates in a row were not finite.",
       where=f"step {step}",
       why="The loss or its gradient holds NaN or infinity.",
-      fix="Lower --config.optimizer.learning_rate, or look at the data of "
+      fix="Lower --config.schedule.learning_rate, or look at the data of "
       "these steps; the last checkpoint is from before the trouble.",
     )

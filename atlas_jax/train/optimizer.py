@@ -39,7 +39,7 @@ def make_schedule(
   else:
     raise errors.ConfigError(
       f"There is no schedule {schedule!r}.",
-      where="--config.optimizer.schedule",
+      where="--config.schedule.schedule",
       why="The schedules are 'cosine' and 'constant'.",
       fix="Name one of them.",
     )

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small world: checkable problems, and people who act as described."""
+
+import re
+
+import numpy as np
+import pytest
+
+from atlas_jax.data import word_problems
+from atlas_jax.rewards import answers
+from atlas_jax.teaching import templates
+
+_METHOD = re.compile(r"\b(add|subtract|multiply|divide)\b", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def problems():
+  return word_problems.problems(600, seed=3, excluded=set())
+
+
+@pytest.fixture(scope="module")
+def student(problems):
+  return list(word_problems.student_rows(problems, seed=4))
+
+
+@pytest.fixture(scope="module")
+def teacher(problems):
+  return list(word_problems.teacher_rows(problems, seed=5))
+
+
+def _named(text):
+  """Lists the operations a text names, in its order."""
+  return tuple(name.lower() for name in _METHOD.findall(text))
+
+
+def _solves(reply, problem):
+  answer = answers.extract(reply)
+  return answer is not None and answers.equal(answer, problem.answer)
+
+
+def _by_text(problems):
+  return {problem.text: problem for problem in problems}
+
+
+def test_a_seed_decides_everything(problems, student, teacher):
+  again = word_problems.problems(600, seed=3, excluded=set())
+  assert again == problems
+  assert list(word_problems.student_rows(again, seed=4)) == student
+  assert list(word_problems.teacher_rows(again, seed=5)) == teacher
+
+  assert word_problems.problems(600, seed=4, excluded=set()) != problems
+  assert list(word_problems.student_rows(again, seed=6)) != student
+  assert list(word_problems.teacher_rows(again, seed=6)) != teacher
+
+
+def test_problems_are_distinct_and_none_is_excluded(problems):
+  texts = {problem.text for problem in problems}
+  others = word_problems.problems(300, seed=3, excluded=texts)
+
+  assert len(texts) == 600
+  assert len({problem.row_id for problem in problems}) == 600
+  assert not texts & {problem.text for problem in others}
+
+
+def test_every_difficulty_has_every_method(problems):
+  found = {(p.difficulty, p.method) for p in problems}
+  methods = {p.method for p in problems}
+  assert found == {
+    (d, method) for d in word_problems.DIFFICULTIES for method in methods
+  }
+
+
+def test_answers_are_whole_numbers_that_the_text_does_not_hold(problems):
+  for problem in problems:
+    assert problem.answer.isdigit()
+    assert int(problem.answer) > 0
+    assert all(str(number) in problem.text for number in problem.numbers)
+  # Else a student could copy what it should compute.
+  given = [str(p.answer) in re.findall(r"\d+", p.text) for p in problems]
+  assert np.mean(given) < 0.2
+
+
+def test_a_question_shows_what_may_be_seen(problems):
+  for problem in problems[:20]:
+    question = problem.question()
+    assert (question.row_id, question.question) == (
+      problem.row_id,
+      problem.text,
+    )
+    assert question.answer == problem.answer
+    assert question.difficulty == problem.difficulty
+
+
+def test_the_student_alone_fails_at_hard_wordings(problems, student):
+  by_text = _by_text(problems)
+  right = {name: [] for name in word_problems.DIFFICULTIES}
+  for row in student:
+    if row["kind"] == "baseline":
+      problem = by_text[row["question"]]
+      right[problem.difficulty].append(_solves(row["reply"], problem))
+  easy, medium, hard = (np.mean(right[n]) for n in word_problems.DIFFICULTIES)
+  assert easy > 0.9 > medium + 0.2
+  assert medium > hard + 0.2
+
+
+def test_the_students_plan_foretells_nothing_but_a_method(problems, student):
+  by_text = _by_text(problems)
+  for row in student:
+    if row["kind"] == "probe":
+      assert len(_named(row["reply"])) == len(by_text[row["question"]].method)
+      assert not re.search(r"\d", row["reply"])
+
+
+def test_the_student_does_what_a_hint_says(problems, student):
+  by_text = _by_text(problems)
+  outcomes = {True: [], False: []}
+  for row in student:
+    problem = by_text[row["question"]]
+    if row["kind"] == "taught" and _named(row["hint"]):
+      is_right = _named(row["hint"]) == problem.method
+      outcomes[is_right].append(_solves(row["reply"], problem))
+  # A wrong method may give the right number by chance.
+  assert all(outcomes[True])
+  assert np.mean(outcomes[False]) < 0.1
+  assert min(map(len, outcomes.values())) > 100
+
+
+def test_every_row_can_be_asked_and_answered(student, teacher):
+  assert {row["kind"] for row in student} == {"probe", "baseline", "taught"}
+  for row in student:
+    assert bool(row["hint"]) == (row["kind"] == "taught")
+    assert row["reply"]
+  assert all(row["probe"] and row["reply"] for row in teacher)
+
+
+def test_guidance_is_of_mixed_quality_and_worst_where_it_matters(
+  problems, teacher
+):
+  right = {name: [] for name in word_problems.DIFFICULTIES}
+  num_leaks, num_untagged = 0, 0
+  for problem, row in zip(problems, teacher, strict=True):
+    assert row["question"] == problem.text
+    teaching = templates.extract_teaching(row["reply"])
+    if teaching is None:
+      num_untagged += 1
+    else:
+      right[problem.difficulty].append(_named(teaching) == problem.method)
+      num_leaks += answers.leaks(teaching, problem.text, problem.answer)
+  easy, _, hard = (np.mean(right[name]) for name in word_problems.DIFFICULTIES)
+  # Reinforcement needs something to reinforce, and something to improve.
+  assert 0.9 > easy > hard > 0.1
+  assert 0 < num_leaks < 0.15 * len(teacher)
+  assert 0 < num_untagged < 0.1 * len(teacher)

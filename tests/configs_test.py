@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every section fits its function, and no key is there for nobody."""
+
+import ast
+import functools
+import importlib
+import inspect
+import pathlib
+
+import ml_collections
+import optax
+import pytest
+
+from atlas_jax import checkpoint, launch, sharding, types
+from atlas_jax.losses import grpo
+from atlas_jax.rewards import teaching as rewards
+from atlas_jax.teaching import templates
+from atlas_jax.train import loop, optimizer, score
+from atlas_jax.train import sft as train_sft
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_RECIPES = sorted(
+  path.stem
+  for path in (_ROOT / "configs/run").glob("*.py")
+  if path.stem != "__init__"
+)
+
+# What a section's keys are arguments of, and the arguments that code adds.
+_FUNCTIONS = {
+  "world": (launch.ensure_world, ()),
+  "model": (launch.open_model, ()),
+  "student": (launch.open_model, ()),
+  "mesh": (sharding.make_mesh, ()),
+  "sampler": (launch.open_role, ()),
+  "templates": (templates.Templates, ()),
+  "sampling.probe": (types.SamplingParams, ("seed",)),
+  "sampling.baseline": (types.SamplingParams, ("seed",)),
+  "sampling.teach": (types.SamplingParams, ("seed",)),
+  "sampling.solve": (types.SamplingParams, ("seed",)),
+  "reward": (rewards.build, ()),
+  "advantages": (grpo.group_advantages, ()),
+  "correction": (grpo.sampler_correction, ()),
+  "score": (score.token_stats, ("temperature",)),
+  "schedule": (optimizer.make_schedule, ("num_updates",)),
+  "optimizer": (optimizer.make_optimizer, ()),
+  "loop": (loop.run, ("checkpointer", "workdir", "should_stop")),
+  "checkpoint": (checkpoint.Checkpointer, ("identity",)),
+  "export": (launch.export, ("notes",)),
+}
+_SFT = _FUNCTIONS | {
+  "data": (train_sft.make_sets, ("batch_size", "seed")),
+  "loss": (train_sft._loss, ()),
+}
+_GRPO = _FUNCTIONS | {"loss": (grpo.clipped_surrogate, ("rollout_weights_BT",))}
+# A new recipe has its row here: what its sections are for, and who reads the
+# keys that are no function's arguments.
+_READERS = {
+  "teacher_sft": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
+  "world_student": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
+  "teacher_rcl": (_GRPO, ("scripts/train_grpo.py", "atlas_jax/train/grpo.py")),
+  "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
+}
+
+
+def _module(recipe):
+  return importlib.import_module(f"configs.run.{recipe}")
+
+
+def _has_variants(recipe):
+  parameters = inspect.signature(_module(recipe).get_config).parameters
+  return "variant" in parameters
+
+
+_VARIANTS = [
+  (recipe, variant)
+  for recipe in _RECIPES
+  for variant in (("full", "smoke") if _has_variants(recipe) else ("",))
+]
+
+
+def _config(recipe, variant):
+  get_config = _module(recipe).get_config
+  return get_config(variant) if variant else get_config()
+
+
+def _sections(config, prefix=""):
+  """Yields every dict of a config with its dotted name; "" is the whole."""
+  yield prefix, config
+  for key, value in _items(config):
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _sections(value, f"{prefix}.{key}".lstrip("."))
+
+
+def _items(section):
+  # References, since a required value that is not set cannot be looked at.
+  return section.items(preserve_field_references=True)
+
+
+@functools.cache
+def _reads(path):
+  """Collects what is read as `section.key`, `_section.key` or deeper."""
+  found = set()
+  for node in ast.walk(ast.parse((_ROOT / path).read_text())):
+    if isinstance(node, ast.Attribute):
+      owner = node.value
+      name = getattr(owner, "attr", getattr(owner, "id", ""))
+      found.add(f"{name.lstrip('_')}.{node.attr}")
+  return found
+
+
+def test_every_recipe_has_a_reader():
+  assert set(_RECIPES) == set(_READERS)
+
+
+@pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
+def test_every_section_is_the_keywords_of_its_function(recipe, variant):
+  functions, _ = _READERS[recipe]
+  for name, section in _sections(_config(recipe, variant)):
+    if name in functions:
+      function, added = functions[name]
+      parameters = inspect.signature(function).parameters.values()
+      required = {
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+      }
+      keys = set(section)
+      assert required - set(added) <= keys, f"{name} lacks keys"
+      allowed = {p.name for p in parameters} - set(added)
+      assert keys <= allowed, f"{name} has keys of nobody"
+
+
+@pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
+def test_no_key_is_there_for_nobody(recipe, variant):
+  functions, paths = _READERS[recipe]
+  reads = set.union(*map(_reads, (*paths, "atlas_jax/launch.py")))
+  for name, section in _sections(_config(recipe, variant)):
+    # A section is read whole by its function; of any other, and of the whole,
+    # each key is read by name.
+    owner = name.rpartition(".")[2] or "config"
+    if name not in functions and name != "sampling":
+      unread = [key for key in section if f"{owner}.{key}" not in reads]
+      assert not unread, f"nothing reads {unread} of section {name!r}"
+
+
+@pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
+def test_values_are_ones_their_functions_take(recipe, variant):
+  config = _config(recipe, variant)
+  if "sampling" in config:
+    for section in config.sampling.values():
+      types.SamplingParams(**section, seed=0)
+  if "templates" in config:
+    templates.Templates(**config.templates)
+  if "reward" in config:
+    rewards.build(**config.reward)
+  if "schedule" in config:
+    schedule = optimizer.make_schedule(**config.schedule, num_updates=10)
+    chain = optimizer.make_optimizer(schedule, **config.optimizer)
+    assert isinstance(chain, optax.GradientTransformation)
+  sharding.make_mesh(**config.mesh)
+
+
+@pytest.mark.parametrize("recipe", [r for r in _RECIPES if _has_variants(r)])
+def test_an_unknown_variant_is_refused(recipe):
+  with pytest.raises(ValueError, match="there is :smoke"):
+    _config(recipe, "tiny")

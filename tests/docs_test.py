@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command that a text names can be run as it stands."""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
+_RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
+
+_MODULE = re.compile(r"-m (scripts\.\w+)")
+_SHELL = re.compile(r"bash (scripts/[\w.]+)")
+_CONFIG = re.compile(r"--config=([\w/.]+?\.py)(?::(\w+))?(?![\w/])")
+_KEY = re.compile(r"--config\.([a-z_]\w*(?:\.[a-z_]\w*)*)")
+
+
+def _strings(path):
+  """Joins the string literals of a module, docstrings among them."""
+  tree = ast.parse(path.read_text(encoding="utf-8"))
+  return "\n".join(
+    node.value
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+  )
+
+
+def _texts():
+  """Yields every text that may name a command, by its file."""
+  for path in sorted(_ROOT.glob("*.md")) + sorted(_ROOT.glob("docs/**/*.md")):
+    if path.name != "STYLE.md":  # Its examples are of no recipe.
+      yield path, path.read_text(encoding="utf-8")
+  for path in sorted(_ROOT.glob("scripts/*.sh")):
+    yield path, path.read_text(encoding="utf-8")
+  for package in _PACKAGES:
+    for path in sorted((_ROOT / package).rglob("*.py")):
+      yield path, _strings(path)
+
+
+_TEXTS = {
+  path.relative_to(_ROOT).as_posix(): text.replace("\\\n", " ")
+  for path, text in _texts()
+}
+_COMMANDS = [
+  (name, line.strip())
+  for name, text in _TEXTS.items()
+  for line in text.splitlines()
+  if _CONFIG.search(line)
+]
+
+
+def _get_config(path, variant):
+  module = importlib.import_module(".".join(path.with_suffix("").parts))
+  return module.get_config(variant) if variant else module.get_config()
+
+
+def _has(config, key):
+  for part in key.split("."):
+    if not isinstance(config, ml_collections.ConfigDict) or part not in config:
+      return False
+    # As a reference: a required value that is not set cannot be looked at.
+    config = dict(config.items(preserve_field_references=True))[part]
+  return True
+
+
+def test_the_texts_hold_what_this_looks_for():
+  assert len(_COMMANDS) > 5
+  assert _MODULE.search(_TEXTS["scripts/train_sft.py"])
+  assert _KEY.search(_TEXTS["configs/run/teacher_sft.py"])
+
+
+@pytest.mark.parametrize("name", _TEXTS)
+def test_every_script_that_is_named_exists(name):
+  named = [
+    *(f"{m.replace('.', '/')}.py" for m in _MODULE.findall(_TEXTS[name])),
+    *_SHELL.findall(_TEXTS[name]),
+  ]
+  assert [path for path in named if not (_ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize(("name", "line"), _COMMANDS)
+def test_every_command_names_a_config_and_keys_that_it_has(name, line):
+  path, variant = _CONFIG.search(line).groups()
+  assert (_ROOT / path).is_file(), f"{name} names {path}"
+  config = _get_config(pathlib.Path(path), variant)
+  missing = [key for key in _KEY.findall(line) if not _has(config, key)]
+  assert not missing, f"{name}: {path} has no {missing}"
+
+
+@pytest.mark.parametrize("name", _TEXTS)
+def test_every_key_that_is_named_is_in_some_config(name):
+  configs = [_get_config(p.relative_to(_ROOT), None) for p in _RECIPES]
+  unknown = [
+    key
+    for key in _KEY.findall(_TEXTS[name])
+    if not any(_has(config, key) for config in configs)
+  ]
+  assert unknown == []

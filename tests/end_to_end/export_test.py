@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was trained is what transformers opens."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import launch, sharding
+from atlas_jax.train import sft
+from configs.run import teacher_sft
+from conversion import verify
+from tests import fakes, tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# Every axis divides over the eight devices.
+_SHAPE = {
+  "vocab_size": 304,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "eos_token_id": 2,
+}
+
+
+def _config(tmp_path):
+  config = teacher_sft.get_config("smoke")
+  config.world.directory = ""
+  config.model.path = str(tmp_path / "start")
+  config.data.path = str(tmp_path / "sft.jsonl")
+  config.data.validation_fraction = 0.25
+  config.batch.size = 8
+  config.num_epochs = 0
+  config.loop.num_steps = 4
+  config.loop.log_every = 1
+  return config
+
+
+def _write_data(path):
+  rows = [
+    {"question": f"What is {n} + {n}?", "solution": f"The answer is {2 * n}."}
+    for n in range(64)
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_transformers_opens_what_was_trained(tmp_path, family):
+  torch.set_num_threads(1)
+  tiny.write_checkpoint(tmp_path / "start", family, **_SHAPE)
+  fakes.write_tokenizer(tmp_path / "start")
+  _write_data(tmp_path / "sft.jsonl")
+  config = _config(tmp_path)
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = launch.open_model(mesh, **config.model)
+  train_set, eval_set = sft.make_sets(
+    policy.tokenizer, batch_size=8, seed=0, **config.data
+  )
+
+  params = sft.train(
+    policy.model,
+    policy.params,
+    train_set=train_set,
+    eval_set=eval_set,
+    mesh=mesh,
+    config=config,
+    workdir=tmp_path,
+    should_stop=lambda: False,
+  )
+  export = tmp_path / "export"
+  launch.export(export, params, policy, notes={}, **config.export)
+
+  # Else the export of the weights it began with would do as well.
+  assert verify.differing_tensors(tmp_path / "start", export)
+  opened, report = transformers.AutoModelForCausalLM.from_pretrained(
+    export, output_loading_info=True
+  )
+  assert not any(report.values()), report
+  tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+  messages = [{"role": "user", "content": "What is 12 + 12?"}]
+  prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=False
+  )
+  tokens_BT = np.asarray([prompt])
+  with torch.no_grad():
+    expected = opened(torch.tensor(tokens_BT)).logits.numpy()
+  positions_BT = jnp.arange(len(prompt))[None]
+  got = jax.jit(policy.model.logits)(
+    jax.device_put(params, sharding.replicated(mesh)),
+    tokens_BT,
+    positions_BT,
+    jnp.ones_like(positions_BT),
+  )
+  assert np.abs(expected).max() > 0.5  # Else agreement would say little.
+  np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
