@@ -182,6 +182,7 @@ class _Learner:
       i
       for i, record in enumerate(records)
       if np.any(advantages_PC[i // advantages_PC.shape[1]])
+      and rewarded[i].value is not None
       and not (
         self._batch.mask_truncated
         and record.teacher_rollout.completion.finish_reason == "length"

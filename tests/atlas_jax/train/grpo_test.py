@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO: the very tokens that were sampled, by weights that are the newest."""
+
+import dataclasses
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from atlas_jax import chat, errors, sharding, types
+from atlas_jax.teaching import protocol, templates
+from atlas_jax.train import grpo
+from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import state as train_state
+from rollout import jax_sampler
+from tests import fakes, tiny
+
+_QUESTIONS = [
+  types.Question(f"q{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(4)
+]
+_MAX_NEW = 8
+_SYNC_EVERY, _MIX = 3, 0.25
+
+
+def _mesh():
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(
+    (1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1]
+  )
+
+
+def _config(**changes):
+  teach = {"temperature": 0.9, "top_p": 1.0, "top_k": 0}
+  config = ml_collections.ConfigDict(
+    {
+      "seed": 3,
+      "sampling": {"teach": teach},
+      "advantages": {"scale_by_std": True},
+      "correction": {"max_ratio": 2.0},
+      "score": {"chunk_size": 32},
+      "loss": {
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "kl_coef": 0.01,
+        "aggregate": "sequence_mean",
+      },
+      "reference": {"sync_every": _SYNC_EVERY, "mix": _MIX},
+      "batch": {
+        "num_questions": 2,
+        "num_iterations": 1,
+        "num_minibatches": 1,
+        "num_microbatches": 1,
+        "mask_truncated": False,
+      },
+      "schedule": {
+        "learning_rate": 0.02,
+        "schedule": "constant",
+        "warmup_fraction": 0.0,
+      },
+      "optimizer": {
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+      },
+      "loop": {
+        "num_steps": 6,
+        "log_every": 1,
+        "eval_every": 0,
+        "save_every": 2,
+        "max_nonfinite": 1,
+      },
+      "checkpoint": {"keep": 3},
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@dataclasses.dataclass
+class _World:
+  model: object
+  tokenizer: chat.Tokenizer
+
+  def params(self, seed=0):
+    params = tiny.params_of(self.model, seed)
+    mesh = _mesh()
+    return jax.device_put(
+      params, sharding.of_params(mesh, self.model.abstract_params)
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  tokenizer = fakes.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+  model = tiny.build(
+    "qwen2", vocab_size=len(tokenizer), num_hidden_layers=1, unroll=1
+  )
+  return _World(model, tokenizer)
+
+
+def _sampling(group_size, temperature=0.9):
+  return types.SamplingParams(
+    group_size=group_size,
+    max_completion_tokens=_MAX_NEW,
+    temperature=temperature,
+    top_p=1.0,
+    top_k=0,
+    seed=3,
+  )
+
+
+class _Policy(jax_sampler.JaxSampler):
+  """The sampler in this process; also writes to one prompt after each call."""
+
+  watched: types.Prompt
+
+  def sample(self, prompts, params):
+    """Samples, and remembers what the present weights say to one prompt."""
+    if not hasattr(self, "said"):
+      self.said = {}
+    groups = super().sample(prompts, params)
+    ((watched, *_),) = super().sample([self.watched], _sampling(2))
+    self.said[self.version] = watched
+    return groups
+
+
+class _Deaf(_Policy):
+  """Keeps its first weights, and says so."""
+
+  def update_weights(self, params, version):
+    """Takes the first weights only."""
+    if version == 0:
+      super().update_weights(params, version)
+
+
+class _Liar(_Policy):
+  """Keeps its first weights, and claims to have the newest."""
+
+  def update_weights(self, params, version):
+    """Takes the first weights, and every version."""
+    if version == 0:
+      super().update_weights(params, version)
+    self._version = version
+
+
+def _protocol(world, kind):
+  sampler = kind(
+    world.model, world.params(), mesh=_mesh(), stop_token_ids=(2,), max_rows=64
+  )
+  text, token_ids = chat.render(
+    world.tokenizer, [types.Message("user", "Teach.")]
+  )
+  sampler.watched = types.Prompt("watched", text, token_ids)
+  student = fakes.FakeSampler(world.tokenizer, lambda *_: "4")
+  return protocol.Protocol(
+    protocol.Role(sampler, world.tokenizer),
+    protocol.Role(student, world.tokenizer),
+    templates.Templates(
+      probe="Plan: {question}",
+      teach="Teach: {question} {probe}",
+      taught="Solve: {question} {teaching}",
+      baseline="Solve: {question}",
+    ),
+    probe_params=_sampling(1),
+    teach_params=_sampling(8),
+    solve_params=_sampling(1),
+    baseline_params=_sampling(1),
+  )
+
+
+def _share_of_low_ids(records):
+  """A reward that any policy can learn: tokens with an id below 128."""
+  rewards = []
+  for record in records:
+    ids = np.array(record.teacher_rollout.completion.token_ids)
+    rewards.append(types.Reward(float((ids < 128).mean())))
+  return rewards
+
+
+def _train(world, workdir, *, kind=_Policy, stop_at=None, **changes):
+  policy_protocol = _protocol(world, kind)
+  sampler = policy_protocol.policy.sampler
+  params = grpo.train(
+    world.model,
+    world.params(),
+    protocol=policy_protocol,
+    reward_fn=_share_of_low_ids,
+    questions=_QUESTIONS,
+    evaluate=lambda *_: {},
+    mesh=_mesh(),
+    config=_config(**changes),
+    workdir=workdir,
+    should_stop=lambda: sampler.version + 1 == stop_at,
+  )
+  return params, sampler
+
+
+def _rows(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  params, sampler = _train(world, workdir)
+  return params, sampler, _rows(workdir)
+
+
+@pytest.mark.slow
+def test_each_step_samples_with_the_weights_of_the_step_before(trained):
+  _, sampler, _ = trained
+  assert list(sampler.said) == list(range(6))
+  said = {completion.token_ids for completion in sampler.said.values()}
+  assert len(said) == 6
+  assert all(c.version == step for step, c in sampler.said.items())
+
+
+@pytest.mark.slow
+def test_what_is_rewarded_becomes_likelier(trained):
+  _, _, rows = trained
+  rewards = [row["reward"] for row in rows]
+  assert rewards[-1] > rewards[0] + 0.2
+  # Sampler and trainer hold the same weights, and agree on them.
+  assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
+  # The first update is on policy; the reference is still the start.
+  assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rows[1]["kl"] > 0.0
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_bit_for_bit_the_straight_one(
+  world, trained, tmp_path
+):
+  with pytest.raises(errors.PreemptedError):
+    _train(world, tmp_path, stop_at=4)
+  params, sampler = _train(world, tmp_path)
+  assert list(sampler.said) == [4, 5]
+  jax.tree.map(np.testing.assert_array_equal, params, trained[0])
+  assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_sampler_that_takes_no_weights_ends_the_run(world, tmp_path):
+  with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
+    _train(world, tmp_path, kind=_Deaf)
+
+
+@pytest.mark.slow
+def test_a_sampler_that_lies_about_its_weights_shows(world, tmp_path):
+  _train(world, tmp_path, kind=_Liar, **{"loop.num_steps": 2})
+  first, second = _rows(tmp_path)
+  assert first["rollout/logprob_gap"] < 1e-4
+  assert second["rollout/logprob_gap"] > 0.01
+
+
+def test_a_policy_is_sampled_from_its_whole_distribution(world, tmp_path):
+  for cut in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}):
+    changes = {f"sampling.teach.{name}": value for name, value in cut.items()}
+    with pytest.raises(errors.ConfigError, match="importance ratio"):
+      _train(world, tmp_path, **changes)
+
+
+def test_a_batch_holds_the_very_tokens_that_were_sampled(world):
+  sampler = _protocol(world, _Policy).policy.sampler
+  prompts = [
+    types.Prompt(f"p{i}", "", tuple(range(5, 9 + 3 * i))) for i in range(2)
+  ]
+  groups = sampler.sample(prompts, _sampling(2))
+  rollouts = [
+    types.Rollout(prompt, completion)
+    for prompt, group in zip(prompts, groups, strict=True)
+    for completion in group
+  ]
+  advantages_B = np.array([1.0, -1.0, 0.5, -0.5])
+  batch = grpo.make_batch(rollouts, advantages_B, multiple=3)
+  assert batch["token_ids"].shape == (6, 32)
+  for i, rollout in enumerate(rollouts):
+    real, written = batch["segment_ids"][i] == 1, batch["loss_mask"][i]
+    ids = (*rollout.prompt.token_ids, *rollout.completion.token_ids)
+    assert tuple(batch["token_ids"][i][real]) == ids
+    assert tuple(batch["positions"][i][real]) == tuple(range(len(ids)))
+    written_ids = tuple(batch["token_ids"][i][written])
+    assert written_ids == rollout.completion.token_ids
+  np.testing.assert_array_equal(batch["advantages"], [*advantages_B, 0, 0])
+  assert not batch["loss_mask"][4:].any()
+
+  old_BT, _ = jax.jit(
+    lambda params, batch: grpo._logprobs(
+      world.model, params, batch, temperature=0.9, chunk_size=32
+    )
+  )(world.params(), batch)
+  mask_BT = batch["loss_mask"][:, 1:]
+  np.testing.assert_allclose(
+    old_BT[mask_BT], batch["rollout_logprobs"][:, 1:][mask_BT], atol=1e-4
+  )
+
+
+def _record(question, index, *, token=20, finish_reason="stop"):
+  ids = tuple(range(token, token + 4 + index))
+  completion = types.Completion(
+    token_ids=ids,
+    logprobs=(-5.0,) * len(ids),
+    model_logprobs=(-5.0,) * len(ids),
+    finish_reason=finish_reason,
+    version=0,
+  )
+  prompt = types.Prompt(question.row_id, "", (10, 11, 12))
+  attempt = types.Attempt("4", 1, "stop", correct=True)
+  return types.TeachingRecord(
+    question=question,
+    probe="",
+    teacher_rollout=types.Rollout(prompt, completion),
+    teaching=None,
+    num_teaching_tokens=0,
+    baseline=(attempt,),
+    taught=(attempt,),
+    leaked=False,
+  )
+
+
+def _group(number, size=4, **fields):
+  return [_record(_QUESTIONS[number], i, **fields) for i in range(size)]
+
+
+@pytest.fixture(scope="module")
+def update(world):
+  """Gives a function from records and rewards to new state and metrics."""
+  learners = {}
+
+  def learner_of(state, mask_truncated):
+    if mask_truncated not in learners:
+      config = _config(**{"batch.mask_truncated": mask_truncated})
+      learners[mask_truncated] = grpo._Learner(
+        world.model,
+        _optimizer(config),
+        shardings=train_state.shardings(state),
+        mesh=_mesh(),
+        config=config,
+      )
+    return learners[mask_truncated]
+
+  def run(records, values, *, mask_truncated=False, step=0):
+    state = train_state.create(
+      world.params(),
+      _optimizer(_config()),
+      mesh=_mesh(),
+      reference=world.params(seed=1),
+    )
+    state = state._replace(step=state.step + step)
+    rewarded = [types.Reward(value) for value in values]
+    learner = learner_of(state, mask_truncated)
+    state, metrics = learner.update(state, records, rewarded)
+    return jax.device_get(state), metrics
+
+  return run
+
+
+def _optimizer(config):
+  return train_optimizer.make_optimizer(lambda _: 0.01, **config.optimizer)
+
+
+def _assert_same(left, right):
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+_VALUES = [1.0, 0.0, 0.5, 0.25]
+
+
+def test_groups_without_variance_are_left_out_and_counted(update):
+  alone, alone_metrics = update(_group(0), _VALUES)
+  both, metrics = update(_group(0) + _group(1), [*_VALUES, 0.7, 0.7, 0.7, 0.7])
+  _assert_same(both.params, alone.params)
+  assert alone_metrics["groups/used_fraction"] == 1.0
+  assert metrics["groups/used_fraction"] == 0.5
+  assert metrics["num_tokens"] == alone_metrics["num_tokens"]
+
+
+def test_a_step_in_which_nothing_is_learnt_changes_nothing(update, world):
+  state, metrics = update(_group(0), [0.5] * 4)
+  _assert_same(state.params, jax.device_get(world.params()))
+  assert metrics == {"groups/used_fraction": 0.0, "num_tokens": 0}
+
+
+def test_a_missing_reward_is_no_reward_of_zero(update):
+  without, expected = update(_group(0, size=3), _VALUES[:3])
+  missing, metrics = update(_group(0), [*_VALUES[:3], None])
+  _assert_same(missing.params, without.params)
+  assert metrics["num_tokens"] == expected["num_tokens"]
+
+
+def test_missing_rewards_are_counted_and_never_averaged():
+  rewarded = [types.Reward(0.5), types.Reward(None, "no judge")] * 2
+  described = grpo._describe(_group(0), rewarded)
+  assert described["rewards/unavailable"] == 2
+  assert described["reward"] == 0.5
+  none = grpo._describe(_group(0), [types.Reward(None, "no judge")] * 4)
+  assert none["rewards/unavailable"] == 4
+  assert "reward" not in none
+
+
+def test_truncated_completions_are_masked_or_kept_by_choice(update):
+  def run(token, mask_truncated):
+    records = _group(0)
+    records[1] = _record(_QUESTIONS[0], 1, token=token, finish_reason="length")
+    state, metrics = update(records, _VALUES, mask_truncated=mask_truncated)
+    return state.params, metrics["num_tokens"]
+
+  masked, num_masked = run(20, True)
+  _assert_same(run(40, True)[0], masked)
+  kept, num_kept = run(20, False)
+  assert num_kept - num_masked == 3 + 5
+  with pytest.raises(AssertionError):
+    _assert_same(run(40, False)[0], kept)
+
+
+def test_the_reference_is_mixed_with_the_policy_in_its_rhythm(update, world):
+  reference = jax.device_get(world.params(seed=1))
+  for step in (0, 1):
+    state, _ = update(_group(0), [0.5] * 4, step=step)
+    _assert_same(state.reference, reference)
+  state, _ = update(_group(0), [0.5] * 4, step=_SYNC_EVERY - 1)
+  jax.tree.map(
+    lambda mixed, ref, new: np.testing.assert_allclose(
+      mixed, (1 - _MIX) * ref + _MIX * new, rtol=1e-6, atol=1e-7
+    ),
+    state.reference,
+    reference,
+    state.params,
+  )
