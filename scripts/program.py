@@ -77,9 +77,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; a bad one ends with its own message and exit code."""
   try:
     rest = flags.FLAGS(argv)
-    config = flags.FLAGS.get_flag_value("config", None)
-    if config is not None:
-      config.lock()  # A file that could not be loaded says so in use only.
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      # A file that could not be loaded says so only when it is used.
+      flags.FLAGS.config.lock()
     return rest
   except (
     *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
