@@ -55,7 +55,7 @@ def _config(**changes):
         "mask_truncated": False,
       },
       "schedule": {
-        "learning_rate": 0.02,
+        "learning_rate": 0.15,
         "schedule": "constant",
         "warmup_fraction": 0.0,
       },
