@@ -303,13 +303,16 @@ def test_no_prompts_give_no_completions():
 
 @dataclasses.dataclass(frozen=True)
 class _Spied(decoder.Model):
-  """A model that notes the shape of each prefill that is traced."""
+  """A model that notes the shape of each traced prefill, and each step run."""
 
   traced: list = dataclasses.field(default_factory=list)
+  steps: list = dataclasses.field(default_factory=list)
 
   def cached(self, params, tokens_BT, *args):
     if tokens_BT.shape[1] > 1:
       self.traced.append(tokens_BT.shape)
+    else:
+      jax.debug.callback(lambda: self.steps.append("decoded"))
     return super().cached(params, tokens_BT, *args)
 
 
@@ -345,6 +348,25 @@ def test_temperature_seed_and_cut_need_no_program_of_their_own():
     sampler.sample([_prompt(5)], dataclasses.replace(_SAMPLING, **changed))
 
   assert len(spied.traced) == sampler.num_programs == 1
+
+
+def test_nobody_waits_for_rows_that_only_fill_a_bucket():
+  model, params = _world()
+  (endless,) = _sampler().sample([_prompt(5)], _GREEDY)[0]
+  spied = _spied(model)
+  sampler = _open(
+    spied,
+    params,
+    mesh=_mesh(data=4),
+    stop_token_ids=endless.token_ids[:1],
+  )
+
+  sampler.sample([_prompt(5)], _GREEDY)
+  jax.effects_barrier()
+
+  # One row on each device; the only real one ends at once.
+  assert spied.traced == [(4, 16)]
+  assert len(spied.steps) == 1
 
 
 @pytest.mark.parametrize(
