@@ -65,11 +65,10 @@ def _run(protocol, path, **overrides):
     "batch_size": 2,
     "seed": 0,
     "weights": _WEIGHTS,
+    "should_stop": lambda: False,
     **overrides,
   }
-  return evaluate.run(
-    protocol, path=path, should_stop=lambda: False, **arguments
-  )
+  return evaluate.run(protocol, path=path, **arguments)
 
 
 def _timeless(records):
@@ -97,6 +96,16 @@ def test_any_cut_of_the_file_carries_on_to_the_same_records(protocol, tmp_path):
     path.write_bytes(raw[:size])
     assert _timeless(_run(protocol, path)) == whole, size
     assert _timeless(evaluate.read(path)) == whole, size
+
+
+def test_asked_to_stop_it_ends_between_batches_and_goes_on(protocol, tmp_path):
+  whole = _timeless(_run(protocol, tmp_path / "whole.jsonl"))
+  path = tmp_path / "records.jsonl"
+  answers = iter([False, True])
+  with pytest.raises(errors.PreemptedError, match="after 2 of 5 questions"):
+    _run(protocol, path, should_stop=lambda: next(answers))
+  assert len(evaluate.read(path)) == 4
+  assert _timeless(_run(protocol, path)) == whole
 
 
 def test_finished_questions_are_not_sampled_again(protocol, tmp_path):

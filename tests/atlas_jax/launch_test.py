@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run owns its workdir, hears signals, and refuses models it cannot use."""
+
+import json
+import os
+import signal
+
+import jax
+import ml_collections
+from ml_collections import config_dict
+import numpy as np
+import pytest
+
+from atlas_jax import errors, launch, sharding
+from tests import tiny
+
+_SHAPE = {"num_hidden_layers": 1}
+_MODEL = {
+  "dtype": "float32",
+  "param_dtype": "float32",
+  "remat": "none",
+  "unroll": 1,
+}
+
+
+def _config(**changes):
+  config = ml_collections.ConfigDict(
+    {
+      "seed": 1,
+      "data": {"path": "data.jsonl"},
+      "world": {"directory": "", "with_teacher": False},
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _mesh(**sizes):
+  return sharding.make_mesh(**{"data": 1, "fsdp": -1, "tensor": 1, **sizes})
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("models") / "talker"
+  model, params = tiny.write_talker(directory, **_SHAPE)
+  return directory, model, params
+
+
+def test_a_config_without_data_is_refused_before_anything_is_written(tmp_path):
+  config = _config()
+  config.data.path = config_dict.placeholder(str)
+  with (
+    pytest.raises(errors.ConfigError, match=r"--config\.data\.path"),
+    launch.start(tmp_path / "run", config),
+  ):
+    pass
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
+  with launch.start(tmp_path, _config()):
+    with (
+      pytest.raises(errors.ConfigError, match="Another run") as caught,
+      launch.start(tmp_path, _config(seed=2)),
+    ):
+      pass
+    assert f"process {os.getpid()}" in caught.value.why
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+  with launch.start(tmp_path, _config()):
+    pass
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(errors.ConfigError, match="cannot be written"),
+    launch.start(tmp_path / "file/run", _config()),
+  ):
+    pass
+
+
+def test_the_config_is_on_disk_and_so_are_those_before_it(tmp_path):
+  for seed in (1, 1, 2, 3):
+    with launch.start(tmp_path, _config(seed=seed)):
+      pass
+  seeds = {
+    path.name: json.loads(path.read_text())["seed"]
+    for path in tmp_path.glob("config*.json")
+  }
+  assert seeds == {"config.0.json": 1, "config.1.json": 2, "config.json": 3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_asks_to_stop_and_a_second_does_not_wait(tmp_path, number):
+  before = signal.getsignal(number)
+  with launch.start(tmp_path, _config()) as should_stop:
+    assert not should_stop()
+    os.kill(os.getpid(), number)
+    assert should_stop()
+  assert signal.getsignal(number) is before
+
+  def ask_twice():
+    with launch.start(tmp_path, _config()):
+      os.kill(os.getpid(), number)
+      os.kill(os.getpid(), number)
+
+  with pytest.raises(errors.PreemptedError, match="twice") as caught:
+    ask_twice()
+  assert caught.value.exit_code == 75
+  assert signal.getsignal(number) is before
+
+
+def test_a_model_is_opened_onto_the_mesh(talker):
+  directory, _, params = talker
+  mesh = _mesh(fsdp=4, tensor=2)
+  opened = launch.open_model(mesh, path=str(directory), **_MODEL)
+  jax.tree.map(np.testing.assert_array_equal, opened.params, params)
+  places = sharding.of_params(mesh, opened.model.abstract_params)
+  assert jax.tree.map(lambda leaf: leaf.sharding, opened.params) == places
+
+
+def _break_config(directory, **changes):
+  path = directory / "config.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+  ("damage", "kind", "match"),
+  [
+    (
+      lambda path: _break_config(path, model_type="mamba"),
+      errors.CheckpointError,
+      "mamba",
+    ),
+    (
+      lambda path: (path / "chat_template.jinja").unlink(),
+      errors.ConfigError,
+      "no chat template",
+    ),
+    (
+      lambda path: (path / "model.safetensors").unlink(),
+      errors.CheckpointError,
+      "safetensors",
+    ),
+  ],
+)
+def test_a_model_that_cannot_be_used_is_refused(tmp_path, damage, kind, match):
+  tiny.write_talker(tmp_path / "model", **_SHAPE)
+  damage(tmp_path / "model")
+  with pytest.raises(kind, match=match):
+    launch.open_model(_mesh(), path=str(tmp_path / "model"), **_MODEL)
+
+
+def test_a_mesh_that_does_not_divide_is_refused(talker):
+  mesh = _mesh(fsdp=1, tensor=8)
+  with pytest.raises(errors.ConfigError, match=r"--config\.mesh\.tensor=8"):
+    launch.open_model(mesh, path=str(talker[0]), **_MODEL)
+
+
+def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):
+  tiny.write_talker(tmp_path / "same", **_SHAPE)
+  tiny.write_talker(tmp_path / "more", num_hidden_layers=2)
+  prints = [
+    launch.fingerprint(launch.OpenModel(path, *talker[1:], tokenizer=None))
+    for path in (talker[0], tmp_path / "same", tmp_path / "more")
+  ]
+  assert prints[0] == prints[1] != prints[2]
+
+
+def test_roles_share_the_seed_of_the_run(talker):
+  opened = launch.open_model(_mesh(), path=str(talker[0]), **_MODEL)
+  draw = {
+    "group_size": 1,
+    "max_completion_tokens": 4,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+  }
+  config = ml_collections.ConfigDict(
+    {
+      "seed": 11,
+      "sampler": {"max_rows": 8},
+      "templates": {
+        "probe": "{question}",
+        "teach": "{question}{probe}",
+        "taught": "{question}{teaching}",
+        "baseline": "{question}",
+      },
+      "sampling": dict.fromkeys(("probe", "baseline", "teach", "solve"), draw),
+    }
+  )
+  found = launch.open_protocol(opened, opened, _mesh(), config)
+  assert found.baseline_params.seed == found.teach_params.seed == 11
+  assert found.policy.sampler is not found.student.sampler

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation from the command line writes records and a summary."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_records_and_summary_are_of_every_question(tmp_path):
+  tiny.write_talker(
+    tmp_path / "model", num_hidden_layers=1, max_position_embeddings=512
+  )
+  questions = tmp_path / "questions.jsonl"
+  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+  questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  workdir = tmp_path / "run"
+  command = [
+    *(sys.executable, "-m", "scripts.evaluate"),
+    "--config=configs/run/teaching_eval.py:smoke",
+    f"--workdir={workdir}",
+    "--config.world.directory=",
+    f"--config.model.path={tmp_path}/model",
+    f"--config.student.path={tmp_path}/model",
+    f"--config.data.path={questions}",
+    "--config.num_bootstrap=20",
+    *(
+      f"--config.sampling.{phase}.max_completion_tokens=8"
+      for phase in ("probe", "baseline", "teach", "solve")
+    ),
+  ]
+  result = subprocess.run(
+    command,
+    cwd=_ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  lines = (workdir / "records.jsonl").read_text().splitlines()
+  assert len(lines) == 1 + 3
+  summary = json.loads((workdir / "summary.json").read_text())["all"]
+  assert json.loads(result.stdout) == summary

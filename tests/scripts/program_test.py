@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way a script can end has its exit code and its words."""
+
+import subprocess
+import sys
+
+import pytest
+
+_FOUR = 'errors.{}("What.", where="here", why="so", fix="that")'
+_SCRIPT = """
+import sys
+from absl import flags, logging
+from atlas_jax import errors
+from scripts import program
+
+flags.DEFINE_integer("number", 1, "Any.")
+
+def main():
+  logging.info("of ours")
+  {}
+
+program.run(main)
+"""
+
+
+def _run(line, *arguments):
+  return subprocess.run(
+    [sys.executable, "-c", _SCRIPT.format(line), *arguments],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("kind", "code"),
+  [
+    ("ConfigError", 2),
+    ("DataError", 3),
+    ("DivergedError", 4),
+    ("CheckpointError", 5),
+    ("PreemptedError", 75),
+  ],
+)
+def test_a_known_failure_is_told_in_four_lines(kind, code):
+  result = _run("raise " + _FOUR.format(kind))
+  assert result.returncode == code
+  told = "\nWhat.\n  where: here\n  why  : so\n  fix  : that\n"
+  assert result.stderr.endswith(told)
+  assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_failure_shows_where_it_happened():
+  result = _run('raise ValueError("odd")')
+  assert result.returncode == 70
+  assert "Traceback" in result.stderr
+  assert "ValueError: odd" in result.stderr
+
+
+def test_an_interrupt_is_no_failure():
+  result = _run("raise KeyboardInterrupt")
+  assert result.returncode == 75
+  assert "Run the same command again" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+def test_the_end_is_zero():
+  result = _run("pass", "--number=2")
+  assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+  ("argument", "told"),
+  [
+    ("more", "Unexpected arguments ['more']"),
+    ("--number=x", "invalid literal"),
+    ("--numbr=2", "Did you mean: number"),
+  ],
+)
+def test_flags_that_cannot_be_used_are_exit_code_2(argument, told):
+  result = _run("pass", argument)
+  assert result.returncode == 2
+  assert told in result.stderr
+  assert "  fix  : " in result.stderr
+  assert "Traceback" not in result.stderr

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO from the command line: it runs, exports, and a second time does not."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
+  for name in ("policy", "student"):
+    tiny.write_talker(
+      tmp_path / name, num_hidden_layers=1, max_position_embeddings=512
+    )
+  questions = tmp_path / "questions.jsonl"
+  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+  questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  workdir = tmp_path / "run"
+  command = [
+    *(sys.executable, "-m", "scripts.train_grpo"),
+    "--config=configs/run/teacher_rcl.py:smoke",
+    f"--workdir={workdir}",
+    "--config.world.directory=",
+    f"--config.model.path={tmp_path}/policy",
+    f"--config.student.path={tmp_path}/student",
+    f"--config.data.path={questions}",
+    f"--config.evaluation.path={questions}",
+    "--config.batch.num_questions=2",
+    "--config.batch.mask_truncated=False",
+    "--config.sampling.teach.group_size=2",
+    "--config.loop.num_steps=2",
+    "--config.loop.log_every=1",
+    *(
+      f"--config.sampling.{phase}.max_completion_tokens=8"
+      for phase in ("probe", "baseline", "teach", "solve")
+    ),
+  ]
+
+  def run():
+    result = subprocess.run(
+      command,
+      cwd=_ROOT,
+      env={**os.environ, "XLA_FLAGS": ""},
+      capture_output=True,
+      text=True,
+      timeout=300,
+      check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return (workdir / "metrics.jsonl").read_text()
+
+  told = run()
+  rows = [json.loads(line) for line in told.splitlines()]
+  assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+  assert "eval/teaching/NDR" in rows[-1]
+  assert (workdir / "export/model.safetensors").exists()
+  assert (workdir / "checkpoints/2/manifest.json").exists()
+  assert run() == told

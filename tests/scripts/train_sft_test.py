@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT from the command line: bad input, interruptions, and the end."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_NUM_STEPS = 400
+# Nothing here needs eight devices, and one starts sooner.
+_ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """Gives the command, but for its workdir."""
+  directory = tmp_path_factory.mktemp("sft")
+  tiny.write_talker(directory / "model", num_hidden_layers=1)
+  rows = [
+    {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
+    for i in range(40)
+  ]
+  path = directory / "data.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return [
+    *(sys.executable, "-m", "scripts.train_sft"),
+    "--config=configs/run/teacher_sft.py:smoke",
+    "--config.world.directory=",
+    f"--config.model.path={directory}/model",
+    f"--config.data.path={path}",
+    "--config.data.length=64",
+    "--config.batch.size=4",
+    "--config.num_epochs=0",
+    f"--config.loop.num_steps={_NUM_STEPS}",
+    "--config.loop.log_every=1",
+    "--config.loop.save_every=1000",
+  ]
+
+
+def _start(command, *more):
+  return subprocess.Popen(
+    [*command, *more],
+    cwd=_ROOT,
+    env=_ENVIRONMENT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _finish(command, *more):
+  process = _start(command, *more)
+  _, stderr = process.communicate(timeout=300)
+  return process.returncode, stderr
+
+
+def _rows(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _stop_after(process, workdir, num_steps, number):
+  """Sends a signal once so many steps are told; gives what was printed."""
+  deadline = time.monotonic() + 240
+  path = workdir / "metrics.jsonl"
+  while not path.exists() or path.read_text().count("\n") < num_steps:
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(number)
+  _, stderr = process.communicate(timeout=120)
+  return stderr
+
+
+@pytest.mark.slow
+def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
+  workdir = tmp_path / "run"
+  line = [*command, f"--workdir={workdir}"]
+  told = 0
+  for number in (signal.SIGTERM, signal.SIGINT):
+    process = _start(line)
+    stderr = _stop_after(process, workdir, told + 3, number)
+    assert process.returncode == 75, stderr
+    assert f"Got {number.name}; saving after this step." in stderr
+    assert "Run the same command again" in stderr
+    assert "Traceback" not in stderr
+    steps = [row["step"] for row in _rows(workdir)]
+    assert steps == list(range(1, len(steps) + 1))
+    told = len(steps)
+    assert (workdir / "checkpoints" / str(told)).exists()
+    assert not (workdir / "export").exists()
+
+  code, stderr = _finish(line)
+  assert code == 0, stderr
+  assert "Resumed from" in stderr
+  rows = _rows(workdir)
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert [r["step"] for r in rows if "loss" in r] == [*range(1, _NUM_STEPS + 1)]
+  assert losses[-1] < losses[0]
+  assert "eval/loss" in rows[-1]
+  assert (workdir / "export/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("change", "code", "told"),
+  [
+    ("--config.batch.sise=4", 2, 'Did you mean "size"'),
+    ("--config=configs/run/none.py", 2, "configs/run/none.py"),
+    ("--config.mesh.tensor=3", 2, "--config.mesh"),
+    ("--config.data.path=none.jsonl", 3, "none.jsonl"),
+    ("--config.model.path=configs", 5, "configs/config.json"),
+  ],
+)
+def test_bad_input_is_told_in_four_lines(command, tmp_path, change, code, told):
+  workdir = tmp_path / "run"
+  found, stderr = _finish(command, f"--workdir={workdir}", change)
+  assert found == code, stderr
+  assert told in stderr
+  for part in ("  where: ", "  why  : ", "  fix  : "):
+    assert part in stderr
+  assert "Traceback" not in stderr
+  left = {path.name for path in workdir.iterdir()} if workdir.exists() else ()
+  assert set(left) <= {"config.json", "lock"}
