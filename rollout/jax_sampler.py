@@ -202,9 +202,12 @@ class JaxSampler:
   def _count_program(self, program: tuple[Any, ...]) -> None:
     if program not in self._programs:
       self._programs.add(program)
+      num_prompts, length, static = program
       logging.info(
-        "Sampler program %d: %d prompts of %d tokens, %s.",
-        *(len(self._programs), *program),
+        "Sampler program %d: %d prompts of %d tokens, %d completions each, "
+        "of %d tokens.",
+        *(len(self._programs), num_prompts, length),
+        *(static.group_size, static.max_new),
       )
 
 
@@ -218,6 +221,16 @@ def _bucket(size: int, *, smallest: int) -> int:
   return bucket
 
 
+class _Carry(NamedTuple):
+  """What one decoding step hands to the next."""
+
+  drawn: _Drawn
+  step: jax.Array
+  logits_BV: jax.Array
+  positions_B: jax.Array
+  cache: attention.Cache
+
+
 def _generate(
   model: decoder.Model,
   params: decoder.Params,
@@ -229,26 +242,75 @@ def _generate(
   static: _Static,
 ) -> _Drawn:
   """Prefills P prompts once, then decodes C completions of each."""
-  tokens_PT, lengths_P, rows_P, real_P = map(jnp.asarray, requests)
+  length = requests.tokens_PT.shape[1]
+  keys_B = _row_keys(key, jnp.asarray(requests.rows_P), static.group_size)
+
+  def unfinished(carry: _Carry) -> jax.Array:
+    return (carry.step < static.max_new) & ~jnp.all(carry.drawn.stopped_B)
+
+  def advance(carry: _Carry) -> _Carry:
+    drawn, step, logits_BV, positions_B, cache = carry
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    token_B, logprob_B, model_logprob_B = _draw(
+      logits_BV, step_keys_B, cut, static=static
+    )
+    write = jax.lax.dynamic_update_index_in_dim
+    drawn = _Drawn(
+      write(drawn.tokens_BN, token_B, step, axis=1),
+      write(drawn.logprobs_BN, logprob_B, step, axis=1),
+      write(drawn.model_logprobs_BN, model_logprob_B, step, axis=1),
+      drawn.lengths_B + ~drawn.stopped_B,
+      drawn.stopped_B | jnp.isin(token_B, stop_token_ids),
+    )
+    hidden_B1D, cache = model.cached(
+      params,
+      token_B[:, None],
+      positions_B[:, None],
+      jnp.ones_like(token_B)[:, None],
+      cache,
+      length + step,
+    )
+    logits_BV = model.project(params, hidden_B1D[:, 0])
+    return _Carry(drawn, step + 1, logits_BV, positions_B + 1, cache)
+
+  start = _prefill(model, params, requests, static=static)
+  return jax.lax.while_loop(unfinished, advance, start).drawn
+
+
+def _row_keys(key: jax.Array, rows_P: jax.Array, group_size: int) -> jax.Array:
+  """Gives every completion a key of its own, by its row and index."""
+  keys_P = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_P)
+  of_index = jax.vmap(jax.random.fold_in, (None, 0))
+  of_row = jax.vmap(of_index, (0, None))
+  return of_row(keys_P, jnp.arange(group_size)).reshape(-1)
+
+
+def _prefill(
+  model: decoder.Model,
+  params: decoder.Params,
+  requests: _Requests,
+  *,
+  static: _Static,
+) -> _Carry:
+  """Fills the cache from P prompts, and repeats it for C completions."""
+  tokens_PT, lengths_P, _, real_P = map(jnp.asarray, requests)
   num_prompts, length = tokens_PT.shape
-  batch_size = num_prompts * static.group_size
-  slots_T = jnp.arange(length)
-  real_PT = slots_T < lengths_P[:, None]
-  positions_PT = jnp.broadcast_to(slots_T, real_PT.shape)
+  real_PT = jnp.arange(length) < lengths_P[:, None]
   cache = attention.empty_cache(
     model.config, num_prompts, length + static.max_new, model.dtype
   )
   hidden_PTD, cache = model.cached(
     params,
     tokens_PT,
-    positions_PT,
+    jnp.broadcast_to(jnp.arange(length), tokens_PT.shape),
     real_PT.astype(jnp.int32),
     cache,
     jnp.int32(0),
   )
   last_PD = hidden_PTD[jnp.arange(num_prompts), lengths_P - 1]
 
-  # From here on a row is a completion: every group shares its prefill.
+  # From here on a row is a completion.
+  batch_size = num_prompts * static.group_size
   repeat = functools.partial(
     jnp.repeat, repeats=static.group_size, total_repeat_length=batch_size
   )
@@ -256,44 +318,6 @@ def _generate(
     *(repeat(leaf, axis=1) for leaf in cache[:2]),
     *(repeat(leaf, axis=0) for leaf in cache[2:]),
   )
-  index_B = jnp.tile(jnp.arange(static.group_size), num_prompts)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, repeat(rows_P, axis=0))
-  keys_B = jax.vmap(jax.random.fold_in)(keys_B, index_B)
-  ones_B1 = jnp.ones((batch_size, 1), jnp.int32)
-
-  def draw(
-    logits_BV: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    return _draw(logits_BV, step_keys_B, cut, static=static)
-
-  def unfinished(carry: tuple[Any, ...]) -> jax.Array:  # Any: see `advance`.
-    drawn, step = carry[0], carry[1]
-    return (step < static.max_new) & ~jnp.all(drawn.stopped_B)
-
-  def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    drawn, step, logits_BV, positions_B, cache = carry
-    token_B, logprob_B, model_logprob_B = draw(logits_BV, step)
-    alive_B = ~drawn.stopped_B
-    write = jax.lax.dynamic_update_index_in_dim
-    drawn = _Drawn(
-      write(drawn.tokens_BN, token_B, step, axis=1),
-      write(drawn.logprobs_BN, logprob_B, step, axis=1),
-      write(drawn.model_logprobs_BN, model_logprob_B, step, axis=1),
-      drawn.lengths_B + alive_B,
-      drawn.stopped_B | jnp.isin(token_B, stop_token_ids),
-    )
-    hidden_B1D, cache = model.cached(
-      params,
-      token_B[:, None],
-      positions_B[:, None],
-      ones_B1,
-      cache,
-      length + step,
-    )
-    logits_BV = model.project(params, hidden_B1D[:, 0])
-    return drawn, step + 1, logits_BV, positions_B + 1, cache
-
   empty_BN = jnp.zeros((batch_size, static.max_new))
   drawn = _Drawn(
     empty_BN.astype(jnp.int32),
@@ -303,8 +327,8 @@ def _generate(
     repeat(~real_P, axis=0),
   )
   logits_BV = model.project(params, repeat(last_PD, axis=0))
-  carry = (drawn, 0, logits_BV, repeat(lengths_P, axis=0), cache)
-  return jax.lax.while_loop(unfinished, advance, carry)[0]
+  positions_B = repeat(lengths_P, axis=0)
+  return _Carry(drawn, jnp.int32(0), logits_BV, positions_B, cache)
 
 
 def _draw(
