@@ -49,38 +49,6 @@ class Templates:
         )
 
 
-DEFAULT = Templates(
-  probe=(
-    "{question}\n\n"
-    "Do not solve this yet. In two or three short sentences, name the kind of "
-    "problem it is, the steps you plan to take, and what you are unsure about."
-  ),
-  teach=(
-    "A student is about to work on a problem. You see the problem and the plan "
-    "the student wrote for it.\n\n"
-    "Problem:\n{question}\n\n"
-    "The student's plan:\n{probe}\n\n"
-    "First judge the plan privately inside <thinking></thinking>: what is "
-    "right, what is missing, what will go wrong. Then write to the student "
-    "inside <teaching></teaching>. If the plan is sound, confirm it in a "
-    "sentence. If it is not, say which step to change and how. The student "
-    "reads only <teaching>: never put the final answer there, and do not carry "
-    "the solution through."
-  ),
-  taught=(
-    "{question}\n\n"
-    "Advice from your teacher:\n{teaching}\n\n"
-    "Solve the problem step by step, using the advice where it helps. Write "
-    "only the final answer inside <solution></solution>."
-  ),
-  baseline=(
-    "{question}\n\n"
-    "Solve the problem step by step. Write only the final answer inside "
-    "<solution></solution>."
-  ),
-)
-
-
 def fill(template: str, **fields: str) -> str:
   """Replaces the placeholders of a template, all in one pass.
 

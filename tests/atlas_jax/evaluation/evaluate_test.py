@@ -10,6 +10,7 @@ from atlas_jax import errors, types
 from atlas_jax.evaluation import evaluate
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.teaching import templates
+from configs.data import prompts
 from tests import fakes
 
 _QUESTIONS = [
@@ -51,7 +52,7 @@ def protocol(tmp_path):
     teaching_protocol.Role(
       fakes.FakeSampler(tokenizer, _student_writes), tokenizer
     ),
-    templates.DEFAULT,
+    templates.Templates(**prompts.get_templates()),
     probe_params=_params(1),
     teach_params=_params(2),
     solve_params=_params(1),

@@ -7,6 +7,9 @@ import pytest
 
 from atlas_jax import errors
 from atlas_jax.teaching import templates
+from configs.data import prompts
+
+_PROMPTS = templates.Templates(**prompts.get_templates())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_fill_refuses_what_does_not_fit():
 )
 def test_a_template_with_other_placeholders_is_refused(name, text):
   with pytest.raises(errors.ConfigError, match=f"templates.{name}"):
-    dataclasses.replace(templates.DEFAULT, **{name: text})
+    dataclasses.replace(_PROMPTS, **{name: text})
 
 
 @pytest.mark.parametrize(
