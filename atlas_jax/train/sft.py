@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning on the assistant's part of conversations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import functools
 import pathlib
 from typing import Any
@@ -47,16 +47,7 @@ def train(
   Raises:
     errors.AtlasError: see `loop.run`.
   """
-  if bool(config.num_epochs) == bool(config.loop.num_steps):
-    raise errors.ConfigError(
-      "The length of the run must be told in one way.",
-      where="--config.num_epochs, --config.loop.num_steps",
-      why=f"They are {config.num_epochs} and {config.loop.num_steps}.",
-      fix="Set one of them, and the other to 0.",
-    )
-  num_steps = (
-    config.loop.num_steps or config.num_epochs * train_set.num_batches_per_epoch
-  )
+  num_steps = _num_steps(config, train_set)
   schedule = train_optimizer.make_schedule(
     **config.schedule, num_updates=num_steps
   )
@@ -70,19 +61,15 @@ def train(
     shardings=train_state.shardings(state),
   )
   eval_fn = jax.jit(loss_fn)
-  rows = sharding.of_batch(mesh)
-
-  def on_mesh(batch: Mapping[str, object]) -> train_step.Batch:
-    return {
-      name: jax.make_array_from_process_local_data(rows, array)
-      for name, array in batch.items()
-    }
+  on_mesh = functools.partial(
+    jax.make_array_from_process_local_data, sharding.of_batch(mesh)
+  )
 
   def do_step(
     state: train_state.TrainState, step: int
   ) -> tuple[train_state.TrainState, loop.Metrics]:
     batch = train_set.batch(step)
-    state, metrics = step_fn(state, on_mesh(batch))
+    state, metrics = step_fn(state, jax.tree.map(on_mesh, batch))
     num_tokens = int((batch["segment_ids"] > 0).sum())
     rate = float(np.asarray(schedule(step)))
     return state, {**metrics, "num_tokens": num_tokens, "learning_rate": rate}
@@ -91,7 +78,7 @@ def train(
     del step
     total, weight = 0.0, 0.0
     for i in range(eval_set.num_batches_per_epoch):
-      batch = on_mesh(eval_set.batch(i))
+      batch = jax.tree.map(on_mesh, eval_set.batch(i))
       loss, (num_tokens, _) = eval_fn(state.params, batch)
       total += float(loss * num_tokens)
       weight += float(num_tokens)
@@ -111,6 +98,19 @@ def train(
     **{**config.loop, "num_steps": num_steps},
   )
   return state.params
+
+
+def _num_steps(config: Any, train_set: loader.Loader) -> int:  # Any: as above.
+  """Reads how long to train, told in epochs or in steps."""
+  num_epochs, num_steps = config.num_epochs, config.loop.num_steps
+  if bool(num_epochs) == bool(num_steps):
+    raise errors.ConfigError(
+      "The length of the run must be told in one way.",
+      where="--config.num_epochs, --config.loop.num_steps",
+      why=f"They are {num_epochs} and {num_steps}.",
+      fix="Set one of them, and the other to 0.",
+    )
+  return num_steps or num_epochs * train_set.num_batches_per_epoch
 
 
 def make_sets(  # noqa: PLR0913 - one argument per config key.
@@ -144,21 +144,7 @@ def make_sets(  # noqa: PLR0913 - one argument per config key.
     errors.ConfigError: if the two ways to name a held-out set contradict.
     errors.DataError: if the data cannot be used.
   """
-  if bool(validation_path) == bool(validation_fraction):
-    raise errors.ConfigError(
-      "There must be one held-out set.",
-      where="--config.data",
-      why=f"validation_path={validation_path!r} and "
-      f"validation_fraction={validation_fraction}.",
-      fix="Set one of them.",
-    )
-  if format_name not in formats.DATA_CONFIGS:
-    raise errors.ConfigError(
-      f"There is no data format {format_name!r}.",
-      where="--config.data.format_name",
-      why=f"The formats are {', '.join(formats.DATA_CONFIGS)}.",
-      fix="Name one of them.",
-    )
+  _check_choices(validation_path, validation_fraction, format_name)
 
   def tokenized(path: str) -> list[packing.Example]:
     layout = formats.DATA_CONFIGS[format_name]
@@ -185,15 +171,36 @@ def make_sets(  # noqa: PLR0913 - one argument per config key.
       process_count=jax.process_count(),
     )
 
-  train_examples = tokenized(path)
+  examples = tokenized(path)
   if validation_path:
     held_out = tokenized(validation_path)
   else:
-    order = np.random.default_rng(seed).permutation(len(train_examples))
+    order = np.random.default_rng(seed).permutation(len(examples))
     num_held_out = max(1, round(validation_fraction * len(order)))
-    held_out = [train_examples[i] for i in order[:num_held_out]]
-    train_examples = [train_examples[i] for i in order[num_held_out:]]
-  return load(train_examples, "drop"), load(held_out, "pad")
+    held_out = [examples[i] for i in order[:num_held_out]]
+    examples = [examples[i] for i in order[num_held_out:]]
+  return load(examples, "drop"), load(held_out, "pad")
+
+
+def _check_choices(
+  validation_path: str, validation_fraction: float, format_name: str
+) -> None:
+  """Refuses what contradicts itself or is not there."""
+  if bool(validation_path) == bool(validation_fraction):
+    raise errors.ConfigError(
+      "There must be one held-out set.",
+      where="--config.data",
+      why=f"validation_path={validation_path!r} and "
+      f"validation_fraction={validation_fraction}.",
+      fix="Set one of them.",
+    )
+  if format_name not in formats.DATA_CONFIGS:
+    raise errors.ConfigError(
+      f"There is no data format {format_name!r}.",
+      where="--config.data.format_name",
+      why=f"The formats are {', '.join(formats.DATA_CONFIGS)}.",
+      fix="Name one of them.",
+    )
 
 
 def _loss(
