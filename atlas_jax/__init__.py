@@ -1,7 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains teacher language models with JAX."""
-
-import os
-
-# Only its tokenizers are used; it need not advise to install PyTorch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
