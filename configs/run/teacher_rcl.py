@@ -23,7 +23,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(path=config_dict.required_placeholder(str))
+  config.data = dict(path=config_dict.placeholder(str))
   config.sampler = dict(max_rows=256)  # launch.open_role
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
