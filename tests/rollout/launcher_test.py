@@ -37,7 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.send_response(200)
     self.end_headers()
     self.wfile.write(body)
-http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+address = ("127.0.0.1", int(port))
+http.server.ThreadingHTTPServer(address, Handler).serve_forever()
 """
 
 
@@ -200,23 +201,24 @@ time.sleep(60)
 """
 
 
-def _launch_apart(stage, servers, training, max_wait_s=30.0):
+def _launch_apart(servers, training):
   """Runs a launch in a process of its own, so that it can be killed."""
+  fields = [(s.role, s.url, s.command) for s in servers]
   code = f"""
-import pathlib, sys
+import sys
 from pathlib import PosixPath
 from atlas_jax import errors
 from rollout import launcher
 from rollout.launcher import Command, Server
-servers = [Server(*fields) for fields in {
-    [(s.role, s.url, s.command) for s in servers]!r
-  }]
+servers = [Server(*fields) for fields in {fields!r}]
 try:
-  sys.exit(launcher.run(servers, {training!r}, max_wait_s={max_wait_s}))
+  sys.exit(launcher.run(servers, {training!r}, max_wait_s=30.0))
 except errors.AtlasError as error:
   sys.exit(int(error.exit_code))
 """
-  return subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT)
+  return subprocess.Popen(
+    [sys.executable, "-c", code], cwd=_ROOT, start_new_session=True
+  )
 
 
 def _saving(stage):
@@ -229,9 +231,9 @@ def _saving(stage):
 def test_a_signal_lets_training_save_and_leaves_nothing(stage, number):
   training, begun, saved = _saving(stage)
   servers = [stage.server("policy"), stage.server("student")]
-  process = _launch_apart(stage, servers, training)
+  process = _launch_apart(servers, training)
   _wait_for(begun.exists)
-  process.send_signal(number)
+  os.killpg(process.pid, number)  # As a terminal does on Ctrl-C.
   assert process.wait(30.0) == errors.Exit.PREEMPTED
   assert saved.exists()
   stage.check_nothing_left()
@@ -239,7 +241,7 @@ def test_a_signal_lets_training_save_and_leaves_nothing(stage, number):
 
 def test_a_signal_before_training_leaves_nothing(stage):
   training, begun, _ = _saving(stage)
-  process = _launch_apart(stage, [stage.server(mode="slow")], training)
+  process = _launch_apart([stage.server(mode="slow")], training)
   _wait_for(stage.pids)
   process.terminate()
   assert process.wait(30.0) == errors.Exit.PREEMPTED
@@ -252,7 +254,7 @@ def test_servers_end_when_the_launcher_is_killed(stage, mode):
   """Within their grace; what ignores SIGTERM as well."""
   training, begun, saved = _saving(stage)
   server = stage.server(mode=mode, grace_s=1.0)
-  process = _launch_apart(stage, [server], training)
+  process = _launch_apart([server], training)
   _wait_for(begun.exists)
   os.kill(process.pid, signal.SIGKILL)
   process.wait(30.0)
