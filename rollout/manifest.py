@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import stat
 from typing import Annotated, Literal
 
@@ -30,6 +31,9 @@ _MAX_BYTES = 64 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 # What is set in every infinity and NaN, and in no finite number.
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80)}
+# Left out of pushes, as of exports: computed, and equal to another when tied.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 
@@ -180,6 +184,20 @@ def check_shapes(
       why="; ".join([*rows[:12], *more]),
       fix="Start the server on the model that is trained.",
     )
+
+
+def shapes_of(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Lists the tensors that a push to a model of this directory must hold.
+
+  Raises:
+    errors.CheckpointError: if the directory holds no readable model.
+  """
+  tied = shards.read_json(directory / "config.json").get("tie_word_embeddings")
+  return {
+    name: tensor.shape
+    for name, tensor in shards.open_directory(directory).items()
+    if not _COMPUTED.fullmatch(name) and not (tied and name == _HEAD)
+  }
 
 
 def tokenizer_digest(directory: pathlib.Path) -> str:
