@@ -58,9 +58,9 @@ class RefusedError(errors.RolloutError):
 
   def __init__(self, url: str, status: int, refusal: wire.Refusal) -> None:
     super().__init__(
-      f"The rollout server refused: {refusal.what}",
+      "A rollout server refused what it was asked.",
       where=f"{url} ({status})",
-      why=refusal.why,
+      why=f"{refusal.what} {refusal.why}",
       fix=refusal.fix,
     )
     self.status, self.error = status, refusal.error

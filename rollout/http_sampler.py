@@ -147,7 +147,7 @@ class HttpSampler:
 
   @property
   def version(self) -> int:
-    """The step whose weights the servers hold; -1 before the first push."""
+    """The step whose weights the servers hold; -1 before a policy's first."""
     return self._version
 
   def sample(
@@ -217,6 +217,8 @@ class HttpSampler:
   async def _start(self) -> None:
     for server in self._servers:
       await self._join(server, time.monotonic() + self._channel.wait_s)
+    if self._channel.role == "student":
+      self._version = self._servers[0].version
     self._watchers = [
       asyncio.create_task(self._watch(server)) for server in self._servers
     ]

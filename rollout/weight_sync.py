@@ -45,7 +45,7 @@ class Published:
 
 
 def open_root(directory: str, *, run: str) -> pathlib.Path:
-  """Makes the directory that versions are published in, and empties it.
+  """Makes the directory that versions are published in, unless it is there.
 
   Args:
     directory: on a disk that trainer and servers share; "" for one in the
@@ -64,7 +64,6 @@ def open_root(directory: str, *, run: str) -> pathlib.Path:
       if parent.is_symlink() or parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{parent} belongs to someone else")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    prune(root, keep=0)
   except OSError as error:
     raise errors.ConfigError(
       "Weights cannot be handed to the rollout servers.",

@@ -24,7 +24,17 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
   config.data = dict(path=config_dict.placeholder(str))
-  config.sampler = dict(max_rows=256)  # launch.open_role
+  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.rollout = dict(  # rollout.sampler.Settings
+    backend="jax",
+    policy_urls=(),
+    student_urls=(),
+    weights_root="",
+    dtype="bfloat16",
+    wait_s=600.0,
+    generate_s=1800.0,
+    update_s=600.0,
+  )
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()
@@ -69,6 +79,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"
   config.templates = world.get_templates()
   config.sampling = get_world_sampling()
+  config.rollout.dtype = "float32"
   config.score.chunk_size = 128
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
