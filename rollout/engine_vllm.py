@@ -220,15 +220,14 @@ def _to_wire(
 ) -> wire.CompletionOut:
   """Takes of each position the log-probability of the token drawn there."""
   token_ids, reason = list(output.token_ids), output.finish_reason
+  positions = output.logprobs
+  if positions is None or reason not in ("stop", "length"):
+    raise _failed(f"It ended a completion with {reason!r}.")
   logprobs = [
     position[token_id].logprob
-    for position, token_id in zip(
-      output.logprobs or (), token_ids, strict=False
-    )
+    for position, token_id in zip(positions, token_ids, strict=True)
     if position
   ]
-  if len(logprobs) != len(token_ids) or reason not in ("stop", "length"):
-    raise _failed(f"It ended a completion with {reason!r}.")
   return wire.CompletionOut(
     token_ids=token_ids,
     logprobs=logprobs,
