@@ -154,8 +154,11 @@ def plan(site: Site, devices: Split) -> list[launcher.Server]:
     argv += [f"--model={site.models[role]}", f"--role={role}"]
     argv += [f"--host={site.host}", f"--port={port}"]
     argv += [f"--dtype={site.dtype}"]
-    if fraction and site.engine == "vllm":
+    if site.engine == "vllm" and fraction:
       argv.append(f"--gpu_memory_utilization={fraction:.3f}")
+    elif site.engine == "vllm":
+      # On a CPU it would take what memory is left, and compile for minutes.
+      argv += ["--kv_cache_gib=1", "--enforce_eager"]
     name = f"{role} server on port {port}"
     log = site.logs / f"{role}-{port}.log"
     command = launcher.Command(
