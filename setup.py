@@ -35,6 +35,13 @@ setuptools.setup(
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "hub": ["datasets>=4.0"],
+    "rollout": [
+      "fastapi>=0.133",
+      "httpx2>=2.16",
+      "pydantic>=2.12",
+      "stamina>=25.1",
+      "uvicorn>=0.40",
+    ],
     "plot": ["matplotlib>=3.9"],
     "test": [
       "datasets>=4.0",

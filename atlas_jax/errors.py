@@ -63,6 +63,12 @@ class CheckpointError(AtlasError):
   exit_code = Exit.CHECKPOINT
 
 
+class RolloutError(AtlasError):
+  """A rollout server that cannot be reached, or does not do its work."""
+
+  exit_code = Exit.ROLLOUT
+
+
 class PreemptedError(AtlasError):
   """Stopped on request, with the state saved."""
 

@@ -20,12 +20,12 @@ from atlas_jax import chat, errors, sharding, types
 from atlas_jax.models import decoder
 from atlas_jax.teaching import protocol, templates
 from conversion import load, save, verify
-from rollout import jax_sampler
+from rollout import sampler, wire
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-  """A model directory, opened."""
+  """A model directory, opened; `params` is empty if others hold them."""
 
   directory: pathlib.Path
   model: decoder.Model
@@ -160,6 +160,7 @@ def open_model(
   param_dtype: str,
   remat: decoder.Remat,
   unroll: int,
+  with_params: bool = True,
 ) -> OpenModel:
   """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
 
@@ -170,6 +171,7 @@ def open_model(
     param_dtype: of parameters; float32 for masters that are trained.
     remat: see `decoder.build`.
     unroll: see `decoder.build`.
+    with_params: whether to load any; a student on servers needs none here.
 
   Raises:
     errors.AtlasError: if the directory or the tokenizer cannot be used.
@@ -177,50 +179,61 @@ def open_model(
   directory = load.resolve(path)
   config, _ = load.read_config(directory)
   model = decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)
-  shardings = sharding.of_params(mesh, model.abstract_params)
   tokenizer = chat.load_tokenizer(directory)
+  if not with_params:
+    return OpenModel(directory, model, {}, tokenizer)
+  shardings = sharding.of_params(mesh, model.abstract_params)
   params = load.load(
     directory, model, param_dtype=param_dtype, shardings=shardings
   )
   return OpenModel(directory, model, params, tokenizer)
 
 
-def open_role(
-  opened: OpenModel, mesh: jax.sharding.Mesh, *, max_rows: int
-) -> protocol.Role:
-  """Lets a model speak: a sampler in this process, with its tokenizer."""
-  stops = chat.stop_token_ids(opened.tokenizer, opened.directory)
-  sampler = jax_sampler.JaxSampler(
-    opened.model,
-    opened.params,
-    mesh=mesh,
-    stop_token_ids=stops,
-    max_rows=max_rows,
-  )
-  return protocol.Role(sampler, opened.tokenizer)
-
-
+@contextlib.contextmanager
 def open_protocol(
   policy: OpenModel,
   student: OpenModel,
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
-) -> protocol.Protocol:
+) -> Iterator[protocol.Protocol]:
   """Lets a policy teach a student, as `config` says.
 
-  Its sections are `sampler`, `templates` and `sampling`; `seed` is that of the
-  baseline answers.
+  Its sections are `rollout`, `sampler`, `templates` and `sampling`; `seed` is
+  that of the baseline answers.
+
+  Raises:
+    errors.AtlasError: if rollout servers are asked for and cannot be used.
   """
+  settings = sampler.Settings(**config.rollout)
   params = {
     f"{name}_params": types.SamplingParams(**section, seed=config.seed)
     for name, section in config.sampling.items()
   }
-  return protocol.Protocol(
-    open_role(policy, mesh, **config.sampler),
-    open_role(student, mesh, **config.sampler),
-    templates.Templates(**config.templates),
-    **params,
-  )
+
+  def open_role(
+    role: wire.Role, opened: OpenModel
+  ) -> contextlib.AbstractContextManager[types.Sampler]:
+    return sampler.open_sampler(
+      role,
+      settings,
+      directory=opened.directory,
+      model=opened.model,
+      params=opened.params,
+      tokenizer=opened.tokenizer,
+      mesh=mesh,
+      **config.sampler,
+    )
+
+  with (
+    open_role("policy", policy) as policy_sampler,
+    open_role("student", student) as student_sampler,
+  ):
+    yield protocol.Protocol(
+      protocol.Role(policy_sampler, policy.tokenizer),
+      protocol.Role(student_sampler, student.tokenizer),
+      templates.Templates(**config.templates),
+      **params,
+    )
 
 
 def fingerprint(opened: OpenModel) -> str:

@@ -19,6 +19,9 @@ from atlas_jax import errors
 from atlas_jax.models import decoder
 from conversion import load, rules, shards
 
+# Gives a tensor by its Hugging Face name.
+Fetch = Callable[[str], np.ndarray]
+
 # What goes along with the weights, unchanged.
 _CARRIED = (
   *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -85,7 +88,7 @@ def save(
     shards.write(
       partial,
       shapes,
-      _fetcher(params, model),
+      fetcher(params, model, dtype),
       dtype=dtype,
       max_shard_bytes=max_shard_bytes,
     )
@@ -100,6 +103,28 @@ def save(
     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
+  """Makes the function that fetches one tensor from its devices.
+
+  It takes a Hugging Face name. Values are cast where they lie, so that no
+  more bytes travel than are written; the array is often not contiguous.
+  """
+  leaves = dict(rules.flatten(params))
+  places = {
+    name: (rule, layer)
+    for rule in rules.of_model(model)
+    for layer, name in enumerate(rules.names(rule, model.config.num_layers))
+  }
+
+  def fetch(name: str) -> np.ndarray:
+    rule, layer = places[name]
+    leaf = leaves[rule.path]
+    part = leaf[layer] if rule.stacked else leaf
+    return rules.to_hf(rule, np.asarray(part.astype(dtype)))
+
+  return fetch
 
 
 def _check_target(
@@ -197,26 +222,6 @@ def _write_texts(
   ]
   card = "\n".join([_CARD_HEAD, *lines, ""])
   (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def _fetcher(
-  params: decoder.Params, model: decoder.Model
-) -> Callable[[str], np.ndarray]:
-  """Makes the function that fetches one tensor from its devices."""
-  leaves = dict(rules.flatten(params))
-  places = {
-    name: (rule, layer)
-    for rule in rules.of_model(model)
-    for layer, name in enumerate(rules.names(rule, model.config.num_layers))
-  }
-
-  def fetch(name: str) -> np.ndarray:
-    rule, layer = places[name]
-    leaf = leaves[rule.path]
-    array = np.asarray(leaf[layer] if rule.stacked else leaf)
-    return rules.to_hf(rule, array)
-
-  return fetch
 
 
 def _sync(directory: pathlib.Path) -> None:

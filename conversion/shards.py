@@ -30,7 +30,15 @@ _DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_EXPONENTS = {
+  _DTYPES["F32"]: np.uint32(0x7F800000),
+  _DTYPES["F16"]: np.uint16(0x7C00),
+  _DTYPES["BF16"]: np.uint16(0x7F80),
+}
 _LENGTH_BYTES = 8
+# Columns transposed at a time, and values checked: both stay in the cache.
+_STRIP = 32
+_CHECKED = 2**18
 # The largest public checkpoints stay below a tenth of each of these.
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 16 * 2**20
@@ -182,28 +190,106 @@ def write(
     errors.CheckpointError: if a value is not finite, or a tensor read back
       differs from what was written.
   """
-  as_dtype = np.dtype(dtype)
-  sizes = {
-    name: math.prod(shape) * as_dtype.itemsize for name, shape in shapes.items()
-  }
-  groups = list(_pack(sizes, max_shard_bytes))
-  weight_map: dict[str, str] = {}
-  digests: dict[str, str] = {}
-  for number, names in enumerate(groups, 1):
-    file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-    path = directory / (SINGLE_NAME if len(groups) == 1 else file)
-    group = {name: shapes[name] for name in names}
-    digests |= _write_file(path, group, fetch, as_dtype)
-    weight_map |= dict.fromkeys(names, file)
-  if len(groups) > 1:
-    total = {"total_size": sum(sizes.values())}
-    write_json(
-      directory / INDEX_NAME, {"metadata": total, "weight_map": weight_map}
+  files = layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  digests = {
+    file: write_file(
+      directory / file, {name: shapes[name] for name in names}, fetch, dtype
     )
-  written = open_directory(directory)
-  for name, expected in digests.items():
-    if digest(read(written[name])) != expected:
-      raise _refuse(directory, f"{name} read back is not what was written")
+    for file, names in files.items()
+  }
+  write_index(directory, files, shapes, dtype)
+  open_directory(directory)
+  for file, expected in digests.items():
+    with (directory / file).open("rb") as written:
+      if hashlib.file_digest(written, "sha256").hexdigest() != expected:
+        raise _refuse(directory, f"{file} read back is not what was written")
+
+
+def layout(
+  shapes: Mapping[str, tuple[int, ...]], *, dtype: str, max_shard_bytes: int
+) -> dict[str, list[str]]:
+  """Spreads tensors over files, in order; see `write`.
+
+  Returns:
+    The names of the tensors in each file, by the file's name.
+  """
+  itemsize = np.dtype(dtype).itemsize
+  sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+  groups = list(_pack(sizes, max_shard_bytes))
+  if len(groups) == 1:
+    return {SINGLE_NAME: groups[0]}
+  return {
+    f"model-{number:05d}-of-{len(groups):05d}.safetensors": names
+    for number, names in enumerate(groups, 1)
+  }
+
+
+def write_index(
+  directory: pathlib.Path,
+  files: Mapping[str, Sequence[str]],
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: str,
+) -> None:
+  """Writes which file holds which tensor, if there are several files."""
+  if len(files) == 1:
+    return
+  total = sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
+  weight_map = {name: file for file, names in files.items() for name in names}
+  write_json(
+    directory / INDEX_NAME,
+    {"metadata": {"total_size": total}, "weight_map": weight_map},
+  )
+
+
+def write_file(
+  path: pathlib.Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  fetch: Callable[[str], np.ndarray],
+  dtype: str,
+) -> str:
+  """Writes one file of tensors, and waits until it is on disk.
+
+  Args:
+    path: the file.
+    shapes: see `write`.
+    fetch: see `write`; one tensor is in memory at a time.
+    dtype: see `write`.
+
+  Returns:
+    The SHA-256 of the file's bytes, taken as they were written.
+
+  Raises:
+    errors.CheckpointError: if a value is not finite.
+  """
+  as_dtype = np.dtype(dtype)
+  # transformers refuses files that do not name a framework.
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: JSON.
+  position = 0
+  for name, shape in shapes.items():
+    end = position + math.prod(shape) * as_dtype.itemsize
+    header[name] = {
+      "dtype": _DTYPE_NAMES[as_dtype],
+      "shape": list(shape),
+      "data_offsets": [position, end],
+    }
+    position = end
+  raw = json.dumps(header).encode()
+  raw += b" " * (-len(raw) % _LENGTH_BYTES)  # Keeps the tensors aligned.
+  raw = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+  sha256 = hashlib.sha256(raw)
+  with path.open("wb") as file:
+    file.write(raw)
+    for name, shape in shapes.items():
+      array = _contiguous(fetch(name), as_dtype)
+      if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
+      check_finite(name, array)
+      file.write(_bytes_of(array))
+      sha256.update(_bytes_of(array))
+    file.flush()
+    os.fsync(file.fileno())
+  return sha256.hexdigest()
 
 
 def write_json(
@@ -216,6 +302,21 @@ def write_json(
     file.write("\n")
     file.flush()
     os.fsync(file.fileno())
+
+
+def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Lays an array out in C order; a transposed matrix strip by strip."""
+  is_transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
+  if array.ndim != 2 or not is_transposed:
+    return np.ascontiguousarray(array, dtype)
+  # NumPy walks a whole transpose against the cache; strips are 4 times faster.
+  # Unsigned integers are copied in bulk, bfloat16 element by element.
+  result = np.empty(array.shape, dtype)
+  bits = result.view(f"u{dtype.itemsize}")
+  for start in range(0, array.shape[1], _STRIP):
+    strip = array[:, start : start + _STRIP].T.astype(dtype, copy=False)
+    bits[:, start : start + _STRIP] = strip.view(bits.dtype).T
+  return result
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -312,49 +413,13 @@ def _pack(
   yield group
 
 
-def _write_file(
-  path: pathlib.Path,
-  shapes: Mapping[str, tuple[int, ...]],
-  fetch: Callable[[str], np.ndarray],
-  dtype: np.dtype,
-) -> dict[str, str]:
-  """Writes one file, waits until it is on disk, and gives its digests."""
-  # transformers refuses files that do not name a framework.
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: JSON.
-  position = 0
-  for name, shape in shapes.items():
-    end = position + math.prod(shape) * dtype.itemsize
-    header[name] = {
-      "dtype": _DTYPE_NAMES[dtype],
-      "shape": list(shape),
-      "data_offsets": [position, end],
-    }
-    position = end
-  raw = json.dumps(header).encode()
-  raw += b" " * (-len(raw) % _LENGTH_BYTES)  # Keeps the tensors aligned.
-
-  digests: dict[str, str] = {}
-  with path.open("wb") as file:
-    file.write(len(raw).to_bytes(_LENGTH_BYTES, "little") + raw)
-    for name, shape in shapes.items():
-      array = np.ascontiguousarray(fetch(name), dtype)
-      if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
-      check_finite(name, array)
-      file.write(_bytes_of(array))
-      digests[name] = digest(array)
-    file.flush()
-    os.fsync(file.fileno())
-  return digests
-
-
 def check_finite(name: str, array: np.ndarray) -> None:
   """Refuses a tensor that holds an infinity or a NaN.
 
   Raises:
     errors.CheckpointError: naming the tensor.
   """
-  if not np.isfinite(array).all():
+  if not _is_finite(array):
     count = int(array.size - np.isfinite(array).sum())
     raise errors.CheckpointError(
       "A weight is not finite.",
@@ -362,6 +427,20 @@ def check_finite(name: str, array: np.ndarray) -> None:
       why=f"{count} of its {array.size} values are infinite or NaN.",
       fix="Go back to a checkpoint from before training diverged.",
     )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  """Tells if no value is infinite or NaN, without a mask of the whole."""
+  if array.dtype not in _EXPONENTS or not array.flags.c_contiguous:
+    return bool(np.isfinite(array).all())
+  # Every bit of the exponent is set in infinities and NaNs, and only there.
+  # NumPy has no loop of its own for bfloat16; on integers it is 6 times faster.
+  exponent = _EXPONENTS[array.dtype]
+  bits = array.reshape(-1).view(exponent.dtype)
+  return not any(
+    ((bits[start : start + _CHECKED] & exponent) == exponent).any()
+    for start in range(0, bits.size, _CHECKED)
+  )
 
 
 def _no_weights(

@@ -31,19 +31,22 @@ def main() -> None:
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
-    student = launch.open_model(mesh, **config.student)
-    records = evaluate.run(
-      launch.open_protocol(policy, student, mesh, config),
-      questions,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      weights={
-        "policy": launch.fingerprint(policy),
-        "student": launch.fingerprint(student),
-      },
-      path=workdir / "records.jsonl",
-      should_stop=should_stop,
+    student = launch.open_model(
+      mesh, **config.student, with_params=config.rollout.backend == "jax"
     )
+    with launch.open_protocol(policy, student, mesh, config) as protocol:
+      records = evaluate.run(
+        protocol,
+        questions,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights={
+          "policy": launch.fingerprint(policy),
+          "student": launch.fingerprint(student),
+        },
+        path=workdir / "records.jsonl",
+        should_stop=should_stop,
+      )
     bootstrap = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
     summary = {
       "all": metrics.summarize(records, **bootstrap),

@@ -7,6 +7,7 @@
 The workdir is the only state: run the same line again and it resumes.
 """
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -28,12 +29,19 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
   """Runs one training job to its end."""
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-  with launch.start(workdir, config) as should_stop:
+  with (
+    launch.start(workdir, config) as should_stop,
+    contextlib.ExitStack() as opened,
+  ):
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
-    student = launch.open_model(mesh, **config.student)
-    protocol = launch.open_protocol(policy, student, mesh, config)
+    student = launch.open_model(
+      mesh, **config.student, with_params=config.rollout.backend == "jax"
+    )
+    protocol = opened.enter_context(
+      launch.open_protocol(policy, student, mesh, config)
+    )
     held_out = []
     if config.evaluation.path:
       held_out = sources.questions(sources.read(config.evaluation.path))

@@ -22,7 +22,7 @@ from atlas_jax.losses import grpo, reduce
 from atlas_jax.models import decoder
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import protocol as teaching_protocol
-from atlas_jax.train import loop, score
+from atlas_jax.train import agreement, collect, loop, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
@@ -55,12 +55,13 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     evaluate: metrics on held-out questions.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `batch`, `loss`, `reference`, `loop`,
-      `checkpoint` and `sampling`; `seed`.
+      `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
     workdir: holds metrics and checkpoints; trained from there if it has any.
     should_stop: asked after each step.
 
   Raises:
-    errors.AtlasError: see `loop.run`.
+    errors.AtlasError: see `loop.run`, `collect.Collector` and
+      `agreement.check`.
   """
   updates = config.batch.num_iterations * config.batch.num_minibatches
   schedule = train_optimizer.make_schedule(
@@ -79,43 +80,69 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     config=config,
   )
 
+  if (
+    config.overlap.max_staleness
+    and config.rollout.backend == "jax"
+    and mesh.size > 1
+  ):
+    raise errors.ConfigError(
+      "A mesh of several devices cannot sample and train at once.",
+      where=f"--config.overlap.max_staleness={config.overlap.max_staleness}",
+      why="Two threads would order their collectives differently, and hang.",
+      fix="Sample from servers (scripts/launch_with_server.sh), or set it to "
+      "0.",
+    )
+  collector = collect.Collector(
+    protocol,
+    questions,
+    batch_size=config.batch.num_questions,
+    seed=config.seed,
+    num_steps=config.loop.num_steps,
+    max_staleness=config.overlap.max_staleness,
+    compare_every=config.agreement.every,
+  )
+
   def do_step(
     state: train_state.TrainState, step: int
   ) -> tuple[train_state.TrainState, loop.Metrics]:
     clock = _Clock()
-    sampler = protocol.policy.sampler
-    if sampler.version != step:
-      sampler.update_weights(state.params, step)
+    collector.settle()
+    clock.lap("sample")
+    collector.push(state.params, step)
     clock.lap("push")
-    batch_questions = loader.question_batch(
-      questions,
-      step,
-      batch_size=config.batch.num_questions,
-      seed=config.seed,
-    )
-    records = protocol.run(batch_questions, seed=config.seed + step)
-    _check_versions(records, step)
+    records = collector.take(step)
     clock.lap("sample")
     records = [rewards.grade(record) for record in records]
-    rewarded = reward_fn(records)
+    rewarded, lag = collector.drop_stale(records, reward_fn(records), step)
     clock.lap("reward")
-    state, metrics = learner.update(state, records, rewarded)
+    state, metrics = learner.update(
+      state,
+      records,
+      rewarded,
+      is_compared=collector.is_compared(step),
+    )
     clock.lap("train")
-    return state, {**_describe(records, rewarded), **metrics, **clock.seconds}
+    described = _describe(records, rewarded)
+    return state, {**described, **lag, **metrics, **clock.seconds}
 
-  state = loop.run(
-    state,
-    do_step,
-    evaluate,
-    checkpointer=checkpoint.Checkpointer(
-      workdir / "checkpoints",
-      identity={"questions": loader.fingerprint(questions)},
-      **config.checkpoint,
-    ),
-    workdir=workdir,
-    should_stop=should_stop,
-    **config.loop,
-  )
+  def evaluate_alone(state: train_state.TrainState, step: int) -> loop.Metrics:
+    collector.settle()  # It samples too, and with other weights.
+    return evaluate(state, step)
+
+  with collector:
+    state = loop.run(
+      state,
+      do_step,
+      evaluate_alone,
+      checkpointer=checkpoint.Checkpointer(
+        workdir / "checkpoints",
+        identity={"questions": loader.fingerprint(questions)},
+        **config.checkpoint,
+      ),
+      workdir=workdir,
+      should_stop=should_stop,
+      **config.loop,
+    )
   return state.params
 
 
@@ -141,6 +168,7 @@ class _Learner:
       )
     self._batch, self._reference = config.batch, config.reference
     self._advantages = config.advantages
+    self._max_prob_error = config.agreement.max_prob_error
     self._rows = sharding.of_batch(mesh)
     multiple = mesh.shape["data"] * mesh.shape["fsdp"]
     self._multiple = multiple * config.batch.num_minibatches
@@ -165,6 +193,7 @@ class _Learner:
       shardings=shardings,
     )
     self._multiple *= config.batch.num_microbatches
+    self._measure = jax.jit(agreement.measure)
     self._correct = jax.jit(
       functools.partial(grpo.sampler_correction, **config.correction)
     )
@@ -174,8 +203,14 @@ class _Learner:
     state: train_state.TrainState,
     records: Sequence[types.TeachingRecord],
     rewarded: Sequence[types.Reward],
+    *,
+    is_compared: bool,
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Does the updates of one step; none if no group has anything to teach."""
+    """Does the updates of one step; none if no group has anything to teach.
+
+    Trainer and sampler are measured where both had the same weights, and held
+    to the bound if `is_compared`.
+    """
     advantages_PC = self._group(records, rewarded)
     flat_B = advantages_PC.reshape(-1)
     keep = [
@@ -187,6 +222,7 @@ class _Learner:
         self._batch.mask_truncated
         and record.teacher_rollout.completion.finish_reason == "length"
       )
+      and rewarded[i].missing_reason != collect.STALE
     ]
     num_groups = int(np.any(advantages_PC, axis=1).sum())
     metrics: dict[str, Any] = {
@@ -199,7 +235,16 @@ class _Learner:
         flat_B[keep],
         multiple=self._multiple,
       )
-      state, updated = self._fit(state, jax.device_put(batch, self._rows))
+      batch = jax.device_put(batch, self._rows)
+      scores, entropy_BT = self._scores(state, batch)
+      batch |= scores
+      metrics["entropy"] = reduce.token_mean(
+        entropy_BT, batch["loss_mask"][:, 1:]
+      )
+      completions = [records[i].teacher_rollout.completion for i in keep]
+      if {c.version for c in completions} == {int(state.step)}:
+        metrics |= self._compare(batch, int(state.step), is_compared)
+      state, updated = self._fit(state, batch)
       metrics |= updated
     return self._sync_reference(state), metrics
 
@@ -221,22 +266,44 @@ class _Learner:
       )
     )
 
-  def _fit(
+  def _scores(
     self, state: train_state.TrainState, batch: train_step.Batch
-  ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Scores the batch once, then updates on its minibatches."""
-    loss_mask_BT = batch["loss_mask"][:, 1:]
+  ) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Computes what stays as it is through a step's updates; and entropies."""
     old_BT, entropy_BT = self._score(state.params, batch)
     ref_BT = old_BT
     if state.reference is not None:
       ref_BT, _ = self._score(state.reference, batch)
     rollout_BT = batch["rollout_logprobs"][:, 1:]
-    batch = {
-      **batch,
+    loss_mask_BT = batch["loss_mask"][:, 1:]
+    scores = {
       "old_logprobs": old_BT,
       "ref_logprobs": ref_BT,
       "rollout_weights": self._correct(old_BT, rollout_BT, loss_mask_BT),
     }
+    return scores, entropy_BT
+
+  def _compare(
+    self, batch: train_step.Batch, step: int, is_compared: bool
+  ) -> dict[str, jax.Array]:
+    """Measures trainer against sampler, before an update makes them differ."""
+    measured = self._measure(
+      batch["old_logprobs"],
+      batch["rollout_logprobs"][:, 1:],
+      batch["loss_mask"][:, 1:],
+    )
+    if is_compared:
+      agreement.check(
+        float(measured["rollout/prob_error"]),
+        step=step,
+        max_prob_error=self._max_prob_error,
+      )
+    return measured
+
+  def _fit(
+    self, state: train_state.TrainState, batch: train_step.Batch
+  ) -> tuple[train_state.TrainState, dict[str, Any]]:
+    """Updates on the minibatches of a scored batch."""
     collected = []
     num_parts = self._batch.num_minibatches
     for _ in range(self._batch.num_iterations):
@@ -245,14 +312,8 @@ class _Learner:
         state, metrics = self._step(state, part)
         collected.append(metrics)
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
-    gap_BT = jnp.abs(old_BT - rollout_BT)
-    means |= {
-      # Its value: the next update donates the array itself.
-      "num_nonfinite": int(state.num_nonfinite),
-      "entropy": reduce.token_mean(entropy_BT, loss_mask_BT),
-      "rollout/logprob_gap": reduce.token_mean(gap_BT, loss_mask_BT),
-      "rollout/prob_error": reduce.token_mean(jnp.exp(gap_BT), loss_mask_BT),
-    }
+    # Its value: the next update donates the array itself.
+    means["num_nonfinite"] = int(state.num_nonfinite)
     return state, means
 
   def _sync_reference(
@@ -403,16 +464,6 @@ def _num_tokens(record: types.TeachingRecord) -> int:
   return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)
 
 
-def _check_versions(records: Sequence[types.TeachingRecord], step: int) -> None:
-  """Refuses to train on what other weights wrote."""
-  versions = {r.teacher_rollout.completion.version for r in records}
-  if versions != {step}:
-    raise RuntimeError(
-      f"Completions of versions {sorted(versions)} at step {step}: the "
-      "sampler did not take the weights it was given."
-    )
-
-
 def _round_up(size: int, multiple: int) -> int:
   """Rounds up to `multiple` times a power of two."""
   while multiple < size:
@@ -429,5 +480,6 @@ class _Clock:
 
   def lap(self, phase: str) -> None:
     now = time.monotonic()
-    self.seconds[f"seconds/{phase}"] = now - self._last
+    name = f"seconds/{phase}"
+    self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
     self._last = now

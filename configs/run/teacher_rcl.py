@@ -23,13 +23,26 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(path=config_dict.required_placeholder(str))
-  config.sampler = dict(max_rows=256)  # launch.open_role
+  config.data = dict(path=config_dict.placeholder(str))
+  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.rollout = dict(  # rollout.sampler.Settings
+    backend="jax",
+    policy_urls=(),
+    student_urls=(),
+    weights_root="",
+    dtype="bfloat16",
+    wait_s=600.0,
+    generate_s=1800.0,
+    update_s=600.0,
+  )
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()
   config.advantages = dict(scale_by_std=True)  # losses.grpo.group_advantages
   config.correction = dict(max_ratio=2.0)  # losses.grpo.sampler_correction
+  # Mean multiplicative error of a token's probability, trainer to sampler.
+  config.agreement = dict(max_prob_error=1.02, every=1)  # train.agreement.check
+  config.overlap = dict(max_staleness=0)  # train.collect.Collector
   config.score = dict(chunk_size=512)  # train.score.token_stats
   config.loss = dict(  # losses.grpo.clipped_surrogate
     clip_low=0.2, clip_high=0.28, kl_coef=0.04, aggregate="sequence_mean"
@@ -69,7 +82,9 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"
   config.templates = world.get_templates()
   config.sampling = get_world_sampling()
+  config.rollout.dtype = "float32"
   config.score.chunk_size = 128
+  config.agreement.max_prob_error = 1.0005  # In float32.
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8

@@ -21,7 +21,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
   config.data = dict(  # train.sft.make_sets
-    path=config_dict.required_placeholder(str),
+    path=config_dict.placeholder(str),
     validation_path="",
     validation_fraction=0.05,
     format_name="default",

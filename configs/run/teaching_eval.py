@@ -23,8 +23,18 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(path=config_dict.required_placeholder(str))
-  config.sampler = dict(max_rows=256)  # launch.open_role
+  config.data = dict(path=config_dict.placeholder(str))
+  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.rollout = dict(  # rollout.sampler.Settings
+    backend="jax",
+    policy_urls=(),
+    student_urls=(),
+    weights_root="",
+    dtype="bfloat16",
+    wait_s=600.0,
+    generate_s=1800.0,
+    update_s=600.0,
+  )
   config.templates = prompts.get_templates()
   config.sampling = teacher_rcl.get_sampling()
   config.batch_size = 64
@@ -36,6 +46,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.student = tiny.get_config(world.STUDENT)
     config.data.path = f"{world.DIRECTORY}/test.jsonl"
     config.templates = world.get_templates()
+    config.rollout.dtype = "float32"
     config.sampling = teacher_rcl.get_world_sampling()
     config.batch_size = 200
   elif variant != "full":

@@ -54,6 +54,30 @@ def test_views_are_written_as_they_look(tmp_path):
     np.testing.assert_array_equal(public[name], _VIEWS[name])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(70, 50), (1, 40), (40, 1), (33, 32)])
+def test_a_transposed_matrix_of_any_size_is_cast_and_written(
+  tmp_path, dtype, shape
+):
+  matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32).T
+  (tensor,) = shards.open_directory(
+    _write(tmp_path, {"a": matrix}, dtype=dtype)
+  ).values()
+  np.testing.assert_array_equal(shards.read(tensor), matrix.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype, bad):
+  array = np.full(2**18 + 7, -3e4).astype(dtype)
+  shards.check_finite("a", array)
+  for place in (0, 2**18 - 1, 2**18, len(array) - 1):
+    broken = array.copy()
+    broken[place] = bad
+    with pytest.raises(errors.CheckpointError, match="1 of its"):
+      shards.check_finite("a", broken)
+
+
 def test_digests_are_of_what_an_array_looks_like():
   for view in _VIEWS.values():
     assert shards.digest(view) == shards.digest(np.array(view, order="C"))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records for each step: sampled in time, or ahead of it.
+
+With a staleness of 0 every step samples with its own weights. With 1, the next
+batch is sampled while this step trains, so by the weights that this step began
+with; `losses.grpo.sampler_correction` weighs what they would say less or more.
+Steps at which trainer and sampler are compared are always sampled in time.
+"""
+
+from collections.abc import Sequence
+from concurrent import futures
+import dataclasses
+
+from atlas_jax import errors, types
+from atlas_jax.data import loader
+from atlas_jax.models import decoder
+from atlas_jax.teaching import protocol as teaching_protocol
+
+STALE = "stale"
+
+
+class Collector:
+  """Samples the batch of each step; at most one of the next is under way.
+
+  What a step samples depends on the seed, the step and the weights alone. So
+  without staleness a resumed run repeats the one that was not interrupted. With
+  it, the first step after a resume has no batch from before, and samples in
+  time: the same questions and seeds, by weights one step newer.
+  """
+
+  def __init__(
+    self,
+    protocol: teaching_protocol.Protocol,
+    questions: Sequence[types.Question],
+    *,
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    max_staleness: int,
+    compare_every: int,
+  ) -> None:
+    """Starts nothing yet.
+
+    Args:
+      protocol: samples; nobody else may while a batch is under way, see
+        `settle`.
+      questions: what is taught.
+      batch_size: questions of a step.
+      seed: of the order of questions; with the step added, of sampling.
+      num_steps: no batch is sampled for steps from this one on.
+      max_staleness: 0 or 1; steps between the weights that sample and those
+        that train.
+      compare_every: steps between those which are sampled in time.
+
+    Raises:
+      errors.ConfigError: if these do not go together.
+    """
+    if max_staleness not in (0, 1) or compare_every < 1 + max_staleness:
+      raise errors.ConfigError(
+        "This overlap cannot be had.",
+        where=f"--config.overlap.max_staleness={max_staleness}, "
+        f"--config.agreement.every={compare_every}",
+        why="One batch at most is sampled ahead, and none of a step at which "
+        "trainer and sampler are compared.",
+        fix="Set max_staleness to 0, or to 1 with agreement.every of at least "
+        "2, for example 20.",
+      )
+    self._protocol, self._questions = protocol, questions
+    self._batch_size, self._seed = batch_size, seed
+    self._num_steps, self._compare_every = num_steps, compare_every
+    self._max_staleness = max_staleness
+    self._executor = futures.ThreadPoolExecutor(1, "collect")
+    self._ahead: dict[int, futures.Future[list[types.TeachingRecord]]] = {}
+    self._first_step: int | None = None
+
+  def __enter__(self) -> "Collector":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._executor.shutdown(cancel_futures=True)
+
+  def settle(self) -> None:
+    """Waits until no batch is under way; a failure shows when it is taken."""
+    futures.wait(self._ahead.values())
+
+  def push(self, params: decoder.Params, step: int) -> None:
+    """Gives the weights of `step` to the policy's sampler, once."""
+    self.settle()
+    if self._protocol.policy.sampler.version != step:
+      self._protocol.policy.sampler.update_weights(params, step)
+
+  def take(self, step: int) -> list[types.TeachingRecord]:
+    """Gives the batch of `step`; samples now if it was not sampled ahead."""
+    if self._first_step is None:
+      self._first_step = step
+    ready = self._ahead.pop(step, None)
+    records = self._sample(step) if ready is None else ready.result()
+    upcoming = step + 1
+    if (
+      self._max_staleness
+      and upcoming < self._num_steps
+      and not self.is_compared(upcoming)
+    ):
+      self._ahead[upcoming] = self._executor.submit(self._sample, upcoming)
+    return records
+
+  def is_compared(self, step: int) -> bool:
+    """Tells whether trainer and sampler are compared at a step."""
+    return step == self._first_step or step % self._compare_every == 0
+
+  def drop_stale(
+    self,
+    records: Sequence[types.TeachingRecord],
+    rewarded: Sequence[types.Reward],
+    step: int,
+  ) -> tuple[list[types.Reward], dict[str, float]]:
+    """Takes the reward from what weights too old have written.
+
+    Returns:
+      The rewards, missing as `STALE` where dropped, and metrics.
+
+    Raises:
+      RuntimeError: if nothing is left, or weights are from the future: the
+        sampler did not take what it was given.
+    """
+    versions = [r.teacher_rollout.completion.version for r in records]
+    lags = [step - version for version in versions]
+    if min(lags) < 0 or min(lags) > self._max_staleness:
+      raise RuntimeError(
+        f"Completions of versions {sorted(set(versions))} at step {step}: the "
+        "sampler did not take the weights it was given."
+      )
+    kept = [
+      dataclasses.replace(reward, value=None, missing_reason=STALE)
+      if lag > self._max_staleness
+      else reward
+      for reward, lag in zip(rewarded, lags, strict=True)
+    ]
+    used = [lag for lag in lags if lag <= self._max_staleness]
+    return kept, {
+      "rollout/staleness": sum(used) / len(used),
+      "rollout/stale_dropped": float(len(lags) - len(used)),
+    }
+
+  def _sample(self, step: int) -> list[types.TeachingRecord]:
+    batch = loader.question_batch(
+      self._questions, step, batch_size=self._batch_size, seed=self._seed
+    )
+    return self._protocol.run(batch, seed=self._seed + step)

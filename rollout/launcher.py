@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts rollout servers, runs training next to them, stops what it started.
+
+Every process runs under `rollout.guard`, so that the servers end with the
+launcher, however it ends: within `SERVER_GRACE_S` seconds after it was done,
+failed, was interrupted, or was killed outright.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl import logging
+import httpx2
+import pydantic
+
+from atlas_jax import errors
+from rollout import guard, wire
+
+SERVER_GRACE_S = 10.0
+# Training first finishes its step and saves.
+TRAINING_GRACE_S = 300.0
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_POLL_S = 0.2
+_PROBE_S = 5.0
+_PROGRESS_S = 10.0
+_MAX_RESTARTS = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """What to run. `env` adds to this process's; "" in it removes a name."""
+
+  name: str
+  argv: tuple[str, ...]
+  env: Mapping[str, str]
+  log: pathlib.Path | None  # None: the terminal.
+  grace_s: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Server:
+  """A rollout server that is to be started."""
+
+  role: wire.Role
+  url: str
+  command: Command
+
+
+def check_ports(host: str, base: int, count: int) -> None:
+  """Refuses ports that are in use.
+
+  Raises:
+    errors.ConfigError: naming one, and a base from which all are free.
+  """
+  taken = [p for p in range(base, base + count) if not _is_free(host, p)]
+  if not taken:
+    return
+  starts = range(base + count, 65536 - count, count)
+  free = next(
+    s for s in starts if all(_is_free(host, s + i) for i in range(count))
+  )
+  raise errors.ConfigError(
+    f"Port {taken[0]} is taken.",
+    where=f"vllm_port={base}, with {count} servers",
+    why=f"Another program listens on {host}:{taken[0]}.",
+    fix=f"Stop it, or set vllm_port={free}.",
+  )
+
+
+def _is_free(host: str, port: int) -> bool:
+  with socket.socket() as probe:
+    # As servers do: what a closed connection leaves behind is no obstacle.
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind((host, port))
+    except OSError:
+      return False
+  return True
+
+
+def run(
+  servers: Sequence[Server], training: Command, *, max_wait_s: float
+) -> int:
+  """Starts the servers, then runs `training` to its end.
+
+  The first SIGINT, SIGTERM or SIGHUP lets training save, for which it has
+  `TRAINING_GRACE_S`; a second one it does not wait for. The servers stay until
+  it is done.
+
+  Returns:
+    The exit code of `training`.
+
+  Raises:
+    errors.RolloutError: if a server ends or is not healthy in time.
+    errors.PreemptedError: if asked to stop before training began.
+    errors.AtlasError: if training was killed.
+  """
+  with _signals() as asked, _Processes() as processes:
+    started = {server: processes.start(server.command) for server in servers}
+    _wait_healthy(started, asked, max_wait_s)
+    trainer = processes.start(training)
+    code = _watch(trainer, started, asked, processes)
+  if code >= guard.SIGNALLED:
+    name = signal.Signals(code - guard.SIGNALLED).name
+    raise errors.AtlasError(
+      f"{training.name} was killed by {name}.",
+      where=" ".join(training.argv),
+      why="Someone killed it, it did not save in time after it was asked to "
+      "stop, or the machine ran out of memory.",
+      fix="Run the same command again: it goes on from the last checkpoint.",
+    )
+  return code
+
+
+class _Processes:
+  """The processes of one launch; leaving the context ends them all."""
+
+  def __init__(self) -> None:
+    self._guarded: list[tuple[Command, subprocess.Popen[bytes]]] = []
+    self._pipes: dict[int, int] = {}  # By process: the end that it watches.
+
+  def __enter__(self) -> "_Processes":
+    return self
+
+  def start(self, command: Command) -> subprocess.Popen[bytes]:
+    """Starts a command under its guard, whose signals and code are its own."""
+    env = {k: v for k, v in {**os.environ, **command.env}.items() if v}
+    reading, writing = os.pipe()
+    with contextlib.ExitStack() as stack:
+      stack.callback(os.close, reading)
+      output = None
+      if command.log is not None:
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        output = stack.enter_context(command.log.open("ab"))
+      # The guard must not get the terminal's Ctrl-C: it is for us to pass on.
+      process = subprocess.Popen(
+        [
+          *(sys.executable, "-m", "rollout.guard"),
+          *(str(reading), str(command.grace_s), *command.argv),
+        ],
+        cwd=_ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[reading],
+        start_new_session=True,
+      )
+    self._guarded.append((command, process))
+    self._pipes[process.pid] = writing
+    return process
+
+  def release(self, process: subprocess.Popen[bytes]) -> None:
+    """Asks a process to end; after its grace its guard sees to it."""
+    writing = self._pipes.pop(process.pid, None)
+    if writing is not None:
+      os.close(writing)
+
+  def __exit__(self, *error: object) -> None:
+    # First all are told, then all are waited for.
+    for _, process in self._guarded:
+      self.release(process)
+    for command, process in self._guarded:
+      try:
+        process.wait(command.grace_s + _PROBE_S)
+      except subprocess.TimeoutExpired:
+        logging.error("%s (%d) does not end.", command.name, process.pid)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Collects signals instead of letting them break into a clean-up."""
+  asked: list[int] = []
+  old = {n: signal.signal(n, lambda n, _: asked.append(n)) for n in _SIGNALS}
+  try:
+    yield asked
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _wait_healthy(
+  started: Mapping[Server, subprocess.Popen[bytes]],
+  asked: Sequence[int],
+  max_wait_s: float,
+) -> None:
+  """Waits until every server says that it is healthy."""
+  waiting = {server: "not asked yet" for server in started}
+  begun = told = time.monotonic()
+  while waiting:
+    for server in list(waiting):
+      if asked:
+        raise errors.PreemptedError(
+          f"Stopped by {signal.Signals(asked[0]).name}.",
+          where="launcher",
+          why="The process was asked to stop before training began.",
+          fix="Run the same command again.",
+        )
+      if started[server].poll() is not None:
+        code = started[server].returncode
+        raise _unavailable(server, f"It ended with exit code {code}.")
+      waiting[server] = asyncio.run(_trouble(server))
+      if not waiting[server]:
+        del waiting[server]
+        logging.info("The %s is ready.", server.command.name)
+    now = time.monotonic()
+    for server, trouble in waiting.items():
+      if now - begun > max_wait_s:
+        why = f"It was not healthy within {max_wait_s:.0f} s: {trouble}."
+        raise _unavailable(server, why)
+      if now - told > _PROGRESS_S:
+        logging.info(
+          "Waiting for the %s, %.0f of %.0f s: %s. Log: %s",
+          *(server.command.name, now - begun, max_wait_s, trouble),
+          server.command.log,
+        )
+    told = now if now - told > _PROGRESS_S else told
+    time.sleep(_POLL_S)
+
+
+async def _trouble(server: Server) -> str:
+  """Asks a server how it is; "" if well."""
+  token = os.environ.get("ATLAS_ROLLOUT_TOKEN", "")
+  headers = {"Authorization": f"Bearer {token}"} if token else {}
+  try:
+    # httpx2's own time-out is for each read: a slow dripper would pass it.
+    async with asyncio.timeout(_PROBE_S), httpx2.AsyncClient() as client:
+      reply = await client.get(f"{server.url}/health", headers=headers)
+    health = wire.Health.model_validate_json(reply.content)
+  except TimeoutError:
+    return f"no answer within {_PROBE_S:.0f} s"
+  except httpx2.HTTPError as error:
+    return str(error) or type(error).__name__
+  except pydantic.ValidationError:
+    return "what answers is no rollout server"
+  if (health.status, health.role) != ("ok", server.role):
+    return f"a {health.role} server that is {health.status}"
+  return ""
+
+
+def _unavailable(server: Server, why: str) -> errors.RolloutError:
+  log = server.command.log
+  tail = ""
+  if log is not None and log.exists():
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-15:]
+    tail = "\n    | ".join(["", *lines])
+  return errors.RolloutError(
+    f"The {server.command.name} is not available.",
+    where=f"{server.url}, log {log}",
+    why=f"{why}{tail}",
+    fix="Mend what its log reports. By hand it is started with\n    "
+    + " ".join(server.command.argv),
+  )
+
+
+def _watch(
+  trainer: subprocess.Popen[bytes],
+  started: dict[Server, subprocess.Popen[bytes]],
+  asked: Sequence[int],
+  processes: _Processes,
+) -> int:
+  """Waits for training; passes signals on, and restarts servers that end."""
+  num_passed, restarts = 0, 0
+  while (code := trainer.poll()) is None:
+    for _ in asked[num_passed:]:
+      num_passed += 1
+      if num_passed == 1:
+        processes.release(trainer)
+      else:  # Asked twice: training does not wait for its step.
+        trainer.send_signal(signal.SIGTERM)
+    for server, process in started.items():
+      if process.poll() is None or asked or restarts == _MAX_RESTARTS:
+        continue
+      restarts += 1
+      logging.error(
+        "The %s ended with exit code %d; started again. Log: %s",
+        *(server.command.name, process.returncode, server.command.log),
+      )
+      started[server] = processes.start(server.command)
+    time.sleep(_POLL_S)
+  return code

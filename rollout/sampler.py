@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the sampler that a config asks for: the one place that knows all.
+
+What a backend needs is imported when it is asked for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any, Literal
+
+import jax
+
+from atlas_jax import chat, errors, types
+from atlas_jax.models import decoder
+from rollout import wire
+
+# Half a gigabyte at most is in memory for each file, and files go in parallel.
+_SHARD_BYTES = 2**28
+# A server gives up a trainer that it did not hear of for so long.
+_HEARTBEAT_S = 30.0
+_CONTROL_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Where completions come from.
+
+  With the backend "jax" it is this process, and nothing else counts. With
+  "http" it is the servers of each role; `weights_root` is a directory shared
+  with the policy's, "" for one in this machine's memory, and `dtype` that of
+  the weights handed to them. `wait_s` is how long to go on without any server,
+  `generate_s` and `update_s` what one request and one hand-off may take.
+  """
+
+  backend: Literal["jax", "http"]
+  policy_urls: Sequence[str]
+  student_urls: Sequence[str]
+  weights_root: str
+  dtype: Literal["float32", "bfloat16"]
+  wait_s: float
+  generate_s: float
+  update_s: float
+
+  def __post_init__(self) -> None:
+    """Refuses what neither backend could honour."""
+    if self.backend not in ("jax", "http"):
+      raise errors.ConfigError(
+        f"There is no rollout backend {self.backend!r}.",
+        where="--config.rollout.backend",
+        why="It is one of jax and http.",
+        fix="Use jax to sample in this process, http for rollout servers.",
+      )
+    urls = {"policy": self.policy_urls, "student": self.student_urls}
+    for role, addresses in urls.items():
+      if bool(addresses) != (self.backend == "http"):
+        raise errors.ConfigError(
+          f"{len(addresses)} servers are given for the {role}.",
+          where=f"--config.rollout.{role}_urls",
+          why=f"With backend={self.backend} there is "
+          + ("no use for any." if addresses else "nobody to ask."),
+          fix="Give addresses of both roles with backend=http, or none of "
+          "either with backend=jax.",
+        )
+
+
+@contextlib.contextmanager
+def open_sampler(
+  role: wire.Role,
+  settings: Settings,
+  *,
+  directory: pathlib.Path,
+  model: decoder.Model,
+  params: decoder.Params,
+  tokenizer: chat.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  max_rows: int,
+) -> Iterator[types.Sampler]:
+  """Opens a sampler of `params`, as version 0, and closes it.
+
+  Args:
+    role: whose sampler it is.
+    settings: where it samples.
+    directory: the model, in Hugging Face format.
+    model: what is sampled from.
+    params: its parameters; not looked at for a student on servers.
+    tokenizer: of the directory.
+    mesh: where it samples, if in this process.
+    max_rows: completions decoded at once, or asked for in one request.
+
+  Yields:
+    The sampler.
+
+  Raises:
+    errors.AtlasError: if servers are not there, or are not what they should
+      be.
+  """
+  if settings.backend == "http":
+    with _open_http(
+      role,
+      settings,
+      directory=directory,
+      model=model,
+      params=params,
+      max_rows=max_rows,
+    ) as sampler:
+      yield sampler
+    return
+  from rollout import jax_sampler  # Only where it samples itself.
+
+  yield jax_sampler.JaxSampler(
+    model,
+    params,
+    mesh=mesh,
+    stop_token_ids=chat.stop_token_ids(tokenizer, directory),
+    max_rows=max_rows,
+  )
+
+
+@contextlib.contextmanager
+def _open_http(
+  role: wire.Role,
+  settings: Settings,
+  *,
+  directory: pathlib.Path,
+  model: decoder.Model,
+  params: decoder.Params,
+  max_rows: int,
+) -> Iterator[types.Sampler]:
+  """Opens a sampler on servers, and gives a policy's its first weights."""
+  from conversion import rules  # These need an HTTP client.
+  from rollout import client, http_sampler, manifest, weight_sync
+
+  is_policy = role == "policy"
+  urls = settings.policy_urls if is_policy else settings.student_urls
+  # Whoever reaches the same servers waits for its turn, and then cleans up.
+  run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
+  root = pathlib.Path()
+  if is_policy:
+    root = weight_sync.open_root(settings.weights_root, run=run)
+
+  def publish(
+    params: Mapping[str, Any],  # Any: arrays and mappings of them.
+    version: int,
+  ) -> str:
+    published = weight_sync.publish(
+      params,
+      model,
+      root,
+      version,
+      source=directory,
+      dtype=settings.dtype,
+      max_shard_bytes=_SHARD_BYTES,
+    )
+    # The one before may still be on its way into a server.
+    weight_sync.prune(root, keep=2)
+    return published.digest
+
+  channel = http_sampler.Channel(
+    role=role,
+    tensors=rules.shapes(model),
+    tokenizer_digest=manifest.tokenizer_digest(directory),
+    weights_root=str(root),
+    heartbeat_s=_HEARTBEAT_S,
+    wait_s=settings.wait_s,
+  )
+  with http_sampler.HttpSampler(
+    urls,
+    channel=channel,
+    deadlines=client.Deadlines(
+      generate_s=settings.generate_s,
+      update_s=settings.update_s,
+      control_s=_CONTROL_S,
+    ),
+    token=client.token_of_environment(),
+    publish=publish if is_policy else None,
+    max_rows=max_rows,
+  ) as sampler:
+    if is_policy:
+      # The servers are ours alone now, so what lies there is a dead run's.
+      weight_sync.prune(root, keep=0)
+      sampler.update_weights(params, 0)
+    try:
+      yield sampler
+    finally:
+      if is_policy:
+        weight_sync.prune(root, keep=0)

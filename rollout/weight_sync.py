@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the policy's weights where rollout servers read them.
+
+Each version is a directory: written under another name, its manifest last, and
+renamed when every byte is on disk. So a server sees a version whole or not at
+all, wherever the trainer is killed.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import threading
+import time
+from typing import Literal
+
+import numpy as np
+
+from atlas_jax import errors
+from atlas_jax.models import decoder
+from conversion import rules, save, shards
+from rollout import manifest
+
+# More writers gain nothing: memory is the limit. Each holds one tensor.
+_MAX_WRITERS = 8
+_OURS = re.compile(r"(\d+)(\.tmp-\d+)?")
+Dtype = Literal["float32", "bfloat16"]
+_DTYPES: dict[Dtype, Literal["F32", "BF16"]] = {
+  "float32": "F32",
+  "bfloat16": "BF16",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A version that servers may load; `digest` is that of its manifest."""
+
+  version: int
+  digest: str
+  path: pathlib.Path
+  num_bytes: int
+  seconds: float
+
+
+def open_root(directory: str, *, run: str) -> pathlib.Path:
+  """Makes the directory that versions are published in, unless it is there.
+
+  Args:
+    directory: on a disk that trainer and servers share; "" for one in the
+      memory of this machine.
+    run: names this run among those in memory.
+
+  Raises:
+    errors.ConfigError: if it cannot be made, or belongs to someone else.
+  """
+  parent = pathlib.Path(f"/dev/shm/atlas_jax-{os.getuid()}")
+  root = pathlib.Path(directory) if directory else parent / run
+  try:
+    if not directory:
+      # Anyone may make a name in /dev/shm, so it may have been taken.
+      parent.mkdir(mode=0o700, exist_ok=True)
+      if parent.is_symlink() or parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{parent} belongs to someone else")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.ConfigError(
+      "Weights cannot be handed to the rollout servers.",
+      where=f"--config.rollout.weights_root={directory}",
+      why=str(error),
+      fix="Name a folder that trainer and servers can write and read.",
+    ) from error
+  return root.resolve()
+
+
+def publish(
+  params: decoder.Params,
+  model: decoder.Model,
+  root: pathlib.Path,
+  version: int,
+  *,
+  source: pathlib.Path,
+  dtype: Dtype,
+  max_shard_bytes: int,
+) -> Published:
+  """Writes one version, whole or not at all.
+
+  Tensors go from their devices to the files one by one; digests are taken on
+  the way, so nothing is read twice.
+
+  Args:
+    params: of `model`, on any devices this process reaches.
+    model: what they are the parameters of.
+    root: see `open_root`; the version becomes a directory in it.
+    version: the step whose weights these are.
+    source: the model's directory in Hugging Face format; its config goes along.
+    dtype: of the tensors written.
+    max_shard_bytes: see `shards.write`; files are written in parallel.
+
+  Raises:
+    errors.DivergedError: if a weight is not finite.
+    errors.RolloutError: if it cannot be written.
+  """
+  start = time.monotonic()
+  partial = root / f"{version}.tmp-{os.getpid()}"
+  path = manifest.directory_of(root, version)
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shards.write_json(
+      partial / "config.json", shards.read_json(source / "config.json")
+    )
+    shapes = rules.shapes(model)
+    weights = _write_weights(
+      partial,
+      shapes,
+      save.fetcher(params, model, dtype),
+      dtype=dtype,
+      max_shard_bytes=max_shard_bytes,
+    )
+    texts = {
+      file.name: manifest.describe(file) for file in partial.glob("*.json")
+    }
+    tensors = {
+      name: manifest.Tensor(shape=shape, dtype=_DTYPES[dtype])
+      for name, shape in shapes.items()
+    }
+    files = {**weights, **texts}
+    digest = manifest.write(
+      partial, manifest.Manifest(version=version, files=files, tensors=tensors)
+    )
+    _sync(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    _sync(root)
+  except OSError as error:
+    raise errors.RolloutError(
+      "The weights cannot be handed to the rollout servers.",
+      where=str(partial),
+      why=str(error),
+      fix="Check space and permissions there, or set "
+      "--config.rollout.weights_root to a larger disk.",
+    ) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  num_bytes = sum(file.size for file in files.values())
+  seconds = time.monotonic() - start
+  return Published(version, digest, path, num_bytes, seconds)
+
+
+def prune(root: pathlib.Path, *, keep: int) -> None:
+  """Removes all versions but the newest `keep`, and what was left unfinished.
+
+  Whatever else is in the directory stays.
+  """
+  versions: list[int] = []
+  for path in root.iterdir():
+    if not (match := _OURS.fullmatch(path.name)):
+      continue
+    if match[2]:
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      versions.append(int(match[1]))
+  for version in sorted(versions, reverse=True)[keep:]:
+    shutil.rmtree(manifest.directory_of(root, version), ignore_errors=True)
+
+
+def _write_weights(
+  directory: pathlib.Path,
+  shapes: dict[str, tuple[int, ...]],
+  fetch: save.Fetch,
+  *,
+  dtype: str,
+  max_shard_bytes: int,
+) -> dict[str, manifest.File]:
+  """Writes the files of tensors in parallel, and their index."""
+  layout = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  # Devices must see the programs of one thread before those of another.
+  turn = threading.Lock()
+
+  def fetch_in_turn(name: str) -> np.ndarray:
+    with turn:
+      return fetch(name)
+
+  def write(file: str) -> manifest.File:
+    path = directory / file
+    part = {name: shapes[name] for name in layout[file]}
+    try:
+      sha256 = shards.write_file(path, part, fetch_in_turn, dtype)
+    except errors.CheckpointError as error:
+      raise errors.DivergedError(
+        "The policy's weights are not finite; they are not handed on.",
+        where=error.where,
+        why=error.why,
+        fix="Lower the learning rate and go on from the last checkpoint.",
+      ) from error
+    return manifest.File(size=path.stat().st_size, sha256=sha256)
+
+  workers = min(len(layout), _MAX_WRITERS, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    files = dict(zip(layout, pool.map(write, layout), strict=True))
+  shards.write_index(directory, layout, shapes, dtype)
+  return files
+
+
+def _sync(directory: pathlib.Path) -> None:
+  """Waits until the list of a directory's files is on disk."""
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bare `key=value` names that the launchers take, in one table.
+
+They are the original's names. `docs/overrides.md` is this table:
+
+  python -m scripts.overrides > docs/overrides.md
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from atlas_jax import errors
+
+_RECIPES = pathlib.Path("configs/run")
+_NONE = ("null", "none", "[]")
+_ANSWERS = ("teach", "baseline", "solve")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A name, and the config values it sets: those that the recipe has.
+
+  Without `paths`, code below gives it its meaning.
+  """
+
+  meaning: str
+  paths: tuple[str, ...] = ()
+
+
+TABLE: Mapping[str, Row] = {
+  "model_name_or_path": Row("model to train", ("model.path",)),
+  "student_model": Row("the student", ("student.path",)),
+  "dataset_id_or_path": Row("data to train on", ("data.path",)),
+  "seed": Row("decides every random number", ("seed",)),
+  "output_dir": Row("the workdir"),
+  "results_dir": Row("the workdir is a folder of the recipe's name in it"),
+  "report_to": Row("`null` alone: metrics go to console and `metrics.jsonl`"),
+  "save_final_model": Row("write `export/` at the end", ("export.enabled",)),
+  "max_steps": Row("steps; for SFT, -1 leaves it to `num_train_epochs`"),
+  "num_train_epochs": Row("passes over the data; SFT alone", ("num_epochs",)),
+  "logging_steps": Row("steps between metrics", ("loop.log_every",)),
+  "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
+  "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
+  "learning_rate": Row("its peak", ("schedule.learning_rate",)),
+  "lr_scheduler_type": Row("its course", ("schedule.schedule",)),
+  "warmup_ratio": Row("warm-up", ("schedule.warmup_fraction",)),
+  "weight_decay": Row("of AdamW", ("optimizer.weight_decay",)),
+  "adam_beta1": Row("of AdamW", ("optimizer.beta1",)),
+  "adam_beta2": Row("of AdamW", ("optimizer.beta2",)),
+  "adam_epsilon": Row("of AdamW", ("optimizer.epsilon",)),
+  "max_grad_norm": Row("clips the gradient", ("optimizer.max_grad_norm",)),
+  "max_seq_length": Row("tokens of a row; SFT", ("data.length",)),
+  "packing": Row("several examples in a row; SFT", ("data.packed",)),
+  "train_batch_size": Row(
+    "sequences in a step: `batch.size`, or for RCL `batch.num_questions` times "
+    "`num_generations`"
+  ),
+  "per_device_train_batch_size": Row(
+    "sequences on a device at once; decides `batch.num_microbatches`"
+  ),
+  "gradient_accumulation_steps": Row(
+    "parts of an update", ("batch.num_microbatches",)
+  ),
+  "num_generations": Row(
+    "teachings in a group", ("sampling.teach.group_size",)
+  ),
+  "temperature": Row(
+    "of all four kinds of sampling",
+    tuple(f"sampling.{kind}.temperature" for kind in ("probe", *_ANSWERS)),
+  ),
+  "max_completion_length": Row(
+    "tokens of teachings and of answers",
+    tuple(f"sampling.{kind}.max_completion_tokens" for kind in _ANSWERS),
+  ),
+  "max_probe_tokens": Row(
+    "tokens of a probe", ("sampling.probe.max_completion_tokens",)
+  ),
+  "beta": Row("weight of the KL term", ("loss.kl_coef",)),
+  "ref_model_sync_steps": Row(
+    "steps between syncs of the reference", ("reference.sync_every",)
+  ),
+  "ref_model_mixup_alpha": Row(
+    "the policy's part in the synced reference", ("reference.mix",)
+  ),
+  "efficiency_weight": Row("of brevity", ("reward.efficiency_weight",)),
+  "degradation_penalty_multiplier": Row(
+    "of harm; presets R1 to R3", ("reward.degradation_penalty_multiplier",)
+  ),
+  "vllm_host": Row("host of the rollout servers, 127.0.0.1 if not given"),
+  "vllm_port": Row("the first one's port, 8765 if not given; the rest follow"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A recipe with its overrides: what is trained, and where."""
+
+  recipe: str
+  settings: tuple[str, ...]
+  config: Any  # Any: a ConfigDict, whose values have no static type.
+  workdir: pathlib.Path
+  host: str | None
+  port: int | None
+
+
+def find_recipe(name: str) -> str:
+  """Gives `FILE.py[:VARIANT]` for a recipe, however it is spelt.
+
+  `configs/run/` and the ending may be left out, and the ending may be `.yaml`.
+
+  Raises:
+    errors.ConfigError: if there is no such recipe.
+  """
+  spelt, _, variant = name.partition(":")
+  path = pathlib.Path(spelt).with_suffix(".py")
+  if path.parent == pathlib.Path():
+    path = _RECIPES / path
+  if not path.is_file():
+    known = sorted(p.stem for p in _RECIPES.glob("[!_]*.py"))
+    raise _refused(name, "There is no such recipe.", path.stem, known)
+  return f"{path}:{variant}" if variant else str(path)
+
+
+def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
+  """Gives bare names their meaning, and loads the config they make.
+
+  Args:
+    recipe: as `find_recipe` gives it.
+    words: `--config.KEY=VALUE` and `NAME=VALUE`, the later one counts.
+    num_devices: that train.
+
+  Raises:
+    errors.ConfigError: for a name or a value that cannot be honoured.
+  """
+  base = _load(recipe, [])
+  settings: list[str] = []
+  given: dict[str, str] = {}
+  for word in words:
+    name, equals, value = word.partition("=")
+    if name.startswith("--config."):
+      settings.append(word)
+      continue
+    if not equals or name not in TABLE:
+      raise _refused(word, "There is no such override.", name, list(TABLE))
+    given[name] = value
+    settings += _direct(base, name, value)
+  config = _load(recipe, settings)
+  for path, number in _sizes(given, config, num_devices).items():
+    settings.append(f"--config.{path}={number}")
+  path, _, variant = recipe.partition(":")
+  folder = "-".join(filter(None, [pathlib.Path(path).stem, variant]))
+  results = pathlib.Path(given.get("results_dir", "results"))
+  config = _load(recipe, settings)
+  if config.data.path is None:
+    raise errors.ConfigError(
+      "The config names no data.",
+      where=recipe,
+      why="This recipe leaves it to you.",
+      fix="Set dataset_id_or_path to a file, a folder or a Hub dataset.",
+    )
+  return Job(
+    recipe,
+    tuple(settings),
+    config,
+    pathlib.Path(given.get("output_dir", results / folder)),
+    given.get("vllm_host"),
+    int(given["vllm_port"]) if "vllm_port" in given else None,
+  )
+
+
+def _direct(
+  base: Any,  # Any: as in `Job`.
+  name: str,
+  value: str,
+) -> list[str]:
+  """Sets the config values of one name."""
+  if name == "report_to" and value.lower() not in _NONE:
+    raise _unfit(name, value, "no tracker is built in yet; null is", "null")
+  if name == "vllm_port" and not (value.isdigit() and 0 < int(value) < 65536):
+    raise _unfit(name, value, "a port is a number", "8765")
+  if name == "max_steps" and "num_epochs" in base:
+    if value == "-1":
+      return []
+    return [f"--config.loop.num_steps={value}", "--config.num_epochs=0"]
+  paths = ("loop.num_steps",) if name == "max_steps" else TABLE[name].paths
+  present = [path for path in paths if _has(base, path)]
+  if paths and not present:
+    raise _unfit(name, value, "this recipe has no such setting", None)
+  if paths and value.lower() in _NONE:
+    raise _unfit(name, value, "it needs a value", None)
+  return [f"--config.{path}={value}" for path in present]
+
+
+def _has(config: Any, path: str) -> bool:  # Any: as in `Job`.
+  *parents, last = path.split(".")
+  for key in parents:
+    if key not in config:
+      return False
+    config = config[key]
+  return last in config
+
+
+def _sizes(
+  given: Mapping[str, str],
+  config: Any,  # Any: as in `Job`.
+  num_devices: int,
+) -> dict[str, int]:
+  """Derives the sizes that depend on one another."""
+  sizes: dict[str, int] = {}
+  group_size, num_minibatches = 1, 1
+  if _has(config, "sampling.teach"):
+    group_size = config.sampling.teach.group_size
+    num_minibatches = config.batch.num_minibatches
+  of_rows = "batch.size" if "size" in config.batch else "batch.num_questions"
+  rows = group_size * config.batch[of_rows.split(".")[1]]
+  if (name := "train_batch_size") in given:
+    rows = int(given[name]) if given[name].isdigit() else 0
+    sizes[of_rows] = _divide(name, rows, group_size)
+  if (name := "per_device_train_batch_size") in given:
+    at_once = num_devices * (int(given[name]) if given[name].isdigit() else 0)
+    parts = _divide(name, rows // num_minibatches, at_once)
+    if given.get("gradient_accumulation_steps", str(parts)) != str(parts):
+      raise _unfit(
+        "gradient_accumulation_steps",
+        given["gradient_accumulation_steps"],
+        f"{name} on {num_devices} devices makes it {parts}",
+        str(parts),
+      )
+    sizes["batch.num_microbatches"] = parts
+  return sizes
+
+
+def _divide(name: str, rows: int, divisor: int) -> int:
+  if rows < 1 or divisor < 1 or rows % divisor:
+    why = f"{rows} sequences do not divide by {divisor}"
+    raise _unfit(name, str(rows), why, None)
+  return rows // divisor
+
+
+def _load(recipe: str, settings: Sequence[str]) -> Any:  # Any: as in `Job`.
+  """Loads a recipe as the training script will."""
+  values = flags.FlagValues()
+  argv = ["launch", f"--config={recipe}", *settings]
+  config_flags.DEFINE_config_file(
+    "config", lock_config=True, flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+    return values["config"].value
+  except (
+    *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
+  ) as error:
+    raise errors.ConfigError(
+      "The config cannot be used.",
+      where=" ".join(argv[1:]),
+      # What a recipe raises is told as a traceback, whose last line says it.
+      why=str(error).strip().splitlines()[-1],
+      fix="See docs/overrides.md, and the recipe for its --config.KEY names.",
+    ) from error
+
+
+def _refused(
+  word: str, what: str, name: str, known: Sequence[str]
+) -> errors.ConfigError:
+  near = difflib.get_close_matches(name, known, n=1)
+  return errors.ConfigError(
+    what,
+    where=word,
+    why=f"Known are {', '.join(known)}.",
+    fix=f"Did you mean {near[0]}?" if near else "Choose one of these.",
+  )
+
+
+def _unfit(
+  name: str, value: str, why: str, better: str | None
+) -> errors.ConfigError:
+  return errors.ConfigError(
+    f"{name}={value} cannot be honoured.",
+    where=f"{name}={value}",
+    why=f"{why[0].upper()}{why[1:]}.",
+    fix=f"Set {name}={better}." if better else "Leave it out, or change it.",
+  )
+
+
+def markdown() -> str:
+  """Writes the table as a page."""
+  lines = [
+    "# Overrides of the launchers",
+    "",
+    "`scripts/launch.sh` and `scripts/launch_with_server.sh` take any config",
+    "value as `--config.KEY=VALUE`, and the original's names as `NAME=VALUE`.",
+    "These are all; any other is refused. This page is made by",
+    "`python -m scripts.overrides > docs/overrides.md`.",
+    "",
+    "| name | sets `--config.` | meaning |",
+    "|---|---|---|",
+  ]
+  for name, row in TABLE.items():
+    paths = ", ".join(f"`{path}`" for path in row.paths)
+    lines.append(f"| `{name}` | {paths} | {row.meaning} |")
+  return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+  print(markdown(), end="")

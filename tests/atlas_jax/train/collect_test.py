@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights wrote a step's batch, and when it was sampled."""
+
+import dataclasses
+import threading
+
+import pytest
+
+from atlas_jax import errors, types
+from atlas_jax.teaching import protocol, templates
+from atlas_jax.train import collect
+from tests import fakes
+
+_QUESTIONS = [
+  types.Question(
+    row_id=f"q{i}", question=f"What is {i} + 1?", answer=f"{i + 1}"
+  )
+  for i in range(8)
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  return fakes.write_tokenizer(tmp_path)
+
+
+def _collector(tokenizer, write=None, **changes):
+  """Makes a collector over two fakes; gives the policy's as well."""
+  write = write or (lambda *_: "<teaching>add</teaching>")
+  policy = fakes.FakeSampler(tokenizer, write)
+  student = fakes.FakeSampler(tokenizer, lambda *_: "3")
+  params = types.SamplingParams(1, 64, 1.0, 1.0, 0, 0)
+  roles = (protocol.Role(s, tokenizer) for s in (policy, student))
+  made = protocol.Protocol(
+    *roles,
+    templates.Templates(
+      "{question}", "{question}{probe}", "{question}{teaching}", "{question}"
+    ),
+    probe_params=params,
+    teach_params=dataclasses.replace(params, group_size=2),
+    solve_params=params,
+    baseline_params=params,
+  )
+  settings = dict(
+    batch_size=2, seed=0, num_steps=8, max_staleness=1, compare_every=4
+  )
+  return collect.Collector(made, _QUESTIONS, **{**settings, **changes}), policy
+
+
+def _run(collector, steps):
+  """Steps as training does; gives each step's batch."""
+  taken = {}
+  with collector:
+    for step in steps:
+      collector.push({}, step)
+      taken[step] = collector.take(step)
+      collector.settle()  # Leaving the context may cancel what did not start.
+  return taken
+
+
+def _versions(records):
+  return {r.teacher_rollout.completion.version for r in records}
+
+
+def _what(records):
+  return [(r.question.row_id, r.teacher_rollout.prompt) for r in records]
+
+
+def test_without_overlap_every_batch_is_by_its_own_weights(tokenizer):
+  collector, _ = _collector(tokenizer, max_staleness=0, compare_every=1)
+  for step, records in _run(collector, range(4)).items():
+    assert _versions(records) == {step}
+
+
+def test_with_overlap_batches_are_one_step_old_but_for_compared_ones(tokenizer):
+  collector, _ = _collector(tokenizer)
+  taken = _run(collector, range(8))
+  lags = [step - min(_versions(records)) for step, records in taken.items()]
+  assert lags == [0, 1, 1, 1, 0, 1, 1, 1]
+
+
+def test_overlap_changes_neither_questions_nor_seeds(tokenizer):
+  ahead, sampler = _collector(tokenizer, num_steps=4)
+  in_time, other = _collector(tokenizer, num_steps=4, max_staleness=0)
+  taken, expected = _run(ahead, range(4)), _run(in_time, range(4))
+  assert [*map(_what, taken.values())] == [*map(_what, expected.values())]
+  for each in (sampler, other):
+    assert [params.seed for _, params in each.calls] == [0, 1, 2, 3]
+
+
+def test_resumed_run_samples_the_same_questions_in_time(tokenizer):
+  whole, _ = _collector(tokenizer)
+  resumed, _ = _collector(tokenizer)
+  expected, taken = _run(whole, range(4)), _run(resumed, [2, 3])
+  assert _versions(taken[2]) == {2}
+  assert _what(taken[2]) == _what(expected[2])
+  assert _what(taken[3]) == _what(expected[3])
+
+
+def test_next_batch_is_sampled_while_this_one_trains(tokenizer):
+  sampling, go_on = threading.Event(), threading.Event()
+
+  def write(*_):
+    if threading.current_thread() is not threading.main_thread():
+      sampling.set()
+      assert go_on.wait(20)
+    return "<teaching>add</teaching>"
+
+  collector, policy = _collector(tokenizer, write)
+  with collector:
+    collector.push({}, 0)
+    collector.take(0)
+    assert sampling.wait(20)  # It is under way, and this thread is free.
+    threading.Timer(0.2, go_on.set).start()
+    collector.push({}, 1)  # New weights wait for it.
+    assert policy.version == 1
+    assert _versions(collector.take(1)) == {0}
+
+
+def test_nothing_is_sampled_past_the_last_step(tokenizer):
+  collector, sampler = _collector(tokenizer, num_steps=2)
+  _run(collector, range(2))
+  assert len(sampler.calls) == 2
+
+
+def test_failure_of_a_batch_ahead_shows_at_its_step(tokenizer):
+  def write(*_):
+    if threading.current_thread() is not threading.main_thread():
+      raise errors.RolloutError("Gone.", where="a", why="b", fix="c")
+    return "<teaching>add</teaching>"
+
+  collector, _ = _collector(tokenizer, write)
+  with collector:
+    collector.push({}, 0)
+    collector.take(0)
+    collector.settle()
+    collector.push({}, 1)
+    with pytest.raises(errors.RolloutError, match="Gone"):
+      collector.take(1)
+
+
+def _with_versions(records, versions):
+  def at(record, version):
+    rollout = record.teacher_rollout
+    completion = dataclasses.replace(rollout.completion, version=version)
+    return dataclasses.replace(
+      record,
+      teacher_rollout=dataclasses.replace(rollout, completion=completion),
+    )
+
+  return [at(r, v) for r, v in zip(records, versions, strict=True)]
+
+
+def test_what_is_too_old_is_dropped_and_counted(tokenizer):
+  collector, _ = _collector(tokenizer)
+  records = _run(collector, [0])[0]
+  records = _with_versions(records, [5, 4, 3, 5])
+  rewards = [types.Reward(1.0, parts={"correctness": 1.0})] * 4
+  kept, metrics = collector.drop_stale(records, rewards, 5)
+  assert [r.value for r in kept] == [1.0, 1.0, None, 1.0]
+  assert kept[2].missing_reason == collect.STALE
+  assert metrics["rollout/stale_dropped"] == 1
+  assert metrics["rollout/staleness"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("versions", [[3, 3, 3, 3], [5, 5, 5, 6]])
+def test_a_sampler_of_other_weights_is_refused(tokenizer, versions):
+  collector, _ = _collector(tokenizer)
+  records = _with_versions(_run(collector, [0])[0], versions)
+  with pytest.raises(RuntimeError, match="did not take the weights"):
+    collector.drop_stale(records, [types.Reward(1.0)] * 4, 5)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"max_staleness": 2},
+    {"max_staleness": 1, "compare_every": 1},
+    {"max_staleness": 0, "compare_every": 0},
+  ],
+)
+def test_settings_that_would_be_ignored_are_refused(tokenizer, settings):
+  with pytest.raises(errors.ConfigError, match="overlap"):
+    _collector(tokenizer, **settings)

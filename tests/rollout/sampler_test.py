@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both backends are one sampler: the same calls, the same tokens."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from atlas_jax import chat, errors, sharding, types
+from conversion import save
+from rollout import client, sampler, weight_sync
+from tests import fakes, tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_PARAMS = types.SamplingParams(
+  group_size=3,
+  max_completion_tokens=8,
+  temperature=1.0,
+  top_p=1.0,
+  top_k=0,
+  seed=5,
+)
+_START_S = 60.0
+
+
+def _settings(**changes):
+  return sampler.Settings(
+    **{
+      "backend": "jax",
+      "policy_urls": (),
+      "student_urls": (),
+      "weights_root": "",
+      "dtype": "float32",
+      "wait_s": 30.0,
+      "generate_s": 30.0,
+      "update_s": 30.0,
+      **changes,
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  ("changes", "where"),
+  [
+    ({"backend": "grpc"}, "backend"),
+    ({"backend": "http"}, "policy_urls"),
+    ({"backend": "http", "policy_urls": ("http://h",)}, "student_urls"),
+    ({"student_urls": ("http://h",)}, "student_urls"),
+  ],
+)
+def test_settings_that_would_be_ignored_are_refused(changes, where):
+  with pytest.raises(errors.ConfigError) as caught:
+    _settings(**changes)
+  assert caught.value.where == f"--config.rollout.{where}"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+  """Gives what `open_sampler` takes, of a tiny model with a tokenizer."""
+  folder = tmp_path_factory.mktemp("model")
+  sizes = {"vocab_size": 300}
+  source = tiny.write_source(folder / "source", "qwen3", **sizes)
+  fakes.write_tokenizer(source)
+  model = tiny.build("qwen3", **sizes)
+  params = tiny.params_of(model)
+  save.save(
+    folder / "model",
+    params,
+    model,
+    source=source,
+    dtype="float32",
+    max_shard_bytes=10**9,
+    notes={},
+    overwrite=False,
+  )
+  return {
+    "directory": folder / "model",
+    "model": model,
+    "params": params,
+    "tokenizer": chat.load_tokenizer(folder / "model"),
+    "mesh": sharding.make_mesh(data=1, fsdp=-1, tensor=1),
+    "max_rows": 64,
+  }
+
+
+class _Server:
+  """`scripts.serve` with the JAX engine, in a process of its own."""
+
+  def __init__(self, role, directory):
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      self.port = probe.getsockname()[1]
+    self.url = f"http://127.0.0.1:{self.port}"
+    self._command = [
+      *(sys.executable, "-m", "scripts.serve", "--engine=jax"),
+      *(f"--role={role}", f"--model={directory}", f"--port={self.port}"),
+    ]
+    self.start()
+
+  def start(self):
+    self.process = subprocess.Popen(
+      self._command, cwd=_ROOT, stderr=subprocess.DEVNULL
+    )
+
+  def wait(self):
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+      try:
+        urllib.request.urlopen(self.url + "/health", timeout=1).close()
+      except (urllib.error.URLError, ConnectionError, TimeoutError):
+        time.sleep(0.2)
+      else:
+        return
+    raise TimeoutError(self.url)
+
+  def stop(self, number=signal.SIGKILL):
+    self.process.send_signal(number)
+    self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def servers(opened):
+  both = [_Server(role, opened["directory"]) for role in ("policy", "student")]
+  try:
+    for server in both:
+      server.wait()
+    yield both
+  finally:
+    for server in both:
+      server.stop()
+
+
+@pytest.fixture
+def http(servers, tmp_path):
+  policy, student = servers
+  return _settings(
+    backend="http",
+    policy_urls=(policy.url,),
+    student_urls=(student.url,),
+    weights_root=str(tmp_path / "weights"),
+  )
+
+
+def _prompts(count):
+  drawn = np.random.default_rng(0).integers(3, 300, size=(count, 12)).tolist()
+  return [
+    types.Prompt(row_id=f"row{i}", text="", token_ids=tuple(row[: 3 + i]))
+    for i, row in enumerate(drawn)
+  ]
+
+
+def _compare(actual, expected):
+  for ours, theirs in zip(actual, expected, strict=True):
+    for one, other in zip(ours, theirs, strict=True):
+      assert one.token_ids == other.token_ids
+      assert one.finish_reason == other.finish_reason
+      assert one.version == other.version
+      np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+      np.testing.assert_allclose(
+        one.model_logprobs, other.model_logprobs, atol=1e-5
+      )
+
+
+@pytest.mark.slow
+def test_servers_sample_what_this_process_would(servers, opened, http):
+  del servers
+  other = tiny.params_of(opened["model"], seed=3)
+  for role in ("policy", "student"):
+    with (
+      sampler.open_sampler(role, http, **opened) as remote,
+      sampler.open_sampler(role, _settings(), **opened) as local,
+    ):
+      assert remote.version == local.version == 0
+      first = local.sample(_prompts(6), _PARAMS)
+      _compare(remote.sample(_prompts(6), _PARAMS), first)
+      if role == "policy":
+        for each in (remote, local):
+          each.update_weights(other, 4)
+        second = local.sample(_prompts(6), _PARAMS)
+        _compare(remote.sample(_prompts(6), _PARAMS), second)
+        assert [c.token_ids for g in first for c in g] != [
+          c.token_ids for g in second for c in g
+        ]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_again_gets_the_weights_again(
+  servers, opened, http
+):
+  policy, _ = servers
+  other = tiny.params_of(opened["model"], seed=3)
+  with (
+    sampler.open_sampler("policy", http, **opened) as remote,
+    sampler.open_sampler("policy", _settings(), **opened) as local,
+  ):
+    for each in (remote, local):
+      each.update_weights(other, 7)
+    policy.stop()
+    policy.start()
+    _compare(
+      remote.sample(_prompts(3), _PARAMS), local.sample(_prompts(3), _PARAMS)
+    )
+
+
+@pytest.mark.slow
+def test_a_second_trainer_is_turned_away(
+  servers, opened, http, tmp_path, monkeypatch
+):
+  del servers
+  monkeypatch.setattr(sampler, "_HEARTBEAT_S", 5.0)
+  hasty = dict(http.__dict__, wait_s=1.0, weights_root=str(tmp_path / "b"))
+  with sampler.open_sampler("policy", http, **opened) as first:
+    with (
+      pytest.raises(errors.RolloutError, match="no rollout server") as caught,
+      sampler.open_sampler("policy", _settings(**hasty), **opened),
+    ):
+      pass
+    assert "two would overwrite" in caught.value.why
+    assert first.sample(_prompts(1), _PARAMS)
+
+
+@pytest.mark.slow
+def test_weights_are_gone_when_training_is(servers, opened, http, tmp_path):
+  del servers
+  with sampler.open_sampler("policy", http, **opened) as remote:
+    for version in (1, 2, 3):
+      remote.update_weights(opened["params"], version)
+    names = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert names == {"2", "3"}
+  assert not list((tmp_path / "weights").iterdir())
+
+
+@pytest.mark.slow
+def test_altered_weights_are_refused_and_change_nothing(
+  servers, opened, http, monkeypatch
+):
+  del servers
+  publish = weight_sync.publish
+
+  def corrupt(*args, **kwargs):
+    published = publish(*args, **kwargs)
+    (path,) = published.path.glob("*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    return published
+
+  with sampler.open_sampler("policy", http, **opened) as remote:
+    before = remote.sample(_prompts(2), _PARAMS)
+    with monkeypatch.context() as patched:
+      patched.setattr(weight_sync, "publish", corrupt)
+      with pytest.raises(client.RefusedError, match="cannot be used"):
+        remote.update_weights(tiny.params_of(opened["model"], seed=3), 1)
+    assert remote.version == 0
+    _compare(remote.sample(_prompts(2), _PARAMS), before)
