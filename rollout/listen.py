@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an app to a process that listens, and ends when it is asked to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ipaddress
 import math
@@ -71,14 +71,38 @@ def bind(host: str, port: int) -> socket.socket:
   Raises:
     errors.ConfigError: if it is taken, naming the next free one.
   """
+  where = f"--host={host} --port={port}"
   try:
-    return _bound(host, port)
+    family, kind, _, _, address = socket.getaddrinfo(
+      host, None, type=socket.SOCK_STREAM
+    )[0]
+  except OSError as error:
+    raise errors.ConfigError(
+      f"The host {host!r} is unknown.",
+      where=where,
+      why=str(error),
+      fix="Use an address of this machine, such as 127.0.0.1.",
+    ) from error
+
+  def take(port: int) -> socket.socket:
+    bound = socket.socket(family, kind)
+    # What a closed connection leaves behind is no obstacle.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      bound.bind((address[0], port, *address[2:]))
+    except (OSError, OverflowError):
+      bound.close()
+      raise
+    return bound
+
+  try:
+    return take(port)
   except (OSError, OverflowError) as error:
     raise errors.ConfigError(
       f"Cannot listen on port {port}.",
-      where=f"--host={host} --port={port}",
+      where=where,
       why=str(error),
-      fix=_advice(host, port),
+      fix=_advice(take, port),
     ) from error
 
 
@@ -132,24 +156,9 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def _bound(host: str, port: int) -> socket.socket:
-  family, kind, _, _, address = socket.getaddrinfo(
-    host, port, type=socket.SOCK_STREAM
-  )[0]
-  bound = socket.socket(family, kind)
-  # What a closed connection leaves behind is no obstacle.
-  bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  try:
-    bound.bind(address)
-  except OSError:
-    bound.close()
-    raise
-  return bound
-
-
-def _advice(host: str, port: int) -> str:
+def _advice(take: Callable[[int], socket.socket], port: int) -> str:
   """Names the next free port, if one of the next hundred is."""
-  for other in range(port + 1, min(port + 101, 2**16)):
-    with contextlib.suppress(OSError), _bound(host, other):
+  for other in range(port + 1, port + 101):
+    with contextlib.suppress(OSError, OverflowError), take(other):
       return f"Use --port={other}, or stop what listens there."
-  return "Use another --port, and a --host of this machine."
+  return "Use a --port below 65536, and a --host of this machine."

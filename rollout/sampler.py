@@ -187,3 +187,5 @@ def _open_http(
     finally:
       if is_policy:
         weight_sync.prune(root, keep=0)
+        if not settings.weights_root:
+          root.rmdir()
