@@ -13,10 +13,10 @@ import hashlib
 import itertools
 import pathlib
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import vllm
-from vllm import exceptions, inputs, sampling_params
+from vllm import exceptions, inputs, platforms, sampling_params
 from vllm.engine import arg_utils
 from vllm.v1.engine import async_llm
 from vllm.v1.metrics import loggers, stats
@@ -26,6 +26,24 @@ from rollout import engine, wire
 
 VERSION = vllm.__version__
 OLDEST = (0, 32)
+
+
+class TiedHead:
+  """Adds to vLLM's worker what its reloading leaves out.
+
+  On a CPU the head multiplies by a packed copy of its weight. If that is tied
+  to the embedding no checkpoint holds it, and the copy would stay as it was.
+  """
+
+  model_runner: Any  # Any: vLLM's, of the worker that this is mixed into.
+
+  def refresh_tied_head(self) -> None:
+    """Packs the head again from the weight that it shares."""
+    model = self.model_runner.get_model()
+    if platforms.current_platform.is_cpu():
+      head = model.lm_head
+      if head.weight is model.model.embed_tokens.weight:
+        head.quant_method.process_weights_after_loading(head)
 
 
 class VllmEngine:
@@ -74,7 +92,11 @@ class VllmEngine:
       generation_config="vllm",
       skip_tokenizer_init=True,
       trust_remote_code=False,
+      worker_extension_cls=f"{__name__}.{TiedHead.__name__}",
     )
+    if platforms.current_platform.is_cpu():
+      # vLLM takes back what half a prompt drew, which no CPU generator can.
+      arguments.enable_chunked_prefill = False
     if max_model_len is not None:
       arguments.max_model_len = max_model_len
     if kv_cache_gib is not None:
@@ -134,6 +156,7 @@ class VllmEngine:
     await self._llm.collective_rpc(
       "reload_weights", kwargs={"weights_path": str(directory)}
     )
+    await self._llm.collective_rpc("refresh_tied_head")
     await self.reset_prefix_cache()
 
   async def reset_prefix_cache(self) -> None:

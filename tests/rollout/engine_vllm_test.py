@@ -34,6 +34,8 @@ _FIELDS = {
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
   "head_dim": 32,
+  # The harder case: what is pushed holds no head of its own.
+  "tie_word_embeddings": True,
 }
 _START_S = 300.0
 
@@ -197,6 +199,16 @@ def test_logprobs_are_of_what_was_drawn_from(served):
   assert all(math.isclose(x, 0.0) for (c,) in cut for x in c.logprobs)
 
 
+def test_more_prompts_than_one_batch_holds_are_sampled(served):
+  """Of prompts cut in two, vLLM would take back a draw, and die on a CPU."""
+  rng = np.random.default_rng(1)
+  prompts = [
+    (f"long {i}", rng.integers(3, 300, 100).tolist()) for i in range(48)
+  ]
+  answer = served.generate("many", prompts, n=2, max_tokens=2)
+  assert [len(group) for group in answer.completions] == [2] * 48
+
+
 def test_stop_token_ends_a_completion_and_is_part_of_it(served):
   answer = served.generate("stops", _prompts(), n=32, max_tokens=64)
   flat = [c for group in answer.completions for c in group]
@@ -206,6 +218,15 @@ def test_stop_token_ends_a_completion_and_is_part_of_it(served):
     stops = [i for i, token_id in enumerate(c.token_ids) if token_id == 2]
     last = [len(c.token_ids) - 1]
     assert stops == (last if c.finish_reason == "stop" else [])
+
+
+def test_more_prompts_than_fit_into_one_step_are_sampled(served):
+  # vLLM's step on a CPU takes 2048 tokens; half a prompt used to kill it.
+  prompts = [
+    (f"row {i}", [3 + (7 * i + j) % 290 for j in range(110)]) for i in range(40)
+  ]
+  answer = served.generate("many", prompts)
+  assert all(c.token_ids for (c,) in answer.completions)
 
 
 def test_pushed_weights_are_those_that_sample(served, tmp_path):

@@ -679,6 +679,19 @@ def test_handshake_refuses_whatever_differs(tmp_path):
   _run(test)
 
 
+def test_relative_root_is_refused_wherever_the_server_runs(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+
+  async def test():
+    async with _Server().client() as client:
+      reply = await client.post("/init_communicator", json=_init("."))
+      _assert_refused(reply, 409, "weights_root")
+
+  _run(test)
+
+
 def test_second_trainer_waits_until_the_first_is_gone(tmp_path):
   async def test():
     served = _Server()
