@@ -32,7 +32,7 @@ from scripts import program
 
 _DIRECTORY = flags.DEFINE_string("directory", world.DIRECTORY, "Where it goes.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Warms a teacher up as well.")
-_EPOCHS = flags.DEFINE_integer("epochs", 3, "SFT epochs of each role.")
+_EPOCHS = flags.DEFINE_integer("epochs", None, "SFT epochs of each role.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides every problem and weight.")
 
 _SIZES = {"train": 3000, "teacher": 2500, "questions": 1000}
@@ -196,9 +196,10 @@ def _train(directory: pathlib.Path, recipe: str, role: str) -> None:
     "--config.world.directory=",
     f"--config.model.path={directory}/{role}_init",
     f"--config.data.path={directory}/{role}_sft.jsonl",
-    f"--config.num_epochs={_EPOCHS.value}",
     f"--config.seed={_SEED.value}",
   ]
+  if _EPOCHS.value:
+    options.append(f"--config.num_epochs={_EPOCHS.value}")
   code = subprocess.run([*command, *options], check=False).returncode
   if code:
     raise errors.ConfigError(

@@ -3,15 +3,16 @@
 # From nothing to a trained teacher, on a CPU: a small world of word problems,
 # SFT, GRPO, evaluation of both teachers, one table. Run again, it reuses what
 # exists. A seed makes a world and a run of its own:
-#   bash scripts/quickstart.sh [--seed=0] [--epochs=3] [--steps=80]
+#   bash scripts/quickstart.sh [--seed=0] [--steps=80] [--epochs=N]
+# --epochs shortens every SFT, for a quick look at the machinery.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed=0 epochs=3 steps=80
+seed=0 steps=80 epochs=()
 for argument in "$@"; do
   case "$argument" in
     --seed=*) seed="${argument#*=}" ;;
-    --epochs=*) epochs="${argument#*=}" ;;
+    --epochs=*) epochs=("${argument#*=}") ;;
     --steps=*) steps="${argument#*=}" ;;
     *)
       echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)" \
@@ -35,14 +36,14 @@ say() { printf '\n== %s\n' "$*"; }
 say "1/6 The small world: problems, tokenizer, student ($world)"
 [[ -f "$world/world.json" ]] ||
   "$python" -m scripts.make_world --directory="$world" --seed="$seed" \
-    --epochs="$epochs"
+    "${epochs[@]/#/--epochs=}"
 
 say "2/6 SFT warm-up of the teacher, on guidance of mixed quality"
 [[ -d "$results/sft/export" ]] ||
   "$python" -m scripts.train_sft \
     --config=configs/run/teacher_sft.py:smoke --workdir="$results/sft" \
     --config.seed="$seed" --config.world.directory="$world" \
-    --config.num_epochs="$epochs" --config.model.path="$world/teacher_init" \
+    --config.model.path="$world/teacher_init" "${epochs[@]/#/--config.num_epochs=}" \
     --config.data.path="$world/teacher_sft.jsonl"
 
 common=(

@@ -54,7 +54,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
     config.data.length = 128
     config.batch = dict(size=32, num_microbatches=1)
-    config.num_epochs = 3
+    config.num_epochs = 6
     config.loss.chunk_size = 128
     config.schedule.learning_rate = 3e-3
     config.optimizer.beta2 = 0.98
