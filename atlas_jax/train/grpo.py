@@ -63,6 +63,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     errors.AtlasError: see `loop.run`, `collect.Collector` and
       `agreement.check`.
   """
+  _check_overlap(config, mesh)
   updates = config.batch.num_iterations * config.batch.num_minibatches
   schedule = train_optimizer.make_schedule(
     **config.schedule, num_updates=config.loop.num_steps * updates
@@ -79,19 +80,6 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     mesh=mesh,
     config=config,
   )
-
-  if (
-    config.overlap.max_staleness
-    and config.rollout.backend == "jax"
-    and mesh.size > 1
-  ):
-    raise errors.ConfigError(
-      "A mesh of several devices cannot sample and train at once.",
-      where=f"--config.overlap.max_staleness={config.overlap.max_staleness}",
-      why="Two threads would order their collectives differently, and hang.",
-      fix="Sample from servers (scripts/launch_with_server.sh), or set it to "
-      "0.",
-    )
   collector = collect.Collector(
     protocol,
     questions,
@@ -146,6 +134,25 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   return state.params
 
 
+def _check_overlap(
+  config: Any,  # Any: as in `train`.
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Refuses to sample and train at once where that would hang."""
+  if (
+    config.overlap.max_staleness
+    and config.rollout.backend == "jax"
+    and mesh.size > 1
+  ):
+    raise errors.ConfigError(
+      "A mesh of several devices cannot sample and train at once.",
+      where=f"--config.overlap.max_staleness={config.overlap.max_staleness}",
+      why="Two threads would order their collectives differently, and hang.",
+      fix="Sample from servers (scripts/launch_with_server.sh), or set it to "
+      "0.",
+    )
+
+
 class _Learner:
   """Turns rewarded records into updates."""
 
@@ -170,8 +177,8 @@ class _Learner:
     self._advantages = config.advantages
     self._max_prob_error = config.agreement.max_prob_error
     self._rows = sharding.of_batch(mesh)
-    multiple = mesh.shape["data"] * mesh.shape["fsdp"]
-    self._multiple = multiple * config.batch.num_minibatches
+    num_parts = config.batch.num_minibatches * config.batch.num_microbatches
+    self._multiple = mesh.shape["data"] * mesh.shape["fsdp"] * num_parts
     self._score = jax.jit(
       functools.partial(
         _logprobs,
@@ -192,7 +199,6 @@ class _Learner:
       num_microbatches=config.batch.num_microbatches,
       shardings=shardings,
     )
-    self._multiple *= config.batch.num_microbatches
     self._measure = jax.jit(agreement.measure)
     self._correct = jax.jit(
       functools.partial(grpo.sampler_correction, **config.correction)
@@ -222,7 +228,6 @@ class _Learner:
         self._batch.mask_truncated
         and record.teacher_rollout.completion.finish_reason == "length"
       )
-      and rewarded[i].missing_reason != collect.STALE
     ]
     num_groups = int(np.any(advantages_PC, axis=1).sum())
     metrics: dict[str, Any] = {
