@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source scripts/environment.sh
 ensure_environment trainer test parity lint
+bash scripts/install_rollout.sh
 
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
