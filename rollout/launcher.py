@@ -32,6 +32,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _POLL_S = 0.2
 _PROBE_S = 5.0
 _PROGRESS_S = 10.0
+_CHECK_S = 10.0
 _MAX_RESTARTS = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -209,7 +210,7 @@ def _wait_healthy(
       if started[server].poll() is not None:
         code = started[server].returncode
         raise _unavailable(server, f"It ended with exit code {code}.")
-      waiting[server] = asyncio.run(_trouble(server))
+      waiting[server] = _trouble(server)
       if not waiting[server]:
         del waiting[server]
         logging.info("The %s is ready.", server.command.name)
@@ -228,24 +229,37 @@ def _wait_healthy(
     time.sleep(_POLL_S)
 
 
-async def _trouble(server: Server) -> str:
-  """Asks a server how it is; "" if well."""
+async def _ask(server: Server) -> wire.Health | str:
+  """Asks a server how it is; gives the reason if it does not tell."""
   token = os.environ.get("ATLAS_ROLLOUT_TOKEN", "")
   headers = {"Authorization": f"Bearer {token}"} if token else {}
   try:
     # httpx2's own time-out is for each read: a slow dripper would pass it.
     async with asyncio.timeout(_PROBE_S), httpx2.AsyncClient() as client:
       reply = await client.get(f"{server.url}/health", headers=headers)
-    health = wire.Health.model_validate_json(reply.content)
+    return wire.Health.model_validate_json(reply.content)
   except TimeoutError:
     return f"no answer within {_PROBE_S:.0f} s"
   except httpx2.HTTPError as error:
     return str(error) or type(error).__name__
   except pydantic.ValidationError:
     return "what answers is no rollout server"
+
+
+def _trouble(server: Server) -> str:
+  """Says what is wrong with a server; "" if it is well."""
+  health = asyncio.run(_ask(server))
+  if isinstance(health, str):
+    return health
   if (health.status, health.role) != ("ok", server.role):
     return f"a {health.role} server that is {health.status}"
   return ""
+
+
+def _is_lost(server: Server) -> bool:
+  """Tells whether a server says itself that it will not work again."""
+  health = asyncio.run(_ask(server))
+  return not isinstance(health, str) and health.status in ("dead", "hung")
 
 
 def _unavailable(server: Server, why: str) -> errors.RolloutError:
@@ -269,8 +283,11 @@ def _watch(
   asked: Sequence[int],
   processes: _Processes,
 ) -> int:
-  """Waits for training; passes signals on, and restarts servers that end."""
-  num_passed, restarts = 0, 0
+  """Waits for training; passes signals on, and restarts servers.
+
+  A server is started again when it ended, or says that its engine did.
+  """
+  num_passed, restarts, asked_last = 0, 0, time.monotonic()
   while (code := trainer.poll()) is None:
     for _ in asked[num_passed:]:
       num_passed += 1
@@ -278,14 +295,18 @@ def _watch(
         processes.release(trainer)
       else:  # Asked twice: training does not wait for its step.
         trainer.send_signal(signal.SIGTERM)
+    is_time = time.monotonic() - asked_last > _CHECK_S
     for server, process in started.items():
-      if process.poll() is None or asked or restarts == _MAX_RESTARTS:
-        continue
-      restarts += 1
-      logging.error(
-        "The %s ended with exit code %d; started again. Log: %s",
-        *(server.command.name, process.returncode, server.command.log),
-      )
-      started[server] = processes.start(server.command)
+      if process.poll() is None:
+        if is_time and _is_lost(server):
+          processes.release(process)
+      elif not asked and restarts < _MAX_RESTARTS:
+        restarts += 1
+        logging.error(
+          "The %s ended with exit code %d; started again. Log: %s",
+          *(server.command.name, process.returncode, server.command.log),
+        )
+        started[server] = processes.start(server.command)
+    asked_last = time.monotonic() if is_time else asked_last
     time.sleep(_POLL_S)
   return code

@@ -11,11 +11,12 @@ servers also --rollout=vllm|jax (vLLM where it is installed) and
 """
 
 from collections.abc import Sequence
+import logging as stdlib_logging
 import os
 import pathlib
 import sys
 
-from absl import logging
+from absl import flags, logging
 
 from atlas_jax import errors
 from rollout import launcher, placement
@@ -154,6 +155,8 @@ def _addresses(
 
 
 if __name__ == "__main__":
+  flags.FLAGS(sys.argv[:1])  # Until then absl warns of each message.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
+  stdlib_logging.getLogger("httpx2").setLevel(stdlib_logging.WARNING)
   sys.exit(main(sys.argv[1:]))

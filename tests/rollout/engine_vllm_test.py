@@ -199,16 +199,6 @@ def test_logprobs_are_of_what_was_drawn_from(served):
   assert all(math.isclose(x, 0.0) for (c,) in cut for x in c.logprobs)
 
 
-def test_more_prompts_than_one_batch_holds_are_sampled(served):
-  """Of prompts cut in two, vLLM would take back a draw, and die on a CPU."""
-  rng = np.random.default_rng(1)
-  prompts = [
-    (f"long {i}", rng.integers(3, 300, 100).tolist()) for i in range(48)
-  ]
-  answer = served.generate("many", prompts, n=2, max_tokens=2)
-  assert [len(group) for group in answer.completions] == [2] * 48
-
-
 def test_stop_token_ends_a_completion_and_is_part_of_it(served):
   answer = served.generate("stops", _prompts(), n=32, max_tokens=64)
   flat = [c for group in answer.completions for c in group]

@@ -191,6 +191,26 @@ while open({str(stage.notes)!r}).read() == first: time.sleep(0.05)
   stage.check_nothing_left()
 
 
+@pytest.mark.parametrize("status", ["dead", "hung"])
+def test_a_server_whose_engine_is_lost_is_started_again(
+  stage, monkeypatch, status
+):
+  monkeypatch.setattr(launcher, "_CHECK_S", 0.5)
+  server = stage.server()
+  paths = (str(stage.notes), str(stage.notes) + ".policy")
+  code = f"""
+import pathlib, time
+notes, health = map(pathlib.Path, {paths})
+first, well = notes.read_text(), health.read_text()
+health.write_text(well.replace('"ok"', '"{status}"'))
+while notes.read_text() == first: time.sleep(0.05)
+health.write_text(well)
+"""
+  assert launcher.run([server], _training(code), max_wait_s=30.0) == 0
+  assert len(stage.pids()) == 2
+  stage.check_nothing_left()
+
+
 # Saves when it is asked to stop, as training does.
 _SAVES = """
 import pathlib, signal, sys, time
