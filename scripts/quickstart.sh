@@ -3,11 +3,18 @@
 # From nothing to a trained teacher, on a CPU: a small world of word problems,
 # SFT, GRPO, evaluation of both teachers, one table. Run again, it reuses what
 # exists. A seed makes a world and a run of its own:
-#   bash scripts/quickstart.sh [SEED]
+#   bash scripts/quickstart.sh [SEED] [--rollout=vllm|jax]
+# With --rollout, GRPO samples from servers: real vLLM, or the JAX sampler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed="${1:-0}"
+seed=0 rollout=""
+for argument in "$@"; do
+  case "$argument" in
+    --rollout=*) rollout="${argument#*=}" ;;
+    *) seed="$argument" ;;
+  esac
+done
 world=".cache/world" results="results/quickstart"
 if [[ "$seed" != 0 ]]; then
   world+="-$seed" results+="-$seed"
@@ -37,9 +44,15 @@ common=(
   --config.student.path="$world/student_run/export"
 )
 say "3/6 GRPO of the teacher, rewarded by what its student then answers"
+grpo=("$python" -m scripts.train_grpo --workdir="$results/grpo"
+  --config=configs/run/teacher_rcl.py:smoke)
+if [[ -n "$rollout" ]]; then
+  [[ "$rollout" != vllm ]] || bash scripts/install_rollout.sh
+  grpo=(bash scripts/launch_with_server.sh 1 1 configs/run/teacher_rcl.py:smoke
+    --rollout="$rollout" output_dir="$results/grpo")
+fi
 [[ -d "$results/grpo/export" ]] ||
-  "$python" -m scripts.train_grpo \
-    --config=configs/run/teacher_rcl.py:smoke --workdir="$results/grpo" \
+  "${grpo[@]}" \
     --config.seed="$seed" "${common[@]}" \
     --config.model.path="$results/sft/export" \
     --config.data.path="$world/questions.jsonl" \
