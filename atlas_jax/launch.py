@@ -251,14 +251,19 @@ def export(
   opened: OpenModel,
   *,
   notes: Mapping[str, str],
+  enabled: bool,
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
   max_shard_bytes: int,
 ) -> None:
   """Writes a Hugging Face directory, and compares its logits with `params`.
 
+  Does nothing unless `enabled`: the weights are in the last checkpoint too.
+
   Raises:
     errors.CheckpointError: if it cannot be written, or says something else.
   """
+  if not enabled:
+    return
   save.save(
     directory,
     params,

@@ -13,18 +13,15 @@ servers also --rollout=vllm|jax (vLLM where it is installed) and
 from collections.abc import Sequence
 import logging as stdlib_logging
 import os
-import pathlib
 import sys
 
 from absl import flags, logging
 
 from atlas_jax import errors
 from rollout import launcher, placement
-from scripts import overrides
+from scripts import overrides, serving
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OPTIONS = {"--num_servers": "0", "--rollout": "", "--max_wait_s": "600"}
-_HOST, _PORT = "127.0.0.1", 8765
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,9 +51,9 @@ def _launch(argv: Sequence[str]) -> int:
     settings += [f"--config.mesh.{k}={v}" for k, v in mesh.items()]
   servers = []
   if num_servers:
-    servers = _servers(job, options["--rollout"], devices)
-  if num_servers or job.host or job.port:
-    settings += _addresses(job, servers)
+    servers = serving.plan(job, options["--rollout"], devices)
+  if servers or job.host or job.port:
+    settings += serving.addresses(job, servers)
   if servers and job.config.world.directory:
     world = launcher.Command("The small world", _world(job), {}, None, 10.0)
     if code := launcher.run([], world, max_wait_s=0.0):
@@ -85,9 +82,9 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
       options[name] = value
     else:
       rest.append(word)
-  counts = (options["--num_servers"], rest[0] if rest else "")
-  usable = all(count.isdigit() for count in counts) and int(counts[1] or 0) > 0
-  if len(rest) < 2 or not usable:
+  counts = [options["--num_servers"], options["--max_wait_s"], *rest[:1]]
+  usable = len(rest) > 1 and all(count.isdigit() for count in counts)
+  if not usable or not int(rest[0]):
     raise errors.ConfigError(
       "The launcher was called with other arguments than it takes.",
       where=" ".join(argv),
@@ -106,52 +103,6 @@ def _world(job: overrides.Job) -> tuple[str, ...]:
     f"--teacher={world.with_teacher}",
   )
   return (sys.executable, "-m", "scripts.make_world", *options)
-
-
-def _servers(
-  job: overrides.Job, wanted: str, devices: placement.Split
-) -> list[launcher.Server]:
-  """Plans the servers of a job; refuses ports that are taken."""
-  if "rollout" not in job.config:
-    raise errors.ConfigError(
-      "This recipe samples nothing.",
-      where=job.recipe,
-      why="It has no section `rollout` that could use servers.",
-      fix="Run it by scripts/launch.sh.",
-    )
-  engine, python = placement.find_engine(_ROOT, wanted)
-  site = placement.Site(
-    host=job.host or _HOST,
-    port=job.port or _PORT,
-    engine=engine,
-    python=python,
-    models={
-      "policy": job.config.model.path,
-      "student": job.config.student.path,
-    },
-    dtype=job.config.rollout.dtype,
-    logs=job.workdir / "servers",
-  )
-  launcher.check_ports(site.host, site.port, len(devices.servers))
-  return placement.plan(site, devices)
-
-
-def _addresses(
-  job: overrides.Job, servers: Sequence[launcher.Server]
-) -> list[str]:
-  """Tells training where the servers of each role are."""
-  host, port = job.host or _HOST, job.port or _PORT
-  urls = {
-    "policy": [s.url for s in servers if s.role == "policy"],
-    "student": [s.url for s in servers if s.role == "student"],
-  }
-  if not servers:  # They run already: the two that a launcher would start.
-    urls = {"policy": [f"http://{host}:{port}"]}
-    urls["student"] = [f"http://{host}:{port + 1}"]
-  return ["--config.rollout.backend=http"] + [
-    f"--config.rollout.{role}_urls={tuple(addresses)!r}"
-    for role, addresses in urls.items()
-  ]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from atlas_jax import errors
 
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
+_STRATEGIES = ("offload", "zero1")  # The original's words for DeepSpeed.
 _ANSWERS = ("teach", "baseline", "solve")
 
 
@@ -143,6 +144,15 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   given: dict[str, str] = {}
   for word in words:
     name, equals, value = word.partition("=")
+    if word in _STRATEGIES:
+      raise errors.ConfigError(
+        f"There is no {word}.",
+        where=word,
+        why="Parameters and optimizer state are split over all devices; to "
+        "keep them in host memory is not built yet.",
+        fix="Leave it out. To save memory: more gradient_accumulation_steps, "
+        "more devices, or beta=0, which needs no reference.",
+      )
     if name.startswith("--config."):
       settings.append(word)
       continue
@@ -189,7 +199,7 @@ def _direct(
       return []
     return [f"--config.loop.num_steps={value}", "--config.num_epochs=0"]
   paths = ("loop.num_steps",) if name == "max_steps" else TABLE[name].paths
-  present = [path for path in paths if _has(base, path)]
+  present = [path for path in paths if has(base, path)]
   if paths and not present:
     raise _unfit(name, value, "this recipe has no such setting", None)
   if paths and value.lower() in _NONE:
@@ -197,7 +207,8 @@ def _direct(
   return [f"--config.{path}={value}" for path in present]
 
 
-def _has(config: Any, path: str) -> bool:  # Any: as in `Job`.
+def has(config: Any, path: str) -> bool:  # Any: as in `Job`.
+  """Tells whether a config has a value of that dotted name."""
   *parents, last = path.split(".")
   for key in parents:
     if key not in config:
@@ -214,17 +225,17 @@ def _sizes(
   """Derives the sizes that depend on one another."""
   sizes: dict[str, int] = {}
   group_size, num_minibatches = 1, 1
-  if _has(config, "sampling.teach"):
+  if has(config, "sampling.teach"):
     group_size = config.sampling.teach.group_size
     num_minibatches = config.batch.num_minibatches
   of_rows = "batch.size" if "size" in config.batch else "batch.num_questions"
   rows = group_size * config.batch[of_rows.split(".")[1]]
   if (name := "train_batch_size") in given:
-    rows = int(given[name]) if given[name].isdigit() else 0
-    sizes[of_rows] = _divide(name, rows, group_size)
+    rows = _number(name, given[name])
+    sizes[of_rows] = _divide(name, given[name], rows, group_size)
   if (name := "per_device_train_batch_size") in given:
-    at_once = num_devices * (int(given[name]) if given[name].isdigit() else 0)
-    parts = _divide(name, rows // num_minibatches, at_once)
+    at_once = num_devices * _number(name, given[name])
+    parts = _divide(name, given[name], rows // num_minibatches, at_once)
     if given.get("gradient_accumulation_steps", str(parts)) != str(parts):
       raise _unfit(
         "gradient_accumulation_steps",
@@ -236,10 +247,16 @@ def _sizes(
   return sizes
 
 
-def _divide(name: str, rows: int, divisor: int) -> int:
-  if rows < 1 or divisor < 1 or rows % divisor:
+def _number(name: str, value: str) -> int:
+  if not value.isdigit() or not int(value):
+    raise _unfit(name, value, "it is a count, and at least 1", None)
+  return int(value)
+
+
+def _divide(name: str, value: str, rows: int, divisor: int) -> int:
+  if rows % divisor:
     why = f"{rows} sequences do not divide by {divisor}"
-    raise _unfit(name, str(rows), why, None)
+    raise _unfit(name, value, why, None)
   return rows // divisor
 
 

@@ -4,19 +4,22 @@
 # SFT, GRPO, evaluation of both teachers, one table. Run again, it reuses what
 # exists. A seed makes a world and a run of its own:
 #   bash scripts/quickstart.sh [--seed=0] [--steps=80] [--epochs=N]
-# --epochs shortens every SFT, for a quick look at the machinery.
+#     [--rollout=vllm|jax]
+# --epochs shortens every SFT, for a quick look at the machinery. With --rollout,
+# GRPO samples from servers: real vLLM, or the JAX sampler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed=0 steps=80 epochs=()
+seed=0 steps=80 epochs=() rollout=""
 for argument in "$@"; do
   case "$argument" in
     --seed=*) seed="${argument#*=}" ;;
     --epochs=*) epochs=("${argument#*=}") ;;
     --steps=*) steps="${argument#*=}" ;;
+    --rollout=*) rollout="${argument#*=}" ;;
     *)
-      echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)" \
-        "and --steps= (of GRPO)." >&2
+      echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)," \
+        "--steps= (of GRPO) and --rollout=." >&2
       exit 2
       ;;
   esac
@@ -51,9 +54,15 @@ common=(
   --config.student.path="$world/student_run/export"
 )
 say "3/6 GRPO of the teacher, rewarded by what its student then answers"
+grpo=("$python" -m scripts.train_grpo --workdir="$results/grpo"
+  --config=configs/run/teacher_rcl.py:smoke)
+if [[ -n "$rollout" ]]; then
+  [[ "$rollout" != vllm ]] || bash scripts/install_rollout.sh
+  grpo=(bash scripts/launch_with_server.sh 1 1 configs/run/teacher_rcl.py:smoke
+    --rollout="$rollout" output_dir="$results/grpo")
+fi
 [[ -d "$results/grpo/export" ]] ||
-  "$python" -m scripts.train_grpo \
-    --config=configs/run/teacher_rcl.py:smoke --workdir="$results/grpo" \
+  "${grpo[@]}" \
     --config.seed="$seed" --config.loop.num_steps="$steps" "${common[@]}" \
     --config.model.path="$results/sft/export" \
     --config.data.path="$world/questions.jsonl" \

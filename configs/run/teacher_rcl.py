@@ -66,7 +66,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   config.evaluation = dict(path="", num_questions=64)
   config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
-  config.export = dict(dtype="bfloat16", max_shard_bytes=5 * 10**9)
+  config.export = dict(  # launch.export
+    enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9
+  )
 
   if variant == "smoke":
     _make_smoke(config)

@@ -46,7 +46,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
   )
   config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
-  config.export = dict(dtype="bfloat16", max_shard_bytes=5 * 10**9)
+  config.export = dict(  # launch.export
+    enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9
+  )
 
   if variant == "smoke":
     config.world.directory = world.DIRECTORY

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch scripts, from their command line to trained weights."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from rollout import launcher
+from tests import fakes, tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_VLLM = _ROOT / ".venv-rollout/bin/python"
+# vLLM's attention on a CPU wants heads of 32 and more.
+_FIELDS = {
+  "vocab_size": 300,
+  "hidden_size": 64,
+  "intermediate_size": 96,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 32,
+  "max_position_embeddings": 512,
+  "tie_word_embeddings": True,
+}
+
+
+def _launch(*arguments, timeout=60):
+  return subprocess.run(
+    [sys.executable, "-m", "scripts.launch", *map(str, arguments)],
+    cwd=_ROOT,
+    env={**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"},
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "told"),
+  [
+    (
+      "launch.sh",
+      ["8", "configs/run/teacher_sft.yaml", "report_to=null"],
+      "-m scripts.launch 8 configs/run/teacher_sft.yaml report_to=null",
+    ),
+    (
+      "launch_with_server.sh",
+      ["1", "3", "teacher_rcl", "dataset_id_or_path=a b"],
+      "-m scripts.launch --num_servers=1 3 teacher_rcl dataset_id_or_path=a b",
+    ),
+  ],
+)
+def test_scripts_hand_their_arguments_over(tmp_path, script, arguments, told):
+  """From another folder, and with an environment that is there already."""
+  shutil.copytree(_ROOT / "scripts", tmp_path / "scripts")
+  shutil.copytree(_ROOT / "requirements", tmp_path / "requirements")
+  (tmp_path / ".venv/bin").mkdir(parents=True)
+  shutil.copytree(_ROOT / "requirements", tmp_path / ".venv/installed")
+  python = tmp_path / ".venv/bin/python"
+  python.write_text('#!/bin/sh\necho "$@"\nexit 5\n')
+  python.chmod(0o755)
+  result = subprocess.run(
+    ["bash", tmp_path / "scripts" / script, *arguments],
+    cwd="/",
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert (result.stdout.strip(), result.returncode) == (told, 5)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "told"),
+  [
+    ([], "number of devices, a recipe"),
+    (["teacher_rcl"], "number of devices, a recipe"),
+    (["0", "teacher_rcl:smoke"], "number of devices, a recipe"),
+    (["--num_servers=", "1", "teacher_rcl"], "number of devices, a recipe"),
+    (["1", "teacher_rkl"], "Did you mean teacher_rcl?"),
+    (["1", "teacher_rcl:smoke", "max_step=4"], "Did you mean max_steps?"),
+    (["--num_servers=1", "1", "teacher_sft:smoke"], "samples nothing"),
+    (
+      ["--num_servers=1", "1", "teacher_rcl:smoke", "--rollout=sglang"],
+      "Unknown rollout engine",
+    ),
+  ],
+)
+def test_what_cannot_be_launched_is_exit_code_2(arguments, told):
+  result = _launch(*arguments)
+  assert result.returncode == 2, result.stderr
+  assert told in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_exit_code_2_before_anything_starts(tmp_path):
+  with socket.socket() as holder:
+    holder.bind(("127.0.0.1", 0))
+    holder.listen()
+    port = holder.getsockname()[1]
+    result = _launch(
+      *("--num_servers=1", "1", "teacher_rcl:smoke", "--rollout=jax"),
+      *(f"vllm_port={port}", f"output_dir={tmp_path / 'run'}"),
+    )
+  assert result.returncode == 2, result.stderr
+  assert f"Port {port} is taken" in result.stderr
+  assert "or set vllm_port=" in result.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def _world(path):
+  """Writes a teacher, a student and questions; gives the words to use them."""
+  for name in ("teacher", "student"):
+    tiny.write_checkpoint(path / name, "qwen3", **_FIELDS)
+    fakes.write_tokenizer(path / name)
+  questions = [
+    {"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(8)
+  ]
+  text = "".join(json.dumps(question) + "\n" for question in questions)
+  (path / "questions.jsonl").write_text(text)
+  return (
+    "--config.world.directory=",
+    f"model_name_or_path={path / 'teacher'}",
+    f"student_model={path / 'student'}",
+    f"dataset_id_or_path={path / 'questions.jsonl'}",
+    f"--config.evaluation.path={path / 'questions.jsonl'}",
+    "--config.model.unroll=1",
+    "--config.student.unroll=1",
+    "max_completion_length=12",
+    "train_batch_size=16",
+    "num_generations=4",
+    "logging_steps=1",
+  )
+
+
+def _free_port():
+  """Finds a port that is free together with the next one."""
+  while True:
+    with socket.socket() as first, socket.socket() as second:
+      first.bind(("127.0.0.1", 0))
+      port = first.getsockname()[1]
+      with contextlib.suppress(OSError, OverflowError):
+        second.bind(("127.0.0.1", port + 1))
+        return port
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("engine", "num_devices"),
+  [
+    ("jax", 3),
+    pytest.param(
+      "vllm",
+      1,
+      marks=[
+        pytest.mark.vllm,
+        pytest.mark.skipif(
+          not _VLLM.exists(),
+          reason="No .venv-rollout; bash scripts/install_rollout.sh makes it.",
+        ),
+      ],
+    ),
+  ],
+)
+def test_four_steps_are_trained_next_to_servers(tmp_path, engine, num_devices):
+  port, run = _free_port(), tmp_path / "run"
+  result = _launch(
+    *("--num_servers=1", num_devices, "configs/run/teacher_rcl.py:smoke"),
+    *("report_to=null", "max_steps=4", "eval_steps=1"),
+    *(f"--rollout={engine}", f"vllm_port={port}", f"output_dir={run}"),
+    *_world(tmp_path),
+    timeout=500,
+  )
+  logs = "".join(log.read_text() for log in run.glob("servers/*"))
+  assert result.returncode == 0, result.stderr[-3000:] + logs[-3000:]
+  rows = [
+    json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [r["step"] for r in rows if "reward" in r] == [1, 2, 3, 4]
+  assert [r["step"] for r in rows if "eval/teaching/NDR" in r] == [1, 2, 3, 4]
+  assert (run / "export/model.safetensors").exists()
+  assert "Weights of version 4 are with 1 of 1 servers" in result.stderr
+  launcher.check_ports("127.0.0.1", port, 2)
