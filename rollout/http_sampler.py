@@ -131,11 +131,10 @@ class HttpSampler:
       target=self._loop.run_forever, name=f"{channel.role}-servers", daemon=True
     )
     self._thread.start()
-    try:
+    with contextlib.ExitStack() as unless_started:
+      unless_started.callback(self.close)
       self._run(self._start())
-    except BaseException:
-      self.close()
-      raise
+      unless_started.pop_all()
 
   def __enter__(self) -> Self:
     """Gives itself."""

@@ -17,6 +17,7 @@ from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import templates
 from atlas_jax.train import loop, optimizer, score
 from atlas_jax.train import sft as train_sft
+from rollout import sampler as rollout_sampler
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _RECIPES = sorted(
@@ -31,7 +32,11 @@ _FUNCTIONS = {
   "model": (launch.open_model, ()),
   "student": (launch.open_model, ()),
   "mesh": (sharding.make_mesh, ()),
-  "sampler": (launch.open_role, ()),
+  "sampler": (
+    rollout_sampler.open_sampler,
+    ("directory", "model", "params", "tokenizer", "mesh"),
+  ),
+  "rollout": (rollout_sampler.Settings, ()),
   "templates": (templates.Templates, ()),
   "sampling.probe": (types.SamplingParams, ("seed",)),
   "sampling.baseline": (types.SamplingParams, ("seed",)),

@@ -14,7 +14,7 @@ _PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 _RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
 
 _MODULE = re.compile(r"-m (scripts\.\w+)")
-_SHELL = re.compile(r"bash (scripts/[\w.]+)")
+_SHELL = re.compile(r"bash (scripts/\w+\.sh)")
 _CONFIG = re.compile(r"--config=([\w/.]+?\.py)(?::(\w+))?(?![\w/])")
 _KEY = re.compile(r"--config\.([a-z_]\w*(?:\.[a-z_]\w*)*)")
 

@@ -180,6 +180,16 @@ def test_roles_share_the_seed_of_the_run(talker):
     {
       "seed": 11,
       "sampler": {"max_rows": 8},
+      "rollout": {
+        "backend": "jax",
+        "policy_urls": (),
+        "student_urls": (),
+        "weights_root": "",
+        "dtype": "float32",
+        "wait_s": 1.0,
+        "generate_s": 1.0,
+        "update_s": 1.0,
+      },
       "templates": {
         "probe": "{question}",
         "teach": "{question}{probe}",
@@ -189,6 +199,6 @@ def test_roles_share_the_seed_of_the_run(talker):
       "sampling": dict.fromkeys(("probe", "baseline", "teach", "solve"), draw),
     }
   )
-  found = launch.open_protocol(opened, opened, _mesh(), config)
-  assert found.baseline_params.seed == found.teach_params.seed == 11
-  assert found.policy.sampler is not found.student.sampler
+  with launch.open_protocol(opened, opened, _mesh(), config) as found:
+    assert found.baseline_params.seed == found.teach_params.seed == 11
+    assert found.policy.sampler is not found.student.sampler
