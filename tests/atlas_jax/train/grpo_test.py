@@ -359,7 +359,7 @@ def update(world):
     state = state._replace(step=state.step + step)
     rewarded = [types.Reward(value) for value in values]
     learner = learner_of(state, mask_truncated)
-    state, metrics = learner.update(state, records, rewarded)
+    state, metrics = learner.update(state, records, rewarded, is_compared=False)
     return jax.device_get(state), metrics
 
   return run
