@@ -114,7 +114,7 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_SFT, "num_train_epochs=1", "num_epochs", 1),
     (_SFT, "max_steps=4", "loop.num_steps", 4),
     (_SFT, "max_steps=4", "num_epochs", 0),
-    (_SFT, "max_steps=-1", "num_epochs", 3),
+    (_SFT, "max_steps=-1", "num_epochs", 6),
     (_SFT, "max_seq_length=64", "data.length", 64),
     (_SFT, "packing=false", "data.packed", False),
     (_RCL, "--config.loop.num_steps=4", "loop.num_steps", 4),
