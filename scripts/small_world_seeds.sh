@@ -14,6 +14,7 @@ done
 list() { local IFS=,; echo "${runs[*]/%//$1}"; }
 
 out=docs/results/small_world.md
+mkdir -p docs/results
 table=$(.venv/bin/python -m scripts.report --before="$(list eval_sft)" \
   --after="$(list eval_grpo)" --metrics="$(list grpo)" \
   --plot=docs/results/small_world.png)
