@@ -62,7 +62,14 @@ _GRPO = _FUNCTIONS | {"loss": (grpo.clipped_surrogate, ("rollout_weights_BT",))}
 _READERS = {
   "teacher_sft": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
   "world_student": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
-  "teacher_rcl": (_GRPO, ("scripts/train_grpo.py", "atlas_jax/train/grpo.py")),
+  "teacher_rcl": (
+    _GRPO,
+    (
+      "scripts/train_grpo.py",
+      "atlas_jax/train/grpo.py",
+      "atlas_jax/train/learner.py",
+    ),
+  ),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import grpo
+from atlas_jax.train import grpo, learner, rows
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from rollout import jax_sampler
@@ -282,7 +282,7 @@ def test_a_batch_holds_the_very_tokens_that_were_sampled(world):
     for completion in group
   ]
   advantages_B = np.array([1.0, -1.0, 0.5, -0.5])
-  batch = grpo.make_batch(rollouts, advantages_B, multiple=3)
+  batch = rows.make_batch(rollouts, advantages_B, multiple=3)
   assert batch["token_ids"].shape == (6, 32)
   for i, rollout in enumerate(rollouts):
     real, written = batch["segment_ids"][i] == 1, batch["loss_mask"][i]
@@ -295,7 +295,7 @@ def test_a_batch_holds_the_very_tokens_that_were_sampled(world):
   assert not batch["loss_mask"][4:].any()
 
   old_BT, _ = jax.jit(
-    lambda params, batch: grpo._logprobs(
+    lambda params, batch: learner._logprobs(
       world.model, params, batch, temperature=0.9, chunk_size=32
     )
   )(world.params(), batch)
@@ -340,7 +340,7 @@ def update(world):
   def learner_of(state, mask_truncated):
     if mask_truncated not in learners:
       config = _config(**{"batch.mask_truncated": mask_truncated})
-      learners[mask_truncated] = grpo._Learner(
+      learners[mask_truncated] = learner.Learner(
         world.model,
         _optimizer(config),
         shardings=train_state.shardings(state),
@@ -358,8 +358,10 @@ def update(world):
     )
     state = state._replace(step=state.step + step)
     rewarded = [types.Reward(value) for value in values]
-    learner = learner_of(state, mask_truncated)
-    state, metrics = learner.update(state, records, rewarded, is_compared=False)
+    taught_by = learner_of(state, mask_truncated)
+    state, metrics = taught_by.update(
+      state, records, rewarded, is_compared=False
+    )
     return jax.device_get(state), metrics
 
   return run
