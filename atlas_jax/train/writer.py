@@ -1,36 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics to a JSONL file, which is the truth, and to one console line."""
+"""What a run tells: `metrics.jsonl` is the truth, the rest a view of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import math
 import os
 import pathlib
 import time
 
-from absl import logging
 import jax
 
-# Prefixes of metrics that would crowd the console line.
-_FILE_ONLY = ("seconds/", "rewards/", "rollout/", "ratio_", "clip_", "num_")
+from atlas_jax.train import console, sinks
 
 
 class Writer:
-  """Appends one JSON object per call, with its step and wall time.
+  """Metrics and tables of a run, on disk, on the console and to trackers.
 
-  Opened again after a resume, it drops the lines of steps that will be done
-  again, so that each step is told once.
+  Each call appends one line to `metrics.jsonl`, with its step and time. Opened
+  again after a resume, it drops the lines of steps that will be done again, so
+  that each step is told once. Tables are files of their own, which a step done
+  again replaces.
   """
 
-  def __init__(self, path: pathlib.Path, *, step: int, num_steps: int) -> None:
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    step: int,
+    num_steps: int,
+    trackers: Sequence[sinks.Background],
+  ) -> None:
     """Keeps the lines up to `step`, the number of steps done."""
-    self._num_steps = num_steps
-    self._first_step, self._start = step, time.monotonic()
+    self._workdir, self._trackers = workdir, trackers
+    path = workdir / "metrics.jsonl"
     kept = _lines_up_to(path, step) if path.exists() else []
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
+    self._console = console.Console(step=step, num_steps=num_steps)
+
+  def advance(self, step: int) -> None:
+    """Shows that `step` steps are done."""
+    self._console.advance(step)
 
   def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
     """Writes metrics after `step` steps, and shows them."""
@@ -40,29 +50,37 @@ class Writer:
     line = json.dumps({"step": step, "time": time.time(), **row})
     self._file.write(line + "\n")
     self._file.flush()
-    shown = " ".join(
-      f"{name}={value:.4g}"
-      for name, value in values.items()
-      if not name.startswith(_FILE_ONLY)
-    )
-    logging.info(
-      "step %d/%d %s eta=%s",
-      *(step, self._num_steps, shown, self._eta(step)),
-    )
+    self._console.tell(step, values)
+    finite = {k: v for k, v in values.items() if math.isfinite(v)}
+    for tracker in self._trackers:
+      tracker.scalars(step, finite)
+
+  def table(self, step: int, name: str, rows: Sequence[sinks.Row]) -> None:
+    """Writes rows of the same columns to `NAME/step-STEP.jsonl`."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path = self._workdir / name / f"step-{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(lines))
+    if rows:
+      self._console.table(f"{name} of step {step}", rows)
+      for tracker in self._trackers:
+        tracker.table(step, name, rows)
 
   def close(self) -> None:
     """Makes sure that every line is on disk."""
+    self._console.close()
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()
+    for tracker in self._trackers:
+      tracker.close()
 
-  def _eta(self, step: int) -> str:
-    done = step - self._first_step
-    if done < 1:
-      return "?"
-    left = self._num_steps - step
-    seconds = round((time.monotonic() - self._start) / done * left)
-    return f"{seconds // 60}m{seconds % 60:02d}s"
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file of which nobody ever sees a part."""
+  partial = path.with_name(f"{path.name}.tmp")
+  partial.write_text(text, encoding="utf-8")
+  partial.replace(path)
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
