@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -19,6 +20,7 @@ import jax
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.models import decoder
 from atlas_jax.teaching import protocol, templates
+from atlas_jax.train import sinks, writer
 from conversion import load, save, verify
 from rollout import sampler, wire
 
@@ -234,6 +236,21 @@ def open_protocol(
       templates.Templates(**config.templates),
       **params,
     )
+
+
+def open_writer(
+  workdir: pathlib.Path,
+  config: Any,  # Any: as in start.
+) -> writer.Writer:
+  """Opens what takes a run's metrics: files, console, and trackers.
+
+  Raises:
+    errors.ConfigError: if a tracker is asked for that cannot be had.
+  """
+  resolved = json.loads(config.to_json_best_effort())
+  return writer.Writer(
+    workdir, sinks.open_sinks(workdir, resolved, **config.report)
+  )
 
 
 def fingerprint(opened: OpenModel) -> str:

@@ -33,6 +33,7 @@ def main() -> None:
     launch.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,
   ):
+    writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
@@ -70,6 +71,7 @@ def main() -> None:
       mesh=mesh,
       config=config,
       workdir=workdir,
+      writer=writer,
       should_stop=should_stop,
     )
     launch.export(

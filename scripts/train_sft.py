@@ -25,6 +25,7 @@ def main() -> None:
   """Runs one training job to its end."""
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   with launch.start(workdir, config) as should_stop:
+    writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch.size, "--config.batch.size")
     policy = launch.open_model(mesh, **config.model)
@@ -42,6 +43,7 @@ def main() -> None:
       mesh=mesh,
       config=config,
       workdir=workdir,
+      writer=writer,
       should_stop=should_stop,
     )
     launch.export(

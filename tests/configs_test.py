@@ -15,7 +15,7 @@ from atlas_jax import checkpoint, launch, sharding, types
 from atlas_jax.losses import grpo
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import templates
-from atlas_jax.train import loop, optimizer, score
+from atlas_jax.train import loop, optimizer, score, sinks
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
 
@@ -48,7 +48,11 @@ _FUNCTIONS = {
   "score": (score.token_stats, ("temperature",)),
   "schedule": (optimizer.make_schedule, ("num_updates",)),
   "optimizer": (optimizer.make_optimizer, ()),
-  "loop": (loop.run, ("checkpointer", "workdir", "should_stop")),
+  "loop": (
+    loop.run,
+    ("checkpointer", "workdir", "writer", "clock", "should_stop"),
+  ),
+  "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
   "export": (launch.export, ("notes",)),
 }

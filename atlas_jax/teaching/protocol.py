@@ -6,12 +6,16 @@ from question and probe, and the student answers with each teaching and, once
 and for all, without. Nothing is scored here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import time
 
 from atlas_jax import chat, errors, types
 from atlas_jax.teaching import templates as teaching_templates
+
+# Makes a context that is entered around a phase of that name.
+Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,10 @@ class Protocol:
     self._baselines: dict[tuple[int, str, str], tuple[types.Attempt, ...]] = {}
 
   def run(
-    self, questions: Sequence[types.Question], seed: int
+    self,
+    questions: Sequence[types.Question],
+    seed: int,
+    phase: Phase = contextlib.nullcontext,
   ) -> list[types.TeachingRecord]:
     """Runs every phase once over all questions.
 
@@ -83,22 +90,28 @@ class Protocol:
     Args:
       questions: with distinct row ids.
       seed: decides probes, teachings and taught answers.
+      phase: entered around each phase, with its name: `baseline`, `probe`,
+        `teach` and `solve`.
 
     Returns:
       Ungraded records, `teach_params.group_size` for each question in turn.
     """
     if not questions:
       return []
-    baselines = self._baseline_answers(questions)
+    with phase("baseline"):
+      baselines = self._baseline_answers(questions)
     started = time.monotonic()
-    probes = self._probes(questions, seed)
-    rollouts = self._teachings(questions, probes, seed)
+    with phase("probe"):
+      probes = self._probes(questions, seed)
+    with phase("teach"):
+      rollouts = self._teachings(questions, probes, seed)
     texts = [
       chat.decode(self.policy.tokenizer, rollout.completion.token_ids)
       for rollout in rollouts
     ]
     teachings = [teaching_templates.extract_teaching(text) for text in texts]
-    taught = self._taught_answers(questions, teachings, seed)
+    with phase("solve"):
+      taught = self._taught_answers(questions, teachings, seed)
     seconds = (time.monotonic() - started) / len(rollouts)
     size = self.teach_params.group_size
     return [

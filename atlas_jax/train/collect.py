@@ -15,8 +15,12 @@ from atlas_jax import errors, types
 from atlas_jax.data import loader
 from atlas_jax.models import decoder
 from atlas_jax.teaching import protocol as teaching_protocol
+from atlas_jax.train import clock as train_clock
 
 STALE = "stale"
+
+# Records of a step, and the metrics of having sampled them.
+_Sampled = tuple[list[types.TeachingRecord], dict[str, float]]
 
 
 class Collector:
@@ -70,7 +74,7 @@ class Collector:
     self._num_steps, self._compare_every = num_steps, compare_every
     self._max_staleness = max_staleness
     self._executor = futures.ThreadPoolExecutor(1, "collect")
-    self._ahead: dict[int, futures.Future[list[types.TeachingRecord]]] = {}
+    self._ahead: dict[int, futures.Future[_Sampled]] = {}
     self._first_step: int | None = None
 
   def __enter__(self) -> "Collector":
@@ -89,20 +93,35 @@ class Collector:
     if self._protocol.policy.sampler.version != step:
       self._protocol.policy.sampler.update_weights(params, step)
 
-  def take(self, step: int) -> list[types.TeachingRecord]:
-    """Gives the batch of `step`; samples now if it was not sampled ahead."""
+  def take(self, step: int, clock: train_clock.Clock) -> _Sampled:
+    """Gives the batch of `step`; samples now if it was not sampled ahead.
+
+    Args:
+      step: the number of steps done.
+      clock: is told the phases of what is sampled now.
+
+    Returns:
+      The records, and as metrics the seconds that sampling them ahead took:
+      those passed while the step before trained.
+    """
     if self._first_step is None:
       self._first_step = step
     ready = self._ahead.pop(step, None)
-    records = self._sample(step) if ready is None else ready.result()
+    sampled: _Sampled
+    if ready is None:
+      sampled = self._sample(step, clock), {}
+    else:
+      sampled = ready.result()
     upcoming = step + 1
     if (
       self._max_staleness
       and upcoming < self._num_steps
       and not self.is_compared(upcoming)
     ):
-      self._ahead[upcoming] = self._executor.submit(self._sample, upcoming)
-    return records
+      self._ahead[upcoming] = self._executor.submit(
+        self._sample_ahead, upcoming
+      )
+    return sampled
 
   def is_compared(self, step: int) -> bool:
     """Tells whether trainer and sampler are compared at a step."""
@@ -142,8 +161,18 @@ class Collector:
       "rollout/stale_dropped": float(len(lags) - len(used)),
     }
 
-  def _sample(self, step: int) -> list[types.TeachingRecord]:
+  def _sample_ahead(self, step: int) -> _Sampled:
+    clock = train_clock.Clock()
+    records = self._sample(step, clock)
+    seconds = clock.take().items()
+    return records, {f"seconds_ahead/{phase}": s for phase, s in seconds}
+
+  def _sample(
+    self, step: int, clock: train_clock.Clock
+  ) -> list[types.TeachingRecord]:
     batch = loader.question_batch(
       self._questions, step, batch_size=self._batch_size, seed=self._seed
     )
-    return self._protocol.run(batch, seed=self._seed + step)
+    return self._protocol.run(
+      batch, seed=self._seed + step, phase=clock.phase
+    )

@@ -14,7 +14,7 @@ import rich.table
 import rich.text
 
 # Prefixes of metrics that would crowd the line.
-_FILE_ONLY = ("seconds/", "rewards/", "rollout/", "ratio_", "clip_", "num_")
+_FILE_ONLY = ("seconds", "rewards/", "rollout/", "ratio_", "clip_", "num_")
 _MAX_SILENCE_S = 30.0
 
 

@@ -9,7 +9,6 @@ on the clipped surrogate -> new weights for the sampler.
 from collections.abc import Callable, Sequence
 import functools
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -22,10 +21,12 @@ from atlas_jax.data import loader
 from atlas_jax.models import decoder
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import protocol as teaching_protocol
+from atlas_jax.train import clock as train_clock
 from atlas_jax.train import collect, loop
 from atlas_jax.train import learner as learning
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
+from atlas_jax.train import writer as train_writer
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
@@ -39,6 +40,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path,
+  writer: train_writer.Writer,
   should_stop: Callable[[], bool],
 ) -> decoder.Params:
   """Trains the teacher, whose `params` it donates; returns them trained.
@@ -54,7 +56,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `batch`, `loss`, `reference`, `loop`,
       `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
-    workdir: holds metrics and checkpoints; trained from there if it has any.
+    workdir: holds checkpoints; trained from there if it has any.
+    writer: takes the metrics.
     should_stop: asked after each step.
 
   Raises:
@@ -85,13 +88,16 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     collector.settle()  # It samples too, and with other weights.
     return evaluate(state, step)
 
+  clock = train_clock.Clock()
   with collector:
     state = loop.run(
       state,
-      functools.partial(_do_step, collector, reward_fn, learner),
+      functools.partial(_do_step, collector, reward_fn, learner, clock),
       evaluate_alone,
       checkpointer=checkpointer,
       workdir=workdir,
+      writer=writer,
+      clock=clock,
       should_stop=should_stop,
       **config.loop,
     )
@@ -102,26 +108,24 @@ def _do_step(
   collector: collect.Collector,
   reward_fn: types.RewardFn,
   learner: learning.Learner,
+  clock: train_clock.Clock,
   state: train_state.TrainState,
   step: int,
 ) -> tuple[train_state.TrainState, loop.Metrics]:
   """Samples, rewards, updates: see `loop.DoStep`."""
-  clock = _Clock()
   collector.settle()
-  clock.lap("sample")
-  collector.push(state.params, step)
-  clock.lap("push")
-  records = collector.take(step)
-  clock.lap("sample")
-  records = [rewards.grade(record) for record in records]
-  rewarded, lag = collector.drop_stale(records, reward_fn(records), step)
-  clock.lap("reward")
-  state, metrics = learner.update(
-    state, records, rewarded, is_compared=collector.is_compared(step)
-  )
-  clock.lap("train")
+  with clock.phase("push"):
+    collector.push(state.params, step)
+  records, ahead = collector.take(step, clock)
+  with clock.phase("reward"):
+    records = [rewards.grade(record) for record in records]
+    rewarded, lag = collector.drop_stale(records, reward_fn(records), step)
+  with clock.phase("train"):
+    state, metrics = learner.update(
+      state, records, rewarded, is_compared=collector.is_compared(step)
+    )
   described = _describe(records, rewarded)
-  return state, {**described, **lag, **metrics, **clock.seconds}
+  return state, {**described, **lag, **metrics, **ahead}
 
 
 def _make_optimizer(
@@ -205,17 +209,3 @@ def _describe(
 
 def _mean_correct(attempts: Any) -> float:  # Any: an iterable of tuples.
   return float(np.mean([a.correct for group in attempts for a in group]))
-
-
-class _Clock:
-  """Adds up the seconds of each phase."""
-
-  def __init__(self) -> None:
-    self.seconds: dict[str, float] = {}
-    self._last = time.monotonic()
-
-  def lap(self, phase: str) -> None:
-    now = time.monotonic()
-    name = f"seconds/{phase}"
-    self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-    self._last = now

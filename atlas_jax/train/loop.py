@@ -6,12 +6,12 @@ It knows no algorithm. A recipe gives it a function that does one step.
 
 from collections.abc import Callable, Mapping
 import pathlib
-import time
 
 from absl import logging
 import jax
 
 from atlas_jax import checkpoint, errors
+from atlas_jax.train import clock as train_clock
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 
@@ -30,6 +30,8 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
   *,
   checkpointer: checkpoint.Checkpointer,
   workdir: pathlib.Path,
+  writer: train_writer.Writer,
+  clock: train_clock.Clock,
   should_stop: Callable[[], bool],
   num_steps: int,
   log_every: int,
@@ -44,7 +46,9 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
     do_step: one step of the recipe, with metrics to average and log.
     evaluate: metrics on held-out data.
     checkpointer: of this run.
-    workdir: where `metrics.jsonl` goes.
+    workdir: of this run.
+    writer: takes the metrics; closed at the end.
+    clock: splits the time of a step; `do_step` may tell it phases.
     should_stop: asked after each step; then the state is saved at once.
     num_steps: steps in all, those before a resume included.
     log_every: steps between lines of metrics.
@@ -61,35 +65,33 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
   """
   state = checkpointer.restore_latest(state)
   step = int(state.step)
-  writer = train_writer.Writer(
-    workdir / "metrics.jsonl", step=step, num_steps=num_steps
-  )
+  writer.begin(step=step, num_steps=num_steps)
   window: list[Metrics] = []
-  window_start = time.monotonic()
+  clock.take()  # What came before the first step is no part of it.
   try:
     while step < num_steps:
       state, metrics = do_step(state, step)
       step += 1
       state = state._replace(step=state.step + 1)
       window.append(metrics)
-      _check_finite(metrics, step, max_nonfinite)
+      with clock.phase("train"):  # The device may still be at work.
+        _check_finite(metrics, step, max_nonfinite)
+      writer.advance(step)
       last = step == num_steps
       if step % log_every == 0 or last:
-        mean = _mean(window)
-        mean["step_s"] = (time.monotonic() - window_start) / len(window)
-        if "num_tokens" in mean:
-          mean["tokens_per_s"] = mean["num_tokens"] / mean["step_s"]
-        writer.write(step, mean)
-        window, window_start = [], time.monotonic()
+        with clock.phase("train"):
+          mean = _mean(window)
+        writer.write(step, {**mean, **_times(clock, mean, len(window))})
+        window = []
       if last or (eval_every and step % eval_every == 0):
-        evaluated = evaluate(state, step)
+        with clock.phase("eval"):
+          evaluated = evaluate(state, step)
         if evaluated:
           writer.write(step, evaluated)
-        window_start = time.monotonic()
       stopping = should_stop() and not last
       if last or stopping or step % save_every == 0:
-        checkpointer.save(step, state)
-        window_start = time.monotonic()
+        with clock.phase("save"):
+          checkpointer.save(step, state)
       if stopping:
         raise errors.PreemptedError(
           f"Stopped on request after step {step} of {num_steps}.",
@@ -111,6 +113,22 @@ def _mean(window: list[Metrics]) -> dict[str, float]:
     values = [float(m[name]) for m in window if name in m]
     means[name] = sum(values) / len(values)
   return means
+
+
+def _times(
+  clock: train_clock.Clock, mean: Metrics, num_steps: int
+) -> dict[str, float]:
+  """Splits the time since the last line: seconds per step, and speed.
+
+  Evaluations and checkpoints since then are in `step_s`, but slow no token.
+  """
+  taken = {phase: s / num_steps for phase, s in clock.take().items()}
+  times = {f"seconds/{phase}": s for phase, s in taken.items()}
+  times["step_s"] = sum(taken.values())
+  if "num_tokens" in mean:
+    apart = taken.get("eval", 0.0) + taken.get("save", 0.0)
+    times["tokens_per_s"] = mean["num_tokens"] / (times["step_s"] - apart)
+  return times
 
 
 def _check_finite(metrics: Metrics, step: int, max_nonfinite: int) -> None:

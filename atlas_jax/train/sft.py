@@ -15,10 +15,12 @@ from atlas_jax import chat, checkpoint, errors, sharding
 from atlas_jax.data import formats, loader, packing, sources
 from atlas_jax.losses import sft
 from atlas_jax.models import decoder
+from atlas_jax.train import clock as train_clock
 from atlas_jax.train import loop, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
+from atlas_jax.train import writer as train_writer
 
 
 def train(
@@ -30,6 +32,7 @@ def train(
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path,
+  writer: train_writer.Writer,
   should_stop: Callable[[], bool],
 ) -> decoder.Params:
   """Trains `params`, which it donates, and returns them trained.
@@ -41,7 +44,8 @@ def train(
     eval_set: the same, held out.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `batch`, `loss`, `loop` and `checkpoint`.
-    workdir: holds metrics and checkpoints; trained from there if it has any.
+    workdir: holds checkpoints; trained from there if it has any.
+    writer: takes the metrics.
     should_stop: asked after each step.
 
   Raises:
@@ -65,11 +69,16 @@ def train(
     jax.make_array_from_process_local_data, sharding.of_batch(mesh)
   )
 
+  clock = train_clock.Clock()
+
   def do_step(
     state: train_state.TrainState, step: int
   ) -> tuple[train_state.TrainState, loop.Metrics]:
-    batch = train_set.batch(step)
-    state, metrics = step_fn(state, jax.tree.map(on_mesh, batch))
+    with clock.phase("data"):
+      batch = train_set.batch(step)
+      arrays = jax.tree.map(on_mesh, batch)
+    with clock.phase("train"):
+      state, metrics = step_fn(state, arrays)
     num_tokens = int((batch["segment_ids"] > 0).sum())
     rate = float(np.asarray(schedule(step)))
     return state, {**metrics, "num_tokens": num_tokens, "learning_rate": rate}
@@ -94,6 +103,8 @@ def train(
       **config.checkpoint,
     ),
     workdir=workdir,
+    writer=writer,
+    clock=clock,
     should_stop=should_stop,
     **{**config.loop, "num_steps": num_steps},
   )

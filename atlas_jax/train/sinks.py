@@ -57,7 +57,7 @@ def open_sinks(  # noqa: PLR0913 - one argument per config key.
   group: str,
   name: str,
 ) -> list["Background"]:
-  """Opens the trackers of a run; they start in their own threads.
+  """Makes the trackers of a run, which are yet to be started.
 
   Args:
     workdir: TensorBoard's files go to `tensorboard/` in it. Its name is the
@@ -111,7 +111,7 @@ class Background:
   """Feeds a sink from a thread, so that it can neither stop nor slow a run."""
 
   def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
-    """Opens the sink, in the thread: that too may fail or block."""
+    """Opens nothing yet."""
     self._name, self._open_sink = name, open_sink
     self._jobs: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(
       _MAX_WAITING
@@ -120,6 +120,9 @@ class Background:
     self._thread = threading.Thread(
       target=self._work, name=f"sink-{name}", daemon=True
     )
+
+  def start(self) -> None:
+    """Opens the sink, in the thread: that too may fail or block."""
     self._thread.start()
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -23,20 +23,20 @@ class Writer:
   """
 
   def __init__(
-    self,
-    workdir: pathlib.Path,
-    *,
-    step: int,
-    num_steps: int,
-    trackers: Sequence[sinks.Background],
+    self, workdir: pathlib.Path, trackers: Sequence[sinks.Background]
   ) -> None:
-    """Keeps the lines up to `step`, the number of steps done."""
+    """Takes the run's folder, and what else shall have its metrics."""
     self._workdir, self._trackers = workdir, trackers
-    path = workdir / "metrics.jsonl"
+
+  def begin(self, *, step: int, num_steps: int) -> None:
+    """Opens everything, and keeps the lines up to `step`, the steps done."""
+    path = self._workdir / "metrics.jsonl"
     kept = _lines_up_to(path, step) if path.exists() else []
     write_whole(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._console = console.Console(step=step, num_steps=num_steps)
+    for tracker in self._trackers:
+      tracker.start()
 
   def advance(self, step: int) -> None:
     """Shows that `step` steps are done."""

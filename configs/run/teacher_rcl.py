@@ -65,6 +65,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
   )
   config.evaluation = dict(path="", num_questions=64)
+  config.report = dict(  # train.sinks.open_sinks
+    to="none", project="atlas_jax", group="", name=""
+  )
   config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
   config.export = dict(  # launch.export
     enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9

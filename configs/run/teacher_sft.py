@@ -45,6 +45,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.loop = dict(  # train.loop.run
     num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
   )
+  config.report = dict(  # train.sinks.open_sinks
+    to="none", project="atlas_jax", group="", name=""
+  )
   config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
   config.export = dict(  # launch.export
     enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9

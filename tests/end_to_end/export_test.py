@@ -70,6 +70,7 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
     mesh=mesh,
     config=config,
     workdir=tmp_path,
+    writer=launch.open_writer(tmp_path, config),
     should_stop=lambda: False,
   )
   export = tmp_path / "export"

@@ -8,7 +8,7 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import collect
+from atlas_jax.train import clock, collect
 from tests import fakes
 
 _QUESTIONS = [
@@ -53,7 +53,7 @@ def _run(collector, steps):
   with collector:
     for step in steps:
       collector.push({}, step)
-      taken[step] = collector.take(step)
+      taken[step], _ = collector.take(step, clock.Clock())
       collector.settle()  # Leaving the context may cancel what did not start.
   return taken
 
@@ -109,12 +109,13 @@ def test_next_batch_is_sampled_while_this_one_trains(tokenizer):
   collector, policy = _collector(tokenizer, write)
   with collector:
     collector.push({}, 0)
-    collector.take(0)
+    collector.take(0, clock.Clock())
     assert sampling.wait(20)  # It is under way, and this thread is free.
     threading.Timer(0.2, go_on.set).start()
     collector.push({}, 1)  # New weights wait for it.
     assert policy.version == 1
-    assert _versions(collector.take(1)) == {0}
+    records, _ = collector.take(1, clock.Clock())
+    assert _versions(records) == {0}
 
 
 def test_nothing_is_sampled_past_the_last_step(tokenizer):
@@ -132,11 +133,11 @@ def test_failure_of_a_batch_ahead_shows_at_its_step(tokenizer):
   collector, _ = _collector(tokenizer, write)
   with collector:
     collector.push({}, 0)
-    collector.take(0)
+    collector.take(0, clock.Clock())
     collector.settle()
     collector.push({}, 1)
     with pytest.raises(errors.RolloutError, match="Gone"):
-      collector.take(1)
+      collector.take(1, clock.Clock())
 
 
 def _with_versions(records, versions):

@@ -14,6 +14,7 @@ from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import grpo, learner, rows
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
+from atlas_jax.train import writer as train_writer
 from rollout import jax_sampler
 from tests import fakes, tiny
 
@@ -197,6 +198,7 @@ def _train(world, workdir, *, kind=_Policy, stop_at=None, **changes):
     mesh=_mesh(),
     config=_config(**changes),
     workdir=workdir,
+    writer=train_writer.Writer(workdir, ()),
     should_stop=lambda: sampler.version + 1 == stop_at,
   )
   return params, sampler

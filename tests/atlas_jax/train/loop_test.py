@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax import checkpoint, errors, sharding
-from atlas_jax.train import loop
+from atlas_jax.train import clock, loop, writer
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
@@ -85,6 +85,8 @@ def _run(workdir, *, stop_after=None, crash_at=None, broken=(), **changes):
       workdir / "checkpoints", identity={}, keep=9
     ),
     workdir=workdir,
+    writer=writer.Writer(workdir, ()),
+    clock=clock.Clock(),
     should_stop=lambda: done[-1] + 1 == stop_after,
     **arguments,
   )

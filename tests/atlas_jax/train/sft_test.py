@@ -12,7 +12,7 @@ import pytest
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing
-from atlas_jax.train import sft
+from atlas_jax.train import sft, writer
 from tests import fakes, tiny
 
 _ROWS = [
@@ -216,6 +216,7 @@ def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
     mesh=mesh,
     config=config,
     workdir=workdir,
+    writer=writer.Writer(workdir, ()),
     should_stop=should_stop,
   )
 
