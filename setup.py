@@ -42,6 +42,9 @@ setuptools.setup(
       "stamina>=25.1",
       "uvicorn>=0.40",
     ],
+    "tensorboard": ["tensorboardX>=2.6.2"],
+    "wandb": ["wandb>=0.20"],
+    "trackio": ["trackio>=0.20"],
     "plot": ["matplotlib>=3.9"],
     "test": [
       "datasets>=4.0",
@@ -50,6 +53,7 @@ setuptools.setup(
       "pytest>=8.0",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
+      "tensorboardX>=2.6.2",
     ],
     "lint": ["pyright>=1.1.400", "ruff>=0.12"],
     "parity": [

@@ -41,7 +41,13 @@ TABLE: Mapping[str, Row] = {
   "seed": Row("decides every random number", ("seed",)),
   "output_dir": Row("the workdir"),
   "results_dir": Row("the workdir is a folder of the recipe's name in it"),
-  "report_to": Row("`null` alone: metrics go to console and `metrics.jsonl`"),
+  "report_to": Row(
+    "`tensorboard`, `wandb` and `trackio`, with commas between; `null` for none",
+    ("report.to",),
+  ),
+  "wandb_project": Row("what trackers file the run under", ("report.project",)),
+  "wandb_group_name": Row("likewise, within it", ("report.group",)),
+  "wandb_run_name": Row("the run's name there", ("report.name",)),
   "save_final_model": Row("write `export/` at the end", ("export.enabled",)),
   "max_steps": Row("steps; for SFT, -1 leaves it to `num_train_epochs`"),
   "num_train_epochs": Row("passes over the data; SFT alone", ("num_epochs",)),
@@ -190,8 +196,8 @@ def _direct(
   value: str,
 ) -> list[str]:
   """Sets the config values of one name."""
-  if name == "report_to" and value.lower() not in _NONE:
-    raise _unfit(name, value, "no tracker is built in yet; null is", "null")
+  if name == "report_to" and value.lower() in _NONE:
+    return ["--config.report.to=none"]
   if name == "vllm_port" and not (value.isdigit() and 0 < int(value) < 65536):
     raise _unfit(name, value, "a port is a number", "8765")
   if name == "max_steps" and "num_epochs" in base:

@@ -173,6 +173,4 @@ class Collector:
     batch = loader.question_batch(
       self._questions, step, batch_size=self._batch_size, seed=self._seed
     )
-    return self._protocol.run(
-      batch, seed=self._seed + step, phase=clock.phase
-    )
+    return self._protocol.run(batch, seed=self._seed + step, phase=clock.phase)

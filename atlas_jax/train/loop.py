@@ -116,7 +116,7 @@ def _mean(window: list[Metrics]) -> dict[str, float]:
 
 
 def _times(
-  clock: train_clock.Clock, mean: Metrics, num_steps: int
+  clock: train_clock.Clock, mean: Mapping[str, float], num_steps: int
 ) -> dict[str, float]:
   """Splits the time since the last line: seconds per step, and speed.
 

@@ -23,7 +23,7 @@ from atlas_jax.train import step as train_step
 from atlas_jax.train import writer as train_writer
 
 
-def train(
+def train(  # noqa: PLR0913 - one argument per collaborator.
   model: decoder.Model,
   params: decoder.Params,
   *,

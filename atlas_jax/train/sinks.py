@@ -48,7 +48,7 @@ class Sink(Protocol):
     ...
 
 
-def open_sinks(  # noqa: PLR0913 - one argument per config key.
+def open_sinks(
   workdir: pathlib.Path,
   resolved: Mapping[str, Any],  # Any: a config's values, as JSON holds them.
   *,

@@ -118,6 +118,8 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_SFT, "max_seq_length=64", "data.length", 64),
     (_SFT, "packing=false", "data.packed", False),
     (_RCL, "--config.loop.num_steps=4", "loop.num_steps", 4),
+    (_SFT, "report_to=tensorboard,wandb", "report.to", "tensorboard,wandb"),
+    (_RCL, "wandb_run_name=first", "report.name", "first"),
   ],
 )
 def test_a_name_sets_its_config_value(recipe, word, path, value):
@@ -127,7 +129,8 @@ def test_a_name_sets_its_config_value(recipe, word, path, value):
 
 
 def test_no_tracker_is_what_null_asks_for():
-  assert _resolve(_RCL, "report_to=null").settings == ()
+  for word in ("report_to=null", "report_to=none", "report_to=[]"):
+    assert _resolve(_RCL, "report_to=wandb", word).config.report.to == "none"
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,9 @@ def test_rows_of_a_device_decide_the_microbatches(words, num_devices, parts):
   ("recipe", "word", "told"),
   [
     (_RCL, "max_step=4", "Did you mean max_steps?"),
-    (_RCL, "wandb_project=x", "Known are"),
     (_RCL, "max_prompt_length=9", "Known are"),
     (_RCL, "offload", "not built yet"),
     (_RCL, "--workdir=x", "Known are"),
-    (_RCL, "report_to=wandb", "no tracker is built in yet"),
     (_RCL, "num_train_epochs=1", "no such setting"),
     (_SFT, "beta=0.1", "no such setting"),
     (_SFT, "student_model=s", "no such setting"),
