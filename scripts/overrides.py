@@ -42,7 +42,7 @@ TABLE: Mapping[str, Row] = {
   "output_dir": Row("the workdir"),
   "results_dir": Row("the workdir is a folder of the recipe's name in it"),
   "report_to": Row(
-    "`tensorboard`, `wandb` and `trackio`, with commas between; `null` for none",
+    "`tensorboard`, `wandb`, `trackio`, with commas between; `null` for none",
     ("report.to",),
   ),
   "wandb_project": Row("what trackers file the run under", ("report.project",)),
