@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything on the devices that a step changes."""
+"""Everything that a step changes, and the memory that it lies in."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from atlas_jax import errors
+
+_HOST = "pinned_host"
 
 
 class TrainState(NamedTuple):
@@ -24,15 +29,39 @@ class TrainState(NamedTuple):
   reference: Mapping[str, Any] | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offload:
+  """What waits in the host's memory until a step needs it.
+
+  The numbers stay the same, bit for bit; each step moves them over the bus. It
+  has not been run on a GPU or TPU yet.
+  """
+
+  optimizer: bool = False  # Its moments: twice the parameters, with AdamW.
+  reference: bool = False
+
+
 def create(
   params: Mapping[str, Any],
   optimizer: optax.GradientTransformation,
   *,
   mesh: jax.sharding.Mesh,
   reference: Mapping[str, Any] | None = None,
+  offload: Offload = Offload(),
 ) -> TrainState:
-  """Starts at step 0; the optimizer's moments lie where the parameters do."""
+  """Starts at step 0; the optimizer's moments are split as the parameters are.
+
+  Raises:
+    errors.ConfigError: if something is to be offloaded, and the devices cannot
+      reach the host's memory.
+  """
+  if offload.optimizer or offload.reference:
+    _check_host_memory(mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def placed(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
+    sharding = array.sharding
+    return sharding.with_memory_kind(_HOST) if is_offloaded else sharding
 
   # Two arrays, not one: a step donates both.
   def zero() -> jax.Array:
@@ -40,7 +69,7 @@ def create(
 
   shardings = optax.tree.map_params(
     optimizer,
-    lambda _, param: param.sharding,
+    lambda _, param: placed(param, offload.optimizer),
     jax.eval_shape(optimizer.init, params),
     params,
     transform_non_params=lambda _: everywhere,
@@ -48,9 +77,34 @@ def create(
   # Moments are zeros, which know nothing of the parameters they belong to:
   # without this they would all lie on the first device.
   opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+  if reference is not None:
+    reference = jax.tree.map(
+      lambda leaf: jax.device_put(leaf, placed(leaf, offload.reference)),
+      reference,
+    )
   return TrainState(zero(), zero(), params, opt_state, reference)
 
 
 def shardings(state: TrainState) -> Any:  # Any: mirrors the tree.
   """Tells where each array of the state lies."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def on_device(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
+  """Moves what waits in the host's memory to where computing is done.
+
+  Inside `jit` it costs what is moved, and nothing where all is there already.
+  """
+  return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def _check_host_memory(mesh: jax.sharding.Mesh) -> None:
+  device = mesh.devices.flat[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if _HOST not in kinds:
+    raise errors.ConfigError(
+      "Nothing can be offloaded here.",
+      where="--config.offload",
+      why=f"The memories of {device} are {', '.join(kinds)}; none is {_HOST}.",
+      fix="Leave offload out, or split the state over more devices.",
+    )

@@ -58,15 +58,14 @@ def make_step(
     )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+    old_opt_state = train_state.on_device(state.opt_state)
 
     def apply() -> tuple[Any, Any]:
-      updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params
-      )
+      updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
       return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(
-      finite, apply, lambda: (state.params, state.opt_state)
+      finite, apply, lambda: (state.params, old_opt_state)
     )
     num_nonfinite = jnp.where(finite, 0, state.num_nonfinite + 1)
     metrics |= {"grad_norm": grad_norm, "num_nonfinite": num_nonfinite}
