@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches training, alone or with rollout servers next to it.
 
-  bash scripts/launch.sh NUM_DEVICES RECIPE [OVERRIDES]
-  bash scripts/launch_with_server.sh NUM_SERVERS NUM_DEVICES RECIPE [OVERRIDES]
+  bash scripts/launch.sh NUM_DEVICES RECIPE [OVERRIDES] [offload]
+  bash scripts/launch_with_server.sh NUM_SERVERS NUM_DEVICES RECIPE \
+    [OVERRIDES] [offload]
 
 RECIPE is a file of configs/run, with or without its folder and its ending;
 OVERRIDES are --config.KEY=VALUE and the names of docs/overrides.md. With

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Starts rollout servers on the first N_SERVERS devices, trains on the next
 # N_TRAIN, and stops the servers:
-#   bash scripts/launch_with_server.sh N_SERVERS N_TRAIN RECIPE [OVERRIDES]
+#   bash scripts/launch_with_server.sh N_SERVERS N_TRAIN RECIPE \
+#     [OVERRIDES] [offload]
 # For example, on a CPU:
 #   bash scripts/launch_with_server.sh 1 1 configs/run/teacher_rcl.py:smoke \
 #     report_to=null max_steps=4 eval_steps=1

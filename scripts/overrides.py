@@ -19,7 +19,7 @@ from atlas_jax import errors
 
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
-_STRATEGIES = ("offload", "zero1")  # The original's words for DeepSpeed.
+_OFFLOAD, _ZERO1 = "offload", "zero1"  # The original's words for DeepSpeed.
 _ANSWERS = ("teach", "baseline", "solve")
 
 
@@ -139,7 +139,8 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
 
   Args:
     recipe: as `find_recipe` gives it.
-    words: `--config.KEY=VALUE` and `NAME=VALUE`, the later one counts.
+    words: `--config.KEY=VALUE` and `NAME=VALUE`, the later one counts; and
+      `offload`.
     num_devices: that train.
 
   Raises:
@@ -150,14 +151,16 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   given: dict[str, str] = {}
   for word in words:
     name, equals, value = word.partition("=")
-    if word in _STRATEGIES:
+    if word == _OFFLOAD:
+      continue
+    if word == _ZERO1:
       raise errors.ConfigError(
         f"There is no {word}.",
         where=word,
-        why="Parameters and optimizer state are split over all devices; to "
-        "keep them in host memory is not built yet.",
-        fix="Leave it out. To save memory: more gradient_accumulation_steps, "
-        "more devices, or beta=0, which needs no reference.",
+        why="Parameters and optimizer state are always split together, over "
+        "the devices of --config.mesh.fsdp.",
+        fix="Leave it out, or keep whole copies by --config.mesh.data=-1 "
+        "--config.mesh.fsdp=1.",
       )
     if name.startswith("--config."):
       settings.append(word)
@@ -169,6 +172,8 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   config = _load(recipe, settings)
   for path, number in _sizes(given, config, num_devices).items():
     settings.append(f"--config.{path}={number}")
+  if _OFFLOAD in words:
+    settings += _offload(config)
   path, _, variant = recipe.partition(":")
   folder = "-".join(filter(None, [pathlib.Path(path).stem, variant]))
   results = pathlib.Path(given.get("results_dir", "results"))
@@ -253,6 +258,16 @@ def _sizes(
   return sizes
 
 
+def _offload(config: Any) -> list[str]:  # Any: as in `Job`.
+  """Lets all wait in the host's memory that the recipe can do without."""
+  has_reference = has(config, "loss.kl_coef") and config.loss.kl_coef > 0
+  return [
+    f"--config.offload.{part}=True"
+    for part in config.offload
+    if part != "reference" or has_reference
+  ]
+
+
 def _number(name: str, value: str) -> int:
   if not value.isdigit() or not int(value):
     raise _unfit(name, value, "it is a count, and at least 1", None)
@@ -327,6 +342,14 @@ def markdown() -> str:
   for name, row in TABLE.items():
     paths = ", ".join(f"`{path}`" for path in row.paths)
     lines.append(f"| `{name}` | {paths} | {row.meaning} |")
+  lines += [
+    "",
+    "The word `offload`, wherever it stands, sets `--config.offload.*`: the",
+    "optimizer's moments and the frozen reference lie in the host's memory,",
+    "and are on the devices for as long as a step needs them. Parameters stay",
+    "on the devices, and no number changes. Where devices cannot reach the",
+    "host's memory it is refused. It has not been run on a GPU or TPU yet.",
+  ]
   return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from atlas_jax import checkpoint, launch, sharding, types
 from atlas_jax.losses import grpo
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import templates
-from atlas_jax.train import loop, optimizer, score, sinks
+from atlas_jax.train import loop, optimizer, score, sinks, state
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
 
@@ -48,6 +48,7 @@ _FUNCTIONS = {
   "score": (score.token_stats, ("temperature",)),
   "schedule": (optimizer.make_schedule, ("num_updates",)),
   "optimizer": (optimizer.make_optimizer, ()),
+  "offload": (state.Offload, ()),
   "loop": (
     loop.run,
     ("checkpointer", "workdir", "writer", "clock", "should_stop"),

@@ -54,8 +54,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     questions: what is taught.
     evaluate: metrics on held-out questions.
     mesh: as `sharding.make_mesh` makes it.
-    config: sections `optimizer`, `batch`, `loss`, `reference`, `loop`,
-      `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
+    config: sections `optimizer`, `batch`, `loss`, `reference`, `offload`,
+      `loop`, `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
@@ -66,10 +66,16 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   """
   _check_overlap(config, mesh)
   optimizer = _make_optimizer(config)
-  # The trainer donates its parameters, so the reference is a copy.
   has_reference = config.loss.kl_coef > 0
-  reference = jax.tree.map(jnp.copy, params) if has_reference else None
-  state = train_state.create(params, optimizer, mesh=mesh, reference=reference)
+  state = train_state.create(
+    params,
+    optimizer,
+    mesh=mesh,
+    # The trainer donates its parameters, so the reference is a copy. It has no
+    # name here, which would keep on the devices what is offloaded.
+    reference=jax.tree.map(jnp.copy, params) if has_reference else None,
+    offload=train_state.Offload(**config.offload),
+  )
   learner = learning.Learner(
     model,
     optimizer,

@@ -192,11 +192,12 @@ class Learner:
     every, mix = self._reference.sync_every, self._reference.mix
     if state.reference is None or not every or (int(state.step) + 1) % every:
       return state
-    reference = jax.tree.map(
-      lambda ref, new: (1.0 - mix) * ref + mix * new,
-      state.reference,
-      state.params,
-    )
+
+    def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
+      value = (1.0 - mix) * train_state.on_device(old) + mix * new
+      return jax.device_put(value, old.sharding)
+
+    reference = jax.tree.map(mixed, state.reference, state.params)
     return state._replace(reference=reference)
 
 
@@ -210,7 +211,11 @@ def _logprobs(
 ) -> tuple[jax.Array, jax.Array]:
   """Scores a batch: log-probabilities and entropies [B, T - 1]."""
   stats = score.token_stats(
-    model, params, batch, temperature=temperature, chunk_size=chunk_size
+    model,
+    train_state.on_device(params),  # A reference may be offloaded.
+    batch,
+    temperature=temperature,
+    chunk_size=chunk_size,
   )
   return stats.logprobs, stats.entropy
 

@@ -43,7 +43,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     train_set: packed conversations.
     eval_set: the same, held out.
     mesh: as `sharding.make_mesh` makes it.
-    config: sections `optimizer`, `batch`, `loss`, `loop` and `checkpoint`.
+    config: sections `optimizer`, `batch`, `loss`, `offload`, `loop` and
+      `checkpoint`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
@@ -56,7 +57,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     **config.schedule, num_updates=num_steps
   )
   optimizer = train_optimizer.make_optimizer(schedule, **config.optimizer)
-  state = train_state.create(params, optimizer, mesh=mesh)
+  offload = train_state.Offload(**config.offload)
+  state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
   loss_fn = functools.partial(_loss, model, **config.loss)
   step_fn = train_step.make_step(
     loss_fn,

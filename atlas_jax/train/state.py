@@ -52,9 +52,16 @@ def create(
   """Starts at step 0; the optimizer's moments are split as the parameters are.
 
   Raises:
-    errors.ConfigError: if something is to be offloaded, and the devices cannot
-      reach the host's memory.
+    errors.ConfigError: if something is to be offloaded that is not there, or
+      the devices cannot reach the host's memory.
   """
+  if offload.reference and reference is None:
+    raise errors.ConfigError(
+      "There is no reference to offload.",
+      where="--config.offload.reference=True",
+      why="Nothing is measured from one where --config.loss.kl_coef is 0.",
+      fix="Leave it out.",
+    )
   if offload.optimizer or offload.reference:
     _check_host_memory(mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

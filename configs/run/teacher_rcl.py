@@ -48,6 +48,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     clip_low=0.2, clip_high=0.28, kl_coef=0.04, aggregate="sequence_mean"
   )
   config.reference = dict(sync_every=64, mix=0.6)
+  config.offload = dict(optimizer=False, reference=False)  # train.state.Offload
   config.batch = dict(
     num_questions=4,
     num_iterations=1,

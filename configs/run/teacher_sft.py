@@ -42,6 +42,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     epsilon=1e-8,
     max_grad_norm=1.0,
   )
+  config.offload = dict(optimizer=False)  # train.state.Offload
   config.loop = dict(  # train.loop.run
     num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
   )

@@ -157,7 +157,7 @@ def test_rows_of_a_device_decide_the_microbatches(words, num_devices, parts):
   [
     (_RCL, "max_step=4", "Did you mean max_steps?"),
     (_RCL, "max_prompt_length=9", "Known are"),
-    (_RCL, "offload", "not built yet"),
+    (_RCL, "zero1", "always split together"),
     (_RCL, "--workdir=x", "Known are"),
     (_RCL, "num_train_epochs=1", "no such setting"),
     (_SFT, "beta=0.1", "no such setting"),
@@ -177,6 +177,20 @@ def test_what_cannot_be_honoured_is_refused(recipe, word, told):
   assert told.lower() in str(caught.value).lower()
   assert word.rpartition("=")[2] in caught.value.where
   assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+  ("recipe", "words", "offloaded"),
+  [
+    (_RCL, ["max_steps=4", "offload"], {"optimizer": True, "reference": True}),
+    (_RCL, ["offload", "beta=0"], {"optimizer": True, "reference": False}),
+    (_SFT, ["offload", "max_steps=4"], {"optimizer": True}),
+    (_SFT, [], {"optimizer": False}),
+    (_RCL, [], {"optimizer": False, "reference": False}),
+  ],
+)
+def test_offload_is_a_word_wherever_it_stands(recipe, words, offloaded):
+  assert _resolve(recipe, *words).config.offload.to_dict() == offloaded
 
 
 def test_contradicting_batch_sizes_are_refused():

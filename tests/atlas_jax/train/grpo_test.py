@@ -51,6 +51,7 @@ def _config(**changes):
         "aggregate": "sequence_mean",
       },
       "reference": {"sync_every": _SYNC_EVERY, "mix": _MIX},
+      "offload": {"optimizer": False, "reference": False},
       "batch": {
         "num_questions": 2,
         "num_iterations": 1,
@@ -249,6 +250,16 @@ def test_a_resumed_run_is_bit_for_bit_the_straight_one(
   assert list(sampler.said) == [4, 5]
   jax.tree.map(np.testing.assert_array_equal, params, trained[0])
   assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_offloading_changes_no_bit(world, trained, tmp_path):
+  """A reference that is synced on the way included."""
+  offload = {"offload.optimizer": True, "offload.reference": True}
+  params, _ = _train(world, tmp_path, **offload)
+  jax.tree.map(np.testing.assert_array_equal, params, trained[0])
+  kl, trained_kl = ([r["kl"] for r in x] for x in (_rows(tmp_path), trained[2]))
+  assert kl == trained_kl
 
 
 @pytest.mark.slow

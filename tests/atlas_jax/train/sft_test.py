@@ -13,6 +13,7 @@ import pytest
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing
 from atlas_jax.train import sft, writer
+from atlas_jax.train import state as train_state
 from tests import fakes, tiny
 
 _ROWS = [
@@ -187,6 +188,7 @@ def _config(**changes):
         "save_every": 6,
         "max_nonfinite": 1,
       },
+      "offload": {"optimizer": False},
       "checkpoint": {"keep": 2},
     }
   )
@@ -242,6 +244,15 @@ def test_it_learns_and_resumes_only_with_the_data_it_began_with(
   with pytest.raises(errors.CheckpointError, match="another data") as caught:
     _train(tokenizer, other, tmp_path / "run", config)
   assert caught.value.exit_code == 5
+
+
+def test_offload_is_refused_where_the_host_cannot_be_reached(
+  tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
+  config = _config(**{"offload.optimizer": True})
+  with pytest.raises(errors.ConfigError, match="be offloaded here"):
+    _train(tokenizer, _write(tmp_path), tmp_path / "run", config)
 
 
 @pytest.mark.parametrize(("num_epochs", "num_steps"), [(0, 0), (2, 3)])

@@ -77,7 +77,9 @@ def _train(state, step, steps):
   for seed in steps:
     keys = jax.random.split(jax.random.key(seed + 1))
     shape = (_ROWS, _WIDTH)
-    batch = {n: jax.random.normal(k, shape) for n, k in zip("xy", keys)}
+    batch = {
+      n: jax.random.normal(k, shape) for n, k in zip("xy", keys, strict=True)
+    }
     state, _ = step(state, jax.device_put(batch, sharding.of_batch(_mesh())))
   return state
 
@@ -177,3 +179,8 @@ def test_devices_without_host_memory_are_refused(monkeypatch):
   assert caught.value.exit_code == errors.Exit.CONFIG
   assert "pinned_host" in caught.value.why
   _start(train_state.Offload())
+
+
+def test_a_reference_that_is_not_there_cannot_be_offloaded():
+  with pytest.raises(errors.ConfigError, match="no reference to offload"):
+    train_state.create(_params(), _optimizer(), mesh=_mesh(), offload=_BOTH)
