@@ -14,7 +14,7 @@ import time
 
 from absl import logging
 
-from rollout import manifest, wire
+from rollout import lease, manifest, wire
 
 
 class RefusalError(Exception):
@@ -65,18 +65,33 @@ class Channel:
     self._open: wire.InitRequest | None = None
     self._heard_at, self._num_working = 0.0, 0
     self._last: int | None = None  # Pushed through this channel.
-    self.held = wire.Version(version=0, digest="")
+    self._held = wire.Version(version=0, digest="")
+    self._loading: int | None = None
 
   @property
   def trainer_id(self) -> str | None:
     """Who holds the channel, if anyone alive."""
-    if self._open and self._silence_s() > self._open.heartbeat_s:
+    if self._open and (why := self._lost(self._open)):
       logging.warning(
-        "Trainer %r was silent for %.1f s; its weight channel is closed.",
-        *(self._open.trainer_id, self._silence_s()),
+        "Trainer %r %s; its weight channel is closed.",
+        *(self._open.trainer_id, why),
       )
       self._open = None
     return self._open.trainer_id if self._open else None
+
+  @property
+  def held(self) -> wire.Version:
+    """Which weights are held, and which are being loaded."""
+    return self._held.model_copy(update={"loading": self._loading})
+
+  @contextlib.contextmanager
+  def loading(self, version: int) -> Iterator[None]:
+    """Lets nobody else in while weights are read and replaced."""
+    self._loading = version
+    try:
+      yield
+    finally:
+      self._loading = None
 
   @contextlib.contextmanager
   def working(self) -> Iterator[None]:
@@ -156,7 +171,7 @@ class Channel:
       )
     self._heard()
     asked = wire.Version(version=request.version, digest=request.digest)
-    if asked == self.held:
+    if asked == self._held:
       self._last = asked.version
       return None
     if self._last is not None and request.version <= self._last:
@@ -176,7 +191,7 @@ class Channel:
 
   def publish(self, request: wire.UpdateRequest) -> None:
     """Notes that the weights of this update are loaded."""
-    self.held = wire.Version(version=request.version, digest=request.digest)
+    self._held = wire.Version(version=request.version, digest=request.digest)
     self._last = request.version
     self._heard()
 
@@ -192,6 +207,15 @@ class Channel:
 
   def _heard(self) -> None:
     self._heard_at = self._clock()
+
+  def _lost(self, held: wire.InitRequest) -> str:
+    """Tells how the trainer was lost; "" if it was not, or not for certain."""
+    if self._silence_s() > held.heartbeat_s:
+      return f"was silent for {self._silence_s():.1f} s"
+    # What it pushed is loaded to the end: another's weights must not mix in.
+    if self._loading is None and lease.has_ended(held.process):
+      return "ended without a word"
+    return ""
 
   def _silence_s(self) -> float:
     return 0.0 if self._num_working else self._clock() - self._heard_at

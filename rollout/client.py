@@ -16,6 +16,7 @@ import os
 from typing import TypeVar
 import urllib.parse
 
+from absl import logging
 import httpx2
 import pydantic
 import stamina
@@ -32,6 +33,8 @@ _Reply = TypeVar("_Reply", bound=pydantic.BaseModel)
 _NUM_TRIES = 3
 _MAX_RETRY_AFTER_S = 30.0
 _BUSY, _PASSING = 429, (502, 503)
+# What is tried again is told by `_call`, in one line of ours.
+stamina.instrumentation.set_on_retry_hooks(())
 # A log-probability may exceed zero by what float32 rounds.
 _LOGPROB_SLACK = 1e-4
 
@@ -51,6 +54,10 @@ class Deadlines:
 
 class UnavailableError(errors.RolloutError):
   """The server did not answer in time, or what it answered is broken."""
+
+
+class LateError(UnavailableError):
+  """The deadline passed; the server may still be at it."""
 
 
 class RefusedError(errors.RolloutError):
@@ -142,6 +149,27 @@ class Client:
       deadline_s=self._deadlines.generate_s,
     )
 
+  async def probe(self, request_id: str, version: int) -> None:
+    """Has a token written: an engine may hang while all else answers."""
+    request = wire.GenerateRequest(
+      request_id=request_id,
+      prompts=[wire.PromptIn(row_id="probe", token_ids=[0])],
+      n=1,
+      max_tokens=1,
+      temperature=1.0,
+      top_p=1.0,
+      top_k=0,
+      seed=0,
+      version=version,
+    )
+    await self._call(
+      "POST",
+      "/generate",
+      request,
+      wire.GenerateResponse,
+      lambda reply: _check_generated(reply, request),
+    )
+
   async def init_communicator(self, request: wire.InitRequest) -> wire.Version:
     """Opens the weight channel, or keeps it open; tells what is held."""
     return await self._call("POST", "/init_communicator", request, wire.Version)
@@ -194,14 +222,17 @@ class Client:
 
     def wait_s(error: Exception) -> bool | float:
       nonlocal num_broken
+      if not isinstance(error, (_BusyError, _BrokenError)):
+        return False
+      failures.append(str(error))
       if isinstance(error, _BusyError):
-        failures.append(str(error))
-        return True if error.wait_s is None else error.wait_s
-      if isinstance(error, _BrokenError):
-        failures.append(str(error))
+        again = True if error.wait_s is None else error.wait_s
+      else:
         num_broken += 1
-        return error.again and num_broken < num_tries
-      return False
+        again = error.again and num_broken < num_tries
+      if again is not False:
+        logging.info("%s%s is asked again: %s", self.url, path, error)
+      return again
 
     try:
       async with asyncio.timeout(deadline_s):
@@ -215,9 +246,9 @@ class Client:
             return reply
     except TimeoutError as error:
       failures.append(f"no whole answer within {deadline_s:g} s")
-      raise self._unavailable(path, failures) from error
+      raise self._unavailable(path, failures, LateError) from error
     except (_BrokenError, _BusyError) as error:
-      raise self._unavailable(path, failures) from error
+      raise self._unavailable(path, failures, UnavailableError) from error
     raise RuntimeError("Trying again ended without a result or an error.")
 
   async def _once(
@@ -251,9 +282,11 @@ class Client:
       raise _BrokenError(why, again=status in _PASSING)
     raise RefusedError(self.url, status, refusal)
 
-  def _unavailable(self, path: str, failures: list[str]) -> UnavailableError:
+  def _unavailable(
+    self, path: str, failures: list[str], kind: type[UnavailableError]
+  ) -> UnavailableError:
     counts = collections.Counter(failures)
-    return UnavailableError(
+    return kind(
       "A rollout server is unavailable.",
       where=f"{self.url}{path}",
       why="; ".join(

@@ -2,27 +2,23 @@
 """A sampler whose work is done by rollout servers.
 
 Prompts are cut into requests, and each goes to the server with the fewest
-tokens outstanding. A server that fails is drained: its requests go to others
-with their ids unchanged, and it gets no new ones until it is well again and
-holds the weights last pushed.
+tokens outstanding. Where a server fails, its requests go to others with their
+ids unchanged. One that is late is asked for elsewhere a few times; then the
+wait is over.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 import contextlib
-import dataclasses
-import math
-import os
-import socket
 import threading
 import time
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 import uuid
 
 from absl import logging
 
 from atlas_jax import errors, types
-from rollout import client, wire
+from rollout import client, fleet, tally, wire
 
 _Result = TypeVar("_Result")
 
@@ -30,43 +26,9 @@ _Result = TypeVar("_Result")
 _MAX_REQUESTS = 8
 # A request that fails on this many servers is not failed by the servers.
 _MAX_MOVES = 8
+# Nor is one late by their fault that was waited for so often, in full.
+_MAX_LATE = 3
 _CONFLICT = 409
-_PROBE_S = 1.0  # Between two looks at a server that is down.
-_PROGRESS_S = 10.0  # Between two lines about what is waited for.
-
-
-@dataclasses.dataclass(frozen=True)
-class Channel:
-  """What servers are told of the trainer, and held to.
-
-  `tensors` are the model's, by their Hugging Face names. A trainer that is not
-  heard of for `heartbeat_s` loses its servers. `wait_s` is how long to go on
-  without any server, at the start and later.
-  """
-
-  role: wire.Role
-  tensors: Mapping[str, tuple[int, ...]]
-  tokenizer_digest: str
-  weights_root: str
-  heartbeat_s: float
-  wait_s: float
-
-
-@dataclasses.dataclass
-class _Server:
-  """One server as it is known here."""
-
-  client: client.Client
-  state: Literal["down", "updating", "ready"] = "down"
-  version: int = 0
-  max_model_len: int = 0
-  failure: str = "not reached yet"
-  num_requests: int = 0
-  num_tokens: int = 0
-  # Set while it is down, for whoever waits for its answers.
-  lost: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-  # Held while it is shaken hands with, looked after or given weights.
-  lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
 
 class HttpSampler:
@@ -79,7 +41,7 @@ class HttpSampler:
     self,
     urls: Sequence[str],
     *,
-    channel: Channel,
+    channel: fleet.Channel,
     deadlines: client.Deadlines,
     token: str | None,
     publish: Callable[[Mapping[str, Any], int], str] | None,  # Any: see types.
@@ -105,36 +67,21 @@ class HttpSampler:
       raise ValueError(
         f"Got {len(urls)} servers of role {channel.role}, publish={publish}."
       )
-    self._channel, self._publish, self._max_rows = channel, publish, max_rows
+    self._publish, self._max_rows = publish, max_rows
     self._version = -1
-    self._pushed: wire.UpdateRequest | None = None
-    self._watchers: list[asyncio.Task[None]] = []
-    self._init = wire.InitRequest(
-      trainer_id=f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
-      role=channel.role,
-      tensors=[
-        wire.TensorSignature(name=name, shape=list(shape))
-        for name, shape in channel.tensors.items()
-      ],
-      tokenizer_digest=channel.tokenizer_digest,
-      weights_root=channel.weights_root,
-      heartbeat_s=channel.heartbeat_s,
-    )
-    self._servers = [
-      _Server(client.Client(url, deadlines=deadlines, token=token))
-      for url in urls
-    ]
-    self._changed = asyncio.Condition()
-    self._none_since = time.monotonic()
+    self._tally = tally.Tally()
     self._loop = asyncio.new_event_loop()
+    self._fleet = fleet.Fleet(urls, channel, deadlines=deadlines, token=token)
     self._thread = threading.Thread(
       target=self._loop.run_forever, name=f"{channel.role}-servers", daemon=True
     )
     self._thread.start()
     with contextlib.ExitStack() as unless_started:
       unless_started.callback(self.close)
-      self._run(self._start())
+      self._run(self._fleet.start())
       unless_started.pop_all()
+    if publish is None:
+      self._version = self._fleet.servers[0].version
 
   def __enter__(self) -> Self:
     """Gives itself."""
@@ -158,9 +105,15 @@ class HttpSampler:
       errors.ConfigError: if a prompt with its completion would not fit into
         the servers' context; nothing is sent then.
       errors.RolloutError: if there was no server for too long, or requests
-        fail wherever they are sent.
+        fail or are late wherever they are sent.
     """
-    return self._run(self._sample(prompts, params))
+    started = time.monotonic()
+    groups = self._run(self._sample(prompts, params))
+    self._tally.add(
+      tokens=sum(len(c.token_ids) for group in groups for c in group),
+      sample_s=time.monotonic() - started,
+    )
+    return groups
 
   def update_weights(
     self,
@@ -181,26 +134,39 @@ class HttpSampler:
     start = time.monotonic()
     digest = self._publish(params, version)
     published_s = time.monotonic() - start
-    request = wire.UpdateRequest(
-      trainer_id=self._init.trainer_id, version=version, digest=digest
-    )
-    self._run(self._push(request))
+    replies = self._run(self._fleet.push(version, digest))
     self._version = version
-    logging.info(
-      "Weights of version %d are with %d of %d servers: %.3f s to write, "
-      "%.3f s to load.",
-      version,
-      sum(server.state == "ready" for server in self._servers),
-      len(self._servers),
-      published_s,
-      time.monotonic() - start - published_s,
+    # Servers load at the same time; the slowest is what was waited for.
+    drain_s = max((reply.drain_s for reply in replies), default=0.0)
+    load_s = max((reply.load_s for reply in replies), default=0.0)
+    push_s = time.monotonic() - start
+    self._tally.add(
+      push_s=push_s, publish_s=published_s, drain_s=drain_s, load_s=load_s
     )
+    logging.info(
+      "Weights of version %d are with %d of %d servers in %.3f s: %.3f s to "
+      "write, %.3f s to drain, %.3f s to load.",
+      *(version, self._fleet.num_ready, len(self._fleet.servers)),
+      *(push_s, published_s, drain_s, load_s),
+    )
+
+  def take_metrics(self) -> Mapping[str, float]:
+    """Gives what was done since it was last asked.
+
+    `queue_s` is what requests waited for a free server and, there, for their
+    turn, on average; the other times are of pushes, added up.
+    """
+    sums = self._tally.take()
+    requests = sums.pop("requests", 0.0)
+    if requests:
+      sums["queue_s"] /= requests
+    return sums
 
   def close(self) -> None:
     """Gives the servers back; what is still running there is abandoned."""
     if self._loop.is_closed():
       return
-    self._run(self._stop())
+    self._run(self._fleet.stop())
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join()
     self._loop.close()
@@ -213,160 +179,16 @@ class HttpSampler:
     finally:
       future.cancel()
 
-  async def _start(self) -> None:
-    for server in self._servers:
-      await self._join(server, time.monotonic() + self._channel.wait_s)
-    if self._channel.role == "student":
-      self._version = self._servers[0].version
-    self._watchers = [
-      asyncio.create_task(self._watch(server)) for server in self._servers
-    ]
-
-  async def _stop(self) -> None:
-    for watcher in self._watchers:
-      watcher.cancel()
-    await asyncio.gather(*self._watchers, return_exceptions=True)
-    for server in self._servers:
-      if server.state == "ready" and self._channel.role == "policy":
-        try:
-          await server.client.close_communicator(
-            wire.CloseRequest(trainer_id=self._init.trainer_id)
-          )
-        except errors.RolloutError as error:
-          logging.warning("%s was not told of the end: %s", *_told(error))
-      await server.client.close()
-
-  async def _join(self, server: _Server, deadline: float) -> None:
-    """Waits until a server is ready for the first time."""
-    said_at = time.monotonic()
-    while True:
-      try:
-        await self._admit(server)
-      except errors.RolloutError as error:
-        if not _may_pass(error):
-          raise
-        server.failure = error.why
-        if time.monotonic() > deadline:
-          raise self._no_server() from error
-      else:
-        return
-      if time.monotonic() - said_at > _PROGRESS_S:
-        said_at = time.monotonic()
-        left_s = deadline - said_at
-        logging.info(
-          "Waiting for %s, %.0f s more: %s",
-          *(server.client.url, left_s, server.failure),
-        )
-      await asyncio.sleep(_PROBE_S)
-
-  async def _admit(self, server: _Server) -> None:
-    """Shakes hands with a server that is up, and gives it the last weights."""
-    health = await server.client.health()
-    self._check_is_meant(server, health)
-    version = health.version
-    if self._channel.role == "policy":
-      # The answer tells what it holds: a push that seemed to fail may not have.
-      held = await server.client.init_communicator(self._init)
-      version = held.version
-      if not self._is_current(held) and self._pushed is not None:
-        await server.client.update_weights(self._pushed)
-        version = self._pushed.version
-    server.version, server.max_model_len = version, health.max_model_len
-    server.state = "ready"
-    server.lost.clear()
-    logging.info(
-      "%s is ready: %s of %s, version %d.",
-      *(server.client.url, health.engine, health.model, version),
-    )
-    await self._notify()
-
-  async def _watch(self, server: _Server) -> None:
-    """Looks after a server for as long as this sampler lives."""
-    while True:
-      if server.state == "down":
-        await asyncio.sleep(_PROBE_S)
-      else:
-        with contextlib.suppress(TimeoutError):
-          async with asyncio.timeout(self._channel.heartbeat_s / 4):
-            await server.lost.wait()
-      try:
-        async with server.lock:
-          if server.state == "down":
-            await self._admit(server)
-          else:
-            await self._look(server)
-      except errors.AtlasError as error:
-        await self._drain(server, error)
-
-  async def _look(self, server: _Server) -> None:
-    """Finds out if a server is well, and tells it that the trainer is."""
-    await server.client.health()
-    if self._channel.role == "policy":
-      held = await server.client.init_communicator(self._init)
-      if not self._is_current(held):
-        raise client.UnavailableError(
-          "A rollout server lost its weights.",
-          where=server.client.url,
-          why=f"It holds version {held.version}; it may have been restarted.",
-          fix="It gets them again.",
-        )
-
-  def _is_current(self, held: wire.Version) -> bool:
-    pushed = self._pushed
-    return pushed is None or (
-      (held.version, held.digest) == (pushed.version, pushed.digest)
-    )
-
-  async def _drain(self, server: _Server, error: errors.AtlasError) -> None:
-    """Takes a server out of use; whoever waits for it goes elsewhere."""
-    server.failure = error.why
-    if server.state != "down":
-      logging.warning("Lost %s: %s", *_told(error))
-      server.state = "down"
-      server.lost.set()
-      if all(other.state == "down" for other in self._servers):
-        self._none_since = time.monotonic()
-    await self._notify()
-
-  async def _notify(self) -> None:
-    async with self._changed:
-      self._changed.notify_all()
-
-  async def _push(self, request: wire.UpdateRequest) -> None:
-    """Has every server that is up load a version, all at once."""
-    previous, self._pushed = self._pushed, request
-    failures = await asyncio.gather(*map(self._update, self._servers))
-    refusals = [e for e in failures if isinstance(e, client.RefusedError)]
-    if refusals and not self._ready(math.inf):
-      self._pushed = previous  # Which they still hold.
-      raise refusals[0]
-    await self._until(lambda: self._ready(math.inf))
-
-  async def _update(self, server: _Server) -> errors.RolloutError | None:
-    """Has one server load what was pushed; drains it if it does not."""
-    async with server.lock:
-      if server.state != "ready" or self._pushed is None:
-        return None  # It gets them when it is back.
-      server.state = "updating"
-      try:
-        await server.client.update_weights(self._pushed)
-      except errors.RolloutError as error:
-        await self._drain(server, error)
-        return error
-      server.version, server.state = self._pushed.version, "ready"
-      await self._notify()
-      return None
-
   async def _sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[types.Completion]]:
     """Cuts the prompts into requests, and puts the answers together."""
-    if self._channel.role == "policy" and self._pushed is None:
+    if self._publish is not None and self._fleet.pushed is None:
       raise RuntimeError("Push weights before sampling from them.")
     self._check_fits(prompts, params.max_completion_tokens)
     size = min(
       max(1, self._max_rows // params.group_size),
-      -(-len(prompts) // len(self._servers)),
+      -(-len(prompts) // len(self._fleet.servers)),
     )
     starts = range(0, len(prompts), max(1, size))
     try:
@@ -384,88 +206,56 @@ class HttpSampler:
   ) -> list[list[types.Completion]]:
     """Sends one request to one server after another, until one answers it."""
     name = uuid.uuid4().hex
-    cost = sum(len(prompt.token_ids) for prompt in prompts)
-    cost += len(prompts) * params.group_size * params.max_completion_tokens
     failures: list[str] = []
-    while len(failures) < _MAX_MOVES:
-      server = await self._until(lambda: self._ready(_MAX_REQUESTS))
-      server.num_requests += 1
-      server.num_tokens += cost
+    late: list[fleet.Server] = []
+    while len(failures) < _MAX_MOVES and len(late) < _MAX_LATE:
+      asked = time.monotonic()
+      server = await self._fleet.wait_for(
+        lambda: self._fleet.ready(_MAX_REQUESTS, avoid=late)
+      )
+      self._tally.add(queue_s=time.monotonic() - asked)
       request = _to_request(name, prompts, params, server.version)
       try:
-        return _to_completions(await _unless_lost(server, request))
+        return await self._ask(server, request)
       except errors.RolloutError as error:
         failures.append(f"{server.client.url}: {error.why}")
         if isinstance(error, client.RefusedError) and error.status != _CONFLICT:
           raise
+        if isinstance(error, client.LateError):
+          late.append(server)  # Perhaps by fault of this request alone.
+          await self._fleet.doubt(server)
         # Weights replaced while the request was on its way are no failure.
-        if server.version == request.version:
-          await self._drain(server, error)
-      finally:
-        server.num_requests -= 1
-        server.num_tokens -= cost
-        await self._notify()
+        elif server.version == request.version:
+          await self._fleet.drain(server, error)
     raise errors.RolloutError(
       "Completions cannot be had from any rollout server.",
       where=f"{len(prompts)} prompts from row {prompts[0].row_id}",
       why="; ".join(failures),
-      fix="Look into the servers' logs.",
+      fix="Look into the servers' logs, or allow one request more time with "
+      "--config.rollout.generate_s.",
     )
 
-  def _ready(self, max_requests: float) -> _Server | None:
-    """Finds the ready server with the fewest tokens outstanding."""
-    ready = [
-      server
-      for server in self._servers
-      if server.state == "ready" and server.num_requests < max_requests
-    ]
-    return min(ready, key=lambda server: server.num_tokens, default=None)
-
-  async def _until(self, find: Callable[[], _Server | None]) -> _Server:
-    """Waits until there is such a server, but not for long without any."""
-    async with self._changed:
-      while not (server := find()):
-        left_s = None
-        if all(other.state == "down" for other in self._servers):
-          left_s = self._none_since + self._channel.wait_s - time.monotonic()
-        try:
-          async with asyncio.timeout(left_s):
-            await self._changed.wait()
-        except TimeoutError as error:
-          raise self._no_server() from error
-    return server
-
-  def _no_server(self) -> errors.RolloutError:
-    role = self._channel.role
-    return errors.RolloutError(
-      f"There is no rollout server for the {role}.",
-      where=", ".join(server.client.url for server in self._servers),
-      why=f"For {self._channel.wait_s:g} s: "
-      + "; ".join(
-        f"{server.client.url}: {server.failure}"
-        for server in self._servers
-        if server.state == "down"
-      ),
-      fix=f"Start it with python -m scripts.serve --role={role} --port=PORT "
-      "--model=DIRECTORY, and run the same command again.",
+  async def _ask(
+    self, server: fleet.Server, request: wire.GenerateRequest
+  ) -> list[list[types.Completion]]:
+    """Asks one server, and counts what it has to do meanwhile."""
+    cost = sum(
+      len(prompt.token_ids or ()) + request.n * request.max_tokens
+      for prompt in request.prompts
     )
-
-  def _check_is_meant(self, server: _Server, health: wire.Health) -> None:
-    for what, theirs, ours in (
-      ("role", health.role, self._channel.role),
-      ("tokenizer", health.tokenizer_digest, self._channel.tokenizer_digest),
-    ):
-      if theirs != ours:
-        raise errors.ConfigError(
-          f"A rollout server has another {what}.",
-          where=server.client.url,
-          why=f"It has {theirs[:12]!r}, the trainer {ours[:12]!r}.",
-          fix="Check which address is whose, and that both sides were given "
-          "the same model directory.",
-        )
+    server.num_requests += 1
+    server.num_tokens += cost
+    try:
+      reply = await _unless_lost(server, request)
+    finally:
+      server.num_requests -= 1
+      server.num_tokens -= cost
+      await self._fleet.notify()
+    self._tally.add(requests=1, queue_s=reply.queue_s)
+    return _to_completions(reply)
 
   def _check_fits(self, prompts: Sequence[types.Prompt], max_new: int) -> None:
-    limit = min(server.max_model_len for server in self._servers)
+    limit = min(server.max_model_len for server in self._fleet.servers)
     for prompt in prompts:
       if not prompt.token_ids or len(prompt.token_ids) + max_new > limit:
         raise errors.ConfigError(
@@ -478,15 +268,8 @@ class HttpSampler:
         )
 
 
-def _may_pass(error: errors.RolloutError) -> bool:
-  """Tells if waiting can help: not a refusal, unless for an old trainer."""
-  # One that was killed is forgotten when its heartbeat has been missed.
-  is_refusal = isinstance(error, client.RefusedError)
-  return not is_refusal or error.error == "other_trainer"
-
-
 async def _unless_lost(
-  server: _Server, request: wire.GenerateRequest
+  server: fleet.Server, request: wire.GenerateRequest
 ) -> wire.GenerateResponse:
   """Waits for an answer only as long as the server is not drained."""
   call = asyncio.ensure_future(server.client.generate(request))
@@ -545,7 +328,3 @@ def _to_completions(
     ]
     for group in reply.completions
   ]
-
-
-def _told(error: errors.AtlasError) -> tuple[str, str]:
-  return error.where, error.why

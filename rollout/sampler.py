@@ -131,7 +131,7 @@ def _open_http(
 ) -> Iterator[types.Sampler]:
   """Opens a sampler on servers, and gives a policy's its first weights."""
   from conversion import rules  # These need an HTTP client.
-  from rollout import client, http_sampler, manifest, weight_sync
+  from rollout import client, fleet, http_sampler, manifest, weight_sync
 
   is_policy = role == "policy"
   urls = settings.policy_urls if is_policy else settings.student_urls
@@ -158,7 +158,7 @@ def _open_http(
     weight_sync.prune(root, keep=2)
     return published.digest
 
-  channel = http_sampler.Channel(
+  channel = fleet.Channel(
     role=role,
     tensors=rules.shapes(model),
     tokenizer_digest=manifest.tokenizer_digest(directory),

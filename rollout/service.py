@@ -32,7 +32,10 @@ _TOTALS = (
   "failed_requests_total",
   "completions_total",
   "generated_tokens_total",
+  "queue_seconds_total",
+  "busy_seconds_total",
   "updates_total",
+  "push_seconds_total",
   "drain_seconds_total",
   "load_seconds_total",
 )
@@ -114,7 +117,15 @@ class Service:
     )
 
   def metrics(self) -> dict[str, float]:
-    """Gives the numbers of GET /metrics, by name."""
+    """Gives the numbers of GET /metrics, by name.
+
+    Busy are the seconds in which something was written, and of these are the
+    tokens per second. A push is checked, then drained for, then loaded.
+    """
+    busy_s = self._totals["busy_seconds_total"]
+    if self._num_running:
+      busy_s += time.monotonic() - self._busy_since_s
+    tokens = self._totals["generated_tokens_total"]
     return {
       "up": float(self._status() == "ok"),
       "version": self.weights.held.version,
@@ -122,6 +133,8 @@ class Service:
       "running_completions": self._num_running,
       "waiting_completions": self._num_waiting,
       **self._totals,
+      "busy_seconds_total": busy_s,
+      "tokens_per_second": tokens / busy_s if busy_s else 0.0,
       **{f"engine_{k}": v for k, v in self.engine.metrics().items()},
     }
 
@@ -278,6 +291,7 @@ class Service:
     """Waits at the gate, generates, and checks what came out."""
     size = len(prompts) * request.n
     self._num_waiting += size
+    asked = time.monotonic()
     try:
       while not self._gate.is_set():
         await self._gate.wait()
@@ -295,19 +309,25 @@ class Service:
         fix="Push the version again before sampling from it.",
       )
     started = time.monotonic()
+    queue_s = started - asked
     completions = await self._run(prompts, request, size)
     _check_completions(completions, request)
     num_tokens = sum(len(c.token_ids) for group in completions for c in group)
     seconds = time.monotonic() - started
     self._totals["generated_tokens_total"] += num_tokens
     self._totals["completions_total"] += size
+    self._totals["queue_seconds_total"] += queue_s
     logging.info(
-      "%s: %d prompts x %d, %d tokens in %.2f s (%.0f/s), version %d.",
-      *(reprlib.repr(request.request_id), len(prompts), request.n),
-      *(num_tokens, seconds, num_tokens / max(seconds, 1e-9), version),
+      "%s: %d prompts x %d, %d tokens in %.2f s (%.0f/s), version %d, after "
+      "%.2f s in the queue.",
+      *(reprlib.repr(request.request_id), len(prompts), request.n, num_tokens),
+      *(seconds, num_tokens / max(seconds, 1e-9), version, queue_s),
     )
     response = wire.GenerateResponse(
-      request_id=request.request_id, version=version, completions=completions
+      request_id=request.request_id,
+      version=version,
+      queue_s=queue_s,
+      completions=completions,
     )
     return response.model_dump_json().encode()
 
@@ -342,38 +362,46 @@ class Service:
       self._num_running -= size
       if not self._num_running:
         self._idle.set()
+        busy_s = time.monotonic() - self._busy_since_s
+        self._totals["busy_seconds_total"] += busy_s
 
   async def _load(
     self, request: wire.UpdateRequest, root: pathlib.Path
   ) -> wire.UpdateResponse:
     """Checks every byte, closes the gate, waits, loads, and opens it."""
-    directory = await asyncio.to_thread(
-      manifest.verify,
-      root,
-      version=request.version,
-      digest=request.digest,
-      shapes=self.weights.shapes,
-    )
-    started = time.monotonic()
-    self._gate.clear()
-    try:
-      await self._drain()
-      drained = time.monotonic()
-      await self._replace(directory, request.version)
-      self.weights.publish(request)
-    finally:
-      self._gate.set()
+    asked = time.monotonic()
+    with self.weights.loading(request.version):
+      directory = await asyncio.to_thread(
+        manifest.verify,
+        root,
+        version=request.version,
+        digest=request.digest,
+        shapes=self.weights.shapes,
+      )
+      started = time.monotonic()
+      self._gate.clear()
+      try:
+        await self._drain()
+        drained = time.monotonic()
+        await self._replace(directory, request.version)
+        self.weights.publish(request)
+      finally:
+        self._gate.set()
+    loaded = time.monotonic()
     response = wire.UpdateResponse(
       version=request.version,
       drain_s=drained - started,
-      load_s=time.monotonic() - drained,
+      load_s=loaded - drained,
     )
     self._totals["updates_total"] += 1
+    self._totals["push_seconds_total"] += loaded - asked
     self._totals["drain_seconds_total"] += response.drain_s
     self._totals["load_seconds_total"] += response.load_s
     logging.info(
-      "Weights of version %d: waited %.3f s, loaded in %.3f s.",
-      *(response.version, response.drain_s, response.load_s),
+      "Weights of version %d in %.3f s: checked in %.3f s, drained in %.3f s, "
+      "loaded in %.3f s.",
+      *(response.version, loaded - asked, started - asked),
+      *(response.drain_s, response.load_s),
     )
     return response
 

@@ -58,10 +58,14 @@ class CompletionOut(_Message):
 
 
 class GenerateResponse(_Message):
-  """Completions by prompt, in order, all written by one version."""
+  """Completions by prompt, in order, all written by one version.
+
+  `queue_s` is how long the request waited for its turn: for new weights, say.
+  """
 
   request_id: str
   version: int
+  queue_s: float
   completions: list[list[CompletionOut]]
 
 
@@ -78,10 +82,12 @@ class InitRequest(_Message):
   A server whose role, tensors or tokenizer differ refuses it (409) with a
   table. `weights_root` is the only directory it will ever load from.
   `trainer_id` is told apart from a second trainer's, which is refused while the
-  first is alive; `heartbeat_s` without a word from it ends the channel.
+  first is alive; `heartbeat_s` without a word from it ends the channel, and so
+  does the end of its `process` (see `lease`) if that ran on this machine.
   """
 
   trainer_id: str
+  process: str
   role: Role
   tensors: list[TensorSignature]
   tokenizer_digest: str
@@ -115,10 +121,14 @@ class CloseRequest(_Message):
 
 
 class Version(_Message):
-  """What the server holds. `digest` is of its manifest, "" at the start."""
+  """What the server holds, and what it is loading, if anything.
+
+  `digest` is that of the manifest, "" at the start.
+  """
 
   version: int
   digest: str
+  loading: int | None = None
 
 
 class Health(_Message):

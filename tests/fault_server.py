@@ -2,7 +2,8 @@
 """A rollout server which does what a test scripts, and else what it should.
 
 One asyncio server on a loopback port of its own, in a thread. Faults are
-scripted per path and used up in order:
+scripted per path and used up in order; the tiny generations that only find out
+if a server works have those of "/probe", if that is scripted:
 
   server.script["/generate"] = [Fault("reset"), Fault("status", 503)]
 """
@@ -22,7 +23,8 @@ class Fault:
 
   `kind` is one of: status (with a code), busy (429, Retry-After), hang, drip
   (seconds between bytes), truncate, reset, lose (done, but the answer is cut),
-  garbage (bytes), edit (a function of the reply).
+  garbage (bytes), edit (a function of the reply), die (done, then killed before
+  it is told), load (seconds that loading goes on, after which it holds).
   """
 
   kind: str
@@ -41,6 +43,7 @@ class FaultServer:
       tokenizer,
     )
     self.status, self.version, self.digest = "ok", 0, ""
+    self.loading: int | None = None
     self.num_generated, self._answers = 0, {}
     self._writers: set[asyncio.StreamWriter] = set()
     self._loop = asyncio.new_event_loop()
@@ -63,13 +66,12 @@ class FaultServer:
 
   def kill(self):
     """Cuts all connections, and forgets what was pushed."""
+    self._run(self._die())
 
-    async def stop():
-      self._server.close()
-      for writer in list(self._writers):
-        writer.transport.abort()
-
-    self._run(stop())
+  async def _die(self):
+    self._server.close()
+    for writer in list(self._writers):
+      writer.transport.abort()
     self.version, self.digest, self._answers = 0, "", {}
 
   def close(self):
@@ -107,7 +109,9 @@ class FaultServer:
       raw = await reader.readexactly(length[0] if length else 0)
       body = json.loads(raw or "{}")
       self.requests.append((path, body))
-      faults = self.script.get(path, [])
+      is_probe = body.get("prompts", [{}])[0].get("row_id") == "probe"
+      name = "/probe" if is_probe and "/probe" in self.script else path
+      faults = self.script.get(name, [])
       await self._answer(writer, path, body, faults.pop(0) if faults else None)
     except (asyncio.IncompleteReadError, ConnectionError):
       pass
@@ -127,7 +131,14 @@ class FaultServer:
       extra = f"Retry-After: {value}\r\n" if kind == "busy" else ""
       writer.write(_http(_FINE.encode(), code, extra))
       return
+    if kind == "load":
+      self.loading = body["version"]
+      await asyncio.sleep(value)
+      self.loading = None
     code, reply = self._reply(path, body)
+    if kind == "die":
+      await self._die()
+      return
     if kind == "edit":
       value(reply)
     whole = _http(json.dumps(reply).encode(), code)
@@ -143,7 +154,11 @@ class FaultServer:
     await writer.drain()
 
   def _reply(self, path, body):
-    held = {"version": self.version, "digest": self.digest}
+    held = {
+      "version": self.version,
+      "digest": self.digest,
+      "loading": self.loading,
+    }
     if path == "/health":
       health = {
         "status": self.status,
@@ -171,22 +186,24 @@ class FaultServer:
       return 409, json.loads(_FINE)
     request_id = body["request_id"]
     if request_id not in self._answers:
-      self.num_generated += 1
+      # What only finds out if it works is not counted.
+      self.num_generated += body["prompts"][0]["row_id"] != "probe"
       self._answers[request_id] = {
         "request_id": request_id,
         "version": self.version,
+        "queue_s": 0.25,
         "completions": [
-          [_completion(prompt, self.version)] * body["n"]
+          [_completion(prompt, self.version, body["max_tokens"])] * body["n"]
           for prompt in body["prompts"]
         ],
       }
     return 200, json.loads(json.dumps(self._answers[request_id]))
 
 
-def _completion(prompt, version):
+def _completion(prompt, version, max_tokens):
   return {
-    "token_ids": [prompt["token_ids"][0], version + 1],
-    "logprobs": [-0.5, -1.0],
+    "token_ids": [prompt["token_ids"][0], version + 1][:max_tokens],
+    "logprobs": [-0.5, -1.0][:max_tokens],
     "model_logprobs": None,
     "finish_reason": "stop",
   }

@@ -138,6 +138,7 @@ def test_completions_follow_the_weights_that_were_pushed(
       before = await client.post("/generate", json=_request("a"))
       init = wire.InitRequest(
         trainer_id="t",
+        process="",
         role="policy",
         tensors=[
           wire.TensorSignature(name=name, shape=list(shape))

@@ -231,6 +231,7 @@ def test_pushed_weights_are_those_that_sample(served, tmp_path):
   )
   init = wire.InitRequest(
     trainer_id="t",
+    process="",
     role="policy",
     tensors=[
       wire.TensorSignature(name=name, shape=list(shape))

@@ -2,6 +2,7 @@
 """Sampling goes on, or stops with a reason, whatever servers do."""
 
 import collections
+import dataclasses
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import stamina
 
 from atlas_jax import errors, types
-from rollout import client, http_sampler
+from rollout import client, fleet, http_sampler
 from tests import fault_server
 
 Fault = fault_server.Fault
@@ -35,13 +36,13 @@ def servers():
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-  monkeypatch.setattr(http_sampler, "_PROBE_S", 0.05)
+  monkeypatch.setattr(fleet, "_PROBE_S", 0.05)
   with stamina.set_testing(True, attempts=100):
     yield
 
 
 def _channel(role="policy", wait_s=2.0, heartbeat_s=20.0):
-  return http_sampler.Channel(
+  return fleet.Channel(
     role=role,
     tensors={"w": (2, 3)},
     tokenizer_digest=_TOKENIZER,
@@ -113,7 +114,7 @@ def test_work_of_a_failing_server_moves_with_its_ids(servers, kind):
     body["request_id"]
     for server in servers
     for path, body in server.requests
-    if path == "/generate"
+    if path == "/generate" and body["prompts"][0]["row_id"] != "probe"
   )
   assert len(asked) == 4
   assert max(asked.values()) > 1
@@ -138,6 +139,17 @@ def test_a_killed_server_is_replaced_and_gets_its_weights_back(servers):
   assert first.version == 4
 
 
+def test_work_under_way_moves_when_its_server_is_killed(servers):
+  first, second = servers
+  first.script["/generate"] = [Fault("hang")] * 100
+  with _open(first, second, version=4) as sampler:
+    threading.Timer(0.3, first.kill).start()
+    start = time.monotonic()
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 4)
+  assert time.monotonic() - start < 1.0  # Long before any deadline.
+  assert second.num_generated == 4
+
+
 def test_the_only_server_may_come_back_while_it_is_waited_for(servers):
   server = servers[0]
   with _open(server, version=2) as sampler:
@@ -154,6 +166,49 @@ def test_a_hung_engine_loses_its_work_before_the_deadline(servers):
     first.status = "hung"
     _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
   assert time.monotonic() - start < _DEADLINES.generate_s
+
+
+def test_an_engine_that_hangs_while_health_is_fine_gets_no_more_work(servers):
+  first, second = servers
+  first.script["/generate"] = [Fault("hang")] * 100
+  with _open(first, second) as sampler:
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
+    start = time.monotonic()
+    for _ in range(3):  # It says that it is well, yet it is not asked.
+      _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
+    assert time.monotonic() - start < 1.0
+    first.kill()
+    first.start()
+    first.script["/generate"].clear()
+    _wait(lambda: sampler._fleet.num_ready == 2)
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
+  assert first.num_generated > 0
+
+
+def test_a_straggler_moves_alone_and_its_server_goes_on(servers):
+  first, second = servers
+  first.script["/generate"] = [Fault("hang")]
+  first.script["/probe"] = []
+  with _open(first, second) as sampler:
+    start = time.monotonic()
+    _check(sampler.sample(_prompts(16), _PARAMS), 16, 0)
+    assert time.monotonic() - start < 2 * _DEADLINES.generate_s
+    assert sampler._fleet.num_ready == 2
+  assert first.num_generated == 3
+  assert second.num_generated == 5
+
+
+def test_a_straggler_that_is_late_everywhere_ends_the_wait(servers):
+  for server in servers:
+    server.script["/generate"] = [Fault("hang")] * 100
+    server.script["/probe"] = []
+  with _open(*servers, wait_s=30.0) as sampler:
+    start = time.monotonic()
+    with pytest.raises(errors.RolloutError, match="row0") as caught:
+      sampler.sample(_prompts(1), _PARAMS)
+    waited_s = time.monotonic() - start
+  assert 3 * _DEADLINES.generate_s <= waited_s < 4 * _DEADLINES.generate_s
+  assert "generate_s" in caught.value.fix
 
 
 def test_without_any_server_sampling_ends_and_names_each(servers):
@@ -175,6 +230,7 @@ def test_without_any_server_sampling_ends_and_names_each(servers):
 def test_requests_that_fail_everywhere_end_with_the_reasons(servers):
   for server in servers:
     server.script["/generate"] = [Fault("status", 500)] * 1000
+    server.script["/probe"] = []
   with (
     _open(*servers, wait_s=30.0) as sampler,
     pytest.raises(errors.RolloutError, match="from row row0") as caught,
@@ -212,6 +268,15 @@ def test_a_server_that_is_late_is_waited_for(servers):
   threading.Timer(0.3, server.start).start()
   with _open(server) as sampler:
     _check(sampler.sample(_prompts(1), _PARAMS), 1, 0)
+
+
+def test_what_is_waited_for_is_told(servers, monkeypatch, caplog):
+  monkeypatch.setattr(fleet, "_PROGRESS_S", 0.1)
+  servers[0].kill()
+  threading.Timer(0.5, servers[0].start).start()
+  caplog.set_level("INFO")
+  with _open(servers[0]):
+    assert f"Waiting for {servers[0].url}, 2 s more: Conn" in caplog.text
 
 
 def test_a_server_that_never_comes_ends_with_the_command_to_start_it(servers):
@@ -275,10 +340,46 @@ def test_a_push_whose_answer_is_lost_is_not_sent_again(servers):
   assert servers[0].paths().count("/update_weights") == 1
 
 
-def test_a_server_that_fails_to_load_is_not_sampled_from(servers):
+def test_a_push_that_takes_too_long_is_asked_for_and_not_repeated(servers):
+  server = servers[0]
+  with _open(server, wait_s=5.0) as sampler:
+    server.script["/update_weights"] = [
+      Fault("load", _DEADLINES.update_s + 0.5)
+    ]
+    server.requests.clear()
+    sampler.update_weights({}, 5)
+    _check(sampler.sample(_prompts(1), _PARAMS), 1, 5)
+  paths = server.paths()
+  assert paths.count("/update_weights") == 1
+  assert paths.count("/init_communicator") > 2  # Each asks what is held.
+
+
+def test_a_server_that_dies_before_it_publishes_gets_the_push_again(servers):
   first, second = servers
   with _open(first, second) as sampler:
-    first.script["/update_weights"] = [Fault("status", 500)] * 1000
+    first.script["/update_weights"] = [Fault("die")]
+    sampler.update_weights({}, 5)
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 5)
+    assert first.num_generated == 0
+    first.start()
+    _wait(lambda: sampler._fleet.num_ready == 2)
+    assert (first.version, first.digest) == (5, "d5")
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 5)
+  assert first.num_generated > 0
+
+
+def test_a_look_at_a_server_during_a_push_finds_nothing_wrong(servers, caplog):
+  with _open(*servers, heartbeat_s=0.02) as sampler:
+    for version in range(1, 30):
+      sampler.update_weights({}, version)
+  assert "Lost" not in caplog.text
+
+
+@pytest.mark.parametrize("status", [409, 500])
+def test_a_server_that_fails_to_load_is_not_sampled_from(servers, status):
+  first, second = servers
+  with _open(first, second) as sampler:
+    first.script["/update_weights"] = [Fault("status", status)] * 1000
     sampler.update_weights({}, 6)
     _check(sampler.sample(_prompts(8), _PARAMS), 8, 6)
   assert first.num_generated == 0
@@ -302,6 +403,35 @@ def test_a_server_whose_weights_were_replaced_gets_the_right_ones(servers):
     server.version, server.digest = 9, "foreign"
     _check(sampler.sample(_prompts(2), _PARAMS), 2, 2)
   assert server.version == 2
+
+
+def test_completions_come_through_however_they_end(servers):
+  def edit(reply):
+    stop = {"token_ids": [], "logprobs": [], "finish_reason": "stop"}
+    ends = {"token_ids": [2] * 4, "logprobs": [-1.0] * 4}
+    reply["completions"] = [
+      [{**stop, "model_logprobs": None}],
+      [{**ends, "model_logprobs": [-1.0] * 4, "finish_reason": "length"}],
+    ]
+
+  servers[0].script["/generate"] = [Fault("edit", edit)]
+  params = dataclasses.replace(_PARAMS, group_size=1)
+  with _open(servers[0]) as sampler:
+    (empty,), (full,) = sampler.sample(_prompts(2), params)
+  assert (empty.token_ids, empty.finish_reason) == ((), "stop")
+  assert (full.token_ids, full.finish_reason) == ((2,) * 4, "length")
+
+
+def test_metrics_are_of_what_was_done_since_they_were_taken(servers):
+  with _open(*servers) as sampler:
+    pushed = sampler.take_metrics()
+    assert set(pushed) == {"push_s", "publish_s", "drain_s", "load_s"}
+    sampler.sample(_prompts(8), _PARAMS)
+    sampled = sampler.take_metrics()
+    assert set(sampled) == {"tokens_per_s", "queue_s"}
+    assert sampled["tokens_per_s"] > 0.0
+    assert 0.25 <= sampled["queue_s"] < 0.5  # Of the servers, and here.
+    assert sampler.take_metrics() == {}
 
 
 def test_threads_may_sample_while_weights_are_pushed(servers):

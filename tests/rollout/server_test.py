@@ -132,6 +132,7 @@ def _init(root, trainer_id="t", **changes):
   tensors = [{"name": n, "shape": list(s)} for n, s in _SHAPES.items()]
   return {
     "trainer_id": trainer_id,
+    "process": "",
     "role": "policy",
     "tensors": tensors,
     "tokenizer_digest": "tok",
