@@ -158,6 +158,10 @@ class Sampler(Protocol):
     """Takes new weights: a nested dict of arrays, known by its paths."""
     ...
 
+  def take_metrics(self) -> Mapping[str, float]:
+    """Gives numbers of its work since it was last asked, by name."""
+    ...
+
 
 class RewardFn(Protocol):
   """Rewards a batch of records, all at once, in order."""

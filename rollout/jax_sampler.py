@@ -10,6 +10,7 @@ alone and in any batch.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import time
 from typing import Any, NamedTuple
 import zlib
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from atlas_jax import errors, sharding, types
 from atlas_jax.models import attention, decoder
+from rollout import tally
 
 
 class _Drawn(NamedTuple):
@@ -94,6 +96,7 @@ class JaxSampler:
     self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     self._stop_token_ids = np.asarray(sorted(stop_token_ids), np.int32)
     self._max_rows = max_rows
+    self._tally = tally.Tally()
     self._programs: set[tuple[Any, ...]] = set()  # Any: shapes and statics.
     self._generate = jax.jit(
       functools.partial(_generate, model), static_argnames="static"
@@ -130,6 +133,7 @@ class JaxSampler:
         the model's context.
     """
     self._check_fits(prompts, params.max_completion_tokens)
+    started = time.monotonic()
     # Prompts of like length share a batch; the order is restored below.
     order = sorted(
       range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)
@@ -146,7 +150,15 @@ class JaxSampler:
       groups = self._sample_batch([prompts[i] for i in chosen], params)
       for i, group in zip(chosen, groups, strict=True):
         completions[i] = group
+    self._tally.add(
+      tokens=sum(len(c.token_ids) for group in completions for c in group),
+      sample_s=time.monotonic() - started,
+    )
     return completions
+
+  def take_metrics(self) -> Mapping[str, float]:
+    """Gives the tokens per second since it was last asked."""
+    return self._tally.take()
 
   def _sample_batch(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams

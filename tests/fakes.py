@@ -100,6 +100,10 @@ class FakeSampler:
     del params
     self.version = version
 
+  def take_metrics(self) -> dict[str, float]:
+    """Has nothing to measure."""
+    return {}
+
   def _complete(
     self, text: str, params: types.SamplingParams
   ) -> types.Completion:

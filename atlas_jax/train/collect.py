@@ -161,6 +161,18 @@ class Collector:
       "rollout/stale_dropped": float(len(lags) - len(used)),
     }
 
+  def take_metrics(self) -> dict[str, float]:
+    """Gives what both samplers did since it was last asked, by role."""
+    roles = {
+      "policy": self._protocol.policy.sampler,
+      "student": self._protocol.student.sampler,
+    }
+    return {
+      f"rollout/{role}_{name}": value
+      for role, sampler in roles.items()
+      for name, value in sampler.take_metrics().items()
+    }
+
   def _sample_ahead(self, step: int) -> _Sampled:
     clock = train_clock.Clock()
     records = self._sample(step, clock)

@@ -131,7 +131,8 @@ def _do_step(
       state, records, rewarded, is_compared=collector.is_compared(step)
     )
   described = _describe(records, rewarded)
-  return state, {**described, **lag, **metrics, **ahead}
+  measured = {**lag, **collector.take_metrics(), **ahead}
+  return state, {**described, **metrics, **measured}
 
 
 def _make_optimizer(

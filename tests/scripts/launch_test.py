@@ -185,6 +185,10 @@ def test_four_steps_are_trained_next_to_servers(tmp_path, engine, num_devices):
   ]
   assert [r["step"] for r in rows if "reward" in r] == [1, 2, 3, 4]
   assert [r["step"] for r in rows if "eval/teaching/NDR" in r] == [1, 2, 3, 4]
+  measured = {f"policy_{name}_s" for name in ("push", "publish", "drain")}
+  measured |= {"policy_load_s", "policy_queue_s", "policy_tokens_per_s"}
+  for name in (*measured, "student_queue_s", "student_tokens_per_s"):
+    assert all(f"rollout/{name}" in row for row in rows if "reward" in row)
   assert (run / "export/model.safetensors").exists()
   assert "Weights of version 4 are with 1 of 1 servers" in result.stderr
   launcher.check_ports("127.0.0.1", port, 2)

@@ -234,6 +234,7 @@ def test_what_is_rewarded_becomes_likelier(trained):
   # Sampler and trainer hold the same weights, and agree on them.
   assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
   assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
+  assert all(row["rollout/policy_tokens_per_s"] > 0.0 for row in rows)
   # The first update is on policy; the reference is still the start.
   assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
   assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
