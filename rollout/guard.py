@@ -3,10 +3,11 @@
 
   python -m rollout.guard FD GRACE_S COMMAND [ARGUMENT...]
 
-FD is the reading end of a pipe whose writing end only the owner holds. When the
-owner closes it, or dies in whatever way, the command gets SIGTERM, and what is
-left of its process group after GRACE_S seconds gets SIGKILL. Nothing is polled
-from afar and no process is looked up by name, so no other one can be hit.
+FD is the reading end of a pipe whose writing end only the owners hold. When all
+of them closed it, or died in whatever way, or when this process gets SIGTERM,
+the command gets SIGTERM, and what is left of its process group after GRACE_S
+seconds gets SIGKILL. Nothing is polled from afar and no process is looked up by
+name, so no other one can be hit.
 """
 
 import os
@@ -24,7 +25,8 @@ SIGNALLED = 128
 def run(fd: int, grace_s: float, command: list[str]) -> int:
   """Runs `command` in a session of its own; returns its exit code.
 
-  SIGINT and SIGTERM are passed on to it.
+  SIGINT and every SIGTERM are passed on to it; from the first SIGTERM on it has
+  `grace_s`.
   """
   pending: list[int] = []
   for number in (signal.SIGINT, signal.SIGTERM):
@@ -37,6 +39,7 @@ def run(fd: int, grace_s: float, command: list[str]) -> int:
       watched = [fd] if kill_at is None else []
       if select.select(watched, [], [], _POLL_S)[0] and not os.read(fd, 1):
         pending.append(signal.SIGTERM)
+      if kill_at is None and signal.SIGTERM in pending:
         kill_at = time.monotonic() + grace_s
       while pending:
         os.kill(child.pid, pending.pop(0))

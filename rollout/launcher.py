@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts rollout servers, runs training next to them, stops what it started.
 
-Every process runs under `rollout.guard`, so that the servers end with the
-launcher, however it ends: within `SERVER_GRACE_S` seconds after it was done,
-failed, was interrupted, or was killed outright.
+Every process runs under `rollout.guard`, so that all end with the launcher,
+however it ends. If it is killed outright, training is told at once: it finishes
+its step and saves, for which it has `TRAINING_GRACE_S` seconds. Servers end
+within `SERVER_GRACE_S` seconds after training, which needs them until then.
 """
 
 import asyncio
@@ -107,12 +108,16 @@ def run(
     errors.AtlasError: if training was killed.
   """
   with _signals() as asked, _Processes() as processes:
-    started = {server: processes.start(server.command) for server in servers}
+    started = {
+      server: processes.start_server(server.command) for server in servers
+    }
     _wait_healthy(started, asked, max_wait_s)
-    trainer = processes.start(training)
+    trainer = processes.start_training(training)
     code = _watch(trainer, started, asked, processes)
-  if code >= guard.SIGNALLED:
-    name = signal.Signals(code - guard.SIGNALLED).name
+  if asked and code == -signal.SIGTERM:  # Its guard had not begun.
+    raise _stopped(asked[0])
+  if code < 0 or code >= guard.SIGNALLED:
+    name = signal.Signals(-code if code < 0 else code - guard.SIGNALLED).name
     raise errors.AtlasError(
       f"{training.name} was killed by {name}.",
       where=" ".join(training.argv),
@@ -124,21 +129,34 @@ def run(
 
 
 class _Processes:
-  """The processes of one launch; leaving the context ends them all."""
+  """The processes of one launch; leaving the context ends them all.
+
+  A guard watches one end of a pipe. The other end of training's is this
+  process's alone; that of the servers' is training's as well, whose guard holds
+  it until training has saved.
+  """
 
   def __init__(self) -> None:
     self._guarded: list[tuple[Command, subprocess.Popen[bytes]]] = []
-    self._pipes: dict[int, int] = {}  # By process: the end that it watches.
+    self._of_training, self._of_servers = os.pipe(), os.pipe()
 
   def __enter__(self) -> "_Processes":
     return self
 
-  def start(self, command: Command) -> subprocess.Popen[bytes]:
+  def start_server(self, command: Command) -> subprocess.Popen[bytes]:
+    """Starts a server, which ends after training."""
+    return self._start(command, self._of_servers[0], ())
+
+  def start_training(self, command: Command) -> subprocess.Popen[bytes]:
+    """Starts training, which ends with this process."""
+    return self._start(command, self._of_training[0], self._of_servers[1:])
+
+  def _start(
+    self, command: Command, watched: int, held: Sequence[int]
+  ) -> subprocess.Popen[bytes]:
     """Starts a command under its guard, whose signals and code are its own."""
     env = {k: v for k, v in {**os.environ, **command.env}.items() if v}
-    reading, writing = os.pipe()
     with contextlib.ExitStack() as stack:
-      stack.callback(os.close, reading)
       output = None
       if command.log is not None:
         command.log.parent.mkdir(parents=True, exist_ok=True)
@@ -147,30 +165,25 @@ class _Processes:
       process = subprocess.Popen(
         [
           *(sys.executable, "-m", "rollout.guard"),
-          *(str(reading), str(command.grace_s), *command.argv),
+          *(str(watched), str(command.grace_s), *command.argv),
         ],
         cwd=_ROOT,
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        pass_fds=[reading],
+        pass_fds=[watched, *held],
         start_new_session=True,
       )
     self._guarded.append((command, process))
-    self._pipes[process.pid] = writing
     return process
-
-  def release(self, process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end; after its grace its guard sees to it."""
-    writing = self._pipes.pop(process.pid, None)
-    if writing is not None:
-      os.close(writing)
 
   def __exit__(self, *error: object) -> None:
     # First all are told, then all are waited for.
     for _, process in self._guarded:
-      self.release(process)
+      process.terminate()
+    for end in (*self._of_training, *self._of_servers):
+      os.close(end)
     for command, process in self._guarded:
       try:
         process.wait(command.grace_s + _PROBE_S)
@@ -201,12 +214,7 @@ def _wait_healthy(
   while waiting:
     for server in list(waiting):
       if asked:
-        raise errors.PreemptedError(
-          f"Stopped by {signal.Signals(asked[0]).name}.",
-          where="launcher",
-          why="The process was asked to stop before training began.",
-          fix="Run the same command again.",
-        )
+        raise _stopped(asked[0])
       if started[server].poll() is not None:
         code = started[server].returncode
         raise _unavailable(server, f"It ended with exit code {code}.")
@@ -227,6 +235,15 @@ def _wait_healthy(
         )
     told = now if now - told > _PROGRESS_S else told
     time.sleep(_POLL_S)
+
+
+def _stopped(number: int) -> errors.PreemptedError:
+  return errors.PreemptedError(
+    f"Stopped by {signal.Signals(number).name}.",
+    where="launcher",
+    why="The process was asked to stop before training began.",
+    fix="Run the same command again.",
+  )
 
 
 async def _ask(server: Server) -> wire.Health | str:
@@ -291,22 +308,19 @@ def _watch(
   while (code := trainer.poll()) is None:
     for _ in asked[num_passed:]:
       num_passed += 1
-      if num_passed == 1:
-        processes.release(trainer)
-      else:  # Asked twice: training does not wait for its step.
-        trainer.send_signal(signal.SIGTERM)
+      trainer.terminate()  # Asked twice, it does not wait for its step.
     is_time = time.monotonic() - asked_last > _CHECK_S
     for server, process in started.items():
       if process.poll() is None:
         if is_time and _is_lost(server):
-          processes.release(process)
+          process.terminate()
       elif not asked and restarts < _MAX_RESTARTS:
         restarts += 1
         logging.error(
           "The %s ended with exit code %d; started again. Log: %s",
           *(server.command.name, process.returncode, server.command.log),
         )
-        started[server] = processes.start(server.command)
+        started[server] = processes.start_server(server.command)
     asked_last = time.monotonic() if is_time else asked_last
     time.sleep(_POLL_S)
   return code

@@ -283,6 +283,35 @@ def test_servers_end_when_the_launcher_is_killed(stage, mode):
   stage.check_nothing_left()
 
 
+def test_servers_outlast_training_that_saves_after_a_kill(stage):
+  """Its last step samples from them; both that were there, and a new one."""
+  servers = [stage.server("policy", grace_s=1.0), stage.server("student")]
+  begun, saved = stage.path / "begun", stage.path / "saved"
+  code = f"""
+import os, pathlib, signal, sys, time, urllib.request
+def save(*_):
+  time.sleep(2.0)
+  for url in {[server.url for server in servers]!r}:
+    urllib.request.urlopen(url + "/health", timeout=5).read()
+  pathlib.Path({str(saved)!r}).touch()
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+notes = pathlib.Path({str(stage.notes)!r})
+os.kill(int(notes.read_text().split()[0]), signal.SIGKILL)
+while len(notes.read_text().split()) < 3: time.sleep(0.05)
+time.sleep(1.0)
+pathlib.Path({str(begun)!r}).touch()
+time.sleep(60)
+"""
+  process = _launch_apart(servers, _training(code))
+  _wait_for(begun.exists)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait(30.0)
+  _wait_for(saved.exists, seconds=10.0)
+  _wait_for(lambda: not any(map(_is_alive, stage.pids())), seconds=6.0)
+  stage.check_nothing_left()
+
+
 def test_a_process_of_a_server_ends_with_it(stage):
   child = "import time; time.sleep(60)"
   code = f"""
