@@ -41,6 +41,7 @@ setuptools.setup(
       "pydantic>=2.12",
       "stamina>=25.1",
       "uvicorn>=0.40",
+      "xxhash>=3.5",
     ],
     "tensorboard": ["tensorboardX>=2.6.2"],
     "wandb": ["wandb>=0.20"],

@@ -7,12 +7,14 @@ under the final name.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import math
 import os
 import pathlib
 import shutil
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from atlas_jax import errors
@@ -120,11 +122,18 @@ def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
 
   def fetch(name: str) -> np.ndarray:
     rule, layer = places[name]
-    leaf = leaves[rule.path]
-    part = leaf[layer] if rule.stacked else leaf
-    return rules.to_hf(rule, np.asarray(part.astype(dtype)))
+    part = _part(leaves[rule.path], layer if rule.stacked else None, dtype)
+    return rules.to_hf(rule, np.asarray(part))
 
   return fetch
+
+
+# One program: step by step, a copy of the layer in its old precision would be
+# made first, and most of the time would go into that.
+@functools.partial(jax.jit, static_argnames="dtype")
+def _part(leaf: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+  """Cuts a layer out of a stacked parameter, and casts it."""
+  return (leaf if layer is None else leaf[layer]).astype(dtype)
 
 
 def _check_target(

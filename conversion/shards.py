@@ -14,12 +14,13 @@ import math
 import os
 import pathlib
 import reprlib
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from atlas_jax import errors
+from conversion import arrays
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -30,19 +31,23 @@ _DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_EXPONENTS = {
-  _DTYPES["F32"]: np.uint32(0x7F800000),
-  _DTYPES["F16"]: np.uint16(0x7C00),
-  _DTYPES["BF16"]: np.uint16(0x7F80),
-}
 _LENGTH_BYTES = 8
-# Columns transposed at a time, and values checked: both stay in the cache.
-_STRIP = 32
-_CHECKED = 2**18
 # The largest public checkpoints stay below a tenth of each of these.
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_TENSORS = 100_000
+
+
+class Digest(Protocol):
+  """A hash in the making, such as hashlib's."""
+
+  def update(self, data: memoryview, /) -> object:
+    """Takes in more bytes."""
+    ...
+
+  def hexdigest(self) -> str:
+    """Gives the digest of all bytes so far."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +198,11 @@ def write(
   files = layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
   digests = {
     file: write_file(
-      directory / file, {name: shapes[name] for name in names}, fetch, dtype
+      directory / file,
+      {name: shapes[name] for name in names},
+      fetch,
+      dtype=dtype,
+      digest=hashlib.sha256(),
     )
     for file, names in files.items()
   }
@@ -245,7 +254,9 @@ def write_file(
   path: pathlib.Path,
   shapes: Mapping[str, tuple[int, ...]],
   fetch: Callable[[str], np.ndarray],
+  *,
   dtype: str,
+  digest: Digest,
 ) -> str:
   """Writes one file of tensors, and waits until it is on disk.
 
@@ -254,42 +265,31 @@ def write_file(
     shapes: see `write`.
     fetch: see `write`; one tensor is in memory at a time.
     dtype: see `write`.
+    digest: a new one; it takes the file's bytes as they are written.
 
   Returns:
-    The SHA-256 of the file's bytes, taken as they were written.
+    The digest.
 
   Raises:
     errors.CheckpointError: if a value is not finite.
   """
   as_dtype = np.dtype(dtype)
-  # transformers refuses files that do not name a framework.
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: JSON.
-  position = 0
-  for name, shape in shapes.items():
-    end = position + math.prod(shape) * as_dtype.itemsize
-    header[name] = {
-      "dtype": _DTYPE_NAMES[as_dtype],
-      "shape": list(shape),
-      "data_offsets": [position, end],
-    }
-    position = end
-  raw = json.dumps(header).encode()
-  raw += b" " * (-len(raw) % _LENGTH_BYTES)  # Keeps the tensors aligned.
-  raw = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
-
-  sha256 = hashlib.sha256(raw)
+  header = _header(shapes, as_dtype)
+  digest.update(memoryview(header))
   with path.open("wb") as file:
-    file.write(raw)
+    file.write(header)
     for name, shape in shapes.items():
-      array = _contiguous(fetch(name), as_dtype)
+      array = fetch(name)
       if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
-      check_finite(name, array)
-      file.write(_bytes_of(array))
-      sha256.update(_bytes_of(array))
+      # Memory is slower than all of these: each piece is read from it once.
+      for piece in arrays.pieces(array, as_dtype):
+        check_finite(name, piece)
+        digest.update(_bytes_of(piece))
+        file.write(_bytes_of(piece))
     file.flush()
     os.fsync(file.fileno())
-  return sha256.hexdigest()
+  return digest.hexdigest()
 
 
 def write_json(
@@ -304,19 +304,22 @@ def write_json(
     os.fsync(file.fileno())
 
 
-def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Lays an array out in C order; a transposed matrix strip by strip."""
-  is_transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
-  if array.ndim != 2 or not is_transposed:
-    return np.ascontiguousarray(array, dtype)
-  # NumPy walks a whole transpose against the cache; strips are 4 times faster.
-  # Unsigned integers are copied in bulk, bfloat16 element by element.
-  result = np.empty(array.shape, dtype)
-  bits = result.view(f"u{dtype.itemsize}")
-  for start in range(0, array.shape[1], _STRIP):
-    strip = array[:, start : start + _STRIP].T.astype(dtype, copy=False)
-    bits[:, start : start + _STRIP] = strip.view(bits.dtype).T
-  return result
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+  """Makes what stands before the tensors of a file, its length included."""
+  # transformers refuses files that do not name a framework.
+  entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: JSON.
+  position = 0
+  for name, shape in shapes.items():
+    end = position + math.prod(shape) * dtype.itemsize
+    entries[name] = {
+      "dtype": _DTYPE_NAMES[dtype],
+      "shape": list(shape),
+      "data_offsets": [position, end],
+    }
+    position = end
+  raw = json.dumps(entries).encode()
+  raw += b" " * (-len(raw) % _LENGTH_BYTES)  # Keeps the tensors aligned.
+  return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -414,33 +417,19 @@ def _pack(
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-  """Refuses a tensor that holds an infinity or a NaN.
+  """Refuses a tensor, or part of one, that holds an infinity or a NaN.
 
   Raises:
     errors.CheckpointError: naming the tensor.
   """
-  if not _is_finite(array):
+  if not arrays.is_finite(array):
     count = int(array.size - np.isfinite(array).sum())
     raise errors.CheckpointError(
       "A weight is not finite.",
       where=name,
-      why=f"{count} of its {array.size} values are infinite or NaN.",
+      why=f"At least {count} of its values are infinite or NaN.",
       fix="Go back to a checkpoint from before training diverged.",
     )
-
-
-def _is_finite(array: np.ndarray) -> bool:
-  """Tells if no value is infinite or NaN, without a mask of the whole."""
-  if array.dtype not in _EXPONENTS or not array.flags.c_contiguous:
-    return bool(np.isfinite(array).all())
-  # Every bit of the exponent is set in infinities and NaNs, and only there.
-  # NumPy has no loop of its own for bfloat16; on integers it is 6 times faster.
-  exponent = _EXPONENTS[array.dtype]
-  bits = array.reshape(-1).view(exponent.dtype)
-  return not any(
-    ((bits[start : start + _CHECKED] & exponent) == exponent).any()
-    for start in range(0, bits.size, _CHECKED)
-  )
 
 
 def _no_weights(

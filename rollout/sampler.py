@@ -17,8 +17,8 @@ from atlas_jax import chat, errors, types
 from atlas_jax.models import decoder
 from rollout import wire
 
-# Half a gigabyte at most is in memory for each file, and files go in parallel.
-_SHARD_BYTES = 2**28
+# Files are written and checked in parallel, so there are many of them.
+_SHARD_BYTES = 2**26
 # A server gives up a trainer that it did not hear of for so long.
 _HEARTBEAT_S = 30.0
 _CONTROL_S = 30.0

@@ -111,26 +111,14 @@ def publish(
     shards.write_json(
       partial / "config.json", shards.read_json(source / "config.json")
     )
-    shapes = rules.shapes(model)
     weights = _write_weights(
       partial,
-      shapes,
+      rules.shapes(model),
       save.fetcher(params, model, dtype),
       dtype=dtype,
       max_shard_bytes=max_shard_bytes,
     )
-    texts = {
-      file.name: manifest.describe(file) for file in partial.glob("*.json")
-    }
-    tensors = {
-      name: manifest.Tensor(shape=shape, dtype=_DTYPES[dtype])
-      for name, shape in shapes.items()
-    }
-    files = {**weights, **texts}
-    digest = manifest.write(
-      partial, manifest.Manifest(version=version, files=files, tensors=tensors)
-    )
-    _sync(partial)
+    digest, num_bytes = _seal(partial, version, weights, model, dtype)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     _sync(root)
@@ -144,7 +132,6 @@ def publish(
     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  num_bytes = sum(file.size for file in files.values())
   seconds = time.monotonic() - start
   return Published(version, digest, path, num_bytes, seconds)
 
@@ -187,7 +174,13 @@ def _write_weights(
     path = directory / file
     part = {name: shapes[name] for name in layout[file]}
     try:
-      sha256 = shards.write_file(path, part, fetch_in_turn, dtype)
+      digest = shards.write_file(
+        path,
+        part,
+        fetch_in_turn,
+        dtype=dtype,
+        digest=manifest.new_digest(),
+      )
     except errors.CheckpointError as error:
       raise errors.DivergedError(
         "The policy's weights are not finite; they are not handed on.",
@@ -195,13 +188,36 @@ def _write_weights(
         why=error.why,
         fix="Lower the learning rate and go on from the last checkpoint.",
       ) from error
-    return manifest.File(size=path.stat().st_size, sha256=sha256)
+    return manifest.File(size=path.stat().st_size, digest=digest)
 
   workers = min(len(layout), _MAX_WRITERS, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     files = dict(zip(layout, pool.map(write, layout), strict=True))
   shards.write_index(directory, layout, shapes, dtype)
   return files
+
+
+def _seal(
+  directory: pathlib.Path,
+  version: int,
+  weights: dict[str, manifest.File],
+  model: decoder.Model,
+  dtype: Dtype,
+) -> tuple[str, int]:
+  """Writes the manifest of all that is there; gives its digest, and bytes."""
+  texts = {
+    file.name: manifest.describe(file) for file in directory.glob("*.json")
+  }
+  files = {**weights, **texts}
+  tensors = {
+    name: manifest.Tensor(shape=shape, dtype=_DTYPES[dtype])
+    for name, shape in rules.shapes(model).items()
+  }
+  digest = manifest.write(
+    directory, manifest.Manifest(version=version, files=files, tensors=tensors)
+  )
+  _sync(directory)
+  return digest, sum(file.size for file in files.values())
 
 
 def _sync(directory: pathlib.Path) -> None:

@@ -4,14 +4,19 @@
   python -m scripts.bench_weight_sync --width=1024 --layers=8 --dtype=bfloat16
 
 Publishing, and the check of every byte that a server makes, count as the
-hand-off. The three alternate in one process, and the best of each is taken.
+hand-off. They alternate with the copy in one process, and every repeat gives a
+ratio. CPU seconds are those of all threads: other work on the machine changes
+them less than it changes the clock.
 """
 
 from collections.abc import Callable
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
+import statistics
 import tempfile
 import time
 from typing import Any
@@ -32,70 +37,141 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Of what is written."
 )
 _DIRECTORY = flags.DEFINE_string("directory", "/dev/shm", "Where to.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "How often.")
-_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**27, "Of one file.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "How often.")
+_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**26, "Of one file.")
+
+_TINY = {"width": 64, "layers": 2, "vocabulary": 512}
+_ROW = "| {:>8} | {:>7} | {:>11} | {:>13} | {:>9} | {:>12} |"
+
+
+@dataclasses.dataclass
+class _Times:
+  """Seconds of every repeat, by the clock and of all cores together."""
+
+  wall: list[float] = dataclasses.field(default_factory=list)
+  cpu: list[float] = dataclasses.field(default_factory=list)
+
+  def __add__(self, other: "_Times") -> "_Times":
+    """Adds two things that were done one after the other, each time."""
+    return _Times(
+      [sum(pair) for pair in zip(self.wall, other.wall, strict=True)],
+      [sum(pair) for pair in zip(self.cpu, other.cpu, strict=True)],
+    )
+
+  def take(
+    self,
+    function: Callable[..., Any],  # Any: what it takes and gives is its own.
+    *args: Any,
+  ) -> Any:
+    """Calls a function, and notes how long it takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*args)
+    self.wall.append(time.perf_counter() - wall)
+    self.cpu.append(time.process_time() - cpu)
+    return result
 
 
 def main() -> None:
-  """Prints one line per measurement."""
-  with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
-    root = pathlib.Path(directory)
-    model, params = _make_model(root)
-    shapes = rules.shapes(model)
-    times: dict[str, list[float]] = {}
+  """Prints a table for a tiny model, and one for the model of the flags."""
+  print(f"{os.cpu_count()} cores, {jax.default_backend()}, {_DTYPE.value}")
+  for sizes in (
+    _TINY,
+    {
+      "width": _WIDTH.value,
+      "layers": _LAYERS.value,
+      "vocabulary": _VOCABULARY.value,
+    },
+  ):
+    with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
+      _measure(pathlib.Path(directory), **sizes)
 
-    def publish(version: int) -> weight_sync.Published:
-      return weight_sync.publish(
-        params,
-        model,
-        root,
-        version,
-        source=root,
-        dtype=_DTYPE.value,
-        max_shard_bytes=_SHARD_BYTES.value,
-      )
 
-    def verify(published: weight_sync.Published) -> pathlib.Path:
-      return manifest.verify(
-        root,
-        version=published.version,
-        digest=published.digest,
-        shapes=shapes,
-      )
+def _measure(root: pathlib.Path, **sizes: int) -> None:
+  """Hands one model on, again and again."""
+  model, params = _make_model(root, **sizes)
+  shapes = rules.shapes(model)
+  dtype = "float32" if _DTYPE.value == "float32" else "bfloat16"
+  publishing, checking, copying = _Times(), _Times(), _Times()
+  grown: list[int] = []
 
-    for version in range(_REPEATS.value):
-      held = _memory("VmRSS", reset=True)
-      published = _timed(times, "publish", publish, version)
-      grown = _memory("VmHWM", reset=False) - held
-      _timed(times, "verify", verify, published)
-      _timed(times, "copy", _copy, published.path, root / "copy")
-      shutil.rmtree(root / "copy")
-      weight_sync.prune(root, keep=1)
-  print(
-    f"{published.num_bytes / 2**20:.0f} MiB to {_DIRECTORY.value}, "
-    f"{os.cpu_count()} cores, {jax.default_backend()}"
+  def publish(version: int) -> weight_sync.Published:
+    return weight_sync.publish(
+      params,
+      model,
+      root,
+      version,
+      source=root,
+      dtype=dtype,
+      max_shard_bytes=_SHARD_BYTES.value,
+    )
+
+  def verify(published: weight_sync.Published) -> pathlib.Path:
+    return manifest.verify(
+      root, version=published.version, digest=published.digest, shapes=shapes
+    )
+
+  num_bytes = publish(0).num_bytes  # Compiles what fetches the tensors.
+  for version in range(1, _REPEATS.value + 1):
+    held = _memory("VmRSS", reset=True)
+    published = publishing.take(publish, version)
+    grown.append(_memory("VmHWM", reset=False) - held)
+    checking.take(verify, published)
+    copying.take(_copy, published.path, root / "copy")
+    shutil.rmtree(root / "copy")
+    weight_sync.prune(root, keep=1)
+
+  largest = (
+    max(map(math.prod, shapes.values()))
+    * jax.numpy.dtype(_DTYPE.value).itemsize
   )
-  best = {name: min(seconds) for name, seconds in times.items()}
-  best["hand-off"] = best["publish"] + best["verify"]
-  for name, seconds in best.items():
-    speed = published.num_bytes / seconds / 2**20
-    print(f"{name:>10} {seconds:8.3f} s {speed:8.0f} MiB/s")
-  print(f"hand-off against copy: {best['copy'] / best['hand-off']:.2f}")
-  print(f"host memory grew by at most {grown / 2**20:.0f} MiB")
+  print(
+    f"\n{num_bytes / 2**20:.1f} MiB to {_DIRECTORY.value}, n={_REPEATS.value}; "
+    f"the largest tensor is {largest / 2**20:.1f} MiB, and "
+    f"publishing took at most {max(grown) / 2**20:.1f} MiB of memory more\n"
+  )
+  _print_table(
+    num_bytes,
+    {
+      "publish": publishing,
+      "verify": checking,
+      "hand-off": publishing + checking,
+      "copy": copying,
+    },
+  )
+
+
+def _print_table(num_bytes: int, rows: dict[str, _Times]) -> None:
+  """Prints a line for each thing that was timed; `copy` is among them."""
+  print(_ROW.format("", "best s", "median s", "best MiB/s", "CPU s", "x copy"))
+  print(_ROW.format(*["---:"] * 6))
+  copied = rows["copy"].wall
+  for name, times in rows.items():
+    best = min(times.wall)
+    ratios = [x / y for x, y in zip(copied, times.wall, strict=True)]
+    print(
+      _ROW.format(
+        name,
+        f"{best:.4f}",
+        f"{statistics.median(times.wall):.4f}",
+        f"{num_bytes / best / 2**20:.0f}",
+        f"{min(times.cpu):.4f}",
+        f"{min(copied) / best:.2f} / {statistics.median(ratios):.2f}",
+      )
+    )
 
 
 def _make_model(
-  directory: pathlib.Path,
+  directory: pathlib.Path, *, width: int, layers: int, vocabulary: int
 ) -> tuple[decoder.Model, decoder.Params]:
   """Draws float32 parameters, and writes the config that describes them."""
   fields = {
     "model_type": "qwen3",
-    "vocab_size": _VOCABULARY.value,
-    "hidden_size": _WIDTH.value,
-    "intermediate_size": 3 * _WIDTH.value,
-    "num_hidden_layers": _LAYERS.value,
-    "num_attention_heads": max(1, _WIDTH.value // 64),
-    "num_key_value_heads": max(1, _WIDTH.value // 256),
+    "vocab_size": vocabulary,
+    "hidden_size": width,
+    "intermediate_size": 3 * width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": max(1, width // 64),
+    "num_key_value_heads": max(1, width // 256),
     "head_dim": 64,
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
@@ -119,18 +195,6 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
   for path in target.iterdir():
     with path.open("rb") as file:
       os.fsync(file.fileno())
-
-
-def _timed(
-  times: dict[str, list[float]],
-  name: str,
-  function: Callable[..., Any],  # Any: what it takes and gives is its own.
-  *args: Any,
-) -> Any:
-  start = time.perf_counter()
-  result = function(*args)
-  times.setdefault(name, []).append(time.perf_counter() - start)
-  return result
 
 
 def _memory(field: str, *, reset: bool) -> int:
