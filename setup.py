@@ -46,10 +46,12 @@ setuptools.setup(
     "tensorboard": ["tensorboardX>=2.6.2"],
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.20"],
+    "math": ["math-verify[antlr4-13-2]>=0.8"],
     "plot": ["matplotlib>=3.9"],
     "test": [
       "datasets>=4.0",
       "hypothesis>=6.100",
+      "math-verify[antlr4-13-2]>=0.8",
       "matplotlib>=3.9",
       "pytest>=8.0",
       "pytest-timeout>=2.3",

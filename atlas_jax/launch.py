@@ -19,8 +19,9 @@ import jax
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.models import decoder
+from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import sinks, writer
+from atlas_jax.train import score, sinks, writer
 from conversion import load, save, verify
 from rollout import sampler, wire
 
@@ -251,6 +252,51 @@ def open_writer(
   return writer.Writer(
     workdir, sinks.open_sinks(workdir, resolved, **config.report)
   )
+
+
+@contextlib.contextmanager
+def open_reward(
+  policy: OpenModel,
+  student: OpenModel,
+  teaching: protocol.Protocol,
+  functions: custom.Functions,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `open_protocol`.
+) -> Iterator[types.RewardFn]:
+  """Opens the reward of the config's section, and of the user's functions.
+
+  Raises:
+    errors.ConfigError: see `combine.open_reward`; or if the reward `rlt` is
+      asked for and the student reads other tokens than the policy writes.
+  """
+  reader = None
+  if student.params:
+    reader = rlt.Student(
+      score.Scorer(
+        student.model,
+        student.params,
+        mesh=mesh,
+        max_rows=config.sampler.max_rows,
+        **config.score,
+      ),
+      student.tokenizer,
+      teaching.baseline_prompt,
+    )
+  same = policy.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+  if config.reward.weights.rlt and not same:
+    raise errors.ConfigError(
+      "The reward rlt needs one tokenizer.",
+      where=f"{policy.directory}, {student.directory}",
+      why="It compares what policy and student think of the same tokens.",
+      fix="Take models of one family, or set --config.reward.weights.rlt=0.",
+    )
+  with combine.open_reward(
+    **config.reward,
+    functions=functions,
+    student=reader,
+    max_tokens=config.sampling.teach.max_completion_tokens,
+  ) as reward_fn:
+    yield reward_fn
 
 
 def fingerprint(opened: OpenModel) -> str:

@@ -91,12 +91,16 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A problem with its reference answer; `difficulty` may be empty."""
+  """A problem with its reference answer.
+
+  `difficulty` and `solution`, the way to the answer, may be empty.
+  """
 
   row_id: str
   question: str
   answer: str
   difficulty: str = ""
+  solution: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,24 @@ class Sampler(Protocol):
     ...
 
 
+class Score(Protocol):
+  """Tells what a model thinks of tokens that others wrote."""
+
+  def __call__(
+    self,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+  ) -> list[tuple[float, ...] | None]:
+    """Gives each token's log-probability after its prompt, in nats.
+
+    One completion per prompt, in order; `temperature` divides the logits. None
+    where both together are longer than the model's context.
+    """
+    ...
+
+
 class RewardFn(Protocol):
   """Rewards a batch of records, all at once, in order."""
 
@@ -176,3 +198,34 @@ def to_json_line(record: Any) -> str:  # Any: each record class of this module.
   return json.dumps(
     dataclasses.asdict(record), ensure_ascii=False, allow_nan=False
   )
+
+
+def teaching_record(
+  fields: Mapping[str, Any],  # Any: JSON.
+) -> TeachingRecord:
+  """Reads back what `to_json_line` wrote of a `TeachingRecord`.
+
+  Raises:
+    KeyError, TypeError or ValueError: if it is something else.
+  """
+  reward = fields["reward"]
+  rollout = fields["teacher_rollout"]
+  nested = {
+    "question": Question(**fields["question"]),
+    "teacher_rollout": Rollout(
+      Prompt(**_tuples(rollout["prompt"])),
+      Completion(**_tuples(rollout["completion"])),
+    ),
+    "baseline": tuple(Attempt(**attempt) for attempt in fields["baseline"]),
+    "taught": tuple(Attempt(**attempt) for attempt in fields["taught"]),
+    "reward": None if reward is None else Reward(**reward),
+  }
+  return TeachingRecord(**{**fields, **nested})
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON.
+  """Makes JSON's lists the tuples they were."""
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.items()
+  }

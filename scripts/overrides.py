@@ -95,9 +95,12 @@ TABLE: Mapping[str, Row] = {
   "ref_model_mixup_alpha": Row(
     "the policy's part in the synced reference", ("reference.mix",)
   ),
-  "efficiency_weight": Row("of brevity", ("reward.efficiency_weight",)),
+  "efficiency_weight": Row(
+    "of brevity", ("reward.teaching.efficiency_weight",)
+  ),
   "degradation_penalty_multiplier": Row(
-    "of harm; presets R1 to R3", ("reward.degradation_penalty_multiplier",)
+    "of harm; presets R1 to R3",
+    ("reward.teaching.degradation_penalty_multiplier",),
   ),
   "vllm_host": Row("host of the rollout servers, 127.0.0.1 if not given"),
   "vllm_port": Row("the first one's port, 8765 if not given; the rest follow"),

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
 from atlas_jax.evaluation import metrics
+from atlas_jax.rewards import combine, custom
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.train import grpo, loop
 from atlas_jax.train import state as train_state
@@ -23,12 +24,29 @@ from scripts import program
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+_REWARD_FN = flags.DEFINE_multi_string(
+  "reward_fn",
+  [],
+  "A reward function of yours, as module:function or module:function=weight, "
+  "which is added to the config's reward. May be given several times.",
+)
+_REWARD_FN_TIMEOUT_S = flags.DEFINE_float(
+  "reward_fn_timeout_s", 60.0, "What one call of it may take."
+)
+_REWARD_FN_MEMORY_GB = flags.DEFINE_float(
+  "reward_fn_memory_gb", 0.0, "What its process may hold; 0 is no limit."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
   """Runs one training job to its end."""
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  functions = custom.parse(
+    _REWARD_FN.value,
+    timeout_s=_REWARD_FN_TIMEOUT_S.value,
+    memory_gb=_REWARD_FN_MEMORY_GB.value,
+  )
   with (
     launch.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,
@@ -42,6 +60,9 @@ def main() -> None:
     )
     protocol = opened.enter_context(
       launch.open_protocol(policy, student, mesh, config)
+    )
+    reward_fn = opened.enter_context(
+      launch.open_reward(policy, student, protocol, functions, mesh, config)
     )
     held_out = []
     if config.evaluation.path:
@@ -65,7 +86,7 @@ def main() -> None:
       policy.model,
       policy.params,
       protocol=protocol,
-      reward_fn=rewards.build(**config.reward),
+      reward_fn=reward_fn,
       questions=questions,
       evaluate=evaluate,
       mesh=mesh,
@@ -82,7 +103,7 @@ def main() -> None:
         "Recipe": "GRPO on the teaching protocol",
         "Base model": config.model.path,
         "Student": config.student.path,
-        "Reward": config.reward.preset,
+        "Reward": combine.describe(config.reward.weights, functions),
       },
       **config.export,
     )

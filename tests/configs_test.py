@@ -13,11 +13,13 @@ import pytest
 
 from atlas_jax import checkpoint, launch, sharding, types
 from atlas_jax.losses import grpo
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import combine, custom, rlt, rules
+from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
 from atlas_jax.train import loop, optimizer, score, sinks, state
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
+from tests import fakes
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _RECIPES = sorted(
@@ -42,7 +44,13 @@ _FUNCTIONS = {
   "sampling.baseline": (types.SamplingParams, ("seed",)),
   "sampling.teach": (types.SamplingParams, ("seed",)),
   "sampling.solve": (types.SamplingParams, ("seed",)),
-  "reward": (rewards.build, ()),
+  "reward": (combine.open_reward, ("functions", "student", "max_tokens")),
+  "reward.weights": (combine.Weights, ()),
+  "reward.teaching": (teaching_reward.build, ()),
+  "reward.rlt": (rlt.build, ("student",)),
+  "reward.rlt.coefficients": (rlt.Coefficients, ()),
+  "reward.overlong": (rules.overlong, ("max_tokens",)),
+  "reward.math_verify": (rules.open_math, ()),
   "advantages": (grpo.group_advantages, ()),
   "correction": (grpo.sampler_correction, ()),
   "score": (score.token_stats, ("temperature",)),
@@ -62,19 +70,18 @@ _SFT = _FUNCTIONS | {
   "loss": (train_sft._loss, ()),
 }
 _GRPO = _FUNCTIONS | {"loss": (grpo.clipped_surrogate, ("rollout_weights_BT",))}
+_GRPO_READERS = (
+  "scripts/train_grpo.py",
+  "atlas_jax/train/grpo.py",
+  "atlas_jax/train/learner.py",
+)
 # A new recipe has its row here: what its sections are for, and who reads the
 # keys that are no function's arguments.
 _READERS = {
   "teacher_sft": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
   "world_student": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
-  "teacher_rcl": (
-    _GRPO,
-    (
-      "scripts/train_grpo.py",
-      "atlas_jax/train/grpo.py",
-      "atlas_jax/train/learner.py",
-    ),
-  ),
+  "teacher_rcl": (_GRPO, _GRPO_READERS),
+  "teacher_rlt": (_GRPO, _GRPO_READERS),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 
@@ -161,7 +168,7 @@ def test_no_key_is_there_for_nobody(recipe, variant):
 
 
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
-def test_values_are_ones_their_functions_take(recipe, variant):
+def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
   config = _config(recipe, variant)
   if "sampling" in config:
     for section in config.sampling.values():
@@ -169,7 +176,15 @@ def test_values_are_ones_their_functions_take(recipe, variant):
   if "templates" in config:
     templates.Templates(**config.templates)
   if "reward" in config:
-    rewards.build(**config.reward)
+    teaching_reward.build(**config.reward.teaching)
+    rules.overlong(**config.reward.overlong, max_tokens=10**6)
+    reader = rlt.Student(None, fakes.write_tokenizer(tmp_path), None)
+    rlt.build(reader, **config.reward.rlt)
+    none = custom.parse((), timeout_s=1.0, memory_gb=0.0)
+    with combine.open_reward(
+      **config.reward, functions=none, student=reader, max_tokens=10**6
+    ):
+      pass
   if "schedule" in config:
     schedule = optimizer.make_schedule(**config.schedule, num_updates=10)
     chain = optimizer.make_optimizer(schedule, **config.optimizer)

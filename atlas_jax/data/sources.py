@@ -129,7 +129,8 @@ def questions(rows: Iterable[Row]) -> list[types.Question]:
 
   The answer is the first with a value of the columns `answer`, `ground_truth`
   and `solution`. `row_id` or `id` names a row, else its file and line do.
-  `difficulty` may be left out; it and the name may be numbers.
+  `difficulty` and `solution` may be left out; the former and the name may be
+  numbers.
 
   Raises:
     errors.DataError: if a row lacks one, or two rows have the same name.
@@ -152,6 +153,7 @@ def questions(rows: Iterable[Row]) -> list[types.Question]:
         question=text(row, "question"),
         answer=text(row, "answer", "ground_truth", "solution"),
         difficulty=_label(row, "difficulty"),
+        solution=optional_text(row, "solution"),
       )
     )
   return found

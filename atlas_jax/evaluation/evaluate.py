@@ -206,17 +206,7 @@ def _parse(
 ) -> types.TeachingRecord:
   """Reads one record back."""
   try:
-    fields = json.loads(line)
-    fields["question"] = types.Question(**fields["question"])
-    fields["teacher_rollout"] = types.Rollout(
-      types.Prompt(**_tuples(fields["teacher_rollout"]["prompt"])),
-      types.Completion(**_tuples(fields["teacher_rollout"]["completion"])),
-    )
-    for name in ("baseline", "taught"):
-      fields[name] = tuple(types.Attempt(**a) for a in fields[name])
-    if fields["reward"] is not None:
-      fields["reward"] = types.Reward(**fields["reward"])
-    return types.TeachingRecord(**fields)
+    return types.teaching_record(json.loads(line))
   except (ValueError, TypeError, KeyError) as error:
     raise errors.DataError(
       f"Line {number} is not a teaching record.",
@@ -224,11 +214,3 @@ def _parse(
       why=f"{type(error).__name__}: {error}",
       fix="Delete the file to evaluate again.",
     ) from error
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON.
-  """Makes JSON's lists the tuples they were."""
-  return {
-    name: tuple(value) if isinstance(value, list) else value
-    for name, value in fields.items()
-  }

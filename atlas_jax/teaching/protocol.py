@@ -128,6 +128,10 @@ class Protocol:
       for i, rollout in enumerate(rollouts)
     ]
 
+  def baseline_prompt(self, question: types.Question) -> types.Prompt:
+    """Asks the student for an answer without any teaching."""
+    return self._solve_prompt(question, None, 0)
+
   def _baseline_answers(
     self, questions: Sequence[types.Question]
   ) -> list[tuple[types.Attempt, ...]]:

@@ -30,29 +30,40 @@ def make_batch(
     True on the tokens of completions; `rollout_logprobs` float32[B, T];
     `advantages` float32[B].
   """
-  rows = [
-    (r.prompt.token_ids, r.completion.token_ids, r.completion.logprobs)
-    for r in rollouts
-  ]
-  longest = max(len(p) + len(c) for p, c, _ in rows)
+  batch = make_tokens(
+    [(r.prompt.token_ids, r.completion.token_ids) for r in rollouts],
+    multiple=multiple,
+  )
+  shape = batch["token_ids"].shape
+  batch["rollout_logprobs"] = np.zeros(shape, np.float32)
+  batch["advantages"] = np.zeros(shape[:1], np.float32)
+  batch["advantages"][: len(rollouts)] = advantages_B
+  for i, rollout in enumerate(rollouts):
+    start = len(rollout.prompt.token_ids)
+    logprobs = rollout.completion.logprobs
+    batch["rollout_logprobs"][i, start : start + len(logprobs)] = logprobs
+  return batch
+
+
+def make_tokens(
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, multiple: int
+) -> dict[str, np.ndarray]:
+  """Lays prompts and their completions out as rows; see `make_batch`."""
+  longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
   length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-  shape = (_round_up(len(rows), multiple), length)
+  shape = (_round_up(len(pairs), multiple), length)
   batch = {
     "token_ids": np.zeros(shape, np.int32),
     "positions": np.zeros(shape, np.int32),
     "segment_ids": np.zeros(shape, np.int32),
     "loss_mask": np.zeros(shape, bool),
-    "rollout_logprobs": np.zeros(shape, np.float32),
-    "advantages": np.zeros(shape[:1], np.float32),
   }
-  batch["advantages"][: len(rows)] = advantages_B
-  for i, (prompt, completion, logprobs) in enumerate(rows):
+  for i, (prompt, completion) in enumerate(pairs):
     start, end = len(prompt), len(prompt) + len(completion)
     batch["token_ids"][i, :end] = (*prompt, *completion)
     batch["positions"][i, :end] = np.arange(end)
     batch["segment_ids"][i, :end] = 1
     batch["loss_mask"][i, start:end] = True
-    batch["rollout_logprobs"][i, start:end] = logprobs
   return batch
 
 

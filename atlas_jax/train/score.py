@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model thinks of given tokens: where models meet losses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import functools
 
 import jax
+import numpy as np
 
+from atlas_jax import sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
+from atlas_jax.train import rows
 
 
 def token_stats(
@@ -40,3 +44,62 @@ def token_stats(
     temperature=temperature,
     chunk_size=chunk_size,
   )
+
+
+class Scorer:
+  """A `types.Score` of a model whose parameters are in this process."""
+
+  def __init__(
+    self,
+    model: decoder.Model,
+    params: decoder.Params,
+    *,
+    mesh: jax.sharding.Mesh,
+    max_rows: int,
+    chunk_size: int,
+  ) -> None:
+    """Keeps the parameters; copies nothing.
+
+    Args:
+      model: the decoder.
+      params: its parameters, which nobody may donate.
+      mesh: where they are; rows are spread over its `data` and `fsdp` axes.
+      max_rows: completions scored at once.
+      chunk_size: see `token_stats`.
+    """
+    self._model, self._params, self._max_rows = model, params, max_rows
+    self._batch = sharding.of_batch(mesh)
+    self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._stats = jax.jit(
+      functools.partial(token_stats, model, chunk_size=chunk_size),
+      static_argnames="temperature",
+    )
+
+  def __call__(
+    self,
+    prompts: Sequence[types.Prompt],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+  ) -> list[tuple[float, ...] | None]:
+    """Scores completions; see `types.Score`."""
+    limit = self._model.config.max_positions
+    pairs = [
+      (prompt.token_ids, tuple(completion))
+      for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+    # Rows of like length share a batch.
+    order = [i for i in np.argsort(lengths).tolist() if lengths[i] <= limit]
+    scores: list[tuple[float, ...] | None] = [None] * len(pairs)
+    for start in range(0, len(order), self._max_rows):
+      chosen = order[start : start + self._max_rows]
+      batch = rows.make_tokens(
+        [pairs[i] for i in chosen], multiple=self._multiple
+      )
+      batch = jax.device_put(batch, self._batch)
+      stats = self._stats(self._params, batch, temperature=temperature)
+      for i, row in zip(chosen, np.asarray(stats.logprobs), strict=False):
+        begin = len(pairs[i][0]) - 1  # The first token of a row has no score.
+        scores[i] = tuple(row[begin : lengths[i] - 1].tolist())
+    return scores

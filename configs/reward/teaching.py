@@ -1,19 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptive teaching reward, preset R4: degradation is worth nothing."""
+"""The adaptive teaching reward, preset R4: degradation is worth nothing.
+
+Other rewards are there with a weight of 0, to be added on the command line.
+"""
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(  # rewards.teaching.build
+  return ml_collections.ConfigDict(  # rewards.combine.open_reward
     dict(
-      preset="R4",
-      efficiency_weight=1.0,
-      # R4 has no such penalty; R1 to R3 take 2.0.
-      degradation_penalty_multiplier=ml_collections.config_dict.placeholder(
-        float
+      weights=dict(  # 0 leaves a reward out.
+        teaching=1.0,
+        rlt=0.0,
+        well_formed=0.0,
+        overlong=0.0,
+        exact=0.0,
+        math_verify=0.0,
       ),
-      leak_penalty=1.0,
-      no_teaching_reward=0.0,
+      teaching=dict(  # rewards.teaching.build
+        preset="R4",
+        efficiency_weight=1.0,
+        # R4 has no such penalty; R1 to R3 take 2.0.
+        degradation_penalty_multiplier=ml_collections.config_dict.placeholder(
+          float
+        ),
+        leak_penalty=1.0,
+        no_teaching_reward=0.0,
+      ),
+      rlt=dict(  # rewards.rlt.build
+        layout="<think>\n{teaching}\n</think>\n\n<solution>\n{solution}",
+        temperature=0.7,
+        coefficients=dict(  # rewards.rlt.Coefficients
+          solution_mean=1.0,
+          solution_min=0.01,
+          kl_mean=3.0,
+          kl_max=0.03,
+          unclosed_penalty=1.0,
+        ),
+      ),
+      overlong=dict(soft_tokens=128),  # rewards.rules.overlong
+      math_verify=dict(
+        timeout_s=10.0, num_workers=2
+      ),  # rewards.rules.open_math
     )
   )

@@ -55,7 +55,7 @@ def test_a_recipe_is_found_however_it_is_spelt(name):
 
 def test_a_recipe_that_is_not_there_is_refused_with_a_suggestion():
   with pytest.raises(errors.ConfigError, match="no such recipe") as caught:
-    overrides.find_recipe("configs/run/teacher_rkl.yaml")
+    overrides.find_recipe("configs/run/teacher_rcel.yaml")
   assert caught.value.exit_code == 2
   assert caught.value.fix == "Did you mean teacher_rcl?"
 
@@ -101,11 +101,11 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_RCL, "beta=0.1", "loss.kl_coef", 0.1),
     (_RCL, "ref_model_sync_steps=2", "reference.sync_every", 2),
     (_RCL, "ref_model_mixup_alpha=0.9", "reference.mix", 0.9),
-    (_RCL, "efficiency_weight=0.5", "reward.efficiency_weight", 0.5),
+    (_RCL, "efficiency_weight=0.5", "reward.teaching.efficiency_weight", 0.5),
     (
       _RCL,
       "degradation_penalty_multiplier=2.0",
-      "reward.degradation_penalty_multiplier",
+      "reward.teaching.degradation_penalty_multiplier",
       2.0,
     ),
     (_RCL, "gradient_accumulation_steps=4", "batch.num_microbatches", 4),

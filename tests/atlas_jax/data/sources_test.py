@@ -146,9 +146,9 @@ def test_questions_take_the_first_answer_column_with_a_value():
     _row(question="c", solution="3", difficulty="hard"),
   ]
   assert sources.questions(rows) == [
-    types.Question("x", "a", "1"),
-    types.Question("7", "b", "2"),
-    types.Question("train:3", "c", "3", "hard"),
+    types.Question("x", "a", "1", solution="3"),
+    types.Question("7", "b", "2", solution="3"),
+    types.Question("train:3", "c", "3", "hard", solution="3"),
   ]
 
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward functions of the user's own, named on the command line.
+
+They run in a process of their own under a deadline. What they do not give, or
+give as no finite number, is missing; one that keeps on failing ends the run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+from absl import logging
+
+from atlas_jax import errors, types
+from atlas_jax.rewards import isolated
+
+# Calls in a row without one usable reward.
+_MAX_FAILURES = 8
+_OPTION = re.compile(r"(?P<path>[\w.]+:\w+)(?:=(?P<weight>[^=]+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+  """The user's reward functions: weights by `module:function`."""
+
+  weights: Mapping[str, float]
+  limits: isolated.Limits
+
+
+def parse(
+  options: Sequence[str], *, timeout_s: float, memory_gb: float
+) -> Functions:
+  """Reads the flags --reward_fn, each `module:function` or `...=weight`.
+
+  Raises:
+    errors.ConfigError: if one is of another form, or is there twice.
+  """
+  weights = {}
+  for option in options:
+    match = _OPTION.fullmatch(option)
+    weight = _number(match["weight"] or "1") if match else None
+    if match is None or weight is None or match["path"] in weights:
+      raise errors.ConfigError(
+        f"--reward_fn={option} names no reward function.",
+        where="--reward_fn",
+        why="It is module:function or module:function=weight, each once.",
+        fix="For example --reward_fn=my_rewards:brevity=0.5",
+      )
+    weights[match["path"]] = weight
+  if not (0.0 < timeout_s < math.inf and 0.0 <= memory_gb < math.inf):
+    raise errors.ConfigError(
+      "A reward function needs limits.",
+      where=f"--reward_fn_timeout_s={timeout_s}, "
+      f"--reward_fn_memory_gb={memory_gb}",
+      why="A call without an end would stop training.",
+      fix="Give seconds above 0, and gigabytes or 0 for as many as there are.",
+    )
+  limits = isolated.Limits(timeout_s, int(memory_gb * 10**9))
+  return Functions(weights, limits)
+
+
+@contextlib.contextmanager
+def open_function(
+  path: str, limits: isolated.Limits
+) -> Iterator[types.RewardFn]:
+  """Starts the process of a reward function, and ends it.
+
+  Args:
+    path: `module:function`, a `types.RewardFn`; one that returns plain numbers
+      will do. It is called with the records of one question at a time.
+    limits: of each call.
+
+  Yields:
+    The function. It raises ConfigError when the user's failed in too many
+    calls, one after another.
+
+  Raises:
+    errors.ConfigError: if there is no such function.
+  """
+  num_failures = 0
+
+  def rewards(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+    nonlocal num_failures
+    answer = worker.ask([dataclasses.asdict(record) for record in records])
+    rewarded = _read(answer, len(records))
+    if any(reward.value is not None for reward in rewarded):
+      num_failures = 0
+    else:
+      num_failures += 1
+      reason = rewarded[0].missing_reason
+      logging.warning("Reward function %s: %s.", path, reason)
+      if num_failures == _MAX_FAILURES:
+        raise _always_fails(path, reason)
+    return rewarded
+
+  def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+    groups = itertools.groupby(records, lambda r: r.question.row_id)
+    return [reward for _, group in groups for reward in rewards(list(group))]
+
+  with isolated.Worker(path, "records", limits) as worker:
+    yield reward_fn
+
+
+def _read(answer: isolated.Answer, num_records: int) -> list[types.Reward]:
+  """Checks what a function gave for that many records."""
+  if answer.failure:
+    return [types.Reward(None, answer.failure)] * num_records
+  if len(answer.value) != num_records:
+    why = f"it gave {len(answer.value)} rewards for {num_records} records"
+    return [types.Reward(None, why)] * num_records
+  return [_finite(fields) for fields in answer.value]
+
+
+def _finite(fields: dict[str, Any]) -> types.Reward:  # Any: JSON.
+  """Reads one reward; it and all its parts must be finite."""
+  reward = types.Reward(**fields)
+  for value in (reward.value, *reward.parts.values()):
+    if value is not None and not math.isfinite(value):
+      return types.Reward(None, f"it gave {value}")
+  return reward
+
+
+def _always_fails(path: str, reason: str) -> errors.ConfigError:
+  return errors.ConfigError(
+    f"A reward function failed {_MAX_FAILURES} times in a row.",
+    where=f"--reward_fn={path}",
+    why=f"The last time, {reason}.",
+    fix="Mend the function; a traceback, if there was any, is above. Or give "
+    "it more with --reward_fn_timeout_s and --reward_fn_memory_gb.",
+  )
+
+
+def _number(text: str) -> float | None:
+  try:
+    value = float(text)
+  except ValueError:
+    return None
+  return value if math.isfinite(value) else None

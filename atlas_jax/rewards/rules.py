@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small rewards of a record: form, length, and right answers.
+
+Each is a `types.RewardFn`, or makes one; they are there to be weighed together
+with others, see `combine`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import importlib.util
+
+from atlas_jax import errors, types
+from atlas_jax.rewards import isolated
+
+_GRADER = "atlas_jax.rewards.math_grader:grade"
+
+
+def well_formed(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+  """Gives 1 for a completion with a teaching that ended by itself, else 0."""
+  return [
+    types.Reward(
+      float(
+        record.teaching is not None
+        and record.teacher_rollout.completion.finish_reason == "stop"
+      )
+    )
+    for record in records
+  ]
+
+
+def exact(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+  """Gives the fraction of taught answers that are right.
+
+  Raises:
+    ValueError: if a record is not graded.
+  """
+  return [_exact(record) for record in records]
+
+
+def soft_overlong(
+  num_tokens: int, *, max_tokens: int, soft_tokens: int
+) -> float:
+  """Gives 0 up to `soft_tokens` before the limit, then down to -1 at it.
+
+  Source: Yu et al., DAPO, arXiv:2503.14476, equation 13, in tokens.
+  """
+  return -min(1.0, max(0.0, 1.0 - (max_tokens - num_tokens) / soft_tokens))
+
+
+def overlong(*, soft_tokens: int, max_tokens: int) -> types.RewardFn:
+  """Makes the reward of a whole completion's length, see `soft_overlong`.
+
+  Args:
+    soft_tokens: before the limit, over which the penalty grows.
+    max_tokens: how long a completion can be.
+
+  Raises:
+    errors.ConfigError: if there are not so many tokens before the limit.
+  """
+  if not 0 < soft_tokens <= max_tokens:
+    raise errors.ConfigError(
+      f"A penalty cannot grow over {soft_tokens} tokens.",
+      where="--config.reward.overlong.soft_tokens",
+      why=f"A completion has 1 to {max_tokens}.",
+      fix="Set it within these, for example to a fifth of the most.",
+    )
+
+  def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+    return [
+      types.Reward(
+        soft_overlong(
+          len(record.teacher_rollout.completion.token_ids),
+          max_tokens=max_tokens,
+          soft_tokens=soft_tokens,
+        )
+      )
+      for record in records
+    ]
+
+  return reward_fn
+
+
+@contextlib.contextmanager
+def open_math(
+  *, timeout_s: float, num_workers: int
+) -> Iterator[types.RewardFn]:
+  """Starts processes of math-verify, and ends them.
+
+  Yields:
+    A function that gives the fraction of taught answers which math-verify finds
+    equal to the reference. One that takes longer than `timeout_s`, or that it
+    fails on, makes the record's reward missing.
+
+  Raises:
+    errors.ConfigError: if math-verify is not installed.
+  """
+  if importlib.util.find_spec("math_verify") is None:
+    raise errors.ConfigError(
+      "math-verify is not installed.",
+      where="--config.reward.weights.math_verify",
+      why="This reward asks it what is equal.",
+      fix="pip install -r requirements/trainer.txt, or set the weight to 0.",
+    )
+  limits = isolated.Limits(timeout_s, max_memory_bytes=0)
+  with isolated.Pool(_GRADER, limits, num_workers=num_workers) as pool:
+
+    def verdicts(pairs: Sequence[tuple[str, str]]) -> list[isolated.Answer]:
+      return pool.map(pairs)
+
+    yield lambda records: _math(records, verdicts)
+
+
+def _math(
+  records: Sequence[types.TeachingRecord],
+  verdicts: Callable[[Sequence[tuple[str, str]]], list[isolated.Answer]],
+) -> list[types.Reward]:
+  """Grades each pair of answer and reference once."""
+  pairs = [
+    (attempt.text, record.question.answer)
+    for record in records
+    for attempt in record.taught
+  ]
+  distinct = list(dict.fromkeys(pairs))
+  found = dict(zip(distinct, verdicts(distinct), strict=True))
+  rewards = []
+  for record in records:
+    graded = [found[a.text, record.question.answer] for a in record.taught]
+    failures = [answer.failure for answer in graded if answer.failure]
+    if failures or not graded:
+      rewards.append(types.Reward(None, (failures or [_NO_ANSWER])[0]))
+    else:
+      rewards.append(types.Reward(_mean([float(a.value) for a in graded])))
+  return rewards
+
+
+_NO_ANSWER = "the student wrote no answer"
+
+
+def _exact(record: types.TeachingRecord) -> types.Reward:
+  if not record.taught:
+    return types.Reward(None, _NO_ANSWER)
+  if any(attempt.correct is None for attempt in record.taught):
+    raise ValueError(f"Record {record.question.row_id!r} is not graded.")
+  return types.Reward(_mean([float(bool(a.correct)) for a in record.taught]))
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)
