@@ -25,6 +25,7 @@ from atlas_jax import errors
 from rollout import wire
 
 TOKEN_VARIABLE = "ATLAS_ROLLOUT_TOKEN"
+ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
 
 _Reply = TypeVar("_Reply", bound=pydantic.BaseModel)
 
@@ -297,8 +298,11 @@ class Client:
 
 
 def token_of_environment() -> str | None:
-  """Reads the token that servers ask for, if one is set."""
-  return os.environ.get(TOKEN_VARIABLE) or None
+  """Reads the token that servers ask for, if one is set; the admin's first."""
+  for variable in (ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE):
+    if token := os.environ.get(variable, "").strip():
+      return token
+  return None
 
 
 def _check_url(url: str) -> None:

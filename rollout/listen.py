@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an app to a process that listens, and ends when it is asked to."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 import contextlib
 import ipaddress
@@ -12,11 +13,16 @@ import socket
 
 from absl import logging
 import fastapi
+import h11
 import uvicorn
+from uvicorn.protocols.http import h11_impl
 
 from atlas_jax import errors
+from rollout import admission
 
 TOKEN_VARIABLE = "ATLAS_ROLLOUT_TOKEN"
+ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
+_HEAD_S = 20.0  # For the head of a request to arrive, and before its first.
 _MIN_TOKEN_CHARACTERS = 16
 
 
@@ -51,18 +57,31 @@ def read_token(host: str, file: pathlib.Path | None) -> str | None:
   token = text.strip()
   if not token and not file and is_loopback(host):
     return None
-  if len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii():
-    raise errors.ConfigError(
-      "A token is needed to listen here."
-      if not token
-      else "The token is not one.",
-      where=f"--host={host}",
-      why="Whoever reaches the server can use it and replace its weights; "
-      f"a token has at least {_MIN_TOKEN_CHARACTERS} ASCII characters.",
-      fix=f"Set {TOKEN_VARIABLE} (openssl rand -hex 32) or --token_file on "
-      "both sides, or listen on --host=127.0.0.1.",
-    )
+  _check_token(token, where=f"--host={host}")
   return token
+
+
+def read_tokens(host: str, file: pathlib.Path | None) -> admission.Tokens:
+  """Finds the token of those who sample, and of those who replace weights.
+
+  The second is `ADMIN_TOKEN_VARIABLE` and may be left out: then the first, see
+  `read_token`, opens everything.
+
+  Raises:
+    errors.ConfigError: if one is missing or too short, or both are the same.
+  """
+  user = read_token(host, file)
+  admin = os.environ.get(ADMIN_TOKEN_VARIABLE, "").strip() or None
+  if admin is not None:
+    _check_token(admin, where=ADMIN_TOKEN_VARIABLE)
+    if user is None or user == admin:
+      raise errors.ConfigError(
+        "The admin's token separates nobody.",
+        where=ADMIN_TOKEN_VARIABLE,
+        why=f"{TOKEN_VARIABLE} is " + ("not set." if user is None else "it."),
+        fix=f"Set {TOKEN_VARIABLE} to another token, or only that one.",
+      )
+  return admission.Tokens(user=user, admin=admin)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -118,6 +137,7 @@ async def serve(
   """
   config = uvicorn.Config(
     app,
+    http=_Impatient,
     log_level="warning",
     # One line per request of ours says more than an access log.
     access_log=False,
@@ -154,6 +174,52 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
   except ValueError:
     return False
+
+
+def _check_token(token: str, *, where: str) -> None:
+  if len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii():
+    raise errors.ConfigError(
+      "A token is needed to listen here."
+      if not token
+      else "The token is not one.",
+      where=where,
+      why="Whoever reaches the server can use it and replace its weights; "
+      f"a token has at least {_MIN_TOKEN_CHARACTERS} ASCII characters.",
+      fix=f"Set {TOKEN_VARIABLE} (openssl rand -hex 32) or --token_file on "
+      "both sides, or listen on --host=127.0.0.1.",
+    )
+
+
+class _Impatient(h11_impl.H11Protocol):
+  """Hangs up on who does not get to the end of a request's head.
+
+  uvicorn itself waits for ever: for the first byte, and for each after it.
+  """
+
+  _hang_up: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport: asyncio.Transport) -> None:
+    super().connection_made(transport)
+    self._wait_for_head()
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    self._wait_for_head()
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    super().connection_lost(exc)
+    self._stop_waiting()
+
+  def _wait_for_head(self) -> None:
+    if self.conn.their_state is not h11.IDLE:
+      self._stop_waiting()
+    elif self._hang_up is None:
+      self._hang_up = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+  def _stop_waiting(self) -> None:
+    if self._hang_up is not None:
+      self._hang_up.cancel()
+      self._hang_up = None
 
 
 def _advice(take: Callable[[int], socket.socket], port: int) -> str:

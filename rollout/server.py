@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout server's HTTP face: routes, limits, authentication, refusals.
+"""The rollout server's HTTP face: its routes, and how each of them refuses.
 
 Every path exists with and without a trailing slash. Every refusal is a
 `wire.Refusal`, and none repeats what was sent: prompts stay out of logs.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 import contextlib
-import hmac
 from typing import Any
 
 from absl import logging
 import fastapi
 from fastapi import exceptions
 from starlette import exceptions as starlette_exceptions
-from starlette import types as asgi
 
 from atlas_jax import errors
-from rollout import channel, service, wire
+from rollout import admission, channel, service, wire
 
-_BODY_S = 60.0  # For all of a body to arrive.
 _WATCH_S = 0.5  # A trainer's silence is noticed this late at most.
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: as FastAPI wants it.
@@ -29,14 +26,13 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: as FastAPI wants it.
 
 
 def create_app(
-  backend: service.Service, *, token: str | None
+  backend: service.Service, *, tokens: admission.Tokens
 ) -> fastapi.FastAPI:
   """Makes the app.
 
   Args:
     backend: does the work.
-    token: what every request must carry as `Authorization: Bearer`, or None on
-      a loopback address.
+    tokens: what requests must carry.
   """
 
   @contextlib.asynccontextmanager
@@ -57,7 +53,7 @@ def create_app(
   _add_routes(app, backend)
   _add_handlers(app, backend)
   app.add_middleware(
-    _Guard, token=token, max_body_bytes=backend.limits.max_body_bytes
+    admission.Guard, tokens=tokens, max_body_bytes=backend.limits.max_body_bytes
   )
   return app
 
@@ -164,162 +160,75 @@ def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
     logging.info(
       "%s refused (%d): %s", request.url.path, error.status, error.body.what
     )
-    return _respond(error.status, error.body, error.retry_after_s)
-
-  async def known(
-    request: fastapi.Request, error: errors.AtlasError
-  ) -> fastapi.Response:
-    logging.warning("%s failed: %s", request.url.path, error)
-    status, name = (
-      (409, "weights")
-      if isinstance(error, errors.CheckpointError)
-      else (503, "engine")
-    )
-    what = f"{error.what} ({error.where})"
-    body = wire.Refusal(error=name, what=what, why=error.why, fix=error.fix)
-    return _respond(status, body)
-
-  async def invalid(
-    request: fastapi.Request, error: exceptions.RequestValidationError
-  ) -> fastapi.Response:
-    del request
-    # Of each error only its place and kind: the input may hold a prompt.
-    wrong = [
-      f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-      for item in error.errors()[:8]
-    ]
-    body = wire.Refusal(
-      error="invalid",
-      what="The request is not of the expected form.",
-      why="; ".join(wrong),
-      fix="GET /docs shows every field.",
-    )
-    return _respond(422, body)
-
-  async def http(
-    request: fastapi.Request, error: starlette_exceptions.HTTPException
-  ) -> fastapi.Response:
-    body = wire.Refusal(
-      error="http",
-      what=f"{request.method} {request.url.path} cannot be answered.",
-      why=str(error.detail),
-      fix="GET /docs lists what can be asked.",
-    )
-    return _respond(error.status_code, body)
-
-  async def unknown(
-    request: fastapi.Request, error: Exception
-  ) -> fastapi.Response:
-    del request
-    body = wire.Refusal(
-      error="internal",
-      what="The server failed.",
-      why=type(error).__name__,
-      fix="Look into its log; restart it if /health is not ok.",
-    )
-    return _respond(500, body)
+    return admission.respond(error.status, error.body, error.retry_after_s)
 
   handlers: dict[Any, Any] = {  # Any: each takes its own class of error.
     channel.RefusalError: refused,
-    errors.AtlasError: known,
-    exceptions.RequestValidationError: invalid,
-    starlette_exceptions.HTTPException: http,
-    Exception: unknown,
+    errors.AtlasError: _failed,
+    exceptions.RequestValidationError: _invalid,
+    starlette_exceptions.HTTPException: _unanswerable,
+    Exception: _unknown,
   }
   for kind, handler in handlers.items():
     app.add_exception_handler(kind, handler)
 
 
-def _respond(
-  status: int, body: wire.Refusal, retry_after_s: int | None = None
+async def _failed(
+  request: fastapi.Request, error: errors.AtlasError
 ) -> fastapi.Response:
-  headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-  return fastapi.Response(
-    body.model_dump_json(), status, headers, "application/json"
+  """Tells of pushed weights that cannot be used, or of an unwell engine."""
+  logging.warning("%s failed: %s", request.url.path, error)
+  status, name = (
+    (409, "weights")
+    if isinstance(error, errors.CheckpointError)
+    else (503, "engine")
   )
+  what = f"{error.what} ({error.where})"
+  body = wire.Refusal(error=name, what=what, why=error.why, fix=error.fix)
+  return admission.respond(status, body)
 
 
-class _Guard:
-  """Lets in only who knows the token, and only bodies of a sane size.
-
-  It stands in front of every route, so none can be forgotten.
-  """
-
-  def __init__(
-    self, app: asgi.ASGIApp, *, token: str | None, max_body_bytes: int
-  ) -> None:
-    self._app, self._max_body_bytes = app, max_body_bytes
-    self._expected = None if token is None else f"Bearer {token}".encode()
-
-  async def __call__(
-    self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send
-  ) -> None:
-    if scope["type"] != "http":
-      await self._app(scope, receive, send)
-      return
-    headers = dict(scope["headers"])
-    given = headers.get(b"authorization", b"")
-    if self._expected and not hmac.compare_digest(given, self._expected):
-      response = _respond(401, _UNAUTHORIZED)
-      response.headers["WWW-Authenticate"] = "Bearer"
-      await response(scope, receive, send)
-      return
-    try:
-      async with asyncio.timeout(_BODY_S):
-        body = await self._read(receive)
-    except TimeoutError:
-      await _respond(408, _TOO_SLOW)(scope, receive, send)
-      return
-    if body is None:
-      await _respond(413, self._too_large())(scope, receive, send)
-      return
-    await self._app(scope, _replay(body, receive), send)
-
-  async def _read(self, receive: asgi.Receive) -> bytes | None:
-    """Reads a whole body, or None once it is too large."""
-    body, more = bytearray(), True
-    while more:
-      message = await receive()
-      body += message.get("body", b"")
-      more = message.get("more_body", False)
-      if len(body) > self._max_body_bytes:
-        return None
-    return bytes(body)
-
-  def _too_large(self) -> wire.Refusal:
-    return wire.Refusal(
-      error="limit",
-      what=f"The body has more than {self._max_body_bytes} bytes.",
-      why="--max_body_bytes is the limit.",
-      fix="Send fewer prompts at once.",
-    )
+async def _invalid(
+  request: fastapi.Request, error: exceptions.RequestValidationError
+) -> fastapi.Response:
+  """Tells where a request is wrong."""
+  del request
+  # Of each error only its place and kind: the input may hold a prompt.
+  wrong = [
+    f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+    for item in error.errors()[:8]
+  ]
+  body = wire.Refusal(
+    error="invalid",
+    what="The request is not of the expected form.",
+    why="; ".join(wrong),
+    fix="GET /docs shows every field.",
+  )
+  return admission.respond(422, body)
 
 
-_UNAUTHORIZED = wire.Refusal(
-  error="unauthorized",
-  what="The token is missing or wrong.",
-  why="This server asks for one.",
-  fix="Send the server's ATLAS_ROLLOUT_TOKEN as Authorization: Bearer.",
-)
-_TOO_SLOW = wire.Refusal(
-  error="too_slow",
-  what="The body did not arrive in time.",
-  why=f"All of it must be there within {_BODY_S:g} s.",
-  fix="Send fewer prompts at once, or mend the network.",
-)
+async def _unanswerable(
+  request: fastapi.Request, error: starlette_exceptions.HTTPException
+) -> fastapi.Response:
+  """Tells that there is no such path or method."""
+  body = wire.Refusal(
+    error="http",
+    what=f"{request.method} {request.url.path} cannot be answered.",
+    why=str(error.detail),
+    fix="GET /docs lists what can be asked.",
+  )
+  return admission.respond(error.status_code, body)
 
 
-def _replay(
-  body: bytes, receive: asgi.Receive
-) -> Callable[[], Awaitable[asgi.Message]]:
-  """Gives a body that was read already, then what really comes."""
-  sent = False
-
-  async def replayed() -> asgi.Message:
-    nonlocal sent
-    if sent:
-      return await receive()
-    sent = True
-    return {"type": "http.request", "body": body, "more_body": False}
-
-  return replayed
+async def _unknown(
+  request: fastapi.Request, error: Exception
+) -> fastapi.Response:
+  """Tells no more of a fault of ours than its kind."""
+  del request
+  body = wire.Refusal(
+    error="internal",
+    what="The server failed.",
+    why=type(error).__name__,
+    fix="Look into its log; restart it if /health is not ok.",
+  )
+  return admission.respond(500, body)

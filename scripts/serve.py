@@ -92,7 +92,7 @@ _LIMITS = {
 def main() -> None:
   """Serves until it is told to stop."""
   token_file = pathlib.Path(_TOKEN_FILE.value) if _TOKEN_FILE.value else None
-  token = listen.read_token(_HOST.value, token_file)
+  tokens = listen.read_tokens(_HOST.value, token_file)
   directory = pathlib.Path(_MODEL.value).expanduser().resolve()
   limits = service.Limits(**{k: flag.value for k, flag in _LIMITS.items()})
   with listen.bind(_HOST.value, _PORT.value) as bound, listen.stoppable():
@@ -112,7 +112,7 @@ def main() -> None:
         tokenizer_digest=tokenizer_digest,
         limits=limits,
       )
-      app = server.create_app(backend, token=token)
+      app = server.create_app(backend, tokens=tokens)
       logging.info(
         "The %s is served at http://%s:%d by %s.",
         *(_ROLE.value, *bound.getsockname()[:2], _ENGINE.value),

@@ -11,6 +11,7 @@ import pytest
 from atlas_jax import errors, sharding, types
 from conversion import load
 from rollout import (
+  admission,
   channel,
   engine_jax,
   jax_sampler,
@@ -67,7 +68,8 @@ def _app(directory, engine):
     tokenizer_digest=digest,
     limits=_LIMITS,
   )
-  return server.create_app(backend, token=None)
+  tokens = admission.Tokens(user=None, admin=None)
+  return server.create_app(backend, tokens=tokens)
 
 
 def _client(directory, engine):

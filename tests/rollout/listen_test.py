@@ -8,14 +8,15 @@ import socket
 import pytest
 
 from atlas_jax import errors
-from rollout import listen
+from rollout import admission, client, listen
 
 _TOKEN = "0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
 def _no_token(monkeypatch):
-  monkeypatch.delenv(listen.TOKEN_VARIABLE, raising=False)
+  for name in (listen.TOKEN_VARIABLE, listen.ADMIN_TOKEN_VARIABLE):
+    monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
@@ -44,6 +45,20 @@ def test_file_without_a_usable_token_is_refused(tmp_path, text):
   for file in (tmp_path / "token", tmp_path / "absent"):
     with pytest.raises(errors.ConfigError):
       listen.read_token("127.0.0.1", file)
+
+
+def test_the_admins_token_is_another_one(monkeypatch):
+  assert listen.read_tokens("127.0.0.1", None) == admission.Tokens(None, None)
+  for user, admin in [("", _TOKEN), (_TOKEN, _TOKEN), (_TOKEN, "short")]:
+    monkeypatch.setenv(listen.TOKEN_VARIABLE, user)
+    monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, admin)
+    with pytest.raises(errors.ConfigError, match=r"separates nobody|not one"):
+      listen.read_tokens("127.0.0.1", None)
+  other = _TOKEN[::-1]
+  monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, other)
+  assert listen.read_tokens("10.0.0.1", None) == admission.Tokens(_TOKEN, other)
+  # A trainer needs one variable only: the admin's opens everything.
+  assert client.token_of_environment() == other
 
 
 def test_taken_port_is_named_with_the_next_free_one():

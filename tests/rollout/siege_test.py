@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server in a process of its own, and clients that mean it no good."""
+
+import contextlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+
+from tests import scripted_server
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_HEAD_S = 1.5
+_SERVE = f"""
+import asyncio
+from rollout import listen
+from tests import scripted_server
+listen._HEAD_S = {_HEAD_S}
+with listen.bind("127.0.0.1", 0) as bound:
+  print(bound.getsockname()[1], flush=True)
+  async def serve():
+    app = scripted_server.Server(max_body_bytes=2**20).app
+    await listen.serve(app, bound, drain_s=1.0)
+  asyncio.run(serve())
+"""
+_TRAIN = """
+import sys, time
+from rollout import client, fleet, http_sampler
+shapes = {"a.weight": (3, 4), "b.weight": (5,)}
+channel = fleet.Channel("policy", shapes, "tok", "/dev/shm", 30.0, 20.0)
+deadlines = client.Deadlines(5.0, 5.0, 5.0)
+with http_sampler.HttpSampler(
+  [sys.argv[1]],
+  channel=channel,
+  deadlines=deadlines,
+  token=None,
+  publish=lambda params, version: "",
+  max_rows=4,
+):
+  print("up", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def served():
+  with subprocess.Popen(
+    [sys.executable, "-c", _SERVE], cwd=_ROOT, stdout=subprocess.PIPE
+  ) as process:
+    try:
+      process.port = int(process.stdout.readline())
+      process.url = f"http://127.0.0.1:{process.port}"
+      with httpx2.Client(base_url=process.url, timeout=10.0) as client:
+        process.client = client
+        _wait(lambda: _is_up(client))
+        yield process
+      process.terminate()
+      process.wait(20)
+    finally:
+      process.kill()
+
+
+def _is_up(client):
+  with contextlib.suppress(httpx2.TransportError):
+    return client.get("/health").status_code == 200
+  return False
+
+
+def _wait(is_so, seconds=30.0):
+  end = time.monotonic() + seconds
+  while not is_so():
+    assert time.monotonic() < end, "waited in vain"
+    time.sleep(0.05)
+
+
+def _check_works(served, name):
+  start = time.monotonic()
+  body = scripted_server.request(name)
+  assert served.client.post("/generate", json=body).status_code == 200
+  assert time.monotonic() - start < 2.0
+
+
+def _memory(served):
+  status = pathlib.Path(f"/proc/{served.pid}/status").read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith("VmHWM:"))
+  return int(line.split()[1]) * 1024
+
+
+def _is_closed(connection):
+  connection.setblocking(False)
+  try:
+    return connection.recv(1) == b""
+  except BlockingIOError:
+    return False
+  except ConnectionError:
+    return True
+
+
+def test_those_who_never_finish_a_head_are_hung_up_on(served):
+  with contextlib.ExitStack() as stack:
+    slow = [
+      stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+      for _ in range(50)
+    ]
+    start = time.monotonic()
+    for connection in slow:
+      connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX-A: ")
+    _check_works(served, "slow heads")
+    while time.monotonic() - start < _HEAD_S + 2.0:
+      for connection in slow:
+        with contextlib.suppress(ConnectionError):
+          connection.sendall(b"a")  # A sign of life is no head.
+      time.sleep(0.2)
+    assert all(map(_is_closed, slow))
+  _check_works(served, "after slow heads")
+
+
+def test_a_kept_connection_may_not_drip_its_next_head(served):
+  with socket.create_connection(("127.0.0.1", served.port)) as kept:
+    kept.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"200 OK" in kept.recv(4096)
+    kept.sendall(b"GET /version HT")
+    kept.settimeout(_HEAD_S + 3.0)
+    with contextlib.suppress(ConnectionError):
+      while kept.recv(4096):
+        pass
+
+
+def test_hundreds_of_idle_connections_keep_nobody_out(served):
+  with contextlib.ExitStack() as stack:
+    idle = [
+      stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+      for _ in range(500)
+    ]
+    _check_works(served, "idle")
+    _wait(lambda: all(map(_is_closed, idle)), seconds=_HEAD_S + 5.0)
+  descriptors = len(os.listdir(f"/proc/{served.pid}/fd"))
+  assert descriptors < 100
+
+
+def test_a_body_without_end_is_cut_off_and_not_kept(served):
+  before, piece = _memory(served), b"10000\r\n" + b" " * 65536 + b"\r\n"
+  with socket.create_connection(("127.0.0.1", served.port)) as huge:
+    huge.settimeout(10.0)
+    huge.sendall(
+      b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
+      b"\r\n\r\n"
+    )
+    num_bytes = 0
+    with contextlib.suppress(ConnectionError):
+      while num_bytes < 2**30:
+        huge.sendall(piece)
+        num_bytes += 65536
+  assert num_bytes < 2**27  # Of a gigabyte: what was on its way.
+  assert _memory(served) - before < 2**25
+  _check_works(served, "after a huge body")
+
+
+def test_absurd_numbers_are_refused_and_cost_nothing(served):
+  before = _memory(served)
+  prompts = [{"row_id": "x", "token_ids": [1]}] * 10**4
+  for i, changes in enumerate(
+    [{"n": 10**9}, {"max_tokens": 10**9}, {"prompts": prompts}]
+  ):
+    body = scripted_server.request(f"absurd {i}", **changes)
+    assert served.client.post("/generate", json=body).status_code == 422
+  assert _memory(served) - before < 2**26
+  _check_works(served, "after absurd numbers")
+
+
+def test_a_trainer_that_was_killed_is_noticed_and_replaced(served):
+  def is_connected():
+    text = served.client.get("/metrics").text
+    return "atlas_rollout_trainer_connected 1.0\n" in text
+
+  for _ in range(2):  # The second does not wait for the first one's heartbeat.
+    start = time.monotonic()
+    with subprocess.Popen(
+      [sys.executable, "-c", _TRAIN, served.url],
+      cwd=_ROOT,
+      stdout=subprocess.PIPE,
+    ) as trainer:
+      assert trainer.stdout.readline() == b"up\n"
+      assert time.monotonic() - start < 15.0
+      assert is_connected()
+      trainer.kill()
+      _wait(lambda: not is_connected(), seconds=2.0)
