@@ -80,39 +80,18 @@ class VllmEngine:
     self._stop_token_ids = list(chat.stop_token_ids(self._tokenizer, directory))
     self._progress = _Progress()
     self._request_ids = itertools.count()
-    arguments = arg_utils.AsyncEngineArgs(
+    arguments = _arguments(
       model=str(directory),
       dtype=dtype,
       tensor_parallel_size=tensor_parallel_size,
       gpu_memory_utilization=gpu_memory_utilization,
       enforce_eager=enforce_eager,
-      # What is reported is what was drawn from, as `types.Completion` says.
-      logprobs_mode="processed_logprobs",
-      # Sampling is what the request says, not the checkpoint's preferences.
-      generation_config="vllm",
-      skip_tokenizer_init=True,
-      trust_remote_code=False,
-      worker_extension_cls=f"{__name__}.{TiedHead.__name__}",
     )
-    if platforms.current_platform.is_cpu():
-      # vLLM takes back what half a prompt drew, which no CPU generator can.
-      arguments.enable_chunked_prefill = False
     if max_model_len is not None:
       arguments.max_model_len = max_model_len
     if kv_cache_gib is not None:
       arguments.kv_cache_memory_bytes = int(kv_cache_gib * 2**30)
-    try:
-      self._llm = async_llm.AsyncLLM.from_engine_args(
-        arguments, stat_loggers=[lambda *_: self._progress]
-      )
-    except (ValueError, RuntimeError, exceptions.VLLMError) as error:
-      raise errors.ConfigError(
-        "vLLM does not start on this model.",
-        where=str(directory),
-        why=str(error).splitlines()[0],
-        fix="See its log above; often a smaller --max_model_len, "
-        "--gpu_memory_utilization or --kv_cache_gib helps.",
-      ) from error
+    self._llm = _start(arguments, self._progress)
     model_config = self._llm.model_config
     self.facts = engine.Facts(
       name="vllm",
@@ -210,6 +189,7 @@ class _Progress(loggers.StatLoggerBase):
   def __init__(self) -> None:
     self.last_s = time.monotonic()
     self.metrics: dict[str, float] = {}
+    self._queue_s = 0.0
 
   def record(
     self,
@@ -219,10 +199,14 @@ class _Progress(loggers.StatLoggerBase):
     engine_idx: int = 0,
   ) -> None:
     """Notes the time, and how full the engine is."""
-    del iteration_stats, mm_cache_stats, engine_idx
+    del mm_cache_stats, engine_idx
     self.last_s = time.monotonic()
+    if iteration_stats is not None:
+      done = iteration_stats.finished_requests
+      self._queue_s += sum(request.queued_time for request in done)
     if scheduler_stats is not None:
       self.metrics = {
+        "queue_seconds_total": self._queue_s,
         "running_requests": scheduler_stats.num_running_reqs,
         "waiting_requests": scheduler_stats.num_waiting_reqs,
         "kv_cache_usage": scheduler_stats.kv_cache_usage,
@@ -230,6 +214,41 @@ class _Progress(loggers.StatLoggerBase):
 
   def log_engine_initialized(self) -> None:
     """Has nothing to say."""
+
+
+def _arguments(**settings: Any) -> arg_utils.AsyncEngineArgs:  # Any: vLLM's.
+  """Adds to a server's settings what is the same for all of ours."""
+  arguments = arg_utils.AsyncEngineArgs(
+    # What is reported is what was drawn from, as `types.Completion` says.
+    logprobs_mode="processed_logprobs",
+    # Sampling is what the request says, not the checkpoint's preferences.
+    generation_config="vllm",
+    skip_tokenizer_init=True,
+    trust_remote_code=False,
+    worker_extension_cls=f"{__name__}.{TiedHead.__name__}",
+    **settings,
+  )
+  if platforms.current_platform.is_cpu():
+    # vLLM takes back what half a prompt drew, which no CPU generator can.
+    arguments.enable_chunked_prefill = False
+  return arguments
+
+
+def _start(
+  arguments: arg_utils.AsyncEngineArgs, progress: _Progress
+) -> async_llm.AsyncLLM:
+  try:
+    return async_llm.AsyncLLM.from_engine_args(
+      arguments, stat_loggers=[lambda *_: progress]
+    )
+  except (ValueError, RuntimeError, exceptions.VLLMError) as error:
+    raise errors.ConfigError(
+      "vLLM does not start on this model.",
+      where=arguments.model,
+      why=str(error).splitlines()[0],
+      fix="See its log above; often a smaller --max_model_len, "
+      "--gpu_memory_utilization or --kv_cache_gib helps.",
+    ) from error
 
 
 def _seed(seed: int, row_id: str) -> int:

@@ -7,6 +7,7 @@ What a backend needs is imported when it is asked for.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from typing import Any, Literal
@@ -141,23 +142,9 @@ def _open_http(
   if is_policy:
     root = weight_sync.open_root(settings.weights_root, run=run)
 
-  def publish(
-    params: Mapping[str, Any],  # Any: arrays and mappings of them.
-    version: int,
-  ) -> str:
-    published = weight_sync.publish(
-      params,
-      model,
-      root,
-      version,
-      source=directory,
-      dtype=settings.dtype,
-      max_shard_bytes=_SHARD_BYTES,
-    )
-    # The one before may still be on its way into a server.
-    weight_sync.prune(root, keep=2)
-    return published.digest
-
+  publish = functools.partial(
+    _publish, model=model, root=root, source=directory, dtype=settings.dtype
+  )
   channel = fleet.Channel(
     role=role,
     tensors=rules.shapes(model),
@@ -189,3 +176,29 @@ def _open_http(
         weight_sync.prune(root, keep=0)
         if not settings.weights_root:
           root.rmdir()
+
+
+def _publish(
+  params: Mapping[str, Any],  # Any: arrays and mappings of them.
+  version: int,
+  *,
+  model: decoder.Model,
+  root: pathlib.Path,
+  source: pathlib.Path,
+  dtype: Literal["float32", "bfloat16"],
+) -> str:
+  """Writes a version to where servers find it; gives its digest."""
+  from rollout import weight_sync  # It needs what only the trainer has.
+
+  published = weight_sync.publish(
+    params,
+    model,
+    root,
+    version,
+    source=source,
+    dtype=dtype,
+    max_shard_bytes=_SHARD_BYTES,
+  )
+  # The one before may still be on its way into a server.
+  weight_sync.prune(root, keep=2)
+  return published.digest

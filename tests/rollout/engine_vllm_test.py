@@ -59,12 +59,12 @@ class _Server:
   model: object
   params: object
 
-  def generate(self, request_id, prompts, **changes):
-    request = {
+  def request(self, request_id, prompts=None, **changes):
+    return {
       "request_id": request_id,
       "prompts": [
         {"row_id": row_id, "token_ids": list(token_ids)}
-        for row_id, token_ids in prompts
+        for row_id, token_ids in prompts or _prompts()
       ],
       "n": 1,
       "max_tokens": 12,
@@ -74,6 +74,9 @@ class _Server:
       "seed": 0,
       **changes,
     }
+
+  def generate(self, request_id, prompts, **changes):
+    request = self.request(request_id, prompts, **changes)
     reply = self.client.post("/generate", json=request)
     assert reply.status_code == 200, reply.text
     return wire.GenerateResponse.model_validate(reply.json())
@@ -267,8 +270,39 @@ def test_health_answers_while_completions_are_written(served):
   assert ("ok", 4 * 48) in seen
   metrics = served.client.get("/metrics").text
   assert "atlas_rollout_engine_kv_cache_usage" in metrics
+  assert "atlas_rollout_engine_queue_seconds_total" in metrics
 
 
-def test_sigterm_ends_it_with_code_zero(served):
+def test_an_engine_whose_process_died_is_told_of_at_once(served):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    running = pool.submit(
+      served.client.post,
+      "/generate",
+      json=served.request("lost", n=48, max_tokens=100),
+    )
+    while not served.client.get("/health").json()["num_running"]:
+      assert not running.done()
+    os.kill(_engine_of(served.process.pid), signal.SIGKILL)
+    start = time.monotonic()
+    assert running.result().status_code == 503
+    assert time.monotonic() - start < 5.0
+  reply = served.client.get("/health", timeout=5.0)
+  assert (reply.status_code, reply.json()["status"]) == (503, "dead")
+  reply = served.client.post("/generate", json=served.request("late"))
+  assert reply.status_code == 503
+
+
+def _engine_of(pid):
+  """Finds the process in which vLLM's engine runs."""
+  children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+  (engine,) = (
+    int(child)
+    for child in children.split()
+    if "EngineCore" in pathlib.Path(f"/proc/{child}/cmdline").read_text()
+  )
+  return engine
+
+
+def test_sigterm_ends_it_with_code_zero_whatever_its_engine_does(served):
   served.process.send_signal(signal.SIGTERM)
   assert served.process.wait(60) == 0
