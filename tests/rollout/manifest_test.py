@@ -65,6 +65,40 @@ def test_one_altered_byte_is_refused(tmp_path, at):
     _verify(tmp_path, digest)
 
 
+def _of_another_push(raw, other):
+  del raw
+  return other
+
+
+_DAMAGE = {
+  "one bit of the last chunk": lambda raw, _: raw[:-1] + bytes([raw[-1] ^ 16]),
+  "a page that was never written": lambda raw, _: (
+    raw[: 2**20] + bytes(4096) + raw[2**20 + 4096 :]
+  ),
+  "two pages in each other's place": lambda raw, _: (
+    raw[:4096] + raw[8192:12288] + raw[4096:8192] + raw[12288:]
+  ),
+  "a file of an older push": _of_another_push,
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
+def test_damage_that_leaves_the_size_is_refused(tmp_path, damage):
+  shapes = {"a.weight": (3 * 2**18 + 5,)}
+  draw = np.random.default_rng(0).standard_normal
+  older, newer = (draw(shapes["a.weight"], np.float32) for _ in range(2))
+  files = []
+  for version, values in enumerate((older, newer)):
+    directory, digest = _push(tmp_path, version, shapes=shapes, fill=values)
+    files.append(directory / shards.SINGLE_NAME)
+  _verify(tmp_path, digest, shapes=shapes)
+  damaged = damage(files[1].read_bytes(), files[0].read_bytes())
+  assert len(damaged) == files[1].stat().st_size
+  files[1].write_bytes(damaged)
+  with pytest.raises(errors.CheckpointError, match="not those that were"):
+    _verify(tmp_path, digest, shapes=shapes)
+
+
 def test_unfinished_directory_is_refused(tmp_path):
   directory, digest = _push(tmp_path)
   (directory / manifest.NAME).unlink()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A version is there whole or not at all."""
 
+import ctypes
 import os
 import pathlib
 import weakref
@@ -229,3 +230,61 @@ def test_one_tensor_at_a_time_is_in_memory(publish, model, monkeypatch):
   publish(1)
   assert len(most) == len(rules.shapes(model))
   assert max(most) <= 2
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+  """Gives a model of 200 MiB in bfloat16; its largest tensor takes 32."""
+  sizes = {"vocab_size": 2**15, "hidden_size": 512, "intermediate_size": 2048}
+  sizes |= {"num_hidden_layers": 24, "head_dim": 64}
+  source = tiny.write_source(
+    tmp_path_factory.mktemp("l") / "s", "qwen3", **sizes
+  )
+  model = tiny.build("qwen3", **sizes)
+  params = jax.tree.map(lambda x: jnp.ones(x.shape), model.abstract_params)
+  return model, jax.block_until_ready(params), source
+
+
+def _growth(work):
+  """Gives by how many MiB this process grew, at most, while it worked."""
+  reset = pathlib.Path("/proc/self/clear_refs")
+  if not os.access(reset, os.W_OK):
+    pytest.skip("This system does not tell a process of its own memory.")
+
+  def memory(name):
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+      if line.startswith(name):
+        return int(line.split()[1]) / 1024
+    raise LookupError(name)
+
+  # What was freed, but not given back, would hide what is taken now.
+  ctypes.CDLL(None).malloc_trim(0)
+  reset.write_text("5")
+  held = memory("VmRSS")
+  result = work()
+  return memory("VmHWM") - held, result
+
+
+def test_neither_side_ever_holds_a_second_copy_of_the_weights(
+  large, tmp_path, monkeypatch
+):
+  model, params, source = large
+  monkeypatch.setattr(weight_sync, "_MAX_WRITERS", 2)
+
+  def publish():
+    return weight_sync.publish(
+      params,
+      model,
+      tmp_path,
+      1,
+      source=source,
+      dtype="bfloat16",
+      max_shard_bytes=2**25,
+    )
+
+  grown, published = _growth(publish)
+  total, largest = published.num_bytes / 2**20, 32
+  assert total > 200
+  assert grown <= 2 * largest * 2 < total
+  grown, _ = _growth(lambda: _verify(published, model))
+  assert grown <= largest
