@@ -15,11 +15,9 @@ from ml_collections import config_flags
 
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
-from atlas_jax.evaluation import metrics
 from atlas_jax.rewards import combine, custom
 from atlas_jax.rewards import teaching as rewards
-from atlas_jax.train import grpo, loop
-from atlas_jax.train import state as train_state
+from atlas_jax.train import grpo
 from scripts import program
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -68,27 +66,13 @@ def main() -> None:
     if config.evaluation.path:
       held_out = sources.questions(sources.read(config.evaluation.path))
       held_out = held_out[: config.evaluation.num_questions]
-
-    def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
-      if not held_out:
-        return {}
-      protocol.policy.sampler.update_weights(state.params, step)
-      records = protocol.run(held_out, seed=config.seed)
-      summary = metrics.summarize(
-        [rewards.grade(record) for record in records],
-        num_bootstrap=0,
-        seed=config.seed,
-      )
-      numbers = {k: v for k, v in summary.items() if isinstance(v, float)}
-      return {f"eval/{name}": value for name, value in numbers.items()}
-
     params = grpo.train(
       policy.model,
       policy.params,
       protocol=protocol,
       reward_fn=reward_fn,
       questions=questions,
-      evaluate=evaluate,
+      held_out=held_out,
       mesh=mesh,
       config=config,
       workdir=workdir,

@@ -16,7 +16,7 @@ from atlas_jax.losses import grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
-from atlas_jax.train import loop, optimizer, score, sinks, state
+from atlas_jax.train import artefacts, loop, optimizer, score, sinks, state
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
 from tests import fakes
@@ -61,6 +61,7 @@ _FUNCTIONS = {
     loop.run,
     ("checkpointer", "workdir", "writer", "clock", "should_stop"),
   ),
+  "artefacts": (artefacts.Artefacts, ("writer", "tokenizer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
   "export": (launch.export, ("notes",)),

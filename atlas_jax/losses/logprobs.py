@@ -13,15 +13,17 @@ import jax.numpy as jnp
 
 
 class TokenStats(NamedTuple):
-  """What a loss needs to know of each token's distribution, float32[B, T].
+  """What a loss needs to know of each token's distribution, [B, T].
 
-  All three are in nats and of the distribution after the temperature.
-  `log_normalizer` is the log-sum-exp of the logits.
+  The first three are float32, in nats, and of the distribution after the
+  temperature. `log_normalizer` is the log-sum-exp of the logits. `is_likeliest`
+  is bool: whether no other token is likelier.
   """
 
   logprobs: jax.Array
   entropy: jax.Array
   log_normalizer: jax.Array
+  is_likeliest: jax.Array
 
 
 def from_logits(
@@ -35,7 +37,7 @@ def from_logits(
     temperature: divides the logits, as it did when the tokens were sampled.
 
   Returns:
-    The statistics, with gradients through all three.
+    The statistics, with gradients through the first three.
 
   Raises:
     ValueError: if `temperature` is not positive.
@@ -57,6 +59,7 @@ def from_logits(
     logprobs=target_logits_BT - log_normalizer_BT,
     entropy=-jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1),
     log_normalizer=log_normalizer_BT,
+    is_likeliest=target_logits_BT == jnp.max(logits_BTV, axis=-1),
   )
 
 
@@ -84,7 +87,7 @@ def of_targets(
       not be a multiple of it.
 
   Returns:
-    The statistics, with gradients through all three.
+    The statistics, with gradients through the first three.
 
   Raises:
     ValueError: if `temperature` or `chunk_size` is not positive.

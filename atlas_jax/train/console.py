@@ -16,6 +16,7 @@ import rich.text
 # Prefixes of metrics that would crowd the line.
 _FILE_ONLY = ("seconds", "rewards/", "rollout/", "ratio_", "clip_", "num_")
 _MAX_SILENCE_S = 30.0
+_MAX_CELL = 300
 
 
 class Console:
@@ -107,7 +108,7 @@ class _Bar:
   def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
     table = rich.table.Table(*rows[0], title=title, show_lines=True)
     for row in rows:
-      table.add_row(*(rich.text.Text(str(value)) for value in row.values()))
+      table.add_row(*(_cell(value) for value in row.values()))
     with contextlib.suppress(OSError):
       self._console.print(table)
 
@@ -115,6 +116,12 @@ class _Bar:
     self._handler.setStream(self._stream)
     with contextlib.suppress(OSError):
       self._progress.stop()
+
+
+def _cell(value: object) -> rich.text.Text:
+  """Shows the beginning of a value; brackets in it are no markup."""
+  text = f"{value:.3f}" if isinstance(value, float) else str(value)
+  return rich.text.Text(text[:_MAX_CELL] + "..." * (len(text) > _MAX_CELL))
 
 
 class _Screen(rich.console.Console):

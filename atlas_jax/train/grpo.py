@@ -18,9 +18,12 @@ import optax
 
 from atlas_jax import checkpoint, errors, types
 from atlas_jax.data import loader
+from atlas_jax.evaluation import held_out as evaluation
+from atlas_jax.evaluation import metrics
 from atlas_jax.models import decoder
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import protocol as teaching_protocol
+from atlas_jax.train import artefacts as train_artefacts
 from atlas_jax.train import clock as train_clock
 from atlas_jax.train import collect, loop
 from atlas_jax.train import learner as learning
@@ -36,7 +39,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   protocol: teaching_protocol.Protocol,
   reward_fn: types.RewardFn,
   questions: Sequence[types.Question],
-  evaluate: loop.Evaluate,
+  held_out: Sequence[types.Question],
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path,
@@ -52,7 +55,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       the new weights before every step.
     reward_fn: rewards the graded records of one step.
     questions: what is taught.
-    evaluate: metrics on held-out questions.
+    held_out: what it is evaluated on; may be empty.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `batch`, `loss`, `reference`, `offload`,
       `loop`, `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
@@ -90,16 +93,28 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     **config.checkpoint,
   )
 
-  def evaluate_alone(state: train_state.TrainState, step: int) -> loop.Metrics:
-    collector.settle()  # It samples too, and with other weights.
-    return evaluate(state, step)
+  def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
+    if not held_out:
+      return {}
+    collector.push(state.params, step)
+    return evaluation.evaluate(
+      protocol,
+      held_out,
+      seed=config.seed,
+      num_bootstrap=config.evaluation.num_bootstrap,
+    )
 
+  artefacts = train_artefacts.Artefacts(
+    writer, protocol.policy.tokenizer, seed=config.seed, **config.artefacts
+  )
   clock = train_clock.Clock()
   with collector:
     state = loop.run(
       state,
-      functools.partial(_do_step, collector, reward_fn, learner, clock),
-      evaluate_alone,
+      functools.partial(
+        _do_step, collector, reward_fn, learner, artefacts, clock
+      ),
+      evaluate,
       checkpointer=checkpointer,
       workdir=workdir,
       writer=writer,
@@ -114,6 +129,7 @@ def _do_step(
   collector: collect.Collector,
   reward_fn: types.RewardFn,
   learner: learning.Learner,
+  artefacts: train_artefacts.Artefacts,
   clock: train_clock.Clock,
   state: train_state.TrainState,
   step: int,
@@ -130,6 +146,8 @@ def _do_step(
     state, metrics = learner.update(
       state, records, rewarded, is_compared=collector.is_compared(step)
     )
+  with clock.phase("save"):
+    artefacts.save(step + 1, records, rewarded)
   described = _describe(records, rewarded)
   measured = {**lag, **collector.take_metrics(), **ahead}
   return state, {**described, **metrics, **measured}
@@ -190,6 +208,10 @@ def _describe(
   parts = [r.parts for r in rewarded if r.value is not None]
   names = dict.fromkeys(name for part in parts for name in part)
   completions = [r.teacher_rollout.completion for r in records]
+  complete = [r for r in records if r.taught and r.baseline]
+  teaching = (
+    metrics.summarize(complete, num_bootstrap=0, seed=0) if complete else {}
+  )
   # Where every reward is missing there is no mean, and none is made up.
   rewards_seen = (
     {"reward": float(np.mean(values)), "reward_std": float(np.std(values))}
@@ -209,10 +231,5 @@ def _describe(
     "truncated_fraction": float(
       np.mean([c.finish_reason == "length" for c in completions])
     ),
-    "teaching/accuracy": _mean_correct(r.taught for r in records),
-    "teaching/baseline_accuracy": _mean_correct(r.baseline for r in records),
+    **{k: v for k, v in teaching.items() if isinstance(v, float)},
   }
-
-
-def _mean_correct(attempts: Any) -> float:  # Any: an iterable of tuples.
-  return float(np.mean([a.correct for group in attempts for a in group]))

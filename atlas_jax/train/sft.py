@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning on the assistant's part of conversations."""
 
+import collections
 from collections.abc import Callable
 import functools
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 
 from atlas_jax import chat, checkpoint, errors, sharding
 from atlas_jax.data import formats, loader, packing, sources
-from atlas_jax.losses import sft
+from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
 from atlas_jax.train import clock as train_clock
 from atlas_jax.train import loop, score
@@ -87,13 +88,15 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
 
   def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
     del step
-    total, weight = 0.0, 0.0
+    totals: dict[str, float] = collections.defaultdict(float)
+    weight = 0.0
     for i in range(eval_set.num_batches_per_epoch):
       batch = jax.tree.map(on_mesh, eval_set.batch(i))
-      loss, (num_tokens, _) = eval_fn(state.params, batch)
-      total += float(loss * num_tokens)
+      _, (num_tokens, means) = eval_fn(state.params, batch)
+      for name, mean in means.items():
+        totals[name] += float(mean * num_tokens)
       weight += float(num_tokens)
-    return {"eval/loss": total / max(weight, 1.0)}
+    return {f"eval/{k}": v / max(weight, 1.0) for k, v in totals.items()}
 
   state = loop.run(
     state,
@@ -236,4 +239,7 @@ def _loss(
     z_loss_coef=z_loss_coef,
   )
   kept = {k: metrics[k] for k in ("loss", "cross_entropy")}
+  kept["token_accuracy"] = reduce.token_mean(
+    stats.is_likeliest.astype(jnp.float32), loss_mask_BT
+  )
   return loss, (jnp.sum(loss_mask_BT), kept)

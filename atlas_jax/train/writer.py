@@ -26,11 +26,11 @@ class Writer:
     self, workdir: pathlib.Path, trackers: Sequence[sinks.Background]
   ) -> None:
     """Takes the run's folder, and what else shall have its metrics."""
-    self._workdir, self._trackers = workdir, trackers
+    self.workdir, self._trackers = workdir, trackers
 
   def begin(self, *, step: int, num_steps: int) -> None:
     """Opens everything, and keeps the lines up to `step`, the steps done."""
-    path = self._workdir / "metrics.jsonl"
+    path = self.workdir / "metrics.jsonl"
     kept = _lines_up_to(path, step) if path.exists() else []
     write_whole(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
@@ -55,14 +55,27 @@ class Writer:
     for tracker in self._trackers:
       tracker.scalars(step, finite)
 
-  def table(self, step: int, name: str, rows: Sequence[sinks.Row]) -> None:
-    """Writes rows of the same columns to `NAME/step-STEP.jsonl`."""
+  def table(
+    self,
+    step: int,
+    name: str,
+    rows: Sequence[sinks.Row],
+    *,
+    shown: Sequence[str],
+  ) -> None:
+    """Writes rows of the same columns to `NAME/step-STEP.jsonl`.
+
+    Trackers get all columns, the console those which are `shown`.
+    """
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path = self._workdir / name / f"step-{step}.jsonl"
+    path = self.workdir / name / f"step-{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines))
     if rows:
-      self._console.table(f"{name} of step {step}", rows)
+      self._console.table(
+        f"{name} of step {step}",
+        [{column: row[column] for column in shown} for row in rows],
+      )
       for tracker in self._trackers:
         tracker.table(step, name, rows)
 

@@ -65,9 +65,15 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.loop = dict(  # train.loop.run
     num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
   )
-  config.evaluation = dict(path="", num_questions=64)
+  config.evaluation = dict(path="", num_questions=64, num_bootstrap=1000)
   config.report = dict(  # train.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
+  )
+  config.artefacts = dict(  # train.artefacts.Artefacts
+    log_completions_every=10,
+    num_completions=8,
+    stored_fraction=0.1,
+    successful_reward=1.0,
   )
   config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
   config.export = dict(  # launch.export

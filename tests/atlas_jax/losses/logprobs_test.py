@@ -31,9 +31,9 @@ def _whole(hidden_BTD, head_DV, targets_BT, *, temperature):
 
 
 def _weighted_sum(stats):
-  """Weighs every statistic of every token differently."""
+  """Weighs every statistic with a gradient differently for every token."""
   weights = np.random.default_rng(1).normal(size=(3, _B, _T))
-  return jnp.sum(jnp.stack(stats) * weights)
+  return jnp.sum(jnp.stack(stats[:3]) * weights)
 
 
 def test_from_logits_is_softmax_at_the_temperature():
@@ -54,6 +54,9 @@ def test_from_logits_is_softmax_at_the_temperature():
   np.testing.assert_allclose(
     stats.log_normalizer, np.log(exp_BTV.sum(-1)), atol=1e-5
   )
+  np.testing.assert_array_equal(
+    stats.is_likeliest, targets_BT == logits_BTV.argmax(-1)
+  )
 
 
 def test_uniform_logits_have_the_entropy_of_the_vocabulary():
@@ -69,7 +72,7 @@ def test_huge_bfloat16_logits_stay_finite():
   stats = logprobs.from_logits(
     logits_BTV, jnp.zeros((1, 1), int), temperature=1.0
   )
-  assert all(x.dtype == jnp.float32 for x in stats)
+  assert all(x.dtype == jnp.float32 for x in stats[:3])
   np.testing.assert_array_equal(stats.logprobs, 0.0)
   np.testing.assert_array_equal(stats.entropy, 0.0)
 

@@ -79,6 +79,13 @@ def _config(**changes):
         "max_nonfinite": 1,
       },
       "checkpoint": {"keep": 3},
+      "evaluation": {"num_bootstrap": 20},
+      "artefacts": {
+        "log_completions_every": 2,
+        "num_completions": 3,
+        "stored_fraction": 0.5,
+        "successful_reward": 0.0,
+      },
     }
   )
   config.update_from_flattened_dict(changes)
@@ -186,7 +193,9 @@ def _share_of_low_ids(records):
   return rewards
 
 
-def _train(world, workdir, *, kind=_Policy, stop_at=None, **changes):
+def _train(
+  world, workdir, *, kind=_Policy, stop_at=None, held_out=0, **changes
+):
   policy_protocol = _protocol(world, kind)
   sampler = policy_protocol.policy.sampler
   params = grpo.train(
@@ -195,7 +204,7 @@ def _train(world, workdir, *, kind=_Policy, stop_at=None, **changes):
     protocol=policy_protocol,
     reward_fn=_share_of_low_ids,
     questions=_QUESTIONS,
-    evaluate=lambda *_: {},
+    held_out=_QUESTIONS[:held_out],
     mesh=_mesh(),
     config=_config(**changes),
     workdir=workdir,

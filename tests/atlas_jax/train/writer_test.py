@@ -76,7 +76,8 @@ def test_a_table_is_a_file_that_the_same_step_replaces(tmp_path):
   log = _open(tmp_path, trackers=[tracker])
   path = tmp_path / "completions/step-3.jsonl"
   for text in ("first", "second"):
-    log.table(3, "completions", [{"text": text}, {"text": "\u00e9"}])
+    rows = [{"text": text, "reward": 1.0}, {"text": "\u00e9", "reward": None}]
+    log.table(3, "completions", rows, shown=["text"])
     lines = path.read_text("utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == [text, "\u00e9"]
     assert tracker.given[-1][:2] == (3, "completions")

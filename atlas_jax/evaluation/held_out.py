@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teaches held-out questions while a teacher is trained."""
+
+from collections.abc import Mapping, Sequence
+
+from atlas_jax import types
+from atlas_jax.evaluation import metrics
+from atlas_jax.rewards import teaching as rewards
+from atlas_jax.teaching import protocol as teaching_protocol
+
+
+def evaluate(
+  protocol: teaching_protocol.Protocol,
+  questions: Sequence[types.Question],
+  *,
+  seed: int,
+  num_bootstrap: int,
+) -> dict[str, float]:
+  """Runs the protocol as its samplers are now, and measures what it did.
+
+  Args:
+    protocol: what samples.
+    questions: with distinct row ids; at least one.
+    seed: the same for every evaluation of a run, so that two of them differ by
+      the weights alone. With that of the baselines, each pair is a fair one.
+    num_bootstrap: see `metrics.summarize`.
+
+  Returns:
+    Numbers as `flatten` names them, with `eval/` in front; of what got an
+    answer.
+  """
+  records = [rewards.grade(record) for record in protocol.run(questions, seed)]
+  complete = [r for r in records if r.taught and r.baseline]
+  if not complete:
+    return {}
+  summary = metrics.summarize(complete, num_bootstrap=num_bootstrap, seed=seed)
+  return {f"eval/{name}": value for name, value in flatten(summary).items()}
+
+
+def flatten(summary: Mapping[str, object]) -> dict[str, float]:
+  """Makes every value a number: an interval becomes `..._low`, `..._high`.
+
+  What is undefined, such as TES where nobody taught, is left out.
+  """
+  numbers: dict[str, float] = {}
+  for name, value in summary.items():
+    if isinstance(value, list):
+      end = name.removesuffix("_interval")
+      numbers[f"{end}_low"], numbers[f"{end}_high"] = value
+    elif isinstance(value, float | int):
+      numbers[name] = float(value)
+  return numbers
