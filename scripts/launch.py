@@ -8,7 +8,8 @@
 RECIPE is a file of configs/run, with or without its folder and its ending;
 OVERRIDES are --config.KEY=VALUE and the names of docs/overrides.md. With
 servers also --rollout=vllm|jax (vLLM where it is installed) and
---max_wait_s=SECONDS (600) for the servers to become healthy.
+--max_wait_s=SECONDS (600) for the servers to become healthy. --print_config
+prints the config that they make, with the origin of each value, and stops.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,15 @@ from absl import flags, logging
 
 from atlas_jax import errors
 from rollout import launcher, placement
-from scripts import overrides, serving
+from scripts import origins, overrides, serving
 
-_OPTIONS = {"--num_servers": "0", "--rollout": "", "--max_wait_s": "600"}
+_PRINT_CONFIG = "--print_config"
+_OPTIONS = {
+  "--num_servers": "0",
+  "--rollout": "",
+  "--max_wait_s": "600",
+  _PRINT_CONFIG: "",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +47,8 @@ def _launch(argv: Sequence[str]) -> int:
   job = overrides.resolve(
     overrides.find_recipe(recipe), words, num_devices=num_devices
   )
+  if options[_PRINT_CONFIG]:
+    return _print_config(job, words, num_devices)
   devices = placement.split(
     placement.find_gpus(os.environ),
     num_servers,
@@ -47,9 +56,7 @@ def _launch(argv: Sequence[str]) -> int:
     xla_flags=os.environ.get("XLA_FLAGS", ""),
   )
   settings = [f"--config={job.recipe}", *job.settings]
-  if not any(word.startswith("--config.mesh.") for word in words):
-    mesh = placement.mesh(num_devices)
-    settings += [f"--config.mesh.{k}={v}" for k, v in mesh.items()]
+  settings += _mesh(words, num_devices)
   servers = []
   if num_servers:
     servers = serving.plan(job, options["--rollout"], devices)
@@ -74,12 +81,33 @@ def _launch(argv: Sequence[str]) -> int:
   )
 
 
+def _mesh(words: Sequence[str], num_devices: int) -> list[str]:
+  """Lays the devices out, unless the words do."""
+  if any(word.startswith("--config.mesh.") for word in words):
+    return []
+  mesh = placement.mesh(num_devices)
+  return [f"--config.mesh.{k}={v}" for k, v in mesh.items()]
+
+
+def _print_config(
+  job: overrides.Job, words: Sequence[str], num_devices: int
+) -> int:
+  """Shows the config of a job; addresses of servers come at their start."""
+  settings = [*job.settings, *_mesh(words, num_devices)]
+  given = dict.fromkeys(map(overrides.path_of, settings), "launcher")
+  config = overrides.load(job.recipe, settings)
+  print(origins.table(job.recipe, config, {**given, **job.origins}))
+  return int(errors.Exit.DONE)
+
+
 def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
   """Splits what the launcher itself reads from the recipe and the rest."""
   options, rest = dict(_OPTIONS), []
   for word in argv:
     name, equals, value = word.partition("=")
-    if equals and name in options:
+    if word == _PRINT_CONFIG:
+      options[word] = "yes"
+    elif equals and name in options:
       options[name] = value
     else:
       rest.append(word)

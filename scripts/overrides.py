@@ -109,10 +109,14 @@ TABLE: Mapping[str, Row] = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A recipe with its overrides: what is trained, and where."""
+  """A recipe with its overrides: what is trained, and where.
+
+  `origins` holds the word behind a setting, by the config value's name.
+  """
 
   recipe: str
   settings: tuple[str, ...]
+  origins: Mapping[str, str]
   config: Any  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path
   host: str | None
@@ -149,8 +153,9 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   Raises:
     errors.ConfigError: for a name or a value that cannot be honoured.
   """
-  base = _load(recipe, [])
+  base = load(recipe, [])
   settings: list[str] = []
+  origins: dict[str, str] = {}
   given: dict[str, str] = {}
   for word in words:
     name, equals, value = word.partition("=")
@@ -167,12 +172,15 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
       )
     if name.startswith("--config."):
       settings.append(word)
+      origins[path_of(word)] = "command line"
       continue
     if not equals or name not in TABLE:
       raise _refused(word, "There is no such override.", name, list(TABLE))
     given[name] = value
-    settings += _direct(base, name, value)
-  config = _load(recipe, settings)
+    direct = _direct(base, name, value)
+    settings += direct
+    origins |= dict.fromkeys(map(path_of, direct), word)
+  config = load(recipe, settings)
   for path, number in _sizes(given, config, num_devices).items():
     settings.append(f"--config.{path}={number}")
   if _OFFLOAD in words:
@@ -180,7 +188,7 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   path, _, variant = recipe.partition(":")
   folder = "-".join(filter(None, [pathlib.Path(path).stem, variant]))
   results = pathlib.Path(given.get("results_dir", "results"))
-  config = _load(recipe, settings)
+  config = load(recipe, settings)
   if config.data.path is None:
     raise errors.ConfigError(
       "The config names no data.",
@@ -191,6 +199,7 @@ def resolve(recipe: str, words: Sequence[str], *, num_devices: int) -> Job:
   return Job(
     recipe,
     tuple(settings),
+    origins,
     config,
     pathlib.Path(given.get("output_dir", results / folder)),
     given.get("vllm_host"),
@@ -219,6 +228,11 @@ def _direct(
   if paths and value.lower() in _NONE:
     raise _unfit(name, value, "it needs a value", None)
   return [f"--config.{path}={value}" for path in present]
+
+
+def path_of(setting: str) -> str:
+  """Gives the dotted name that `--config.NAME=VALUE` sets."""
+  return setting.removeprefix("--config.").partition("=")[0]
 
 
 def has(config: Any, path: str) -> bool:  # Any: as in `Job`.
@@ -284,7 +298,7 @@ def _divide(name: str, value: str, rows: int, divisor: int) -> int:
   return rows // divisor
 
 
-def _load(recipe: str, settings: Sequence[str]) -> Any:  # Any: as in `Job`.
+def load(recipe: str, settings: Sequence[str]) -> Any:  # Any: as in `Job`.
   """Loads a recipe as the training script will."""
   values = flags.FlagValues()
   argv = ["launch", f"--config={recipe}", *settings]

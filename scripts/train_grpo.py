@@ -18,7 +18,7 @@ from atlas_jax.data import sources
 from atlas_jax.rewards import combine, custom
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.train import grpo
-from scripts import program
+from scripts import origins, program
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
@@ -39,6 +39,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
   """Runs one training job to its end."""
+  if origins.print_config():
+    return
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   functions = custom.parse(
     _REWARD_FN.value,

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from atlas_jax import launch, sharding
 from atlas_jax.train import sft
-from scripts import program
+from scripts import origins, program
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
@@ -23,6 +23,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
   """Runs one training job to its end."""
+  if origins.print_config():
+    return
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   with launch.start(workdir, config) as should_stop:
     writer = launch.open_writer(workdir, config)
