@@ -16,7 +16,6 @@ from ml_collections import config_flags
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
 from atlas_jax.rewards import combine, custom
-from atlas_jax.rewards import teaching as rewards
 from atlas_jax.train import grpo
 from scripts import origins, program
 
