@@ -9,24 +9,16 @@ intervals. Interrupted, it goes on where the records end.
 """
 
 import json
-import pathlib
-
-from absl import flags
-from ml_collections import config_flags
 
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
 from atlas_jax.evaluation import evaluate, metrics
-from scripts import program
-
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
-flags.mark_flags_as_required(["config", "workdir"])
+from scripts import job, program
 
 
 def main() -> None:
   """Teaches every question once, and says what came of it."""
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  config, workdir = job.arguments()
   with launch.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))

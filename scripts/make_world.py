@@ -74,7 +74,7 @@ def _make(directory: pathlib.Path) -> None:
 
 def _write_data(directory: pathlib.Path, seed: int) -> list[str]:
   """Writes every data file; returns texts to make a tokenizer from."""
-  prompts = templates.Templates(**world.get_templates())
+  prompts = templates.Templates(**world.get_templates().to_dict())
   seen: set[str] = set()
   sets = {}
   for i, (name, count) in enumerate((_SIZES | _HELD_OUT).items()):

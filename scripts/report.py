@@ -21,11 +21,14 @@ from atlas_jax import errors, types
 from atlas_jax.evaluation import evaluate, metrics
 from scripts import program
 
-_BEFORE = flags.DEFINE_list("before", None, "Evaluations of the SFT teacher.")
-_AFTER = flags.DEFINE_list("after", None, "Evaluations of the GRPO teacher.")
+_BEFORE = flags.DEFINE_list(
+  "before", None, "Evaluations of the SFT teacher.", required=True
+)
+_AFTER = flags.DEFINE_list(
+  "after", None, "Evaluations of the GRPO teacher.", required=True
+)
 _METRICS = flags.DEFINE_list("metrics", [], "Workdirs of the GRPO runs.")
 _PLOT = flags.DEFINE_string("plot", "", "A PNG of reward and accuracy.")
-flags.mark_flags_as_required(["before", "after"])
 
 _BOOTSTRAP = {"num_bootstrap": 2000, "seed": 0}
 _COLUMNS = (
@@ -59,12 +62,10 @@ def main() -> None:
     differences.append(metrics.compare(before, after, **_BOOTSTRAP))
   print()
   for difference in differences:
-    low, high = difference["teaching/accuracy_difference_interval"]
     print(
-      f"GRPO minus SFT, taught accuracy on the same "
+      "GRPO minus SFT, taught accuracy on the same "
       f"{difference['teaching/num_questions']} questions: "
-      f"{difference['teaching/accuracy_difference']:+.3f} "
-      f"[{low:+.3f}, {high:+.3f}]"
+      + _with_interval(difference, "accuracy_difference", sign="+")
     )
   if _PLOT.value:
     _draw(pathlib.Path(_PLOT.value))
@@ -94,9 +95,15 @@ def _row(*cells: str) -> str:
   return f"| {' | '.join(padded)} |"
 
 
-def _with_interval(summary: metrics.Summary, name: str) -> str:
-  low, high = summary[f"teaching/{name}_interval"]
-  return f"{summary[f'teaching/{name}']:.3f} [{low:.3f}, {high:.3f}]"
+def _with_interval(
+  summary: metrics.Summary, name: str, *, sign: str = ""
+) -> str:
+  interval = summary[f"teaching/{name}_interval"]
+  if not isinstance(interval, tuple):
+    return "unknown"
+  numbers = (summary[f"teaching/{name}"], *interval)
+  value, low, high = (f"{number:{sign}.3f}" for number in numbers)
+  return f"{value} [{low}, {high}]"
 
 
 def _draw(path: pathlib.Path) -> None:

@@ -17,15 +17,22 @@ from absl import flags, logging
 
 from atlas_jax import errors
 from conversion import shards
-from rollout import channel, engine, listen, manifest, server, service
+from rollout import channel, engine, listen, manifest, server, service, wire
 from scripts import program
 
-_ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "jax"], "What samples.")
-_MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory.")
-_ROLE = flags.DEFINE_enum(
-  "role", None, ["policy", "student"], "A student's weights never change."
+_ENGINE = flags.DEFINE_enum(
+  "engine", None, ["vllm", "jax"], "What samples.", required=True
 )
-flags.mark_flags_as_required(["engine", "model", "role"])
+_MODEL = flags.DEFINE_string(
+  "model", None, "A Hugging Face directory.", required=True
+)
+_ROLE = flags.DEFINE_enum(
+  "role",
+  None,
+  ["policy", "student"],
+  "A student's weights never change.",
+  required=True,
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Any other needs a token.")
 _PORT = flags.DEFINE_integer("port", 8765, "Where it listens.")
 _TOKEN_FILE = flags.DEFINE_string(
@@ -94,28 +101,30 @@ def main() -> None:
   token_file = pathlib.Path(_TOKEN_FILE.value) if _TOKEN_FILE.value else None
   tokens = listen.read_tokens(_HOST.value, token_file)
   directory = pathlib.Path(_MODEL.value).expanduser().resolve()
+  weights_root = _WEIGHTS_ROOT.value
+  role: wire.Role = "policy" if _ROLE.value == "policy" else "student"
   limits = service.Limits(**{k: flag.value for k, flag in _LIMITS.items()})
   with listen.bind(_HOST.value, _PORT.value) as bound, listen.stoppable():
     tokenizer_digest = manifest.tokenizer_digest(directory)
     weights = channel.Channel(
-      role=_ROLE.value,
+      role=role,
       shapes=manifest.shapes_of(directory),
       tokenizer_digest=tokenizer_digest,
-      allowed_root=_WEIGHTS_ROOT.value and pathlib.Path(_WEIGHTS_ROOT.value),
+      allowed_root=pathlib.Path(weights_root) if weights_root else None,
     )
     started = _start_engine(directory)
     try:
       backend = service.Service(
         started,
         weights,
-        role=_ROLE.value,
+        role=role,
         tokenizer_digest=tokenizer_digest,
         limits=limits,
       )
       app = server.create_app(backend, tokens=tokens)
       logging.info(
         "The %s is served at http://%s:%d by %s.",
-        *(_ROLE.value, *bound.getsockname()[:2], _ENGINE.value),
+        *(role, *bound.getsockname()[:2], _ENGINE.value),
       )
       asyncio.run(listen.serve(app, bound, drain_s=limits.drain_s))
     finally:

@@ -8,19 +8,15 @@ The workdir is the only state: run the same line again and it resumes.
 """
 
 import contextlib
-import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
 from atlas_jax.rewards import combine, custom
 from atlas_jax.train import grpo
-from scripts import origins, program
+from scripts import job, origins, program
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
 _REWARD_FN = flags.DEFINE_multi_string(
   "reward_fn",
   [],
@@ -33,14 +29,13 @@ _REWARD_FN_TIMEOUT_S = flags.DEFINE_float(
 _REWARD_FN_MEMORY_GB = flags.DEFINE_float(
   "reward_fn_memory_gb", 0.0, "What its process may hold; 0 is no limit."
 )
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
   """Runs one training job to its end."""
   if origins.print_config():
     return
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  config, workdir = job.arguments()
   functions = custom.parse(
     _REWARD_FN.value,
     timeout_s=_REWARD_FN_TIMEOUT_S.value,

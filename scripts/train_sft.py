@@ -7,25 +7,16 @@
 The workdir is the only state: run the same line again and it resumes.
 """
 
-import pathlib
-
-from absl import flags
-from ml_collections import config_flags
-
 from atlas_jax import launch, sharding
 from atlas_jax.train import sft
-from scripts import origins, program
-
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
-flags.mark_flags_as_required(["config", "workdir"])
+from scripts import job, origins, program
 
 
 def main() -> None:
   """Runs one training job to its end."""
   if origins.print_config():
     return
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  config, workdir = job.arguments()
   with launch.start(workdir, config) as should_stop:
     writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
