@@ -25,7 +25,7 @@ import functools
 import math
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import answers
+from atlas_jax.rewards import answers, compare
 
 # Teaching tokens at which the efficiency term has halved.
 _HALF_LENGTH = 100.0
@@ -272,7 +272,7 @@ def _credit(text: str, reference: str, *, partial: float) -> float:
   answer = answers.extract(text)
   if answer is None:
     return 0.0
-  if answers.equal(answer, reference):
+  if compare.equal(answer, reference):
     return 1.0
   a, b = answer.casefold(), reference.casefold()
   return partial if a in b or b in a else 0.0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.data import word_problems
-from atlas_jax.rewards import answers
+from atlas_jax.rewards import answers, compare
 from atlas_jax.teaching import templates
 
 _METHOD = re.compile(r"\b(add|subtract|multiply|divide)\b", re.IGNORECASE)
@@ -35,7 +35,7 @@ def _named(text):
 
 def _solves(reply, problem):
   answer = answers.extract(reply)
-  return answer is not None and answers.equal(answer, problem.answer)
+  return answer is not None and compare.equal(answer, problem.answer)
 
 
 def _by_text(problems):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Final answers are found, compared exactly, and not given away."""
+"""Final answers are found, and not given away."""
 
 import pytest
 
@@ -29,6 +29,45 @@ from atlas_jax.rewards import answers
     ("The answer is 5. Wait, the answer is 6.", "6"),
     ("48 + 24 = 72\n#### 72", "72"),
     ("there are 3 cats and 12 dogs", "12"),
+    (r"\fbox{9}", "9"),
+    (r"\boxed{\frac{\sqrt{3}}{\sqrt{2}}}", r"\frac{\sqrt{3}}{\sqrt{2}}"),
+    (r"\boxed{\text{(B)}}", r"\text{(B)}"),
+    (r"\boxed{a} \boxed{ }", "a"),
+    ("<answer>42</answer>", "42"),
+    ("<think>It is 3.</think><answer>\n(B)\n</answer>", "(B)"),
+    ("<solution>1<solution>2</solution>", "2"),
+    ("<solution>4</solution> <solution>5", "4"),
+    ("<solution>a = 3, so a + 4 = 7</solution>", "a = 3, so a + 4 = 7"),
+    ("The final answer is therefore $12$.", "$12$"),
+    ("The answer is thus, simply: 12", "12"),
+    ("The answer is then equal to 1/2.", "1/2"),
+    ("The correct option is (C).", "(C)"),
+    ("The correct choice is **B**, because", "B"),
+    ("The answer is (a) 12 apples", "(a) 12 apples"),
+    ("Answer: yes, since 7 is prime.", "yes"),
+    ("ANSWER = -3/4", "-3/4"),
+    ("The answer is 1,234,567.89.", "1,234,567.89"),
+    ("The answer is .5.", ".5"),
+    ("The answer is $3.50!", "$3.50"),
+    ("The answer is [0, 1).", "[0, 1)"),
+    ("The answer is {1, 2; 3}", "{1, 2"),
+    ("#### 1,500", "1,500"),
+    ("#### -5\n\n", "-5"),
+    ("#### 3\n#### 4", "4"),
+    ("####", None),
+    ("It weighs 3.14.", "3.14"),
+    ("It is 3.14 kg. Done.", "3.14"),
+    ("It costs $1,500.", "1,500"),
+    (r"about $1.5 \times 10^{3}$", "1.5e3"),
+    ("so 10^6 of them", "1e6"),
+    (r"that is $2^{10}$", "2^{10}"),
+    (r"$\frac{1}{2}$ of it", "1/2"),
+    ("a third, 1/3 of it", "1/3"),
+    ("5 - 3 = 2", "2"),
+    ("a change of \u22127", "-7"),
+    ("25 % more", "25 %"),
+    ("0.001 is less than 0.004", "0.004"),
+    ("1. first\n2. second", "2"),
     ("a loss of -4", "-4"),
     ("10-3", "3"),
     ("so it is 1/2 then", "1/2"),
@@ -41,68 +80,6 @@ from atlas_jax.rewards import answers
 )
 def test_extract_finds_the_final_answer(text, expected):
   assert answers.extract(text) == expected
-
-
-@pytest.mark.parametrize(
-  ("a", "b"),
-  [
-    ("7", "7.0"),
-    ("1,500", "1500"),
-    (r"1{,}500", "1500"),
-    ("1/2", "0.5"),
-    (r"\frac{1}{2}", ".5"),
-    (r"-\dfrac12", "-0.50"),
-    (r"3\frac{1}{2}", "3.5"),
-    ("3 1/2", "7/2"),
-    ("50%", "50 percent"),
-    (r"50\%", "0.5"),
-    ("$7", "7"),
-    ("-$7", "-7"),
-    ("7 apples", "7"),
-    (r"7\text{ cm}", "7 square cm"),
-    (r"\(7\)", "$7$"),
-    (r"90^\circ", "90 degrees"),
-    ("7.", "7"),
-    ("x = 5", "5"),
-    ("twelve", "12"),
-    ("forty-two apples", "42"),
-    ("\u22123", "-3"),
-    ("1e3", "1000"),
-    ("Paris", " paris. "),
-    (r"\text{Yes}", "yes"),
-    ("(1, 2)", "(1,2)"),
-    ("2/0", "2 / 0"),
-    ("9" * 5000, "9" * 5000),
-  ],
-)
-def test_equal_answers_are_equal_both_ways(a, b):
-  assert answers.equal(a, b)
-  assert answers.equal(b, a)
-
-
-@pytest.mark.parametrize(
-  ("a", "b"),
-  [
-    ("0.001", "0.004"),
-    ("0.333", "1/3"),
-    ("0.1", "0.10000000000000000001"),
-    ("50%", "50"),
-    ("12", "112"),
-    ("-7", "7"),
-    ("2x", "2"),
-    (r"2\pi", "2"),
-    ("5 million", "5"),
-    ("3 and a half", "3"),
-    ("1/0", "1"),
-    ("9" * 5000, "9"),
-    ("Paris", "Lyon"),
-    ("", ""),
-    ("$", "."),
-  ],
-)
-def test_different_answers_differ(a, b):
-  assert not answers.equal(a, b)
-  assert not answers.equal(b, a)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Answers as plain text: without LaTeX, currency, emphasis and other dress.
+
+What is left is fit to be searched for numbers: \frac{1}{2} is 1/2, 3 \times
+10^5 is 3e5, a thin space within a number is nothing.
+"""
+
+import re
+
+_FRACTION = re.compile(
+  r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))"
+)
+_ROOT = re.compile(r"\\sqrt\s*(?:\{([^{}]*)\}|(\w))")
+_ATOM = re.compile(r"-?[\w.,]*(?:\([^()]*\))?")
+_VULGAR = {
+  **{"\u00bd": "1/2", "\u2153": "1/3", "\u2154": "2/3", "\u00bc": "1/4"},
+  **{"\u00be": "3/4", "\u2155": "1/5", "\u2156": "2/5", "\u2157": "3/5"},
+  **{"\u2158": "4/5", "\u2159": "1/6", "\u215b": "1/8"},
+}
+_CHARACTERS = str.maketrans(
+  {
+    **{character: f" {quotient}" for character, quotient in _VULGAR.items()},
+    **{"\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*"},
+    **{"\u00b2": "^2", "\u00b3": "^3", "\u2248": "=", "\u03c0": "pi"},
+    **{"\u221e": "inf", "\u222a": "\\cup ", "\u2205": "{}"},
+    **{"\u00a0": " ", "\u2009": "", "\u202f": ""},
+  }
+)
+_SUBSTITUTIONS = (
+  (
+    re.compile(
+      r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname)"
+      r"\s*\{([^{}]*)\}"
+    ),
+    r"\1",
+  ),
+  (re.compile(r"\{,\}"), ","),
+  (re.compile(r"\\%"), "%"),
+  # Degrees, dollars, euros, pounds and markup: units and wrappers.
+  (
+    re.compile(
+      r"\^?\{?\\circ\}?|\\degree(?![a-zA-Z])|\\?[$\u20ac\u00a3]|[\u00b0`]|\*\*"
+    ),
+    "",
+  ),
+  (re.compile(r"\\(?:left|right|big|Big|displaystyle)(?![a-zA-Z])"), ""),
+  (re.compile(r"\\(?:[;: ]|q?quad(?![a-zA-Z]))|~"), " "),
+  (re.compile(r"\\[()\[\],!]"), ""),
+  (re.compile(r"\\([{}])"), r"\1"),
+  (re.compile(r"\\(?:times|cdot|ast)(?![a-zA-Z])"), "*"),
+  (re.compile(r"\\approx(?![a-zA-Z])"), "="),
+  (re.compile(r"\\infty(?![a-zA-Z])"), "inf"),
+  (re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])"), "{}"),
+  (re.compile(r"\\pi(?![a-zA-Z])"), "pi"),
+  # Powers of ten, alone or behind a factor.
+  (
+    re.compile(r"(?<=\d)\s*[*x]\s*10\s*\^\s*\{?([-+]?\d{1,3})\}?(?!\d)"),
+    r"e\1",
+  ),
+  (re.compile(r"(?<![\w.^])10\s*\^\s*\{?([-+]?\d{1,3})\}?(?!\d)"), r"1e\1"),
+)
+# Deeper ones stay as they are.
+_MAX_DEPTH = 8
+
+
+def text(answer: str) -> str:
+  """Takes LaTeX, currency and emphasis away."""
+  answer = answer.translate(_CHARACTERS)
+  for pattern, replacement in _SUBSTITUTIONS:
+    answer = pattern.sub(replacement, answer)
+  # From the inside out: what holds no braces first.
+  for _ in range(_MAX_DEPTH):
+    opened = _FRACTION.sub(_quotient, _ROOT.sub(_root, answer))
+    if opened == answer:
+      break
+    answer = opened
+  return answer
+
+
+def _quotient(match: re.Match[str]) -> str:
+  top, bottom = (
+    _operand(match[i] if match[i] is not None else match[i + 1]) for i in (1, 3)
+  )
+  # Apart from a whole number before it: a mixed one.
+  return f" {top}/{bottom}"
+
+
+def _operand(text: str) -> str:
+  """Puts parentheses around what a division would tear apart."""
+  text = text.strip()
+  return text if _ATOM.fullmatch(text) else f"({text})"
+
+
+def _root(match: re.Match[str]) -> str:
+  return f"sqrt({match[1] if match[1] is not None else match[2]})"
