@@ -36,6 +36,10 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
     "--config.batch.num_questions=2",
     "--config.batch.mask_truncated=False",
     "--config.sampling.teach.group_size=2",
+    "--config.reward.weights.rlt=0.1",
+    "--config.reward.weights.overlong=0.5",
+    "--config.reward.overlong.soft_tokens=4",
+    "--reward_fn=tests.reward_functions:count_words=0.1",
     "--config.loop.num_steps=2",
     "--config.loop.log_every=1",
     *(
@@ -60,6 +64,9 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   told = run()
   rows = [json.loads(line) for line in told.splitlines()]
   assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+  named = ("teaching", "rlt", "overlong", "tests.reward_functions:count_words")
+  assert {f"rewards/{name}" for name in named} <= set(rows[0])
+  assert rows[0]["rewards/unavailable"] == 0
   assert "eval/teaching/NDR" in rows[-1]
   assert (workdir / "export/model.safetensors").exists()
   assert (workdir / "checkpoints/2/manifest.json").exists()
