@@ -50,7 +50,11 @@ def main() -> None:
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
     student = launch.open_model(
-      mesh, **config.student, with_params=config.rollout.backend == "jax"
+      mesh,
+      **config.student,
+      # The reward rlt scores here, also where the student answers elsewhere.
+      with_params=config.rollout.backend == "jax"
+      or bool(config.reward.weights.rlt),
     )
     protocol = opened.enter_context(
       launch.open_protocol(policy, student, mesh, config)

@@ -167,7 +167,7 @@ def _needed(student: rlt_reward.Student | None) -> rlt_reward.Student:
     raise errors.ConfigError(
       "Nobody can score the solution for the reward rlt.",
       where="--config.reward.weights.rlt",
-      why="It needs the student's weights in this process.",
-      fix="Set --config.rollout.backend=jax, or the weight to 0.",
+      why="The student's weights are not in this process.",
+      fix="Load them here too, or set the weight to 0.",
     )
   return student
