@@ -28,6 +28,7 @@ _PACKAGES = {
   "wandb": "wandb",
   "trackio": "trackio",
 }
+_ADVICE = {"wandb": "set WANDB_API_KEY, or WANDB_MODE=offline"}
 _MAX_WAITING = 256
 _MAX_CLOSE_S = 20.0
 
@@ -153,7 +154,7 @@ class Background:
 
   def _work(self) -> None:
     sink: Sink | None = None
-    with _Contained(self._warn):
+    with _Contained(self._warn_closed):
       sink = self._open_sink()
     while (job := self._jobs.get()) is not None:
       if sink is not None:
@@ -162,6 +163,10 @@ class Background:
     if sink is not None:
       with _Contained(self._warn):
         sink.close()
+
+  def _warn_closed(self, why: str) -> None:
+    advice = _ADVICE.get(self._name)
+    self._warn(f"{why} at its start{f' ({advice})' if advice else ''}")
 
   def _warn(self, why: str) -> None:
     if not self._has_warned:

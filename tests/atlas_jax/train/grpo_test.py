@@ -16,7 +16,7 @@ from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 from rollout import jax_sampler
-from tests import fakes, tiny
+from tests import fakes, metric_names, tiny
 
 _QUESTIONS = [
   types.Question(f"q{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(4)
@@ -248,6 +248,29 @@ def test_what_is_rewarded_becomes_likelier(trained):
   assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
   assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
   assert rows[1]["kl"] > 0.0
+
+
+@pytest.mark.slow
+def test_a_run_tells_what_the_page_says_and_where_its_time_went(
+  world, tmp_path
+):
+  changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
+  _train(world, tmp_path, held_out=2, **changes)
+  rows = _rows(tmp_path)
+  metric_names.check("GRPO", rows)
+  for row in rows:
+    if "step_s" in row:
+      seconds = [s for k, s in row.items() if k.startswith("seconds/")]
+      assert sum(seconds) == pytest.approx(row["step_s"])
+      assert row["seconds/idle"] < 0.2 * row["step_s"]
+  # Evaluation and checkpoint of step 2 are told with the step after it.
+  assert [row["step"] for row in rows if "seconds/eval" in row] == [3]
+  assert (tmp_path / "completions/step-2.jsonl").exists()
+  assert (tmp_path / "stored_completions/2.csv").exists()
+  lessons = (tmp_path / "successful_teaching").iterdir()
+  assert {path.name.split("_")[1] for path in lessons} == {
+    *("000001", "000002", "000003")
+  }
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing
 from atlas_jax.train import sft, writer
 from atlas_jax.train import state as train_state
-from tests import fakes, tiny
+from tests import fakes, metric_names, tiny
 
 _ROWS = [
   {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
@@ -238,7 +238,7 @@ def test_it_learns_and_resumes_only_with_the_data_it_began_with(
   assert losses[-1] < 0.7 * losses[0]
   assert evaluated[1] < evaluated[0]
   assert rows[0]["learning_rate"] == pytest.approx(0.02)
-  assert {"tokens_per_s", "grad_norm", "num_tokens"} <= rows[0].keys()
+  metric_names.check("SFT", rows)
 
   other = _write(tmp_path, _ROWS[:-1], "other.jsonl")
   with pytest.raises(errors.CheckpointError, match="another data") as caught:
