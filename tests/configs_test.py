@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from atlas_jax import checkpoint, launch, sharding, types
-from atlas_jax.losses import grpo
+from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
@@ -51,8 +51,8 @@ _FUNCTIONS = {
   "reward.rlt.coefficients": (rlt.Coefficients, ()),
   "reward.overlong": (rules.overlong, ("max_tokens",)),
   "reward.math_verify": (rules.open_math, ()),
-  "advantages": (grpo.group_advantages, ()),
-  "correction": (grpo.sampler_correction, ()),
+  "advantages": (advantages.group_advantages, ()),
+  "correction": (correction.sampler_weights, ()),
   "score": (score.token_stats, ("temperature",)),
   "schedule": (optimizer.make_schedule, ("num_updates",)),
   "optimizer": (optimizer.make_optimizer, ()),
@@ -70,7 +70,7 @@ _SFT = _FUNCTIONS | {
   "data": (train_sft.make_sets, ("batch_size", "seed")),
   "loss": (train_sft._loss, ()),
 }
-_GRPO = _FUNCTIONS | {"loss": (grpo.clipped_surrogate, ("rollout_weights_BT",))}
+_GRPO = _FUNCTIONS | {"loss": (grpo.Objective, ("max_tokens",))}
 _GRPO_READERS = (
   "scripts/train_grpo.py",
   "atlas_jax/train/grpo.py",
@@ -100,6 +100,10 @@ _VARIANTS = [
   (recipe, variant)
   for recipe in _RECIPES
   for variant in (("full", "smoke") if _has_variants(recipe) else ("",))
+] + [
+  ("teacher_rcl", variant)
+  for path in sorted((_ROOT / "configs/loss").glob("[!_]*.py"))
+  for variant in (path.stem, f"smoke,{path.stem}")
 ]
 
 
@@ -186,6 +190,8 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
       **config.reward, functions=none, student=reader, max_tokens=10**6
     ):
       pass
+  if "advantages" in config:
+    grpo.Objective(**config.loss, max_tokens=1)
   if "schedule" in config:
     schedule = optimizer.make_schedule(**config.schedule, num_updates=10)
     chain = optimizer.make_optimizer(schedule, **config.optimizer)
@@ -195,5 +201,5 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
 
 @pytest.mark.parametrize("recipe", [r for r in _RECIPES if _has_variants(r)])
 def test_an_unknown_variant_is_refused(recipe):
-  with pytest.raises(ValueError, match="there is :smoke"):
+  with pytest.raises(ValueError, match=r"there is :smoke"):
     _config(recipe, "tiny")

@@ -1,119 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group relative policy optimization: advantages and the clipped surrogate."""
+"""The policy loss: GRPO and its relatives, as settings of one objective."""
+
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.losses import reduce
+from atlas_jax import errors
+from atlas_jax.losses import kl, reduce
 
-# Added to the group's standard deviation, as ATLAS and TRL do.
-_STD_EPSILON = 1e-4
+Ratio = Literal["token", "sequence", "sequence_token", "product"]
+Clipping = Literal["objective", "weight"]
+KlIn = Literal["loss", "weighted_loss", "reward"]
+
+_CHOICES = {
+  "ratio": ("token", "sequence", "sequence_token", "product"),
+  "clipping": ("objective", "weight"),
+  "kl_estimator": ("k1", "k2", "k3"),
+  "kl_in": ("loss", "weighted_loss", "reward"),
+  "aggregate": reduce.AGGREGATES,
+}
 
 
-def group_advantages(
-  rewards_PC: jax.Array, valid_PC: jax.Array, *, scale_by_std: bool
-) -> jax.Array:
-  """Computes how much better each completion did than its group.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """What tells the members of the family apart; see `surrogate`.
 
-  This is (R - mean) / (std + 1e-4), with the sample standard deviation.
+  `ratio` is of the policy to the policy before this step: of each "token"; of
+  the whole "sequence", as the geometric mean over its tokens (GSPO);
+  "sequence_token", which has that value and the token's own gradient
+  (GSPO-token); or the "product" over the sequence (RLOO).
 
-  Source: Shao et al., arXiv:2402.03300, section 4.1.2; without the division,
-  Liu et al., arXiv:2503.20783.
+  `clipping` bounds the ratio to [1 - clip_low, 1 + clip_high] in the
+  "objective" (PPO: a token out of bounds gets no gradient), or as the "weight"
+  of its log-probability (CISPO: every token keeps one). In the objective,
+  `max_ratio` also bounds what a completion worse than its group can do to a
+  token whose probability rose; None for no bound.
 
-  Args:
-    rewards_PC: rewards of the C completions of P prompts.
-    valid_PC: bool; False where the reward is missing. Such a reward may hold
-      anything: it is not part of its group's mean and deviation.
-    scale_by_std: whether to divide by the deviation.
+  `kl_coef` weighs the divergence from the reference, by `kl_estimator`: in the
+  "loss"; in the "weighted_loss", times the ratio for its gradient's sake; or in
+  the "reward", where the caller puts it. See `losses.kl`.
 
-  Returns:
-    float32[P, C]. Exactly 0 where the reward is missing, and in groups with
-    fewer than two rewards or with all rewards equal: there is nothing to learn.
+  `entropy_coef` rewards entropy. `aggregate`, and `max_tokens` for its constant
+  length: see `losses.reduce`.
   """
-  rewards_PC = jnp.asarray(rewards_PC, jnp.float32)
-  count_P1 = jnp.sum(valid_PC, axis=1, keepdims=True)
-  total_P1 = jnp.sum(rewards_PC, axis=1, keepdims=True, where=valid_PC)
-  mean_P1 = total_P1 / jnp.maximum(count_P1, 1)
-  advantages_PC = jnp.where(valid_PC, rewards_PC - mean_P1, 0.0)
-  if scale_by_std:
-    squares_P1 = jnp.sum(jnp.square(advantages_PC), axis=1, keepdims=True)
-    std_P1 = jnp.sqrt(squares_P1 / jnp.maximum(count_P1 - 1, 1))
-    advantages_PC = advantages_PC / (std_P1 + _STD_EPSILON)
-  # The mean of equal rewards is rounded, and dividing by 1e-4 would magnify
-  # what is left of them.
-  best_P = jnp.max(rewards_PC, axis=1, where=valid_PC, initial=-jnp.inf)
-  worst_P = jnp.min(rewards_PC, axis=1, where=valid_PC, initial=jnp.inf)
-  return jnp.where((best_P > worst_P)[:, None], advantages_PC, 0.0)
+
+  ratio: Ratio
+  clipping: Clipping
+  clip_low: float
+  clip_high: float
+  max_ratio: float | None
+  kl_coef: float
+  kl_estimator: kl.Estimator
+  kl_in: KlIn
+  entropy_coef: float
+  aggregate: reduce.Aggregate
+  max_tokens: int
+
+  def __post_init__(self) -> None:
+    """Refuses what is no objective, or would be ignored."""
+    for name, known in _CHOICES.items():
+      if getattr(self, name) not in known:
+        raise self._refused(
+          name, "There is no such choice.", f"Set it to one of {known}."
+        )
+    if self.clip_low < 0.0 or self.clip_high < 0.0:
+      raise self._refused(
+        "clip_low" if self.clip_low < 0.0 else "clip_high",
+        "The bounds on the ratio would leave out 1, where every step starts.",
+        "Set both to 0 or more, for example 0.2.",
+      )
+    if self.max_ratio is not None and (
+      self.clipping == "weight" or self.max_ratio <= 1.0 + self.clip_high
+    ):
+      raise self._refused(
+        "max_ratio",
+        "It would be ignored, or hide the upper bound.",
+        'Set it above 1 + clip_high with clipping="objective", or leave it '
+        "out.",
+      )
+    if self.kl_coef and self.kl_estimator == "k1" and self.kl_in == "loss":
+      raise self._refused(
+        "kl_estimator",
+        "The gradient of k1 as a loss is 0 in the mean.",
+        "Set kl_in to weighted_loss or reward, or take k2 or k3.",
+      )
+
+  def _refused(self, name: str, why: str, fix: str) -> errors.ConfigError:
+    return errors.ConfigError(
+      "This loss cannot be had.",
+      where=f"--config.loss.{name}={getattr(self, name)}",
+      why=why,
+      fix=fix,
+    )
 
 
-def sampler_correction(
-  old_logprobs_BT: jax.Array,
-  rollout_logprobs_BT: jax.Array,
-  loss_mask_BT: jax.Array,
-  *,
-  max_ratio: float,
-) -> jax.Array:
-  """Computes importance weights from the sampler's policy to the trainer's.
-
-  Both hold the same weights, yet their kernels and precision differ, so the
-  tokens were drawn from a slightly different distribution than the one whose
-  gradient is taken. The weight is min(exp(old - rollout), max_ratio).
-
-  Source: Yao et al., "Your Efficient RL Framework Secretly Brings You
-  Off-Policy RL Training" (2025), truncated importance sampling.
-
-  Args:
-    old_logprobs_BT: by the trainer, at the sampling temperature.
-    rollout_logprobs_BT: as the sampler reported them, of the distribution that
-      it drew from.
-    loss_mask_BT: bool; the tokens that count. The rest may hold anything.
-    max_ratio: the bound which keeps one odd token from ruling the batch.
-
-  Returns:
-    float32[B, T], without gradient; 1 (or `max_ratio`, if less) where masked.
-  """
-  log_ratio_BT = jnp.where(
-    loss_mask_BT, old_logprobs_BT - rollout_logprobs_BT, 0.0
-  )
-  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio_BT), max_ratio))
-
-
-def clipped_surrogate(  # noqa: PLR0913 - one argument per symbol.
+def surrogate(
   logprobs_BT: jax.Array,
   old_logprobs_BT: jax.Array,
   ref_logprobs_BT: jax.Array,
+  entropy_BT: jax.Array,
   advantages_B: jax.Array,
   loss_mask_BT: jax.Array,
   *,
   rollout_weights_BT: jax.Array,
-  clip_low: float,
-  clip_high: float,
-  kl_coef: float,
-  aggregate: reduce.Aggregate,
+  objective: Objective,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Computes the GRPO loss of a batch of completions.
+  """Computes the loss of a batch of completions.
 
-  With r the ratio of the policy to the policy before this step, w the sampler
-  correction and A the advantage, the loss of a token is
-  -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef KL.
+  With r the ratio, w the sampler correction, A the advantage, H the entropy and
+  sg() what gets no gradient, the loss of a token is
+
+    -w min(min(r, max_ratio) A, clip(r) A) + kl_coef KL - entropy_coef H
+
+  or, clipping the weight, with -w sg(clip(r)) A log policy for its first term.
 
   Source: Shao et al., arXiv:2402.03300, equation 3; bounds set apart and the
-  mean over tokens from Yu et al., arXiv:2503.14476, sections 3.1 and 3.3.
+  mean over tokens, Yu et al., arXiv:2503.14476, sections 3.1 and 3.3; ratios of
+  sequences, Zheng et al., arXiv:2507.18071, sections 4.1 and 4.3; the clipped
+  weight, MiniMax, arXiv:2506.13585, section 3.1; `max_ratio`, Prime Intellect,
+  arXiv:2505.07291, section 3.4.
 
   Args:
-    logprobs_BT: by the policy; the only argument that gets a gradient.
+    logprobs_BT: by the policy, of the distribution that was drawn from; this
+      and the entropy get a gradient.
     old_logprobs_BT: by the policy at the start of this step, as the trainer
       computed them.
     ref_logprobs_BT: by the reference. With a `kl_coef` of 0.0 they show in the
       metrics alone, and `old_logprobs_BT` will do.
+    entropy_BT: of the policy at each token.
     advantages_B: one per completion.
     loss_mask_BT: bool; the tokens that count. Where it is False the other
       arrays may hold anything.
-    rollout_weights_BT: from `sampler_correction`; ones for no correction.
-    clip_low: how far below 1 the ratio still moves the policy.
-    clip_high: the same, above 1.
-    kl_coef: weight of the divergence from the reference.
-    aggregate: GRPO takes the mean over sequences, DAPO over tokens.
+    rollout_weights_BT: from `correction.sampler_weights`; ones for none.
+    objective: which of the family.
 
   Returns:
     The loss, and metrics over the counted tokens; see `_metrics`.
@@ -123,26 +144,70 @@ def clipped_surrogate(  # noqa: PLR0913 - one argument per symbol.
     jax.lax.stop_gradient(fixed)
   )
   # Masked before exp(): where() after it would still leak NaN gradients.
+  logprobs_BT = jnp.where(loss_mask_BT, logprobs_BT, 0.0)
+  rollout_weights_BT = jnp.where(loss_mask_BT, rollout_weights_BT, 0.0)
   log_ratio_BT = jnp.where(loss_mask_BT, logprobs_BT - old_logprobs_BT, 0.0)
-  ref_gap_BT = jnp.where(loss_mask_BT, ref_logprobs_BT - logprobs_BT, 0.0)
+  gap_BT = jnp.where(loss_mask_BT, logprobs_BT - ref_logprobs_BT, 0.0)
+  advantages_B1 = advantages_B[:, None]
 
-  ratio_BT = jnp.exp(log_ratio_BT)
-  clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-  gain_BT = jnp.minimum(
-    ratio_BT * advantages_B[:, None], clipped_BT * advantages_B[:, None]
+  ratio_BT = jnp.exp(
+    _of_level(log_ratio_BT, loss_mask_BT, level=objective.ratio)
   )
-  kl_BT = jnp.expm1(ref_gap_BT) - ref_gap_BT  # Schulman's k3; never negative.
-  loss_BT = kl_coef * kl_BT - rollout_weights_BT * gain_BT
+  clipped_BT = jnp.clip(
+    ratio_BT, 1.0 - objective.clip_low, 1.0 + objective.clip_high
+  )
+  if objective.clipping == "objective":
+    bounded_BT = jnp.minimum(ratio_BT, objective.max_ratio or jnp.inf)
+    gain_BT = jnp.minimum(
+      bounded_BT * advantages_B1, clipped_BT * advantages_B1
+    )
+    is_clipped_BT = gain_BT < bounded_BT * advantages_B1
+  else:
+    weight_BT = jax.lax.stop_gradient(clipped_BT)
+    gain_BT = weight_BT * advantages_B1 * logprobs_BT
+    is_clipped_BT = weight_BT != ratio_BT
 
-  loss = reduce.mean(loss_BT, loss_mask_BT, aggregate=aggregate)
-  is_clipped_BT = gain_BT < ratio_BT * advantages_B[:, None]
-  metrics = _metrics(ratio_BT, kl_BT, is_clipped_BT, loss_mask_BT)
+  kl_BT = kl.estimate(gap_BT, estimator=objective.kl_estimator)
+  loss_BT = -rollout_weights_BT * gain_BT
+  if objective.kl_coef and objective.kl_in == "loss":
+    loss_BT += objective.kl_coef * kl_BT
+  elif objective.kl_coef and objective.kl_in == "weighted_loss":
+    weighted_BT = kl.weighted(kl_BT, ratio_BT, estimator=objective.kl_estimator)
+    loss_BT += objective.kl_coef * weighted_BT
+  if objective.entropy_coef:
+    loss_BT -= objective.entropy_coef * entropy_BT
+
+  loss = reduce.mean(
+    loss_BT,
+    loss_mask_BT,
+    aggregate=objective.aggregate,
+    length=objective.max_tokens,
+  )
+  metrics = _metrics(ratio_BT, kl_BT, entropy_BT, is_clipped_BT, loss_mask_BT)
   return loss, {"loss": loss, **metrics}
+
+
+def _of_level(
+  log_ratio_BT: jax.Array, loss_mask_BT: jax.Array, *, level: Ratio
+) -> jax.Array:
+  """Turns the log-ratios of tokens, 0 where masked, into those of a level."""
+  if level == "token":
+    return log_ratio_BT
+  total_B1 = jnp.sum(log_ratio_BT, axis=1, keepdims=True)
+  if level == "product":
+    return jnp.broadcast_to(total_B1, log_ratio_BT.shape)
+  num_tokens_B1 = jnp.sum(loss_mask_BT, axis=1, keepdims=True)
+  mean_B1 = total_B1 / jnp.maximum(num_tokens_B1, 1)
+  if level == "sequence":
+    return jnp.broadcast_to(mean_B1, log_ratio_BT.shape)
+  own_BT = log_ratio_BT - jax.lax.stop_gradient(log_ratio_BT)
+  return jax.lax.stop_gradient(mean_B1) + own_BT
 
 
 def _metrics(
   ratio_BT: jax.Array,
   kl_BT: jax.Array,
+  entropy_BT: jax.Array,
   is_clipped_BT: jax.Array,
   loss_mask_BT: jax.Array,
 ) -> dict[str, jax.Array]:
@@ -154,6 +219,7 @@ def _metrics(
   low_BT, high_BT = ratio_BT < 1.0, ratio_BT > 1.0
   return {
     "kl": reduce.token_mean(kl_BT, loss_mask_BT),
+    "entropy": reduce.token_mean(entropy_BT, loss_mask_BT),
     "ratio_mean": reduce.token_mean(ratio_BT, loss_mask_BT),
     "ratio_max": jnp.max(ratio_BT, where=loss_mask_BT, initial=0.0),
     "clip_low_fraction": reduce.token_mean(

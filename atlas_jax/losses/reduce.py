@@ -10,7 +10,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Aggregate = Literal["token_mean", "sequence_mean"]
+# Written out for the check of what a config names.
+AGGREGATES = ("token_mean", "sequence_mean", "constant_length")
+Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 def token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -31,17 +33,49 @@ def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
   return jnp.sum(means_B) / jnp.maximum(jnp.sum(num_tokens_B > 0), 1)
 
 
-def mean(
-  x_BT: jax.Array, mask_BT: jax.Array, *, aggregate: Aggregate
+def constant_length(
+  x_BT: jax.Array, mask_BT: jax.Array, *, length: int
 ) -> jax.Array:
-  """Averages by the named one of the two.
+  """Averages over sequences the sum over each one's counted tokens / length.
+
+  So a token weighs the same in a long sequence as in a short one, whatever else
+  is in the batch. Rows as in `sequence_mean`.
+
+  Source: Liu et al., arXiv:2503.20783, section 3.2.
+  """
+  total = jnp.sum(x_BT, where=mask_BT, dtype=jnp.float32)
+  num_sequences = jnp.sum(jnp.any(mask_BT, axis=1))
+  return total / (length * jnp.maximum(num_sequences, 1))
+
+
+def mean(
+  x_BT: jax.Array, mask_BT: jax.Array, *, aggregate: Aggregate, length: int
+) -> jax.Array:
+  """Averages by the named one of the three.
+
+  `length` is what `constant_length` divides by; the others have their own.
 
   Raises:
     ValueError: if there is none of that name.
   """
-  means = {"token_mean": token_mean, "sequence_mean": sequence_mean}
-  if aggregate not in means:
-    raise ValueError(
-      f"Unknown aggregate {aggregate!r}; expected one of {sorted(means)}."
-    )
-  return means[aggregate](x_BT, mask_BT)
+  match aggregate:
+    case "token_mean":
+      return token_mean(x_BT, mask_BT)
+    case "sequence_mean":
+      return sequence_mean(x_BT, mask_BT)
+    case "constant_length":
+      return constant_length(x_BT, mask_BT, length=length)
+  raise ValueError(
+    f"Unknown aggregate {aggregate!r}; expected one of {AGGREGATES}."
+  )
+
+
+def count(mask_BT: jax.Array, *, aggregate: Aggregate) -> jax.Array:
+  """Counts what `mean` is over: tokens, or sequences with any.
+
+  Means of parts of a batch, weighed by their counts, add up to the mean of the
+  whole: however it is split.
+  """
+  if aggregate == "token_mean":
+    return jnp.sum(mask_BT)
+  return jnp.sum(jnp.any(mask_BT, axis=1))

@@ -3,13 +3,15 @@
 
 With a staleness of 0 every step samples with its own weights. With 1, the next
 batch is sampled while this step trains, so by the weights that this step began
-with; `losses.grpo.sampler_correction` weighs what they would say less or more.
+with; `losses.correction` weighs what they would say less or more.
 Steps at which trainer and sampler are compared are always sampled in time.
 """
 
 from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
+
+import numpy as np
 
 from atlas_jax import errors, types
 from atlas_jax.data import loader
@@ -122,6 +124,42 @@ class Collector:
         self._sample_ahead, upcoming
       )
     return sampled
+
+  def refill(
+    self,
+    step: int,
+    records: Sequence[types.TeachingRecord],
+    *,
+    num_questions: int,
+    clock: train_clock.Clock,
+  ) -> list[types.TeachingRecord]:
+    """Samples for other questions than those that `records` has.
+
+    Source: Yu et al., arXiv:2503.14476, section 3.2, dynamic sampling; here
+    only what is missing is sampled again.
+
+    Args:
+      step: whose weights the policy's sampler holds.
+      records: of this step so far.
+      num_questions: how many to ask, if there are as many left.
+      clock: is told the phases; waiting for the batch ahead is in none.
+
+    Returns:
+      Records of those questions; none if there are none left, or none wanted.
+    """
+    asked = {record.question.row_id for record in records}
+    # In the same order each time, so that every call goes on from the last.
+    order = np.random.default_rng((self._seed, step, 1))
+    order = order.permutation(len(self._questions))
+    others = (self._questions[i] for i in order)
+    fresh = [q for q in others if q.row_id not in asked][:num_questions]
+    # After the batch that is being sampled ahead: one sampler, one at a time.
+    return self._executor.submit(
+      self._protocol.run,
+      fresh,
+      seed=self._seed + step,
+      phase=clock.phase,
+    ).result()
 
   def is_compared(self, step: int) -> bool:
     """Tells whether trainer and sampler are compared at a step."""

@@ -7,7 +7,7 @@ on the clipped surrogate -> new weights for the sampler.
 """
 
 from collections.abc import Callable, Sequence
-import functools
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -57,8 +57,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     questions: what is taught.
     held_out: what it is evaluated on; may be empty.
     mesh: as `sharding.make_mesh` makes it.
-    config: sections `optimizer`, `batch`, `loss`, `reference`, `offload`,
-      `loop`, `checkpoint`, `sampling`, `overlap` and `agreement`; `seed`.
+    config: sections `optimizer`, `schedule`, `offload`, `loop`, `checkpoint`,
+      `rollout` and `overlap`, and those of `learner.Learner`; `seed`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
@@ -67,7 +67,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     errors.AtlasError: see `loop.run`, `collect.Collector` and
       `agreement.check`.
   """
-  _check_overlap(config, mesh)
+  _check_sampling(config, mesh)
   optimizer = _make_optimizer(config)
   has_reference = config.loss.kl_coef > 0
   state = train_state.create(
@@ -111,8 +111,14 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   with collector:
     state = loop.run(
       state,
-      functools.partial(
-        _do_step, collector, reward_fn, learner, artefacts, clock
+      _Step(
+        collector,
+        reward_fn,
+        learner,
+        artefacts,
+        clock,
+        group_size=config.sampling.teach.group_size,
+        max_refills=config.groups.max_refills,
       ),
       evaluate,
       checkpointer=checkpointer,
@@ -125,32 +131,57 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   return state.params
 
 
-def _do_step(
-  collector: collect.Collector,
-  reward_fn: types.RewardFn,
-  learner: learning.Learner,
-  artefacts: train_artefacts.Artefacts,
-  clock: train_clock.Clock,
-  state: train_state.TrainState,
-  step: int,
-) -> tuple[train_state.TrainState, loop.Metrics]:
-  """Samples, rewards, updates: see `loop.DoStep`."""
-  collector.settle()
-  with clock.phase("push"):
-    collector.push(state.params, step)
-  records, ahead = collector.take(step, clock)
-  with clock.phase("reward"):
-    records = [rewards.grade(record) for record in records]
-    rewarded, lag = collector.drop_stale(records, reward_fn(records), step)
-  with clock.phase("train"):
-    state, metrics = learner.update(
-      state, records, rewarded, is_compared=collector.is_compared(step)
-    )
-  with clock.phase("save"):
-    artefacts.save(step + 1, records, rewarded)
-  described = _describe(records, rewarded)
-  measured = {**lag, **collector.take_metrics(), **ahead}
-  return state, {**described, **metrics, **measured}
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """One step of the recipe; see `loop.DoStep`."""
+
+  collector: collect.Collector
+  reward_fn: types.RewardFn
+  learner: learning.Learner
+  artefacts: train_artefacts.Artefacts
+  clock: train_clock.Clock
+  group_size: int
+  max_refills: int
+
+  def __call__(
+    self, state: train_state.TrainState, step: int
+  ) -> tuple[train_state.TrainState, loop.Metrics]:
+    """Samples, rewards, samples again what teaches nothing, and updates."""
+    collector = self.collector
+    collector.settle()
+    with self.clock.phase("push"):
+      collector.push(state.params, step)
+    records, ahead = collector.take(step, self.clock)
+    records, rewarded = self._reward(records)
+    num_wanted, num_refills = len(records) // self.group_size, 0
+    while num_refills < self.max_refills:
+      missing = num_wanted - learning.count_varied(rewarded, self.group_size)
+      more = collector.refill(
+        step, records, num_questions=missing, clock=self.clock
+      )
+      if not more:
+        break
+      more, more_rewarded = self._reward(more)
+      records, rewarded = records + more, rewarded + more_rewarded
+      num_refills += 1
+    rewarded, lag = collector.drop_stale(records, rewarded, step)
+    with self.clock.phase("train"):
+      state, metrics = self.learner.update(
+        state, records, rewarded, is_compared=collector.is_compared(step)
+      )
+    with self.clock.phase("save"):
+      self.artefacts.save(step + 1, records, rewarded)
+    described = {**_describe(records, rewarded), "groups/refills": num_refills}
+    measured = {**lag, **collector.take_metrics(), **ahead}
+    return state, {**described, **metrics, **measured}
+
+  def _reward(
+    self, records: Sequence[types.TeachingRecord]
+  ) -> tuple[list[types.TeachingRecord], list[types.Reward]]:
+    """Grades the answers, then rewards the teachings."""
+    with self.clock.phase("reward"):
+      graded = [rewards.grade(record) for record in records]
+      return graded, self.reward_fn(graded)
 
 
 def _make_optimizer(
@@ -181,11 +212,18 @@ def _make_collector(
   )
 
 
-def _check_overlap(
+def _check_sampling(
   config: Any,  # Any: as in `train`.
   mesh: jax.sharding.Mesh,
 ) -> None:
-  """Refuses to sample and train at once where that would hang."""
+  """Refuses what would hang, or be ignored."""
+  if config.groups.max_refills and not config.groups.filter_equal:
+    raise errors.ConfigError(
+      "Groups are made up for that are not left out.",
+      where=f"--config.groups.max_refills={config.groups.max_refills}",
+      why="The batch would grow with every group that teaches nothing.",
+      fix="Set filter_equal=True, or max_refills to 0.",
+    )
   if (
     config.overlap.max_staleness
     and config.rollout.backend == "jax"

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rewarded records to updates on the clipped surrogate."""
+"""From rewarded records to updates of the policy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from atlas_jax import errors, sharding, types
-from atlas_jax.losses import grpo, reduce
+from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
 from atlas_jax.train import agreement, rows, score
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
+
+# `score.token_stats` as it is configured here.
+_StatsFn = Callable[[decoder.Params, train_step.Batch], logprobs.TokenStats]
 
 
 class Learner:
@@ -23,50 +27,63 @@ class Learner:
   def __init__(
     self,
     model: decoder.Model,
-    optimizer: Any,  # Any: optax's transformation, a NamedTuple of functions.
+    optimizer: optax.GradientTransformation,
     *,
     shardings: Any,  # Any: a tree like the state's.
     mesh: jax.sharding.Mesh,
-    config: Any,  # Any: as in `train`.
+    config: Any,  # Any: a ConfigDict, whose values have no static type.
   ) -> None:
+    """Compiles nothing yet.
+
+    Args:
+      model: the policy's decoder, and the reference's.
+      optimizer: clipping included.
+      shardings: where the state stays, as `state.shardings` tells.
+      mesh: as `sharding.make_mesh` makes it.
+      config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
+        `reference`, `agreement`, `score` and `sampling`.
+
+    Raises:
+      errors.ConfigError: if nothing could be learnt with them.
+    """
     sampling = config.sampling.teach
-    if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k:
-      raise errors.ConfigError(
-        "The policy must be sampled from its whole distribution.",
-        where="--config.sampling.teach",
-        why="A cut vocabulary or a temperature of 0 has no importance ratio.",
-        fix="Set temperature > 0, top_p=1 and top_k=0.",
-      )
+    _check_sampling(sampling)
+    self._objective = grpo.Objective(
+      **config.loss, max_tokens=sampling.max_completion_tokens
+    )
     self._batch, self._reference = config.batch, config.reference
-    self._advantages = config.advantages
+    self._filter_equal = config.groups.filter_equal
+    self._group_size = sampling.group_size
     self._max_prob_error = config.agreement.max_prob_error
-    self._sharding = sharding.of_batch(mesh)
+    self._rows = sharding.of_batch(mesh)
     num_parts = config.batch.num_minibatches * config.batch.num_microbatches
     self._multiple = mesh.shape["data"] * mesh.shape["fsdp"] * num_parts
-    self._score = jax.jit(
-      functools.partial(
-        _logprobs,
-        model,
-        temperature=sampling.temperature,
-        chunk_size=config.score.chunk_size,
-      )
+    cut = sampling.top_p < 1.0 or sampling.top_k > 0
+    stats_fn = functools.partial(
+      score.token_stats,
+      model,
+      temperature=sampling.temperature,
+      chunk_size=config.score.chunk_size,
+      support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
     )
+    self._score = jax.jit(functools.partial(_logprobs, stats_fn))
     self._step = train_step.make_step(
-      functools.partial(
-        _loss,
-        model,
-        temperature=sampling.temperature,
-        chunk_size=config.score.chunk_size,
-        **config.loss,
-      ),
+      functools.partial(_loss, stats_fn, objective=self._objective),
       optimizer,
       num_microbatches=config.batch.num_microbatches,
       shardings=shardings,
     )
-    self._measure = jax.jit(agreement.measure)
-    self._correct = jax.jit(
-      functools.partial(grpo.sampler_correction, **config.correction)
+    self._advantages = jax.jit(
+      functools.partial(advantages.group_advantages, **config.advantages)
     )
+    self._correct = jax.jit(
+      functools.partial(correction.sampler_weights, **config.correction)
+    )
+    self._measure = jax.jit(agreement.measure)
+    # Refuses their settings now, not after the first batch was sampled.
+    one, counted = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+    jax.eval_shape(self._advantages, one, counted)
+    jax.eval_shape(self._correct, one, one, counted)
 
   def update(
     self,
@@ -76,81 +93,105 @@ class Learner:
     *,
     is_compared: bool,
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Does the updates of one step; none if no group has anything to teach.
+    """Does the updates of one step; none if there is nothing to learn from.
 
     Trainer and sampler are measured where both had the same weights, and held
     to the bound if `is_compared`.
+
+    Args:
+      state: donated.
+      records: group by group.
+      rewarded: one for each; a missing one is no part of its group.
+      is_compared: see above.
     """
-    advantages_PC = self._group(records, rewarded)
-    flat_B = advantages_PC.reshape(-1)
-    keep = [
-      i
-      for i, record in enumerate(records)
-      if np.any(advantages_PC[i // advantages_PC.shape[1]])
-      and rewarded[i].value is not None
-      and not (
-        self._batch.mask_truncated
-        and record.teacher_rollout.completion.finish_reason == "length"
-      )
-    ]
-    num_groups = int(np.any(advantages_PC, axis=1).sum())
+    rewards_PC, valid_PC = group_rewards(rewarded, self._group_size)
+    keep = self._kept(records, rewards_PC, valid_PC)
+    varied_P1 = advantages.has_variance(rewards_PC, valid_PC)
+    rollouts = [records[i].teacher_rollout for i in keep]
     metrics: dict[str, Any] = {
-      "groups/used_fraction": num_groups / len(advantages_PC),
-      "num_tokens": sum(_num_tokens(records[i]) for i in keep),
+      "groups/used_fraction": float(jnp.mean(varied_P1)),
+      "num_tokens": sum(map(_num_tokens, rollouts)),
     }
     if keep:
-      batch = rows.make_batch(
-        [records[i].teacher_rollout for i in keep],
-        flat_B[keep],
-        multiple=self._multiple,
+      batch = rows.make_batch(rollouts, multiple=self._multiple)
+      batch = jax.device_put(batch, self._rows)
+      batch |= self._scores(state, batch)
+      batch["advantages"] = self._advantages_of(
+        batch, keep, rewards_PC, valid_PC
       )
-      batch = jax.device_put(batch, self._sharding)
-      scores, entropy_BT = self._scores(state, batch)
-      batch |= scores
-      metrics["entropy"] = reduce.token_mean(
-        entropy_BT, batch["loss_mask"][:, 1:]
-      )
-      completions = [records[i].teacher_rollout.completion for i in keep]
-      if {c.version for c in completions} == {int(state.step)}:
+      if {r.completion.version for r in rollouts} == {int(state.step)}:
         metrics |= self._compare(batch, int(state.step), is_compared)
-      state, updated = self._fit(state, batch)
+      state, updated = self._fit(state, batch, num_rows=len(keep))
       metrics |= updated
     return self._sync_reference(state), metrics
 
-  def _group(
+  def _kept(
     self,
     records: Sequence[types.TeachingRecord],
-    rewarded: Sequence[types.Reward],
-  ) -> np.ndarray:
-    """Computes advantages [P, C]; records are ordered question by question."""
-    first = records[0].question.row_id
-    size = sum(record.question.row_id == first for record in records)
-    values = [0.0 if r.value is None else r.value for r in rewarded]
-    valid = [r.value is not None for r in rewarded]
-    return np.asarray(
-      grpo.group_advantages(
-        jnp.reshape(jnp.asarray(values), (-1, size)),
-        jnp.reshape(jnp.asarray(valid), (-1, size)),
-        **self._advantages,
+    rewards_PC: jax.Array,
+    valid_PC: jax.Array,
+  ) -> list[int]:
+    """Chooses the records that are trained on.
+
+    A group whose rewards are all equal has no advantage; if it is filtered out,
+    it is no part of the loss's mean and of the divergence either.
+    """
+    kept_PC = valid_PC
+    if self._filter_equal:
+      kept_PC = valid_PC & advantages.has_variance(rewards_PC, valid_PC)
+    return [
+      i
+      for i, kept in enumerate(np.ravel(kept_PC))
+      if kept
+      and not (
+        self._batch.mask_truncated
+        and records[i].teacher_rollout.completion.finish_reason == "length"
       )
-    )
+    ]
 
   def _scores(
     self, state: train_state.TrainState, batch: train_step.Batch
-  ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Computes what stays as it is through a step's updates; and entropies."""
-    old_BT, entropy_BT = self._score(state.params, batch)
+  ) -> dict[str, jax.Array]:
+    """Computes what stays as it is through a step's updates."""
+    old_BT = self._score(state.params, batch)
     ref_BT = old_BT
     if state.reference is not None:
-      ref_BT, _ = self._score(state.reference, batch)
-    rollout_BT = batch["rollout_logprobs"][:, 1:]
-    loss_mask_BT = batch["loss_mask"][:, 1:]
-    scores = {
+      ref_BT = self._score(state.reference, batch)
+    return {
       "old_logprobs": old_BT,
       "ref_logprobs": ref_BT,
-      "rollout_weights": self._correct(old_BT, rollout_BT, loss_mask_BT),
+      "rollout_weights": self._correct(
+        old_BT, batch["rollout_logprobs"][:, 1:], batch["loss_mask"][:, 1:]
+      ),
     }
-    return scores, entropy_BT
+
+  def _advantages_of(
+    self,
+    batch: train_step.Batch,
+    keep: Sequence[int],
+    rewards_PC: jax.Array,
+    valid_PC: jax.Array,
+  ) -> jax.Array:
+    """Computes the advantages of a scored batch, 0 for rows of padding.
+
+    Where the divergence counts in the reward, that of records which are not
+    trained on is taken as 0.
+    """
+    objective = self._objective
+    if objective.kl_coef and objective.kl_in == "reward":
+      penalty_B = kl.of_sequences(
+        batch["old_logprobs"],
+        batch["ref_logprobs"],
+        batch["loss_mask"][:, 1:],
+        estimator=objective.kl_estimator,
+      )
+      penalty_PC = np.zeros_like(rewards_PC)
+      np.put(penalty_PC, keep, np.asarray(penalty_B)[: len(keep)])
+      rewards_PC = rewards_PC - objective.kl_coef * penalty_PC
+    advantages_PC = np.asarray(self._advantages(rewards_PC, valid_PC))
+    advantages_B = np.zeros(len(batch["token_ids"]), np.float32)
+    advantages_B[: len(keep)] = advantages_PC.reshape(-1)[keep]
+    return jax.device_put(advantages_B, self._rows)
 
   def _compare(
     self, batch: train_step.Batch, step: int, is_compared: bool
@@ -170,13 +211,19 @@ class Learner:
     return measured
 
   def _fit(
-    self, state: train_state.TrainState, batch: train_step.Batch
+    self,
+    state: train_state.TrainState,
+    batch: train_step.Batch,
+    *,
+    num_rows: int,
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """Updates on the minibatches of a scored batch."""
     collected = []
     num_parts = self._batch.num_minibatches
     for _ in range(self._batch.num_iterations):
-      for i in range(num_parts):
+      # Rows are dealt out in turn, so these have at least one; the padding of
+      # the rest would still move the policy, by momentum.
+      for i in range(min(num_parts, num_rows)):
         part = {k: v[i::num_parts] for k, v in batch.items()}
         state, metrics = self._step(state, part)
         collected.append(metrics)
@@ -188,7 +235,10 @@ class Learner:
   def _sync_reference(
     self, state: train_state.TrainState
   ) -> train_state.TrainState:
-    """Mixes the policy into the reference every `sync_every` steps."""
+    """Mixes the policy into the reference every `sync_every` steps.
+
+    Source: Gorbatovski et al., arXiv:2404.09656, equations 4 and 5.
+    """
     every, mix = self._reference.sync_every, self._reference.mix
     if state.reference is None or not every or (int(state.step) + 1) % every:
       return state
@@ -201,56 +251,83 @@ class Learner:
     return state._replace(reference=reference)
 
 
-def _logprobs(
-  model: decoder.Model,
-  params: decoder.Params,
-  batch: train_step.Batch,
-  *,
-  temperature: float,
-  chunk_size: int,
+def group_rewards(
+  rewarded: Sequence[types.Reward], group_size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Scores a batch: log-probabilities and entropies [B, T - 1]."""
-  stats = score.token_stats(
-    model,
-    train_state.on_device(params),  # A reference may be offloaded.
-    batch,
-    temperature=temperature,
-    chunk_size=chunk_size,
+  """Lays rewards out by group: float32[P, C], and bool[P, C] for which exist.
+
+  Raises:
+    ValueError: if they are no whole groups.
+  """
+  if len(rewarded) % group_size:
+    raise ValueError(
+      f"{len(rewarded)} rewards are no whole groups of {group_size}."
+    )
+  values = [0.0 if r.value is None else r.value for r in rewarded]
+  valid = [r.value is not None for r in rewarded]
+  return (
+    jnp.asarray(values, jnp.float32).reshape(-1, group_size),
+    jnp.asarray(valid).reshape(-1, group_size),
   )
-  return stats.logprobs, stats.entropy
+
+
+def count_varied(rewarded: Sequence[types.Reward], group_size: int) -> int:
+  """Counts the groups that have something to teach: rewards that differ."""
+  varied_P1 = advantages.has_variance(*group_rewards(rewarded, group_size))
+  return int(varied_P1.sum())
+
+
+def _check_sampling(
+  sampling: Any,  # Any: a ConfigDict, like `types.SamplingParams`.
+) -> None:
+  """Refuses sampling that nothing could be learnt from."""
+  if sampling.temperature == 0:
+    raise errors.ConfigError(
+      "The policy must be sampled at a temperature.",
+      where="--config.sampling.teach.temperature=0",
+      why="What is drawn greedily has no importance ratio.",
+      fix="Set it above 0, for example to 1.",
+    )
+  if sampling.group_size < 2:
+    raise errors.ConfigError(
+      "A group of one completion has nothing to be compared with.",
+      where=f"--config.sampling.teach.group_size={sampling.group_size}",
+      why="Its advantage is its reward less that of its group.",
+      fix="Set it to 2 or more, for example 8.",
+    )
+
+
+def _logprobs(
+  stats_fn: _StatsFn, params: decoder.Params, batch: train_step.Batch
+) -> jax.Array:
+  """Scores a batch [B, T - 1] by the policy, or by the reference."""
+  params = train_state.on_device(params)  # A reference may be offloaded.
+  return stats_fn(params, batch).logprobs
 
 
 def _loss(
-  model: decoder.Model,
+  stats_fn: _StatsFn,
   params: decoder.Params,
   batch: train_step.Batch,
   *,
-  temperature: float,
-  chunk_size: int,
-  aggregate: reduce.Aggregate,
-  **bounds: float,
+  objective: grpo.Objective,
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
-  """Computes the clipped surrogate of a batch; see `step.LossFn`."""
-  logprobs_BT, _ = _logprobs(
-    model, params, batch, temperature=temperature, chunk_size=chunk_size
-  )
+  """Computes the surrogate of a scored batch; see `step.LossFn`."""
+  stats = stats_fn(params, batch)
   loss_mask_BT = batch["loss_mask"][:, 1:]
-  loss, metrics = grpo.clipped_surrogate(
-    logprobs_BT,
+  loss, metrics = grpo.surrogate(
+    stats.logprobs,
     batch["old_logprobs"],
     batch["ref_logprobs"],
+    stats.entropy,
     batch["advantages"],
     loss_mask_BT,
     rollout_weights_BT=batch["rollout_weights"],
-    aggregate=aggregate,
-    **bounds,
+    objective=objective,
   )
-  counted_B = jnp.any(loss_mask_BT, axis=1)
-  by_tokens = aggregate == "token_mean"
-  weight = jnp.sum(loss_mask_BT if by_tokens else counted_B)
+  weight = reduce.count(loss_mask_BT, aggregate=objective.aggregate)
   return loss, (weight, metrics)
 
 
-def _num_tokens(record: types.TeachingRecord) -> int:
-  rollout = record.teacher_rollout
+def _num_tokens(rollout: types.Rollout) -> int:
   return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)

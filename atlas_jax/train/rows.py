@@ -11,33 +11,25 @@ _LENGTH_MULTIPLE = 32
 
 
 def make_batch(
-  rollouts: Sequence[types.Rollout],
-  advantages_B: np.ndarray,
-  *,
-  multiple: int,
+  rollouts: Sequence[types.Rollout], *, multiple: int
 ) -> dict[str, np.ndarray]:
   """Lays rollouts out as rows: the very tokens that were sampled.
 
   Args:
     rollouts: one per row.
-    advantages_B: one per rollout.
     multiple: the number of rows is rounded up to a power of two times this,
       and that of tokens to a multiple of 32, so that few shapes are compiled.
       What is added is padding that counts for nothing.
 
   Returns:
     `token_ids`, `positions`, `segment_ids` int32[B, T]; `loss_mask` bool[B, T],
-    True on the tokens of completions; `rollout_logprobs` float32[B, T];
-    `advantages` float32[B].
+    True on the tokens of completions; `rollout_logprobs` float32[B, T].
   """
   batch = make_tokens(
     [(r.prompt.token_ids, r.completion.token_ids) for r in rollouts],
     multiple=multiple,
   )
-  shape = batch["token_ids"].shape
-  batch["rollout_logprobs"] = np.zeros(shape, np.float32)
-  batch["advantages"] = np.zeros(shape[:1], np.float32)
-  batch["advantages"][: len(rollouts)] = advantages_B
+  batch["rollout_logprobs"] = np.zeros(batch["token_ids"].shape, np.float32)
   for i, rollout in enumerate(rollouts):
     start = len(rollout.prompt.token_ids)
     logprobs = rollout.completion.logprobs

@@ -20,6 +20,7 @@ def token_stats(
   *,
   temperature: float,
   chunk_size: int,
+  support: logprobs.Support | None = None,
 ) -> logprobs.TokenStats:
   """Scores every token but the first of each row.
 
@@ -30,6 +31,7 @@ def token_stats(
       token of a packed segment is scored as well; its mask must leave it out.
     temperature: divides the logits.
     chunk_size: tokens whose logits exist at one time.
+    support: what a sampler drew from; None for the whole vocabulary.
 
   Returns:
     Statistics [B, T - 1] of `token_ids[:, 1:]`.
@@ -43,6 +45,7 @@ def token_stats(
     batch["token_ids"][:, 1:],
     temperature=temperature,
     chunk_size=chunk_size,
+    support=support,
   )
 
 

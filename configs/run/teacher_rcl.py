@@ -5,18 +5,38 @@
     --workdir=results/rcl --config.model.path=results/sft/export \
     --config.data.path=questions.jsonl
 
-Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
+`:dapo` or another of configs/loss takes that for its loss; `:smoke,dapo` both.
 """
 
 import ml_collections
 from ml_collections import config_dict
 
 from configs.data import prompts, world
+from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
 from configs.reward import teaching
 
+_LOSSES = dict(
+  rcl=rcl,
+  grpo=grpo,
+  dr_grpo=dr_grpo,
+  dapo=dapo,
+  gspo=gspo,
+  cispo=cispo,
+  rloo=rloo,
+)
+
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+  size, _, loss = variant.rpartition(",")
+  if variant in ("full", "smoke"):
+    size, loss = variant, "rcl"
+  if size not in ("", "full", "smoke") or loss not in _LOSSES:
+    raise ValueError(
+      f"Unknown variant {variant!r}; there is :smoke, any of "
+      f"{', '.join(_LOSSES)}, and both as in :smoke,dapo."
+    )
   config = ml_collections.ConfigDict()
   config.seed = 42
   config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
@@ -38,15 +58,15 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()
-  config.advantages = dict(scale_by_std=True)  # losses.grpo.group_advantages
-  config.correction = dict(max_ratio=2.0)  # losses.grpo.sampler_correction
+  # loss, advantages and groups: what makes GRPO, DAPO, RLOO, ... of it.
+  config.update(_LOSSES[loss].get_config())
+  config.correction = dict(  # losses.correction.sampler_weights
+    level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
+  )
   # Mean multiplicative error of a token's probability, trainer to sampler.
   config.agreement = dict(max_prob_error=1.02, every=1)  # train.agreement.check
   config.overlap = dict(max_staleness=0)  # train.collect.Collector
   config.score = dict(chunk_size=512)  # train.score.token_stats
-  config.loss = dict(  # losses.grpo.clipped_surrogate
-    clip_low=0.2, clip_high=0.28, kl_coef=0.04, aggregate="sequence_mean"
-  )
   config.reference = dict(sync_every=64, mix=0.6)
   config.offload = dict(optimizer=False, reference=False)  # train.state.Offload
   config.batch = dict(
@@ -80,10 +100,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 
-  if variant == "smoke":
+  if size == "smoke":
     _make_smoke(config)
-  elif variant != "full":
-    raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
   return config
 
 
@@ -98,7 +116,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.score.chunk_size = 128
   config.agreement.max_prob_error = 1.0005  # In float32.
   # Where every teaching does equally well, scaling would teach brevity alone.
-  config.advantages.scale_by_std = False
+  config.advantages.scale = "none"
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8

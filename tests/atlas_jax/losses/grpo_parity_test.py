@@ -13,14 +13,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.losses import grpo
+from atlas_jax.losses import advantages, correction, grpo, kl
 
 torch = pytest.importorskip("torch")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+rloo_trainer = pytest.importorskip("trl.trainer.rloo_trainer")
 
 _P, _C, _T = 3, 4, 8
 _B = _P * _C
-_CLIP_LOW, _CLIP_HIGH, _MAX_RATIO = 0.2, 0.28, 1.5
+_MAX_TOKENS = 13
+_ENTROPY_BT = (
+  np.random.default_rng(1).uniform(0.1, 3.0, (_B, _T)).astype(np.float32)
+)
+_TIS = dict(level="token", outside="truncate", min_ratio=0.0, max_ratio=1.5)
+_GRPO = dict(
+  ratio="token",
+  clipping="objective",
+  clip_low=0.2,
+  clip_high=0.28,
+  max_ratio=None,
+  kl_coef=0.04,
+  kl_estimator="k3",
+  kl_in="loss",
+  entropy_coef=0.0,
+  aggregate="sequence_mean",
+  max_tokens=_MAX_TOKENS,
+)
+# Ratios of whole sequences are nearer to 1.
+_NARROW = dict(clip_low=0.02, clip_high=0.03)
+_THEIR_NARROW = dict(epsilon_low=0.02, epsilon_high=0.03)
 
 
 class _Recording(torch.nn.Module):
@@ -31,6 +52,7 @@ class _Recording(torch.nn.Module):
   def __init__(self, logprobs_BT):
     super().__init__()
     self.logprobs_BT = torch.nn.Parameter(torch.tensor(logprobs_BT))
+    self.entropy_BT = torch.nn.Parameter(torch.tensor(_ENTROPY_BT))
 
 
 def _arrays():
@@ -49,7 +71,7 @@ def _arrays():
   return *(x.astype(np.float32) for x in arrays), lengths_B
 
 
-def _trainer(loss_type, beta):
+def _trainer(loss_type="grpo", **changes):
   """Stands in for a GRPOTrainer, as its __init__ would have left it."""
   _, old_BT, ref_BT, rollout_BT, rewards_PC, lengths_B = _arrays()
   completions = [[1] * length for length in lengths_B]
@@ -62,8 +84,8 @@ def _trainer(loss_type, beta):
     gradient_accumulation_steps=1,
     per_device_train_batch_size=_B,
     gradient_checkpointing_kwargs=None,
-    use_bias_correction_kl=False,
-    delta=None,
+    use_bias_correction_kl=changes.pop("use_bias_correction_kl", False),
+    delta=changes.pop("delta", None),
   )
   accelerator = types.SimpleNamespace(
     device=torch.device("cpu"),
@@ -73,21 +95,21 @@ def _trainer(loss_type, beta):
     gather=lambda x: x,
     reduce=lambda x, **_: x,
   )
-  return types.SimpleNamespace(
+  fields = dict(
     args=args,
     accelerator=accelerator,
-    model=_Recording(old_BT),
-    ref_model=_Recording(ref_BT),
+    model=_Recording(old_BT).requires_grad_(False),
+    ref_model=_Recording(ref_BT).requires_grad_(False),
     loss_type=loss_type,
-    beta=beta,
-    epsilon_low=_CLIP_LOW,
-    epsilon_high=_CLIP_HIGH,
+    beta=0.04,
+    epsilon_low=_GRPO["clip_low"],
+    epsilon_high=_GRPO["clip_high"],
     importance_sampling_level="token",
     use_vllm=True,
     vllm_importance_sampling_correction=True,
     vllm_importance_sampling_mode="token_truncate",
     vllm_importance_sampling_clip_min=None,
-    vllm_importance_sampling_clip_max=_MAX_RATIO,
+    vllm_importance_sampling_clip_max=_TIS["max_ratio"],
     num_generations=_C,
     num_iterations=1,
     current_gradient_accumulation_steps=1,
@@ -100,7 +122,9 @@ def _trainer(loss_type, beta):
     off_policy_mask_threshold=None,
     mask_truncated_completions=False,
     aux_loss_enabled=False,
-    _entropy_bonus_enabled=False,
+    use_adaptive_entropy=False,
+    entropy_coef=0.0,
+    max_completion_length=_MAX_TOKENS,
     environment_factories=None,
     environments=None,
     tools=None,
@@ -126,80 +150,122 @@ def _trainer(loss_type, beta):
     _calculate_rewards=lambda *_: torch.tensor(rewards_PC.reshape(_B, 1)),
     _get_per_token_logps_and_entropies=lambda model, *_, **__: (
       model.logprobs_BT,
-      torch.zeros(_B, _T),
+      model.entropy_BT,
       None,
     ),
   )
+  trainer = types.SimpleNamespace(**{**fields, **changes})
+  trainer._entropy_bonus_enabled = trainer.entropy_coef > 0.0
+  return trainer
 
 
-def _theirs(loss_type, beta):
-  """Returns TRL's batch, loss, gradient and metrics."""
+def _theirs(**changes):
+  """Returns TRL's batch, loss, gradients and metrics."""
   trainer_class = grpo_trainer.GRPOTrainer
-  trainer, policy = _trainer(loss_type, beta), _Recording(_arrays()[0])
+  trainer, policy = _trainer(**changes), _Recording(_arrays()[0])
   prompts = [{"prompt": ""}] * _B
   batch = trainer_class._generate_and_score_completions(trainer, prompts)
   loss = trainer_class._compute_loss(trainer, policy, batch)
   loss.backward()
-  return batch, loss.item(), policy.logprobs_BT.grad, trainer._metrics["train"]
+  grads = [policy.logprobs_BT.grad, policy.entropy_BT.grad]
+  return batch, loss.item(), grads, trainer._metrics["train"]
 
 
-def _ours(aggregate, kl_coef):
-  """Returns our advantages, weights, loss, gradient and metrics."""
-  logprobs_BT, old_BT, ref_BT, rollout_BT, rewards_PC, lengths_B = map(
-    jnp.asarray, _arrays()
-  )
-  mask_BT = jnp.arange(_T) < lengths_B[:, None]
-  advantages_PC = grpo.group_advantages(
-    rewards_PC, ~jnp.isnan(rewards_PC), scale_by_std=True
-  )
-  weights_BT = grpo.sampler_correction(
-    old_BT, rollout_BT, mask_BT, max_ratio=_MAX_RATIO
-  )
+def _arguments():
+  """Gives our functions the arrays that TRL's saw, and the mask."""
+  *arrays, lengths_B = map(jnp.asarray, _arrays())
+  return *arrays, jnp.arange(_T) < lengths_B[:, None]
 
-  def loss(logprobs_BT):
-    return grpo.clipped_surrogate(
+
+def _ours(advantages_B, *, weigh=_TIS, **changes):
+  """Returns our loss, gradients and metrics."""
+  logprobs_BT, old_BT, ref_BT, rollout_BT, _, mask_BT = _arguments()
+  weights_BT = correction.sampler_weights(old_BT, rollout_BT, mask_BT, **weigh)
+  objective = grpo.Objective(**{**_GRPO, **changes})
+
+  def loss(logprobs_BT, entropy_BT):
+    return grpo.surrogate(
       logprobs_BT,
       old_BT,
       ref_BT,
-      advantages_PC.reshape(_B),
+      entropy_BT,
+      advantages_B,
       mask_BT,
       rollout_weights_BT=weights_BT,
-      clip_low=_CLIP_LOW,
-      clip_high=_CLIP_HIGH,
-      kl_coef=kl_coef,
-      aggregate=aggregate,
+      objective=objective,
     )
 
-  (value, metrics), grad_BT = jax.value_and_grad(loss, has_aux=True)(
-    logprobs_BT
-  )
-  return advantages_PC, weights_BT, value, grad_BT, metrics
+  (value, metrics), grads = jax.value_and_grad(
+    loss, argnums=(0, 1), has_aux=True
+  )(logprobs_BT, jnp.asarray(_ENTROPY_BT))
+  return value, grads, metrics
+
+
+def _assert_same(ours, theirs):
+  loss, grads, _ = ours
+  _, want, want_grads, _ = theirs
+  np.testing.assert_allclose(loss, want, atol=1e-5)
+  for grad_BT, want_BT in zip(grads, want_grads, strict=True):
+    want_BT = np.zeros((_B, _T)) if want_BT is None else want_BT
+    np.testing.assert_allclose(grad_BT, want_BT, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(
-  ("loss_type", "aggregate"),
-  [("grpo", "sequence_mean"), ("bnpo", "token_mean"), ("dapo", "token_mean")],
+  ("theirs", "ours"),
+  [
+    ({"loss_type": "grpo"}, {}),
+    ({"loss_type": "bnpo"}, {"aggregate": "token_mean"}),
+    ({"loss_type": "dapo"}, {"aggregate": "token_mean"}),
+    ({"loss_type": "dr_grpo"}, {"aggregate": "constant_length"}),
+    (
+      {"loss_type": "cispo", "epsilon_high": 1.3},
+      {
+        "clipping": "weight",
+        "clip_low": 1.0,
+        "clip_high": 0.3,
+        "aggregate": "token_mean",
+      },
+    ),
+    (
+      {"importance_sampling_level": "sequence", **_THEIR_NARROW},
+      {"ratio": "sequence", **_NARROW},
+    ),
+    ({"delta": 1.5}, {"max_ratio": 1.5}),
+    ({"use_bias_correction_kl": True}, {"kl_in": "weighted_loss"}),
+    (
+      {"loss_type": "dapo", "entropy_coef": 0.2},
+      {"aggregate": "token_mean", "entropy_coef": 0.2},
+    ),
+  ],
+  ids=str,
 )
-def test_loss_gradient_and_metrics_are_trls(loss_type, aggregate, beta):
-  _, want, want_grad_BT, their_metrics = _theirs(loss_type, beta)
-  _, _, loss, grad_BT, metrics = _ours(aggregate, beta)
+def test_loss_and_gradient_are_trls(theirs, ours, beta):
+  from_trl = _theirs(beta=beta, **theirs)
+  advantages_B = jnp.asarray(from_trl[0]["advantages"].numpy())
+  _assert_same(_ours(advantages_B, kl_coef=beta, **ours), from_trl)
 
-  np.testing.assert_allclose(loss, want, atol=1e-5)
-  np.testing.assert_allclose(grad_BT, want_grad_BT, atol=1e-5)
+
+def test_metrics_are_trls():
+  batch, _, _, their_metrics = _theirs()
+  *_, metrics = _ours(jnp.asarray(batch["advantages"].numpy()))
   for ours, theirs in {
     "clip_low_fraction": "clip_ratio/low_mean",
     "clip_high_fraction": "clip_ratio/high_mean",
-    **({"kl": "kl"} if beta else {}),
+    "kl": "kl",
+    "entropy": "entropy",
   }.items():
     assert metrics[ours] > 0.0
     np.testing.assert_allclose(metrics[ours], their_metrics[theirs], atol=1e-5)
 
 
-def test_advantages_and_sampler_weights_are_trls():
-  batch, *_ = _theirs("grpo", 0.04)
-  advantages_PC, weights_BT, *_ = _ours("sequence_mean", 0.04)
-
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_trls(scale):
+  batch, *_ = _theirs(scale_rewards=scale)
+  rewards_PC = _arguments()[4]
+  advantages_PC = advantages.group_advantages(
+    rewards_PC, ~jnp.isnan(rewards_PC), baseline="mean", scale=scale
+  )
   # Of equal rewards TRL keeps the rounding error of their mean, over 1e-4.
   np.testing.assert_allclose(
     advantages_PC.reshape(_B), batch["advantages"], atol=1e-3
@@ -207,7 +273,80 @@ def test_advantages_and_sampler_weights_are_trls():
   np.testing.assert_allclose(
     advantages_PC[:2].reshape(-1), batch["advantages"][: 2 * _C], atol=1e-5
   )
-  np.testing.assert_allclose(
-    weights_BT, batch["importance_sampling_ratio"], atol=1e-5
+
+
+@pytest.mark.parametrize(
+  ("mode", "ours"),
+  [
+    ("token_truncate", {}),
+    ("token_mask", {"outside": "mask"}),
+    ("sequence_truncate", {"level": "sequence"}),
+    ("sequence_mask", {"level": "sequence", "outside": "mask"}),
+  ],
+)
+@pytest.mark.parametrize("min_ratio", [None, 0.8])
+def test_sampler_weights_are_trls(mode, ours, min_ratio):
+  from_trl = _theirs(
+    vllm_importance_sampling_mode=mode,
+    vllm_importance_sampling_clip_min=min_ratio,
   )
-  assert weights_BT.max() == _MAX_RATIO
+  weigh = {**_TIS, "min_ratio": min_ratio or 0.0, **ours}
+  _, old_BT, _, rollout_BT, _, mask_BT = _arguments()
+  weights_BT = correction.sampler_weights(old_BT, rollout_BT, mask_BT, **weigh)
+  want_BT = np.broadcast_to(from_trl[0]["importance_sampling_ratio"], (_B, _T))
+  np.testing.assert_allclose(
+    np.where(mask_BT, weights_BT, 1.0),
+    np.where(mask_BT, want_BT, 1.0),
+    atol=1e-5,
+  )
+  assert len(np.unique(np.where(mask_BT, weights_BT, 1.0))) > 2
+  advantages_B = jnp.asarray(from_trl[0]["advantages"].numpy())
+  _assert_same(_ours(advantages_B, weigh=weigh), from_trl)
+
+
+def _rloo(beta):
+  """Returns RLOOTrainer's batch, loss and gradients."""
+  trainer_class = rloo_trainer.RLOOTrainer
+  completions = [[1] * length for length in _arrays()[-1]]
+  trainer = _trainer(
+    beta=beta,
+    reward_clip_range=None,
+    normalize_advantages=False,
+    _generate=lambda prompts: (
+      [[1]] * len(prompts),
+      completions,
+      [""] * len(prompts),
+    ),
+  )
+  policy = _Recording(_arrays()[0])
+  prompts = [{"prompt": ""}] * _B
+  batch = trainer_class._generate_and_score_completions(trainer, prompts)
+  loss = trainer_class._compute_loss(trainer, policy, batch)
+  loss.backward()
+  grads = [policy.logprobs_BT.grad, policy.entropy_BT.grad]
+  return batch, loss.item(), grads, {}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_rloo_is_trls(beta):
+  from_trl = _rloo(beta)
+  _, old_BT, ref_BT, _, rewards_PC, mask_BT = _arguments()
+  penalty_B = kl.of_sequences(old_BT, ref_BT, mask_BT, estimator="k1")
+  advantages_PC = advantages.group_advantages(
+    rewards_PC - beta * penalty_B.reshape(_P, _C),
+    ~jnp.isnan(rewards_PC),
+    baseline="leave_one_out",
+    scale="none",
+  )
+  np.testing.assert_allclose(
+    advantages_PC.reshape(_B), from_trl[0]["advantages"], atol=1e-5
+  )
+  ours = _ours(
+    advantages_PC.reshape(_B),
+    weigh={**_TIS, "min_ratio": 1.0, "max_ratio": 1.0},
+    ratio="product",
+    kl_coef=beta,
+    kl_estimator="k1",
+    kl_in="reward",
+  )
+  _assert_same(ours, from_trl)

@@ -48,8 +48,37 @@ def test_bfloat16_is_summed_in_float32(mean):
 
 
 def test_mean_goes_by_name():
+  whole = reduce.mean
   for aggregate in ("token_mean", "sequence_mean"):
     want = getattr(reduce, aggregate)(_X_BT, _MASK_BT)
-    assert reduce.mean(_X_BT, _MASK_BT, aggregate=aggregate) == want
+    assert whole(_X_BT, _MASK_BT, aggregate=aggregate, length=3) == want
+  want = reduce.constant_length(_X_BT, _MASK_BT, length=3)
+  got = whole(_X_BT, _MASK_BT, aggregate="constant_length", length=3)
+  assert got == want
   with pytest.raises(ValueError, match=r"batch_mean.*sequence_mean"):
-    reduce.mean(_X_BT, _MASK_BT, aggregate="batch_mean")
+    whole(_X_BT, _MASK_BT, aggregate="batch_mean", length=3)
+
+
+def test_a_constant_length_weighs_every_token_alike():
+  grad_BT = jax.grad(reduce.constant_length)(_X_BT, _MASK_BT, length=50)
+  num_sequences = np.any(_MASK_BT, axis=1).sum()
+  want_BT = np.where(_MASK_BT, 1 / (50 * num_sequences), 0.0)
+  np.testing.assert_allclose(grad_BT, want_BT, rtol=1e-6)
+
+
+@pytest.mark.parametrize("aggregate", reduce.AGGREGATES)
+def test_parts_weighed_by_their_counts_are_the_whole(aggregate):
+  rng = np.random.default_rng(0)
+  x_BT = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+  mask_BT = jnp.arange(5) < jnp.array([[5], [0], [1], [0], [0], [3]])
+
+  def parts(num_parts):
+    means, counts = [], []
+    for i in range(num_parts):
+      x, mask = x_BT[i::num_parts], mask_BT[i::num_parts]
+      means.append(reduce.mean(x, mask, aggregate=aggregate, length=5))
+      counts.append(reduce.count(mask, aggregate=aggregate))
+    return np.average(means, weights=counts)
+
+  for num_parts in (2, 3, 6):
+    np.testing.assert_allclose(parts(num_parts), parts(1), rtol=1e-6)

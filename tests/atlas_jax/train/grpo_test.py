@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
+from atlas_jax.losses import logprobs
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import grpo, learner, rows
+from atlas_jax.train import grpo, learner, rows, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
@@ -33,7 +34,13 @@ def _mesh():
 
 
 def _config(**changes):
-  teach = {"temperature": 0.9, "top_p": 1.0, "top_k": 0}
+  teach = {
+    "group_size": 8,
+    "max_completion_tokens": _MAX_NEW,
+    "temperature": 0.9,
+    "top_p": 1.0,
+    "top_k": 0,
+  }
   config = ml_collections.ConfigDict(
     {
       "seed": 3,
@@ -41,13 +48,25 @@ def _config(**changes):
       "rollout": {"backend": "jax"},
       "overlap": {"max_staleness": 0},
       "agreement": {"max_prob_error": 1.01, "every": 1},
-      "advantages": {"scale_by_std": True},
-      "correction": {"max_ratio": 2.0},
+      "advantages": {"baseline": "mean", "scale": "group"},
+      "groups": {"filter_equal": True, "max_refills": 0},
+      "correction": {
+        "level": "token",
+        "outside": "truncate",
+        "min_ratio": 0.0,
+        "max_ratio": 2.0,
+      },
       "score": {"chunk_size": 32},
       "loss": {
+        "ratio": "token",
+        "clipping": "objective",
         "clip_low": 0.2,
         "clip_high": 0.28,
+        "max_ratio": ml_collections.config_dict.placeholder(float),
         "kl_coef": 0.01,
+        "kl_estimator": "k3",
+        "kl_in": "loss",
+        "entropy_coef": 0.0,
         "aggregate": "sequence_mean",
       },
       "reference": {"sync_every": _SYNC_EVERY, "mix": _MIX},
@@ -309,26 +328,40 @@ def test_a_sampler_that_lies_about_its_weights_ends_the_run(world, tmp_path):
   assert first["rollout/prob_error"] < 1.0001
 
 
-def test_a_policy_is_sampled_from_its_whole_distribution(world, tmp_path):
-  for cut in ({"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}):
-    changes = {f"sampling.teach.{name}": value for name, value in cut.items()}
-    with pytest.raises(errors.ConfigError, match="importance ratio"):
-      _train(world, tmp_path, **changes)
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    ({"sampling.teach.temperature": 0.0}, "temperature=0"),
+    ({"sampling.teach.group_size": 1}, "group_size=1"),
+    ({"groups.filter_equal": False, "groups.max_refills": 2}, "max_refills=2"),
+    ({"loss.ratio": "word"}, "ratio=word"),
+    ({"advantages.scale": "median"}, "scale=median"),
+    ({"correction.level": "group"}, "level='group'"),
+  ],
+)
+def test_what_cannot_be_learnt_is_refused_before_sampling(
+  world, tmp_path, change, match
+):
+  with pytest.raises(errors.ConfigError, match=match):
+    _train(world, tmp_path, **change)
 
 
-def test_a_batch_holds_the_very_tokens_that_were_sampled(world):
+@pytest.mark.parametrize(
+  "cut", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.7, "top_k": 40}]
+)
+def test_a_batch_holds_the_very_tokens_that_were_sampled(world, cut):
   sampler = _protocol(world, _Policy).policy.sampler
   prompts = [
     types.Prompt(f"p{i}", "", tuple(range(5, 9 + 3 * i))) for i in range(2)
   ]
-  groups = sampler.sample(prompts, _sampling(2))
+  params = dataclasses.replace(_sampling(2), **cut)
+  groups = jax_sampler.JaxSampler.sample(sampler, prompts, params)
   rollouts = [
     types.Rollout(prompt, completion)
     for prompt, group in zip(prompts, groups, strict=True)
     for completion in group
   ]
-  advantages_B = np.array([1.0, -1.0, 0.5, -0.5])
-  batch = rows.make_batch(rollouts, advantages_B, multiple=3)
+  batch = rows.make_batch(rollouts, multiple=3)
   assert batch["token_ids"].shape == (6, 32)
   for i, rollout in enumerate(rollouts):
     real, written = batch["segment_ids"][i] == 1, batch["loss_mask"][i]
@@ -337,17 +370,25 @@ def test_a_batch_holds_the_very_tokens_that_were_sampled(world):
     assert tuple(batch["positions"][i][real]) == tuple(range(len(ids)))
     written_ids = tuple(batch["token_ids"][i][written])
     assert written_ids == rollout.completion.token_ids
-  np.testing.assert_array_equal(batch["advantages"], [*advantages_B, 0, 0])
   assert not batch["loss_mask"][4:].any()
 
-  old_BT, _ = jax.jit(
-    lambda params, batch: learner._logprobs(
-      world.model, params, batch, temperature=0.9, chunk_size=32
+  support = logprobs.Support(params.top_p, params.top_k) if cut else None
+  stats = jax.jit(
+    lambda model_params, batch: score.token_stats(
+      world.model,
+      model_params,
+      batch,
+      temperature=params.temperature,
+      chunk_size=32,
+      support=support,
     )
   )(world.params(), batch)
+  # What the sampler drew from is what the trainer takes for its policy.
   mask_BT = batch["loss_mask"][:, 1:]
   np.testing.assert_allclose(
-    old_BT[mask_BT], batch["rollout_logprobs"][:, 1:][mask_BT], atol=1e-4
+    stats.logprobs[mask_BT],
+    batch["rollout_logprobs"][:, 1:][mask_BT],
+    atol=1e-4,
   )
 
 
@@ -383,19 +424,20 @@ def update(world):
   """Gives a function from records and rewards to new state and metrics."""
   learners = {}
 
-  def learner_of(state, mask_truncated):
-    if mask_truncated not in learners:
-      config = _config(**{"batch.mask_truncated": mask_truncated})
-      learners[mask_truncated] = learner.Learner(
+  def learner_of(state, changes):
+    key = tuple(sorted(changes.items()))
+    if key not in learners:
+      config = _config(**changes)
+      learners[key] = learner.Learner(
         world.model,
         _optimizer(config),
         shardings=train_state.shardings(state),
         mesh=_mesh(),
         config=config,
       )
-    return learners[mask_truncated]
+    return learners[key]
 
-  def run(records, values, *, mask_truncated=False, step=0):
+  def run(records, values, *, size=4, step=0, **changes):
     state = train_state.create(
       world.params(),
       _optimizer(_config()),
@@ -403,10 +445,12 @@ def update(world):
       reference=world.params(seed=1),
     )
     state = state._replace(step=state.step + step)
-    rewarded = [types.Reward(value) for value in values]
-    taught_by = learner_of(state, mask_truncated)
-    state, metrics = taught_by.update(
-      state, records, rewarded, is_compared=False
+    changes["sampling.teach.group_size"] = size
+    state, metrics = learner_of(state, changes).update(
+      state,
+      records,
+      [types.Reward(value) for value in values],
+      is_compared=False,
     )
     return jax.device_get(state), metrics
 
@@ -440,7 +484,7 @@ def test_a_step_in_which_nothing_is_learnt_changes_nothing(update, world):
 
 
 def test_a_missing_reward_is_no_reward_of_zero(update):
-  without, expected = update(_group(0, size=3), _VALUES[:3])
+  without, expected = update(_group(0, size=3), _VALUES[:3], size=3)
   missing, metrics = update(_group(0), [*_VALUES[:3], None])
   _assert_same(missing.params, without.params)
   assert metrics["num_tokens"] == expected["num_tokens"]
@@ -460,7 +504,9 @@ def test_truncated_completions_are_masked_or_kept_by_choice(update):
   def run(token, mask_truncated):
     records = _group(0)
     records[1] = _record(_QUESTIONS[0], 1, token=token, finish_reason="length")
-    state, metrics = update(records, _VALUES, mask_truncated=mask_truncated)
+    state, metrics = update(
+      records, _VALUES, **{"batch.mask_truncated": mask_truncated}
+    )
     return state.params, metrics["num_tokens"]
 
   masked, num_masked = run(20, True)

@@ -45,10 +45,11 @@ def _regression(aggregate):
 
   def loss_fn(params, batch):
     error_BT = jnp.square(batch["x"] @ params["kernel"] - batch["y"])
-    loss = reduce.mean(error_BT, batch["mask"], aggregate=aggregate)
-    by_tokens = aggregate == "token_mean"
-    counted = batch["mask"] if by_tokens else jnp.any(batch["mask"], axis=1)
-    return loss, (jnp.sum(counted), {"loss": loss})
+    loss = reduce.mean(
+      error_BT, batch["mask"], aggregate=aggregate, length=_TOKENS
+    )
+    weight = reduce.count(batch["mask"], aggregate=aggregate)
+    return loss, (weight, {"loss": loss})
 
   return loss_fn
 
@@ -86,7 +87,7 @@ def _assert_close(left, right):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("aggregate", reduce.AGGREGATES)
 @pytest.mark.parametrize("num_microbatches", [2, 8])
 def test_microbatches_add_up_to_one_batch(aggregate, num_microbatches):
   loss_fn = _regression(aggregate)

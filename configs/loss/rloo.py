@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RLOO, sequences as single actions: Ahmadian et al., arXiv:2402.14740.
+
+The clipping and the coefficients are TRL's.
+"""
+
+import ml_collections
+
+from configs.loss import grpo
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = grpo.get_config()
+  config.loss.ratio = "product"
+  config.loss.kl_coef = 0.05
+  config.loss.kl_estimator = "k1"
+  config.loss.kl_in = "reward"
+  config.advantages.baseline = "leave_one_out"
+  config.advantages.scale = "none"
+  return config
