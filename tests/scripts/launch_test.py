@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from atlas_jax import errors
 from rollout import launcher
 from tests import fakes, tiny
 
@@ -30,9 +31,12 @@ _FIELDS = {
 }
 
 
-def _launch(*arguments, timeout=60):
+_PYTHON = (sys.executable, "-m", "scripts.launch")
+
+
+def _launch(*arguments, command=_PYTHON, timeout=60):
   return subprocess.run(
-    [sys.executable, "-m", "scripts.launch", *map(str, arguments)],
+    [*command, *map(str, arguments)],
     cwd=_ROOT,
     env={**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"},
     capture_output=True,
@@ -84,7 +88,7 @@ def test_scripts_hand_their_arguments_over(tmp_path, script, arguments, told):
     (["teacher_rcl"], "number of devices, a recipe"),
     (["0", "teacher_rcl:smoke"], "number of devices, a recipe"),
     (["--num_servers=", "1", "teacher_rcl"], "number of devices, a recipe"),
-    (["1", "teacher_rkl"], "Did you mean teacher_rcl?"),
+    (["1", "teacher_rcll"], "Did you mean teacher_rcl?"),
     (["1", "teacher_rcl:smoke", "max_step=4"], "Did you mean max_steps?"),
     (["--num_servers=1", "1", "teacher_sft:smoke"], "samples nothing"),
     (
@@ -140,42 +144,60 @@ def _world(path):
   )
 
 
-def _free_port():
-  """Finds a port that is free together with the next one."""
+def _free_port(count):
+  """Finds the first of so many free ports in a row."""
   while True:
-    with socket.socket() as first, socket.socket() as second:
-      first.bind(("127.0.0.1", 0))
-      port = first.getsockname()[1]
-      with contextlib.suppress(OSError, OverflowError):
-        second.bind(("127.0.0.1", port + 1))
-        return port
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      port = probe.getsockname()[1]
+    with contextlib.suppress(errors.ConfigError):
+      launcher.check_ports("127.0.0.1", port, count)
+      return port
+
+
+def _is_running(text):
+  """Tells whether a process has this text in its command line."""
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):
+      if os.fsencode(text) in path.read_bytes():
+        return True
+  return False
+
+
+_SCRIPT = ("bash", "scripts/launch_with_server.sh")
+_IS_INSTALLED = _VLLM.exists() and (_ROOT / ".venv/installed").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("engine", "num_devices"),
+  ("engine", "command", "num_ports", "num_of_policy"),
   [
-    ("jax", 3),
+    ("jax", (*_PYTHON, "--num_servers=3", "3"), 3, 2),
     pytest.param(
       "vllm",
+      (*_SCRIPT, "1", "1"),
+      2,
       1,
       marks=[
         pytest.mark.vllm,
         pytest.mark.skipif(
-          not _VLLM.exists(),
-          reason="No .venv-rollout; bash scripts/install_rollout.sh makes it.",
+          not _IS_INSTALLED,
+          reason="needs the environments that scripts/run_tests.sh makes",
         ),
       ],
     ),
   ],
 )
-def test_four_steps_are_trained_next_to_servers(tmp_path, engine, num_devices):
-  port, run = _free_port(), tmp_path / "run"
+def test_four_steps_are_trained_next_to_servers(
+  tmp_path, engine, command, num_ports, num_of_policy
+):
+  port, run = _free_port(num_ports), tmp_path / "run"
   result = _launch(
-    *("--num_servers=1", num_devices, "configs/run/teacher_rcl.py:smoke"),
+    "configs/run/teacher_rcl.py:smoke",
     *("report_to=null", "max_steps=4", "eval_steps=1"),
     *(f"--rollout={engine}", f"vllm_port={port}", f"output_dir={run}"),
     *_world(tmp_path),
+    command=command,
     timeout=500,
   )
   logs = "".join(log.read_text() for log in run.glob("servers/*"))
@@ -190,5 +212,8 @@ def test_four_steps_are_trained_next_to_servers(tmp_path, engine, num_devices):
   for name in (*measured, "student_queue_s", "student_tokens_per_s"):
     assert all(f"rollout/{name}" in row for row in rows if "reward" in row)
   assert (run / "export/model.safetensors").exists()
-  assert "Weights of version 4 are with 1 of 1 servers" in result.stderr
-  launcher.check_ports("127.0.0.1", port, 2)
+  told = f"version 4 are with {num_of_policy} of {num_of_policy} servers"
+  assert told in result.stderr
+  assert len(list(run.glob("servers/*.log"))) == num_ports
+  launcher.check_ports("127.0.0.1", port, num_ports)
+  assert not _is_running(str(tmp_path))
