@@ -153,11 +153,21 @@ class VllmEngine:
   async def _generate_one(
     self, prompt: types.Prompt, params: types.SamplingParams
   ) -> list[wire.CompletionOut]:
+    outputs = await self.draw(prompt, params)
+    own = (params.temperature, params.top_p, params.top_k) == (1, 1, 0)
+    greedy = params.temperature == 0.0
+    completions = [_to_wire(output, greedy or own) for output in outputs]
+    # Greedy completions are all the same, so vLLM refuses to write more.
+    return completions * params.group_size if greedy else completions
+
+  async def draw(
+    self, prompt: types.Prompt, params: types.SamplingParams
+  ) -> list[vllm.CompletionOutput]:
+    """Gives completions as vLLM does; of greedy ones, which are equal, one."""
     # vLLM gives the i-th completion the seed plus i, and a generator of its
     # own: results do not depend on what else is in the batch.
-    greedy = params.temperature == 0.0
     asked = sampling_params.SamplingParams(
-      n=1 if greedy else params.group_size,
+      n=1 if params.temperature == 0.0 else params.group_size,
       max_tokens=params.max_completion_tokens,
       temperature=params.temperature,
       top_p=params.top_p,
@@ -177,10 +187,7 @@ class VllmEngine:
       final = [output async for output in outputs][-1]
     except exceptions.VLLMError as error:
       raise _failed(str(error)) from error
-    untouched = (params.temperature, params.top_p, params.top_k) == (1, 1, 0)
-    completions = [_to_wire(one, greedy or untouched) for one in final.outputs]
-    # Greedy completions are all the same, so vLLM refuses to write more.
-    return completions * params.group_size if greedy else completions
+    return final.outputs
 
 
 class _Progress(loggers.StatLoggerBase):

@@ -346,7 +346,8 @@ def _is_held(pushed: wire.UpdateRequest, held: wire.Version) -> bool:
 
 def _may_pass(error: errors.RolloutError) -> bool:
   """Tells if waiting can help: not a refusal, unless for an old trainer."""
-  # One that was killed is forgotten when its heartbeat has been missed.
+  # One that was killed is forgotten: at once by servers of its machine, by
+  # others when its heartbeat has been missed.
   is_refusal = isinstance(error, client.RefusedError)
   return not is_refusal or error.error == "other_trainer"
 
