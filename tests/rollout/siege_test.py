@@ -82,7 +82,7 @@ def _check_works(served, name):
   start = time.monotonic()
   body = scripted_server.request(name)
   assert served.client.post("/generate", json=body).status_code == 200
-  assert time.monotonic() - start < 2.0
+  assert time.monotonic() - start < 5.0
 
 
 def _memory(served):
@@ -186,7 +186,7 @@ def test_a_trainer_that_was_killed_is_noticed_and_replaced(served):
       stdout=subprocess.PIPE,
     ) as trainer:
       assert trainer.stdout.readline() == b"up\n"
-      assert time.monotonic() - start < 15.0
+      assert time.monotonic() - start < 25.0  # Its heartbeat is 30 s.
       assert is_connected()
       trainer.kill()
-      _wait(lambda: not is_connected(), seconds=2.0)
+      _wait(lambda: not is_connected(), seconds=5.0)
