@@ -31,8 +31,9 @@ from rollout import (
 )
 from scripts import program
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "A Hugging Face model.")
-flags.mark_flag_as_required("directory")
+_DIRECTORY = flags.DEFINE_string(
+  "directory", None, "A Hugging Face model.", required=True
+)
 _EAGER = flags.DEFINE_bool("eager", True, "Whether vLLM compiles nothing.")
 
 
