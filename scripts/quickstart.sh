@@ -16,10 +16,10 @@ for argument in "$@"; do
     --seed=*) seed="${argument#*=}" ;;
     --epochs=*) epochs=("${argument#*=}") ;;
     --steps=*) steps="${argument#*=}" ;;
-    --rollout=*) rollout="${argument#*=}" ;;
+    --rollout=vllm | --rollout=jax) rollout="${argument#*=}" ;;
     *)
       echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)," \
-        "--steps= (of GRPO) and --rollout=." >&2
+        "--steps= (of GRPO) and --rollout=vllm or =jax." >&2
       exit 2
       ;;
   esac

@@ -26,6 +26,20 @@ def _quickstart(directory):
   )
 
 
+@pytest.mark.parametrize("argument", ["--rollout=sglang", "--step=2", "x"])
+def test_an_unknown_argument_is_refused_before_anything_is_made(argument):
+  result = subprocess.run(
+    ["bash", _ROOT / "scripts/quickstart.sh", argument],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert result.returncode == 2
+  assert f"Unknown argument {argument}" in result.stderr
+  assert not result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_quickstart_prints_its_table_and_then_reuses_what_exists(tmp_path):
