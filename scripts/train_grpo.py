@@ -9,26 +9,11 @@ The workdir is the only state: run the same line again and it resumes.
 
 import contextlib
 
-from absl import flags
-
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
-from atlas_jax.rewards import combine, custom
+from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
-from scripts import job, origins, program
-
-_REWARD_FN = flags.DEFINE_multi_string(
-  "reward_fn",
-  [],
-  "A reward function of yours, as module:function or module:function=weight, "
-  "which is added to the config's reward. May be given several times.",
-)
-_REWARD_FN_TIMEOUT_S = flags.DEFINE_float(
-  "reward_fn_timeout_s", 60.0, "What one call of it may take."
-)
-_REWARD_FN_MEMORY_GB = flags.DEFINE_float(
-  "reward_fn_memory_gb", 0.0, "What its process may hold; 0 is no limit."
-)
+from scripts import job, origins, program, reward_functions
 
 
 def main() -> None:
@@ -36,11 +21,7 @@ def main() -> None:
   if origins.print_config():
     return
   config, workdir = job.arguments()
-  functions = custom.parse(
-    _REWARD_FN.value,
-    timeout_s=_REWARD_FN_TIMEOUT_S.value,
-    memory_gb=_REWARD_FN_MEMORY_GB.value,
-  )
+  functions = reward_functions.arguments()
   with (
     launch.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,

@@ -2,6 +2,7 @@
 """Reward functions as users write them, good and bad."""
 
 import os
+import sys
 import time
 
 from atlas_jax import types
@@ -54,7 +55,7 @@ def _misbehave(how):
     case "eat":
       bytearray(4 << 30)
     case "print":
-      print("\n{}")  # noqa: T201 - where results must not go.
+      sys.stdout.write("\n{}\n")
 
 
 not_a_function = 7

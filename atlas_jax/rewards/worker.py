@@ -31,8 +31,6 @@ _Function = Callable[[Any], Any]  # Any: a stranger's function, and JSON.
 def main() -> None:
   """Answers until the other end is closed."""
   descriptor, target, kind, max_memory = sys.argv[1:]
-  # What the function prints must not go where the parent prints results.
-  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   if int(max_memory):
     limit = int(max_memory)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
