@@ -96,7 +96,7 @@ def _print_config(
   settings = [*job.settings, *_mesh(words, num_devices)]
   given = dict.fromkeys(map(overrides.path_of, settings), "launcher")
   config = overrides.load(job.recipe, settings)
-  print(origins.table(job.recipe, config, {**given, **job.origins}))
+  origins.show(origins.table(job.recipe, config, {**given, **job.origins}))
   return int(errors.Exit.DONE)
 
 

@@ -8,7 +8,9 @@ The launchers know the flag too, and name the override behind a value.
 """
 
 from collections.abc import Iterator, Mapping
+import os
 import re
+import sys
 from typing import Any
 
 from absl import flags
@@ -31,8 +33,17 @@ def print_config() -> bool:
     flag = flags.FLAGS["config"]
     given = config_flags.get_override_values(flag)
     recipe = config_flags.get_config_filename(flag)
-    print(table(recipe, flag.value, dict.fromkeys(given, "command line")))
+    show(table(recipe, flag.value, dict.fromkeys(given, "command line")))
   return _PRINT.value
+
+
+def show(text: str) -> None:
+  """Prints to whoever reads it, be it only the beginning."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    # Python would flush, and fail, once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(

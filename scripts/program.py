@@ -2,6 +2,7 @@
 """How every script begins and ends: flags, logs, exit codes."""
 
 from collections.abc import Callable
+import contextlib
 import logging as stdlib_logging
 import pathlib
 import sys
@@ -46,7 +47,8 @@ def run(main: Callable[[], None]) -> None:
       )
     finally:
       if code == errors.Exit.INTERNAL:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+          traceback.print_exc()
       sys.exit(int(code))
 
   logging.set_verbosity(logging.INFO)
@@ -60,7 +62,8 @@ def run(main: Callable[[], None]) -> None:
 
 def _tell(error: errors.AtlasError) -> errors.Exit:
   logging.flush()
-  print(f"\n{error}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # Nobody may be reading any more.
+    print(f"\n{error}", file=sys.stderr)
   return error.exit_code
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every value of a config is shown, with what set it."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -47,6 +48,22 @@ def test_the_launcher_names_the_override_behind_a_value(capsys):
   assert rows["seed"] == ["1", "command", "line"]
   assert rows["mesh.fsdp"] == ["2", "launcher"]
   assert rows["batch.num_microbatches"] == ["4", "launcher"]
+
+
+@pytest.mark.slow
+def test_reading_the_beginning_is_no_failure():
+  reading, writing = os.pipe()
+  os.close(reading)
+  result = subprocess.run(
+    [sys.executable, "-c", "from scripts import origins; origins.show('a')"],
+    cwd=_ROOT,
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    timeout=120,
+    check=False,
+  )
+  os.close(writing)
+  assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_a_secret_is_not_shown(monkeypatch):

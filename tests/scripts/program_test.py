@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way a script can end has its exit code and its words."""
 
+import os
 import subprocess
 import sys
 
@@ -63,6 +64,21 @@ def test_an_interrupt_is_no_failure():
   assert result.returncode == 75
   assert "Run the same command again" in result.stderr
   assert "Traceback" not in result.stderr
+
+
+def test_a_failure_that_nobody_reads_has_its_exit_code():
+  reading, writing = os.pipe()
+  os.close(reading)
+  for line, code in ((_FOUR.format("DataError"), 3), ('ValueError("odd")', 70)):
+    process = subprocess.run(
+      [sys.executable, "-c", _SCRIPT.format(f"raise {line}")],
+      stdout=writing,
+      stderr=writing,
+      timeout=60,
+      check=False,
+    )
+    assert process.returncode == code
+  os.close(writing)
 
 
 def test_the_end_is_zero():
