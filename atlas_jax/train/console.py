@@ -83,7 +83,7 @@ class _Bar:
   """A bar below the lines of the log."""
 
   def __init__(self, step: int, num_steps: int) -> None:
-    self._console = _Screen(stderr=True)
+    self._console = rich.console.Console(stderr=True)
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("step"),
       rich.progress.MofNCompleteColumn(),
@@ -122,11 +122,3 @@ def _cell(value: object) -> rich.text.Text:
   """Shows the beginning of a value; brackets in it are no markup."""
   text = f"{value:.3f}" if isinstance(value, float) else str(value)
   return rich.text.Text(text[:_MAX_CELL] + "..." * (len(text) > _MAX_CELL))
-
-
-class _Screen(rich.console.Console):
-  """A console that falls silent if nobody reads it, and does not exit."""
-
-  def on_broken_pipe(self) -> None:
-    """Writes nothing from now on."""
-    self.quiet = True
