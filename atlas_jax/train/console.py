@@ -13,8 +13,12 @@ import rich.progress
 import rich.table
 import rich.text
 
-# Prefixes of metrics that would crowd the line.
-_FILE_ONLY = ("seconds", "rewards/", "rollout/", "ratio_", "clip_", "num_")
+# Beginnings and ends of metrics that would crowd the line.
+_FILE_ONLY = (
+  *("seconds", "rewards/", "rollout/", "groups/", "ratio_", "clip_", "num_"),
+  *("teaching/num_", "teaching/seconds", "teaching/LR", "teaching/leak_rate"),
+)
+_BOUNDS = ("_low", "_high")
 _MAX_SILENCE_S = 30.0
 _MAX_CELL = 300
 
@@ -49,7 +53,8 @@ class Console:
       " ".join(
         f"{name}={value:.4g}"
         for name, value in values.items()
-        if not name.startswith(_FILE_ONLY)
+        if not name.removeprefix("eval/").startswith(_FILE_ONLY)
+        and not name.endswith(_BOUNDS)
       ),
     )
 

@@ -42,7 +42,8 @@ def test_a_log_gets_timed_lines_and_the_end_in_sight(caplog):
   now = [0.0]
   shown = console.Console(step=10, num_steps=20, now=lambda: now[0])
   now[0] = 40.0
-  shown.tell(12, {"loss": 0.123456, "seconds/train": 1.0})
+  crowd = dict.fromkeys(["seconds/train", "eval/teaching/NDR_low"], 1.0)
+  shown.tell(12, {"loss": 0.123456, **crowd})
   (line,) = _messages(caplog)
   assert re.fullmatch(
     r"step 12/20 loss=0\.1235 eta=0:02:40 \(\d\d:\d\d\)", line
