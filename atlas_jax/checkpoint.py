@@ -6,12 +6,14 @@ manifest of digests, written last, and a step without one, or that does not
 match it, is not restored.
 """
 
+from collections.abc import Mapping
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from absl import logging
 import jax
@@ -19,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from atlas_jax import errors
 
+Mode = Literal["min", "max"]
 _State = TypeVar("_State")
 _ABOUT = "about.json"
 _MANIFEST = "manifest.json"
@@ -33,7 +36,14 @@ class Checkpointer:
   """
 
   def __init__(
-    self, directory: pathlib.Path, *, identity: dict[str, str], keep: int
+    self,
+    directory: pathlib.Path,
+    *,
+    identity: dict[str, str],
+    keep: int,
+    best_metric: str,
+    best_mode: Mode,
+    load_best: bool,
   ) -> None:
     """Removes what a killed save left behind.
 
@@ -41,9 +51,12 @@ class Checkpointer:
       directory: holds one folder per step.
       identity: names and digests of what the run depends on.
       keep: how many of the newest steps stay on disk.
+      best_metric: the step at which it was best stays too; empty for none.
+      best_mode: whether the least or the greatest is the best.
+      load_best: whether a run ends with that step, not with its last.
 
     Raises:
-      errors.ConfigError: if none is to be kept.
+      errors.ConfigError: if none is to be kept, or the best is not defined.
     """
     if keep < 1:
       raise errors.ConfigError(
@@ -52,27 +65,88 @@ class Checkpointer:
         why="Without one, a run that is stopped starts anew.",
         fix="Keep at least 1; with 2 a damaged one has another before it.",
       )
+    if best_mode not in ("min", "max") or (load_best and not best_metric):
+      raise errors.ConfigError(
+        "It is not told which checkpoint is the best.",
+        where="--config.checkpoint",
+        why=f"best_metric={best_metric!r}, best_mode={best_mode!r}, "
+        f"load_best={load_best}.",
+        fix="Name a metric, such as eval/loss, and a mode, min or max.",
+      )
     self._directory = directory.absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self._identity = identity
     self._keep = keep
+    self._best_metric = best_metric
+    self._sign = 1 if best_mode == "max" else -1
+    self._load_best = load_best
     self._orbax = ocp.StandardCheckpointer()
     for partial in self._directory.glob("*.tmp"):
       shutil.rmtree(partial)
 
-  def save(self, step: int, state: Any) -> None:  # Any: a pytree of arrays.
-    """Saves a step: written aside, digested, then given its name."""
+  def save(
+    self,
+    step: int,
+    state: Any,  # Any: a pytree of arrays.
+    metrics: Mapping[str, float | jax.Array],
+  ) -> None:
+    """Saves a step: written aside, digested, then given its name.
+
+    Args:
+      step: its number.
+      state: what `restore_latest` will give back.
+      metrics: of an evaluation at this step, if there was one.
+    """
     final = self._directory / str(step)
     partial = self._directory / f"{step}.tmp"
     self._orbax.save(partial / "state", state)
     self._orbax.wait_until_finished()
-    about = {"identity": self._identity, "arrays": _arrays(state)}
+    about = {
+      "identity": self._identity,
+      "arrays": _arrays(state),
+      "metrics": {k: float(v) for k, v in metrics.items() if math.isfinite(v)},
+    }
     _write_json(partial / _ABOUT, about)
     _write_json(partial / _MANIFEST, _digests(partial))
     partial.rename(final)
-    for old in self.steps()[: -self._keep]:
-      shutil.rmtree(self._directory / str(old))
+    kept = {self.best_step(), *self.steps()[-self._keep :]}
+    for old in self.steps():
+      if old not in kept:
+        shutil.rmtree(self._directory / str(old))
     logging.info("Saved step %d to %s.", step, final)
+
+  def is_best(self, metrics: Mapping[str, float | jax.Array]) -> bool:
+    """Tells whether an evaluation is better than that of any saved step.
+
+    Raises:
+      errors.ConfigError: if the evaluation lacks the metric it is judged by.
+    """
+    if not self._best_metric or not metrics:
+      return False
+    if self._best_metric not in metrics:
+      raise errors.ConfigError(
+        f"An evaluation has no {self._best_metric}.",
+        where="--config.checkpoint.best_metric",
+        why=f"It has {', '.join(sorted(metrics))}.",
+        fix="Name one of these, or none to keep the newest steps alone.",
+      )
+    value = float(metrics[self._best_metric])
+    best = max(self._evaluations().values(), default=-math.inf)
+    return math.isfinite(value) and self._sign * value > best
+
+  def best_step(self) -> int | None:
+    """The step on disk whose evaluation was the best; None if none had one."""
+    evaluations = self._evaluations()
+    return max(evaluations, key=evaluations.__getitem__, default=None)
+
+  def _evaluations(self) -> dict[int, float]:
+    """What each step on disk is judged by, so that more is better."""
+    found = {}
+    for step in self.steps():
+      about = _read_json(self._directory / str(step) / _ABOUT)
+      if about and self._best_metric in about["metrics"]:
+        found[step] = self._sign * about["metrics"][self._best_metric]
+    return found
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first."""
@@ -116,13 +190,34 @@ class Checkpointer:
       )
     return state
 
+  def restore_final(self, state: _State) -> _State:
+    """Gives the state to end with: the best if `load_best`, else `state`.
+
+    Raises:
+      errors.CheckpointError: if the best is damaged, or there is none.
+    """
+    if not self._load_best:
+      return state
+    step = self.best_step()
+    path = self._directory / str(step)
+    if step is None or _about_if_sound(path) is None:
+      raise errors.CheckpointError(
+        "The best checkpoint cannot be loaded.",
+        where=str(self._directory),
+        why=f"Step {step} does not match the digests written with it."
+        if step
+        else f"No step on disk was evaluated by {self._best_metric}.",
+        fix="Set --config.checkpoint.load_best=False to end with the last.",
+      )
+    return self._restore(path, state)
+
   def _restore(self, path: pathlib.Path, state: _State) -> _State:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
     restored = self._orbax.restore(path / "state", abstract)
-    logging.info("Resumed from %s.", path)
+    logging.info("Restored %s.", path)
     return restored
 
   def _check_identity(self, saved: dict[str, str], path: pathlib.Path) -> None:
@@ -174,11 +269,16 @@ def _arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
 
 def _about_if_sound(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
   """Reads what a step holds, unless a file differs from the manifest."""
+  manifest = _read_json(path / _MANIFEST)
+  if manifest is None or manifest != _digests(path):
+    return None
+  return _read_json(path / _ABOUT)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
+  """Reads a file; None if it is not there, or torn."""
   try:
-    manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
-    if manifest != _digests(path):
-      return None
-    return json.loads((path / _ABOUT).read_text("utf-8"))
+    return json.loads(path.read_text("utf-8"))
   except (OSError, ValueError):
     return None
 

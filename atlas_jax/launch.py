@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,25 +309,37 @@ def fingerprint(opened: OpenModel) -> str:
   return digest.hexdigest()
 
 
-def export(
-  directory: pathlib.Path,
-  params: decoder.Params,
+def export(  # noqa: PLR0913 - one argument per config key.
+  workdir: pathlib.Path,
   opened: OpenModel,
+  params: decoder.Params,
+  step: int | None,
   *,
   notes: Mapping[str, str],
   enabled: bool,
+  keep_steps: int,
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
   max_shard_bytes: int,
 ) -> None:
   """Writes a Hugging Face directory, and compares its logits with `params`.
 
-  Does nothing unless `enabled`: the weights are in the last checkpoint too.
+  Args:
+    workdir: the directory is `export` in it, or `export-STEP`.
+    opened: the model that was trained.
+    params: its weights now.
+    step: how many steps are done; None at the end of the run.
+    notes: for the model card.
+    enabled: whether to write `export`; the last checkpoint has its weights too.
+    keep_steps: how many of the newest `export-STEP` to keep; 0 to write none.
+    dtype: of the weights.
+    max_shard_bytes: of one file.
 
   Raises:
     errors.CheckpointError: if it cannot be written, or says something else.
   """
-  if not enabled:
+  if not (enabled if step is None else keep_steps):
     return
+  directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
     directory,
     params,
@@ -344,3 +357,8 @@ def export(
   logging.info(
     "Exported to %s; logits differ by %.1e at most.", directory, difference
   )
+  if step is not None:
+    numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
+    steps = sorted(int(number) for number in numbers if number.isdecimal())
+    for old in steps[:-keep_steps]:
+      shutil.rmtree(workdir / f"export-{old}")

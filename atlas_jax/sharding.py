@@ -100,20 +100,36 @@ def replicated(mesh: js.Mesh) -> js.NamedSharding:
   return js.NamedSharding(mesh, js.PartitionSpec())
 
 
-def check_batch(mesh: js.Mesh, batch_size: int, flag: str) -> None:
-  """Refuses a batch whose rows cannot be spread evenly.
+def num_microbatches(mesh: js.Mesh, *, size: int, per_device: int) -> int:
+  """Tells in how many parts a batch goes through the devices.
+
+  Args:
+    mesh: as made by `make_mesh`. The devices along its axes `data` and `fsdp`
+      see different rows.
+    size: rows of a batch.
+    per_device: rows that a device sees at once; 0 for all it has.
 
   Raises:
-    errors.ConfigError: naming `flag`, the flag that sets the batch size.
+    errors.ConfigError: if the rows cannot be spread evenly.
   """
   num_shards = math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
-  if batch_size % num_shards:
+  if size < 1 or size % num_shards:
     raise errors.ConfigError(
-      f"A batch of {batch_size} rows does not divide over the mesh.",
-      where=flag,
+      f"A batch of {size} rows does not divide over the mesh.",
+      where=f"--config.batch.size={size}",
       why=f"data x fsdp is {num_shards} devices, each takes the same number.",
-      fix=f"Set {flag} to a multiple of {num_shards}, or a smaller mesh.",
+      fix=f"Set it to a multiple of {num_shards}, or choose a smaller mesh.",
     )
+  rows = size // num_shards
+  if per_device < 0 or rows % (per_device or rows):
+    raise errors.ConfigError(
+      f"A device's {rows} rows of a batch do not divide by {per_device}.",
+      where=f"--config.batch.per_device={per_device}",
+      why=f"A batch has {size} rows, for {num_shards} devices along data x "
+      "fsdp; each goes through them in parts of the same size.",
+      fix=f"Set it to a divisor of {rows}, or to 0 for all at once.",
+    )
+  return rows // (per_device or rows)
 
 
 def _check_divides(

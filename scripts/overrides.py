@@ -27,11 +27,14 @@ _ANSWERS = ("teach", "baseline", "solve")
 class Row:
   """A name, and the config values it sets: those that the recipe has.
 
-  Without `paths`, code below gives it its meaning.
+  Without `paths`, code below gives it its meaning. `words` are what values are
+  called here, `also` what is set with it.
   """
 
   meaning: str
   paths: tuple[str, ...] = ()
+  words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  also: tuple[str, ...] = ()
 
 
 TABLE: Mapping[str, Row] = {
@@ -54,13 +57,49 @@ TABLE: Mapping[str, Row] = {
   "logging_steps": Row("steps between metrics", ("loop.log_every",)),
   "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
   "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
+  "save_total_limit": Row("checkpoints kept", ("checkpoint.keep",)),
+  "metric_for_best_model": Row(
+    "its best checkpoint is kept too; `eval_x` is `eval/x`",
+    ("checkpoint.best_metric",),
+  ),
+  "greater_is_better": Row(
+    "whether that is the greatest",
+    ("checkpoint.best_mode",),
+    words={"true": "max", "false": "min"},
+  ),
+  "load_best_model_at_end": Row(
+    "end with it, not with the last", ("checkpoint.load_best",)
+  ),
   "learning_rate": Row("its peak", ("schedule.learning_rate",)),
-  "lr_scheduler_type": Row("its course", ("schedule.schedule",)),
-  "warmup_ratio": Row("warm-up", ("schedule.warmup_fraction",)),
-  "weight_decay": Row("of AdamW", ("optimizer.weight_decay",)),
-  "adam_beta1": Row("of AdamW", ("optimizer.beta1",)),
-  "adam_beta2": Row("of AdamW", ("optimizer.beta2",)),
-  "adam_epsilon": Row("of AdamW", ("optimizer.epsilon",)),
+  "lr_scheduler_type": Row(
+    "its course: constant, linear, cosine, or wsd, which needs "
+    "`--config.schedule.decay_fraction`",
+    ("schedule.schedule",),
+    words={"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
+  ),
+  "warmup_ratio": Row(
+    "warm-up, as a part of all updates",
+    ("schedule.warmup_fraction",),
+    also=("schedule.warmup_updates=0",),
+  ),
+  "warmup_steps": Row(
+    "warm-up, in updates",
+    ("schedule.warmup_updates",),
+    also=("schedule.warmup_fraction=0.0",),
+  ),
+  "optim": Row(
+    "adamw, lion, adafactor or muon",
+    ("optimizer.name",),
+    words={
+      "adamw_torch": "adamw",
+      "adamw_torch_fused": "adamw",
+      "lion_32bit": "lion",
+    },
+  ),
+  "weight_decay": Row("of any optimizer", ("optimizer.weight_decay",)),
+  "adam_beta1": Row("of AdamW", ("optimizer.adamw.beta1",)),
+  "adam_beta2": Row("of AdamW", ("optimizer.adamw.beta2",)),
+  "adam_epsilon": Row("of AdamW", ("optimizer.adamw.epsilon",)),
   "max_grad_norm": Row("clips the gradient", ("optimizer.max_grad_norm",)),
   "max_seq_length": Row("tokens of a row; SFT", ("data.length",)),
   "packing": Row("several examples in a row; SFT", ("data.packed",)),
@@ -69,10 +108,12 @@ TABLE: Mapping[str, Row] = {
     "`num_generations`"
   ),
   "per_device_train_batch_size": Row(
-    "sequences on a device at once; decides `batch.num_microbatches`"
+    "sequences on a device at once: `batch.per_device`, or for RCL it decides "
+    "`batch.num_microbatches`"
   ),
   "gradient_accumulation_steps": Row(
-    "parts of an update", ("batch.num_microbatches",)
+    "parts of an update: `batch.num_microbatches`, or for SFT it decides "
+    "`batch.per_device`"
   ),
   "num_generations": Row(
     "teachings in a group", ("sampling.teach.group_size",)
@@ -227,7 +268,12 @@ def _direct(
     raise _unfit(name, value, "this recipe has no such setting", None)
   if paths and value.lower() in _NONE:
     raise _unfit(name, value, "it needs a value", None)
-  return [f"--config.{path}={value}" for path in present]
+  row = TABLE[name]
+  value = row.words.get(value.lower(), value)
+  if name == "metric_for_best_model":
+    value = "eval/" + value.removeprefix("eval_").removeprefix("eval/")
+  pairs = [*(f"{path}={value}" for path in present), *row.also]
+  return [f"--config.{pair}" for pair in pairs]
 
 
 def path_of(setting: str) -> str:
@@ -261,16 +307,25 @@ def _sizes(
   if (name := "train_batch_size") in given:
     rows = _number(name, given[name])
     sizes[of_rows] = _divide(name, given[name], rows, group_size)
+  rows //= num_minibatches
+  parts = None
+  if (name := "gradient_accumulation_steps") in given:
+    parts = _number(name, given[name])
+    _divide(name, given[name], rows, parts * num_devices)
   if (name := "per_device_train_batch_size") in given:
-    at_once = num_devices * _number(name, given[name])
-    parts = _divide(name, given[name], rows // num_minibatches, at_once)
-    if given.get("gradient_accumulation_steps", str(parts)) != str(parts):
+    at_once = _number(name, given[name])
+    needed = _divide(name, given[name], rows, at_once * num_devices)
+    if parts not in (None, needed):
       raise _unfit(
         "gradient_accumulation_steps",
         given["gradient_accumulation_steps"],
-        f"{name} on {num_devices} devices makes it {parts}",
-        str(parts),
+        f"{name} on {num_devices} devices makes it {needed}",
+        str(needed),
       )
+    parts = needed
+  if parts and "per_device" in config.batch:
+    sizes["batch.per_device"] = rows // (parts * num_devices)
+  elif parts:
     sizes["batch.num_microbatches"] = parts
   return sizes
 

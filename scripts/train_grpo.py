@@ -8,6 +8,7 @@ The workdir is the only state: run the same line again and it resumes.
 """
 
 import contextlib
+import functools
 
 from atlas_jax import launch, sharding
 from atlas_jax.data import sources
@@ -47,22 +48,9 @@ def main() -> None:
     if config.evaluation.path:
       held_out = sources.questions(sources.read(config.evaluation.path))
       held_out = held_out[: config.evaluation.num_questions]
-    params = grpo.train(
-      policy.model,
-      policy.params,
-      protocol=protocol,
-      reward_fn=reward_fn,
-      questions=questions,
-      held_out=held_out,
-      mesh=mesh,
-      config=config,
-      workdir=workdir,
-      writer=writer,
-      should_stop=should_stop,
-    )
-    launch.export(
-      workdir / "export",
-      params,
+    export = functools.partial(
+      launch.export,
+      workdir,
       policy,
       notes={
         "Recipe": "GRPO on the teaching protocol",
@@ -72,6 +60,21 @@ def main() -> None:
       },
       **config.export,
     )
+    params = grpo.train(
+      policy.model,
+      policy.params,
+      protocol=protocol,
+      reward_fn=reward_fn,
+      questions=questions,
+      held_out=held_out,
+      on_save=export,
+      mesh=mesh,
+      config=config,
+      workdir=workdir,
+      writer=writer,
+      should_stop=should_stop,
+    )
+    export(params, None)
 
 
 if __name__ == "__main__":

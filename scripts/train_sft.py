@@ -7,6 +7,8 @@
 The workdir is the only state: run the same line again and it resumes.
 """
 
+import functools
+
 from atlas_jax import launch, sharding
 from atlas_jax.train import sft
 from scripts import job, origins, program
@@ -20,7 +22,7 @@ def main() -> None:
   with launch.start(workdir, config) as should_stop:
     writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(mesh, config.batch.size, "--config.batch.size")
+    sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
     policy = launch.open_model(mesh, **config.model)
     train_set, eval_set = sft.make_sets(
       policy.tokenizer,
@@ -28,24 +30,26 @@ def main() -> None:
       seed=config.seed,
       **config.data,
     )
+    export = functools.partial(
+      launch.export,
+      workdir,
+      policy,
+      notes={"Recipe": "SFT", "Base model": config.model.path},
+      **config.export,
+    )
     params = sft.train(
       policy.model,
       policy.params,
       train_set=train_set,
       eval_set=eval_set,
+      on_save=export,
       mesh=mesh,
       config=config,
       workdir=workdir,
       writer=writer,
       should_stop=should_stop,
     )
-    launch.export(
-      workdir / "export",
-      params,
-      policy,
-      notes={"Recipe": "SFT", "Base model": config.model.path},
-      **config.export,
-    )
+    export(params, None)
 
 
 if __name__ == "__main__":

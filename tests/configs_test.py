@@ -16,7 +16,15 @@ from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
-from atlas_jax.train import artefacts, loop, optimizer, score, sinks, state
+from atlas_jax.train import (
+  artefacts,
+  loop,
+  optimizer,
+  schedule,
+  score,
+  sinks,
+  state,
+)
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
 from tests import fakes
@@ -54,19 +62,21 @@ _FUNCTIONS = {
   "advantages": (advantages.group_advantages, ()),
   "correction": (correction.sampler_weights, ()),
   "score": (score.token_stats, ("temperature",)),
-  "schedule": (optimizer.make_schedule, ("num_updates",)),
+  "schedule": (schedule.make, ("num_updates",)),
   "optimizer": (optimizer.make_optimizer, ()),
   "offload": (state.Offload, ()),
-  "loop": (
-    loop.run,
-    ("checkpointer", "workdir", "writer", "clock", "should_stop"),
-  ),
+  "optimizer.adamw": (optimizer._adamw, ()),
+  "optimizer.lion": (optimizer._lion, ()),
+  "optimizer.adafactor": (optimizer._adafactor, ()),
+  "optimizer.muon": (optimizer._muon, ()),
+  "loop": (loop.Settings, ()),
   "artefacts": (artefacts.Artefacts, ("writer", "tokenizer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
   "export": (launch.export, ("notes",)),
 }
 _SFT = _FUNCTIONS | {
+  "batch": (sharding.num_microbatches, ()),
   "data": (train_sft.make_sets, ("batch_size", "seed")),
   "loss": (train_sft._loss, ()),
 }
@@ -193,8 +203,8 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
   if "advantages" in config:
     grpo.Objective(**config.loss, max_tokens=1)
   if "schedule" in config:
-    schedule = optimizer.make_schedule(**config.schedule, num_updates=10)
-    chain = optimizer.make_optimizer(schedule, **config.optimizer)
+    rate = schedule.make(**config.schedule, num_updates=10)
+    chain = optimizer.make_optimizer(rate, **config.optimizer)
     assert isinstance(chain, optax.GradientTransformation)
   sharding.make_mesh(**config.mesh)
 

@@ -24,6 +24,7 @@ class Loader:
     self,
     arrays: Mapping[str, np.ndarray],
     *,
+    names: Sequence[str],
     batch_size: int,
     seed: int,
     remainder: Remainder,
@@ -34,6 +35,7 @@ class Loader:
 
     Args:
       arrays: on every host the same.
+      names: of the rows, for a user to find them by.
       batch_size: rows of a batch, over all hosts.
       seed: of the order, which is drawn anew for each epoch.
       remainder: the rows that fill no batch at the end of an epoch are left
@@ -46,7 +48,7 @@ class Loader:
       errors.DataError: if there are too few rows to make a batch.
       errors.ConfigError: if the hosts cannot share a batch equally.
     """
-    num_rows = {len(array) for array in arrays.values()}
+    num_rows = {len(names), *map(len, arrays.values())}
     if len(num_rows) != 1:
       raise ValueError(f"Expected arrays of as many rows, got {num_rows}.")
     if remainder not in ("drop", "pad"):
@@ -63,6 +65,7 @@ class Loader:
     (self._num_rows,) = num_rows
     _check_enough(self._num_rows, batch_size if remainder == "drop" else 1)
     self._arrays = dict(arrays)
+    self._names = list(names)
     self._batch_size = batch_size
     self._seed = seed
     self._remainder = remainder
@@ -77,15 +80,22 @@ class Loader:
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Returns this host's rows of the batch which `step` trains on."""
-    epoch, number = divmod(step, self.num_batches_per_epoch)
-    order = _order(self._seed, epoch, self._num_rows)
-    start = number * self._batch_size
-    rows = order[start : start + self._batch_size][self._mine]
+    rows = self._rows(step)[self._mine]
     missing = self._mine.stop - self._mine.start - len(rows)
     return {
       name: np.pad(array[rows], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
       for name, array in self._arrays.items()
     }
+
+  def row_names(self, step: int) -> list[str]:
+    """Names the rows of all hosts which `step` trains on."""
+    return [self._names[row] for row in self._rows(step)]
+
+  def _rows(self, step: int) -> np.ndarray:
+    epoch, number = divmod(step, self.num_batches_per_epoch)
+    order = _order(self._seed, epoch, self._num_rows)
+    start = number * self._batch_size
+    return order[start : start + self._batch_size]
 
   def fingerprint(self) -> str:
     """Returns a digest of all rows, to refuse resuming with other data."""

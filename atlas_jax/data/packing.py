@@ -2,8 +2,8 @@
 """Examples of any length to rows of one length."""
 
 import bisect
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,25 @@ Example = tuple[Sequence[int], Sequence[bool]]
 TooLong = Literal["drop", "truncate", "error"]
 
 
+class Rows(NamedTuple):
+  """Examples laid out.
+
+  Attributes:
+    arrays: of shape [rows, length]: int32 `token_ids`, `segment_ids` and
+      `positions`, and bool `loss_mask`. Segments count from 1 in each row, and
+      positions from 0 in each segment; padding is 0 in all of them.
+    members: which examples are in each row.
+    num_too_long: how many examples were longer than a row.
+  """
+
+  arrays: dict[str, np.ndarray]
+  members: list[list[int]]
+  num_too_long: int
+
+
 def pack(
   examples: Sequence[Example], length: int, *, too_long: TooLong
-) -> tuple[dict[str, np.ndarray], int]:
+) -> Rows:
   """Packs examples into as few rows as best-fit decreasing finds.
 
   `loss_mask` marks targets: where it is True, the token is to be predicted from
@@ -27,38 +43,33 @@ def pack(
     too_long: what becomes of an example longer than a row. One that is
       truncated loses its end, and goes if no target is left.
 
-  Returns:
-    Arrays of shape [rows, length], and how many examples were too long. They
-    are int32 `token_ids`, `segment_ids` and `positions` and bool `loss_mask`.
-    Segments count from 1 in each row, and positions from 0 in each segment;
-    padding is 0 in all of them.
-
   Raises:
     errors.DataError: if an example is too long and that is an error, or none
       is left.
   """
   kept, num_too_long = _fit(examples, length, too_long)
-  bins = _bins([len(token_ids) for token_ids, _ in kept], length)
-  return _fill(kept, bins, length), num_too_long
+  numbers = list(kept)
+  bins = _bins([len(kept[i][0]) for i in numbers], length)
+  members = [[numbers[i] for i in row] for row in bins]
+  return Rows(_fill(kept, members, length), members, num_too_long)
 
 
-def pad(
-  examples: Sequence[Example], length: int, *, too_long: TooLong
-) -> tuple[dict[str, np.ndarray], int]:
+def pad(examples: Sequence[Example], length: int, *, too_long: TooLong) -> Rows:
   """Gives every example its own row; otherwise as `pack`."""
   kept, num_too_long = _fit(examples, length, too_long)
-  return _fill(kept, [[i] for i in range(len(kept))], length), num_too_long
+  members = [[i] for i in kept]
+  return Rows(_fill(kept, members, length), members, num_too_long)
 
 
 def _fit(
   examples: Sequence[Example], length: int, too_long: TooLong
-) -> tuple[list[Example], int]:
+) -> tuple[dict[int, Example], int]:
   """Returns the examples that fit into a row, and how many did not at first."""
   if too_long not in ("drop", "truncate", "error"):
     raise ValueError(
       f'Expected too_long of "drop", "truncate" or "error", got {too_long!r}.'
     )
-  kept: list[Example] = []
+  kept: dict[int, Example] = {}
   num_too_long = 0
   for number, (token_ids, loss_mask) in enumerate(examples, start=1):
     if not 0 < len(token_ids) == len(loss_mask):
@@ -67,7 +78,7 @@ def _fit(
         f"{len(loss_mask)}; expected as many, and at least one."
       )
     if len(token_ids) <= length:
-      kept.append((token_ids, loss_mask))
+      kept[number - 1] = (token_ids, loss_mask)
       continue
     num_too_long += 1
     if too_long == "error":
@@ -78,7 +89,7 @@ def _fit(
         fix="Make rows longer, or let longer examples be dropped or truncated.",
       )
     if too_long == "truncate" and any(loss_mask[1:length]):
-      kept.append((token_ids[:length], loss_mask[:length]))
+      kept[number - 1] = (token_ids[:length], loss_mask[:length])
   if not kept:
     raise errors.DataError(
       "No example is left to train on.",
@@ -107,7 +118,9 @@ def _bins(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def _fill(
-  examples: Sequence[Example], bins: Sequence[Sequence[int]], length: int
+  examples: Mapping[int, Example],
+  bins: Sequence[Sequence[int]],
+  length: int,
 ) -> dict[str, np.ndarray]:
   shape = (len(bins), length)
   token_ids = np.zeros(shape, np.int32)

@@ -211,6 +211,15 @@ class Collector:
       for name, value in sampler.take_metrics().items()
     }
 
+  def row_ids(self, step: int) -> list[str]:
+    """Names the questions a step begins with; refills are others."""
+    return [question.row_id for question in self._batch(step)]
+
+  def _batch(self, step: int) -> list[types.Question]:
+    return loader.question_batch(
+      self._questions, step, batch_size=self._batch_size, seed=self._seed
+    )
+
   def _sample_ahead(self, step: int) -> _Sampled:
     clock = train_clock.Clock()
     records = self._sample(step, clock)
@@ -220,7 +229,6 @@ class Collector:
   def _sample(
     self, step: int, clock: train_clock.Clock
   ) -> list[types.TeachingRecord]:
-    batch = loader.question_batch(
-      self._questions, step, batch_size=self._batch_size, seed=self._seed
+    return self._protocol.run(
+      self._batch(step), seed=self._seed + step, phase=clock.phase
     )
-    return self._protocol.run(batch, seed=self._seed + step, phase=clock.phase)

@@ -25,7 +25,7 @@ from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.train import artefacts as train_artefacts
 from atlas_jax.train import clock as train_clock
-from atlas_jax.train import collect, loop
+from atlas_jax.train import collect, loop, schedule
 from atlas_jax.train import learner as learning
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
@@ -40,6 +40,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   reward_fn: types.RewardFn,
   questions: Sequence[types.Question],
   held_out: Sequence[types.Question],
+  on_save: Callable[[decoder.Params, int], None],
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path,
@@ -56,6 +57,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     reward_fn: rewards the graded records of one step.
     questions: what is taught.
     held_out: what it is evaluated on; may be empty.
+    on_save: called after each checkpoint, with the steps done.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `schedule`, `offload`, `loop`, `checkpoint`,
       `rollout` and `overlap`, and those of `learner.Learner`; `seed`.
@@ -111,29 +113,33 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   with collector:
     state = loop.run(
       state,
-      _Step(
-        collector,
-        reward_fn,
-        learner,
-        artefacts,
-        clock,
-        group_size=config.sampling.teach.group_size,
-        max_refills=config.groups.max_refills,
+      loop.Task(
+        _Step(
+          collector,
+          reward_fn,
+          learner,
+          artefacts,
+          clock,
+          group_size=config.sampling.teach.group_size,
+          max_refills=config.groups.max_refills,
+        ),
+        evaluate,
+        on_save=lambda state, step: on_save(state.params, step),
+        row_ids=collector.row_ids,
+        clock=clock,
       ),
-      evaluate,
+      loop.Settings(**config.loop),
       checkpointer=checkpointer,
       workdir=workdir,
       writer=writer,
-      clock=clock,
       should_stop=should_stop,
-      **config.loop,
     )
   return state.params
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-  """One step of the recipe; see `loop.DoStep`."""
+  """One step of the recipe; see `loop.Task`."""
 
   collector: collect.Collector
   reward_fn: types.RewardFn
@@ -189,10 +195,10 @@ def _make_optimizer(
 ) -> optax.GradientTransformation:
   """Makes the optimizer, with a schedule over all updates of all steps."""
   updates = config.batch.num_iterations * config.batch.num_minibatches
-  schedule = train_optimizer.make_schedule(
+  rate = schedule.make(
     **config.schedule, num_updates=config.loop.num_steps * updates
   )
-  return train_optimizer.make_optimizer(schedule, **config.optimizer)
+  return train_optimizer.make_optimizer(rate, **config.optimizer)
 
 
 def _make_collector(

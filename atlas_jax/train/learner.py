@@ -14,6 +14,7 @@ from atlas_jax import errors, sharding, types
 from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
 from atlas_jax.train import agreement, rows, score
+from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
 
@@ -67,8 +68,9 @@ class Learner:
       support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
     )
     self._score = jax.jit(functools.partial(_logprobs, stats_fn))
+    loss_fn = functools.partial(_loss, stats_fn, objective=self._objective)
     self._step = train_step.make_step(
-      functools.partial(_loss, stats_fn, objective=self._objective),
+      train_optimizer.freeze(loss_fn, config.optimizer.frozen),
       optimizer,
       num_microbatches=config.batch.num_microbatches,
       shardings=shardings,

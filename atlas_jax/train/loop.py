@@ -1,118 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop every recipe runs in: steps, logs, evaluation, checkpoints.
 
-It knows no algorithm. A recipe gives it a function that does one step.
+It knows no algorithm. A recipe gives it a task: what a step is.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
 import pathlib
 
-from absl import logging
 import jax
 
 from atlas_jax import checkpoint, errors
 from atlas_jax.train import clock as train_clock
+from atlas_jax.train import nonfinite
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 
 Metrics = Mapping[str, float | jax.Array]
-# Does one step, given how many are done.
-DoStep = Callable[
-  [train_state.TrainState, int], tuple[train_state.TrainState, Metrics]
-]
 Evaluate = Callable[[train_state.TrainState, int], Metrics]
 
 
-def run(  # noqa: PLR0913 - one argument per collaborator.
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a recipe gives the loop.
+
+  Attributes:
+    do_step: does one step, given how many are done. Its metrics are averaged
+      over the steps between two logs. It need not wait for the devices.
+    evaluate: metrics on held-out data, given how many steps are done.
+    on_save: called after each checkpoint, with how many are done.
+    row_ids: names the data of the step that `do_step` does.
+    clock: splits the time of a step; `do_step` may tell it phases.
+  """
+
+  do_step: Callable[
+    [train_state.TrainState, int], tuple[train_state.TrainState, Metrics]
+  ]
+  evaluate: Evaluate
+  on_save: Callable[[train_state.TrainState, int], None]
+  row_ids: nonfinite.RowIds
+  clock: train_clock.Clock
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How long to train, and when what else happens.
+
+  Attributes:
+    num_steps: steps in all, those before a resume included.
+    log_every: steps between lines of metrics.
+    eval_every: steps between evaluations; 0 for one at the end only.
+    save_every: steps between checkpoints. One is saved at the end anyway, and
+      one whenever an evaluation is the best so far.
+    max_nonfinite: updates in a row that may be skipped as not finite.
+  """
+
+  num_steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  max_nonfinite: int
+
+  def __post_init__(self) -> None:
+    """Refuses rhythms of less than a step."""
+    for name in ("num_steps", "log_every", "save_every"):
+      if getattr(self, name) < 1:
+        raise errors.ConfigError(
+          f"{name} is {getattr(self, name)}.",
+          where=f"--config.loop.{name}",
+          why="It counts steps, and there is at least one.",
+          fix="Set it to 1 or more.",
+        )
+
+
+def run(
   state: train_state.TrainState,
-  do_step: DoStep,
-  evaluate: Evaluate,
+  task: Task,
+  settings: Settings,
   *,
   checkpointer: checkpoint.Checkpointer,
   workdir: pathlib.Path,
   writer: train_writer.Writer,
-  clock: train_clock.Clock,
   should_stop: Callable[[], bool],
-  num_steps: int,
-  log_every: int,
-  eval_every: int,
-  save_every: int,
-  max_nonfinite: int,
 ) -> train_state.TrainState:
-  """Runs until `num_steps` steps are done.
+  """Runs until all steps are done; gives the final state, or the best.
 
   Args:
     state: where to start; replaced by the newest checkpoint, if there is one.
-    do_step: one step of the recipe, with metrics to average and log.
-    evaluate: metrics on held-out data.
-    checkpointer: of this run.
+    task: of the recipe.
+    settings: how long, how often.
+    checkpointer: of this run; knows which evaluation is the best.
     workdir: of this run.
     writer: takes the metrics; closed at the end.
-    clock: splits the time of a step; `do_step` may tell it phases.
     should_stop: asked after each step; then the state is saved at once.
-    num_steps: steps in all, those before a resume included.
-    log_every: steps between lines of metrics.
-    eval_every: steps between evaluations; 0 for one at the end only.
-    save_every: steps between checkpoints; one is saved at the end anyway.
-    max_nonfinite: updates in a row that may be skipped as not finite.
-
-  Returns:
-    The final state.
 
   Raises:
     errors.PreemptedError: after a save, if `should_stop` said so.
     errors.DivergedError: if too many updates in a row were not finite.
   """
   state = checkpointer.restore_latest(state)
-  step = int(state.step)
-  writer.begin(step=step, num_steps=num_steps)
+  start, end = int(state.step), settings.num_steps
+  writer.begin(step=start, num_steps=end)
+  watch = nonfinite.Watch(task.row_ids, workdir, settings.max_nonfinite)
   window: list[Metrics] = []
+  clock = task.clock
   clock.take()  # What came before the first step is no part of it.
-  try:
-    while step < num_steps:
-      state, metrics = do_step(state, step)
-      step += 1
+  with contextlib.closing(writer):
+    for step in range(start + 1, end + 1):
+      state, metrics = task.do_step(state, step - 1)
       state = state._replace(step=state.step + 1)
       window.append(metrics)
-      with clock.phase("train"):  # The device may still be at work.
-        _check_finite(metrics, step, max_nonfinite)
+      with clock.phase("train"):
+        watch.add(step, metrics)
       writer.advance(step)
-      last = step == num_steps
-      if step % log_every == 0 or last:
-        with clock.phase("train"):
-          mean = _mean(window)
-        writer.write(step, {**mean, **_times(clock, mean, len(window))})
+      evaluated: Metrics = {}
+      if _is_due(step, settings.log_every, end):
+        writer.write(step, _summarize(window, clock))
         window = []
-      if last or (eval_every and step % eval_every == 0):
+      if _is_due(step, settings.eval_every, end):
         with clock.phase("eval"):
-          evaluated = evaluate(state, step)
+          evaluated = task.evaluate(state, step)
         if evaluated:
           writer.write(step, evaluated)
-      stopping = should_stop() and not last
-      if last or stopping or step % save_every == 0:
+      stopping = should_stop() and step < end
+      is_best = checkpointer.is_best(evaluated)
+      if stopping or is_best or _is_due(step, settings.save_every, end):
         with clock.phase("save"):
-          checkpointer.save(step, state)
+          watch.settle()
+          checkpointer.save(step, state, evaluated)
+          task.on_save(state, step)
       if stopping:
-        raise errors.PreemptedError(
-          f"Stopped on request after step {step} of {num_steps}.",
-          where=str(workdir),
-          why="The process was asked to stop; the state is saved.",
-          fix="Run the same command again: it goes on from this step.",
-        )
-  finally:
-    writer.close()
-  return state
+        raise _preempted(step, end, workdir)
+  return checkpointer.restore_final(state)
 
 
-def _mean(window: list[Metrics]) -> dict[str, float]:
-  """Averages each metric over the steps that reported it."""
-  window = jax.device_get(window)
-  names = dict.fromkeys(name for metrics in window for name in metrics)
+def _is_due(step: int, every: int, end: int) -> bool:
+  return step == end or (every > 0 and step % every == 0)
+
+
+def _preempted(step: int, end: int, workdir: pathlib.Path) -> Exception:
+  return errors.PreemptedError(
+    f"Stopped on request after step {step} of {end}.",
+    where=str(workdir),
+    why="The process was asked to stop; the state is saved.",
+    fix="Run the same command again: it goes on from this step.",
+  )
+
+
+def _summarize(
+  window: list[Metrics], clock: train_clock.Clock
+) -> dict[str, float]:
+  """Averages each metric over the steps that reported it, and tells times."""
+  with clock.phase("train"):  # The devices may still be at work.
+    window = jax.device_get(window)
   means = {}
-  for name in names:
+  for name in dict.fromkeys(name for metrics in window for name in metrics):
     values = [float(m[name]) for m in window if name in m]
     means[name] = sum(values) / len(values)
-  return means
+  return {**means, **_times(clock, means, len(window))}
 
 
 def _times(
@@ -129,18 +175,3 @@ def _times(
     apart = taken.get("eval", 0.0) + taken.get("save", 0.0)
     times["tokens_per_s"] = mean["num_tokens"] / (times["step_s"] - apart)
   return times
-
-
-def _check_finite(metrics: Metrics, step: int, max_nonfinite: int) -> None:
-  num_nonfinite = int(metrics.get("num_nonfinite", 0))
-  if not num_nonfinite:
-    return
-  logging.warning("Step %d: update skipped, not finite.", step)
-  if num_nonfinite > max_nonfinite:
-    raise errors.DivergedError(
-      f"{num_nonfinite} updates in a row were not finite.",
-      where=f"step {step}",
-      why="The loss or its gradient holds NaN or infinity.",
-      fix="Lower --config.schedule.learning_rate, or look at the data of "
-      "these steps; the last checkpoint is from before the trouble.",
-    )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning on the assistant's part of conversations."""
 
-import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -11,13 +11,14 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from atlas_jax import chat, checkpoint, errors, sharding
 from atlas_jax.data import formats, loader, packing, sources
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
 from atlas_jax.train import clock as train_clock
-from atlas_jax.train import loop, score
+from atlas_jax.train import loop, schedule, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
@@ -30,6 +31,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   *,
   train_set: loader.Loader,
   eval_set: loader.Loader,
+  on_save: Callable[[decoder.Params, int], None],
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   workdir: pathlib.Path,
@@ -43,9 +45,10 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     params: where to start; float32 masters, laid out on the mesh.
     train_set: packed conversations.
     eval_set: the same, held out.
+    on_save: called after each checkpoint, with the steps done.
     mesh: as `sharding.make_mesh` makes it.
-    config: sections `optimizer`, `batch`, `loss`, `offload`, `loop` and
-      `checkpoint`.
+    config: sections `optimizer`, `schedule`, `batch`, `loss`, `offload`,
+      `loop` and `checkpoint`; `num_epochs`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
@@ -54,54 +57,25 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     errors.AtlasError: see `loop.run`.
   """
   num_steps = _num_steps(config, train_set)
-  schedule = train_optimizer.make_schedule(
-    **config.schedule, num_updates=num_steps
-  )
-  optimizer = train_optimizer.make_optimizer(schedule, **config.optimizer)
+  rate = schedule.make(**config.schedule, num_updates=num_steps)
+  optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
   offload = train_state.Offload(**config.offload)
   state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
   loss_fn = functools.partial(_loss, model, **config.loss)
-  step_fn = train_step.make_step(
-    loss_fn,
-    optimizer,
-    num_microbatches=config.batch.num_microbatches,
-    shardings=train_state.shardings(state),
-  )
-  eval_fn = jax.jit(loss_fn)
-  on_mesh = functools.partial(
-    jax.make_array_from_process_local_data, sharding.of_batch(mesh)
-  )
-
+  step_fn = _make_step(loss_fn, optimizer, state, mesh, config)
+  rows = sharding.of_batch(mesh)
   clock = train_clock.Clock()
-
-  def do_step(
-    state: train_state.TrainState, step: int
-  ) -> tuple[train_state.TrainState, loop.Metrics]:
-    with clock.phase("data"):
-      batch = train_set.batch(step)
-      arrays = jax.tree.map(on_mesh, batch)
-    with clock.phase("train"):
-      state, metrics = step_fn(state, arrays)
-    num_tokens = int((batch["segment_ids"] > 0).sum())
-    rate = float(np.asarray(schedule(step)))
-    return state, {**metrics, "num_tokens": num_tokens, "learning_rate": rate}
-
-  def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
-    del step
-    totals: dict[str, float] = collections.defaultdict(float)
-    weight = 0.0
-    for i in range(eval_set.num_batches_per_epoch):
-      batch = jax.tree.map(on_mesh, eval_set.batch(i))
-      _, (num_tokens, means) = eval_fn(state.params, batch)
-      for name, mean in means.items():
-        totals[name] += float(mean * num_tokens)
-      weight += float(num_tokens)
-    return {f"eval/{k}": v / max(weight, 1.0) for k, v in totals.items()}
-
+  task = loop.Task(
+    functools.partial(_do_step, step_fn, train_set, rows, jax.jit(rate), clock),
+    functools.partial(_evaluate, jax.jit(loss_fn), eval_set, rows),
+    on_save=lambda state, step: on_save(state.params, step),
+    row_ids=train_set.row_names,
+    clock=clock,
+  )
   state = loop.run(
     state,
-    do_step,
-    evaluate,
+    task,
+    loop.Settings(**{**config.loop, "num_steps": num_steps}),
     checkpointer=checkpoint.Checkpointer(
       workdir / "checkpoints",
       identity={"data": train_set.fingerprint()},
@@ -109,24 +83,88 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     ),
     workdir=workdir,
     writer=writer,
-    clock=clock,
     should_stop=should_stop,
-    **{**config.loop, "num_steps": num_steps},
   )
   return state.params
+
+
+def _make_step(
+  loss_fn: train_step.LossFn,
+  optimizer: optax.GradientTransformation,
+  state: train_state.TrainState,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `train`.
+) -> train_step.Step:
+  """Makes the update, in as many parts as the batch is split into."""
+  return train_step.make_step(
+    train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+    optimizer,
+    num_microbatches=sharding.num_microbatches(mesh, **config.batch),
+    shardings=train_state.shardings(state),
+  )
 
 
 def _num_steps(config: Any, train_set: loader.Loader) -> int:  # Any: as above.
   """Reads how long to train, told in epochs or in steps."""
   num_epochs, num_steps = config.num_epochs, config.loop.num_steps
-  if bool(num_epochs) == bool(num_steps):
+  if min(num_epochs, num_steps) < 0 or bool(num_epochs) == bool(num_steps):
     raise errors.ConfigError(
       "The length of the run must be told in one way.",
       where="--config.num_epochs, --config.loop.num_steps",
       why=f"They are {num_epochs} and {num_steps}.",
       fix="Set one of them, and the other to 0.",
     )
-  return num_steps or num_epochs * train_set.num_batches_per_epoch
+  # A part of an epoch is rounded up, so that some step is always done.
+  return num_steps or math.ceil(num_epochs * train_set.num_batches_per_epoch)
+
+
+def _do_step(
+  step_fn: train_step.Step,
+  train_set: loader.Loader,
+  rows: jax.sharding.Sharding,
+  rate: optax.Schedule,
+  clock: train_clock.Clock,
+  state: train_state.TrainState,
+  step: int,
+) -> tuple[train_state.TrainState, loop.Metrics]:
+  """Queues one update, and does not wait for it; see `loop.Task`."""
+  with clock.phase("data"):
+    batch = train_set.batch(step)
+    arrays = _on_mesh(rows, batch)
+  with clock.phase("train"):
+    state, metrics = step_fn(state, arrays)
+  num_tokens = int((batch["segment_ids"] > 0).sum())
+  more = {"num_tokens": num_tokens, "learning_rate": rate(step)}
+  return state, {**metrics, **more}
+
+
+def _evaluate(
+  loss_fn: train_step.LossFn,
+  eval_set: loader.Loader,
+  rows: jax.sharding.Sharding,
+  state: train_state.TrainState,
+  step: int,
+) -> loop.Metrics:
+  """Averages metrics over all held-out tokens; see `loop.Task`."""
+  del step
+  queued = [
+    loss_fn(state.params, _on_mesh(rows, eval_set.batch(i)))[1]
+    for i in range(eval_set.num_batches_per_epoch)
+  ]
+  weights, means = zip(*jax.device_get(queued), strict=True)
+  total = max(float(sum(weights)), 1.0)
+  return {
+    f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
+    for name in means[0]
+  }
+
+
+def _on_mesh(
+  rows: jax.sharding.Sharding, batch: Mapping[str, np.ndarray]
+) -> train_step.Batch:
+  """Lays this host's rows of a batch out on the devices."""
+  place = functools.partial(jax.make_array_from_process_local_data, rows)
+  return jax.tree.map(place, batch)
 
 
 def make_sets(  # noqa: PLR0913 - one argument per config key.
@@ -162,24 +200,29 @@ def make_sets(  # noqa: PLR0913 - one argument per config key.
   """
   _check_choices(validation_path, validation_fraction, format_name)
 
-  def tokenized(path: str) -> list[packing.Example]:
+  def tokenized(path: str) -> list[tuple[str, packing.Example]]:
     layout = formats.DATA_CONFIGS[format_name]
     return [
-      chat.tokenize(tokenizer, formats.to_messages(row, layout))
-      for row in sources.read(path)
+      (
+        f"{path}: {number}",
+        chat.tokenize(tokenizer, formats.to_messages(row, layout)),
+      )
+      for number, row in enumerate(sources.read(path), start=1)
     ]
 
   def load(
-    examples: list[packing.Example], remainder: loader.Remainder
+    named: list[tuple[str, packing.Example]], remainder: loader.Remainder
   ) -> loader.Loader:
+    names, examples = zip(*named, strict=True)
     lay_out = packing.pack if packed else packing.pad
-    arrays, num_too_long = lay_out(examples, length, too_long=too_long)
+    rows = lay_out(examples, length, too_long=too_long)
     logging.info(
       "%d conversations in %d rows of %d tokens; %d too long.",
-      *(len(examples), len(arrays["token_ids"]), length, num_too_long),
+      *(len(examples), len(rows.members), length, rows.num_too_long),
     )
     return loader.Loader(
-      arrays,
+      rows.arrays,
+      names=["; ".join(names[i] for i in row) for row in rows.members],
       batch_size=batch_size,
       seed=seed,
       remainder=remainder,

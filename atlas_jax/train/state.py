@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a step changes, and the memory that it lies in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -66,27 +67,17 @@ def create(
     _check_host_memory(mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-  def placed(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
-    sharding = array.sharding
-    return sharding.with_memory_kind(_HOST) if is_offloaded else sharding
-
   # Two arrays, not one: a step donates both.
   def zero() -> jax.Array:
     return jax.device_put(jnp.zeros((), jnp.int32), everywhere)
 
-  shardings = optax.tree.map_params(
-    optimizer,
-    lambda _, param: placed(param, offload.optimizer),
-    jax.eval_shape(optimizer.init, params),
-    params,
-    transform_non_params=lambda _: everywhere,
-  )
+  shardings = _of_moments(optimizer, params, everywhere, offload.optimizer)
   # Moments are zeros, which know nothing of the parameters they belong to:
   # without this they would all lie on the first device.
   opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
   if reference is not None:
     reference = jax.tree.map(
-      lambda leaf: jax.device_put(leaf, placed(leaf, offload.reference)),
+      lambda leaf: jax.device_put(leaf, _placed(leaf, offload.reference)),
       reference,
     )
   return TrainState(zero(), zero(), params, opt_state, reference)
@@ -115,3 +106,38 @@ def _check_host_memory(mesh: jax.sharding.Mesh) -> None:
       why=f"The memories of {device} are {', '.join(kinds)}; none is {_HOST}.",
       fix="Leave offload out, or split the state over more devices.",
     )
+
+
+def _of_moments(
+  optimizer: optax.GradientTransformation,
+  params: Mapping[str, Any],
+  everywhere: jax.sharding.Sharding,
+  is_offloaded: bool,
+) -> Any:  # Any: a tree like the optimizer's state.
+  """Tells where a moment lies: by its parameter, whose path ends its own."""
+  by_name = {
+    _name(path): param for path, param in jax.tree.leaves_with_path(params)
+  }
+
+  def of(path: Sequence[Any], moment: jax.ShapeDtypeStruct) -> Any:
+    param = by_name.get(_name(path))
+    # A factored moment is called like its parameter, but is a row of it.
+    if param is None or param.shape != moment.shape:
+      return everywhere
+    return _placed(param, is_offloaded)
+
+  return jax.tree.map_with_path(of, jax.eval_shape(optimizer.init, params))
+
+
+def _name(path: Sequence[Any]) -> tuple[Any, ...]:
+  """The dictionary keys that end a path, the last one first."""
+
+  def is_key(entry: object) -> bool:
+    return isinstance(entry, jax.tree_util.DictKey)
+
+  return tuple(itertools.takewhile(is_key, reversed(path)))
+
+
+def _placed(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
+  sharding = array.sharding
+  return sharding.with_memory_kind(_HOST) if is_offloaded else sharding

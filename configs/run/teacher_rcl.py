@@ -12,6 +12,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
 import ml_collections
 from ml_collections import config_dict
 
+from configs import optimizer
 from configs.data import prompts, world
 from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
@@ -76,13 +77,15 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     num_microbatches=16,
     mask_truncated=True,
   )
-  config.schedule = dict(  # train.optimizer.make_schedule
-    learning_rate=1e-6, schedule="constant", warmup_fraction=0.03
+  config.schedule = dict(  # train.schedule.make
+    learning_rate=1e-6,
+    schedule="constant",
+    warmup_fraction=0.03,
+    warmup_updates=0,
+    decay_fraction=0.0,
   )
-  config.optimizer = dict(  # train.optimizer.make_optimizer
-    weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8, max_grad_norm=1.0
-  )
-  config.loop = dict(  # train.loop.run
+  config.optimizer = optimizer.get_config()
+  config.loop = dict(  # train.loop.Settings
     num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
   )
   config.evaluation = dict(path="", num_questions=64, num_bootstrap=1000)
@@ -95,9 +98,11 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     stored_fraction=0.1,
     successful_reward=1.0,
   )
-  config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
+  config.checkpoint = dict(  # checkpoint.Checkpointer
+    keep=3, best_metric="", best_mode="max", load_best=False
+  )
   config.export = dict(  # launch.export
-    enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9
+    enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 
   if size == "smoke":
@@ -121,7 +126,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8
   config.schedule.learning_rate = 3e-4
-  config.optimizer.beta2 = 0.99
+  config.optimizer.adamw.beta2 = 0.99
   config.loop.num_steps = 80
   config.loop.log_every = 5
   config.loop.eval_every = 20

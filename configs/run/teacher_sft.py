@@ -10,6 +10,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 import ml_collections
 from ml_collections import config_dict
 
+from configs import optimizer
 from configs.data import world
 from configs.model import hf, tiny
 
@@ -29,29 +30,31 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     packed=True,
     too_long="drop",
   )
-  config.batch = dict(size=16, num_microbatches=2)
-  config.num_epochs = 10  # 0: as many steps as `loop.num_steps` says.
+  config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
+  config.num_epochs = 10.0  # 0: as many steps as `loop.num_steps` says.
   config.loss = dict(z_loss_coef=0.0, chunk_size=512)
-  config.schedule = dict(  # train.optimizer.make_schedule
-    learning_rate=1e-5, schedule="cosine", warmup_fraction=0.05
+  config.schedule = dict(  # train.schedule.make
+    learning_rate=1e-5,
+    schedule="cosine",
+    warmup_fraction=0.05,
+    warmup_updates=0,
+    decay_fraction=0.0,
   )
-  config.optimizer = dict(  # train.optimizer.make_optimizer
-    weight_decay=1e-4,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    max_grad_norm=1.0,
-  )
+  config.optimizer = optimizer.get_config()
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.adamw.beta2 = 0.95
   config.offload = dict(optimizer=False)  # train.state.Offload
-  config.loop = dict(  # train.loop.run
+  config.loop = dict(  # train.loop.Settings
     num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
   )
   config.report = dict(  # train.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
   )
-  config.checkpoint = dict(keep=3)  # checkpoint.Checkpointer
+  config.checkpoint = dict(  # checkpoint.Checkpointer
+    keep=3, best_metric="eval/loss", best_mode="min", load_best=False
+  )
   config.export = dict(  # launch.export
-    enabled=True, dtype="bfloat16", max_shard_bytes=5 * 10**9
+    enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 
   if variant == "smoke":
@@ -59,11 +62,11 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
     config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
     config.data.length = 128
-    config.batch = dict(size=32, num_microbatches=1)
-    config.num_epochs = 6
+    config.batch = dict(size=32, per_device=0)
+    config.num_epochs = 6.0
     config.loss.chunk_size = 128
     config.schedule.learning_rate = 3e-3
-    config.optimizer.beta2 = 0.98
+    config.optimizer.adamw.beta2 = 0.98
     config.loop.log_every = 20
     config.loop.eval_every = 0
     config.export.dtype = "float32"

@@ -13,5 +13,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.world.directory = ""  # This run is part of making it.
   config.model = tiny.get_config(f"{world.DIRECTORY}/student_init")
   config.data.path = f"{world.DIRECTORY}/student_sft.jsonl"
-  config.num_epochs = 3
+  config.num_epochs = 3.0
   return config

@@ -26,16 +26,22 @@ def _state(value):
   }
 
 
-def _open(tmp_path, *, identity=_IDENTITY, keep=3):
-  return checkpoint.Checkpointer(
-    tmp_path / "checkpoints", identity=identity, keep=keep
-  )
+def _open(tmp_path, **changes):
+  arguments = {
+    "identity": _IDENTITY,
+    "keep": 3,
+    "best_metric": "",
+    "best_mode": "min",
+    "load_best": False,
+    **changes,
+  }
+  return checkpoint.Checkpointer(tmp_path / "checkpoints", **arguments)
 
 
 def _saved(tmp_path, *steps):
   checkpointer = _open(tmp_path)
   for step in steps:
-    checkpointer.save(step, _state(step))
+    checkpointer.save(step, _state(step), {})
   return tmp_path / "checkpoints"
 
 
@@ -51,7 +57,7 @@ def test_restores_what_was_saved_with_its_sharding(tmp_path):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   weights = jax.device_put(jnp.arange(16, dtype=jnp.bfloat16), rows)
-  _open(tmp_path).save(7, {"w": weights})
+  _open(tmp_path).save(7, {"w": weights}, {})
   empty = {"w": jnp.zeros_like(weights, device=rows)}
   found = _open(tmp_path).restore_latest(empty)["w"]
   np.testing.assert_array_equal(found, weights)
@@ -106,7 +112,7 @@ def test_a_damaged_step_is_replaced_when_it_is_reached_again(tmp_path):
   checkpointer.restore_latest(_state(0))
   assert checkpointer.steps() == [1]
   assert (directory / "2.damaged").exists()
-  checkpointer.save(2, _state(2))
+  checkpointer.save(2, _state(2), {})
   assert checkpointer.steps() == [2]
   assert _restored_step(tmp_path) == 2
 
@@ -149,7 +155,7 @@ def test_a_state_of_another_shape_is_refused(tmp_path, other):
 def test_only_the_newest_are_kept(tmp_path):
   checkpointer = _open(tmp_path, keep=2)
   for step in (1, 2, 9, 10):
-    checkpointer.save(step, _state(step))
+    checkpointer.save(step, _state(step), {})
   assert checkpointer.steps() == [9, 10]
 
 
@@ -172,12 +178,17 @@ import jax.numpy as jnp
 from atlas_jax import checkpoint
 
 saver = checkpoint.Checkpointer(
-  pathlib.Path(sys.argv[1]), identity={"data": "abc"}, keep=3
+  pathlib.Path(sys.argv[1]),
+  identity={"data": "abc"},
+  keep=3,
+  best_metric="",
+  best_mode="min",
+  load_best=False,
 )
 step = int(saver.restore_latest({"w": jnp.zeros(300_000)})["w"][0])
 while True:
   step += 1
-  saver.save(step, {"w": jnp.full(300_000, float(step))})
+  saver.save(step, {"w": jnp.full(300_000, float(step))}, {})
   print(step, flush=True)
 """
 

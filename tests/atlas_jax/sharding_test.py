@@ -70,9 +70,29 @@ def test_an_axis_that_does_not_divide_is_named():
   assert caught.value.where == "--config.mesh.tensor=2"
 
 
-def test_a_batch_that_does_not_divide_is_refused_by_flag():
+@pytest.mark.parametrize(
+  ("size", "per_device", "parts"), [(8, 0, 1), (8, 2, 1), (8, 1, 2), (24, 2, 3)]
+)
+def test_a_batch_goes_through_the_devices_in_parts(size, per_device, parts):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  sharding.check_batch(mesh, 8, "--config.batch_size")
-  with pytest.raises(errors.ConfigError, match="6 rows") as caught:
-    sharding.check_batch(mesh, 6, "--config.batch_size")
-  assert caught.value.where == "--config.batch_size"
+  found = sharding.num_microbatches(mesh, size=size, per_device=per_device)
+  assert found == parts
+
+
+@pytest.mark.parametrize(
+  ("size", "per_device", "flag"),
+  [
+    (6, 1, "--config.batch.size=6"),
+    (0, 1, "--config.batch.size=0"),
+    (8, 3, "--config.batch.per_device=3"),
+    (8, 4, "--config.batch.per_device=4"),
+    (8, -1, "--config.batch.per_device=-1"),
+  ],
+)
+def test_a_batch_that_does_not_divide_is_refused_by_flag(
+  size, per_device, flag
+):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  with pytest.raises(errors.ConfigError, match="not divide") as caught:
+    sharding.num_microbatches(mesh, size=size, per_device=per_device)
+  assert caught.value.where == flag

@@ -67,6 +67,7 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
     policy.params,
     train_set=train_set,
     eval_set=eval_set,
+    on_save=lambda *_: None,
     mesh=mesh,
     config=config,
     workdir=tmp_path,
@@ -74,7 +75,7 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
     should_stop=lambda: False,
   )
   export = tmp_path / "export"
-  launch.export(export, params, policy, notes={}, **config.export)
+  launch.export(tmp_path, policy, params, None, notes={}, **config.export)
 
   # Else the export of the weights it began with would do as well.
   assert verify.differing_tensors(tmp_path / "start", export)

@@ -99,7 +99,7 @@ def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
 
   code, stderr = _finish(line)
   assert code == 0, stderr
-  assert "Resumed from" in stderr
+  assert "Restored " in stderr
   rows = _rows(workdir)
   losses = [row["loss"] for row in rows if "loss" in row]
   assert [r["step"] for r in rows if "loss" in r] == [*range(1, _NUM_STEPS + 1)]
@@ -113,6 +113,8 @@ def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
   ("change", "code", "told"),
   [
     ("--config.batch.sise=4", 2, 'Did you mean "size"'),
+    ("--config.optimizer.lion.beta1=0.8", 2, "optimizer.name is adamw"),
+    ("--config.batch.per_device=3", 2, "--config.batch.per_device=3"),
     ("--config=configs/run/none.py", 2, "configs/run/none.py"),
     ("--config.mesh.tensor=3", 2, "--config.mesh"),
     ("--config.data.path=none.jsonl", 3, "none.jsonl"),

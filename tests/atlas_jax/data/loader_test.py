@@ -25,7 +25,8 @@ def _loader(num_rows, **changes):
     "process_index": 0,
     "process_count": 1,
   }
-  return loader.Loader(_arrays(num_rows), **settings | changes)
+  names = [f"row {i}" for i in range(num_rows)]
+  return loader.Loader(_arrays(num_rows), names=names, **settings | changes)
 
 
 def _epoch(data, epoch):
@@ -108,7 +109,8 @@ def test_fingerprint_follows_contents_not_order_of_names():
   }
 
   def digest(changed):
-    return loader.Loader(changed, **settings).fingerprint()
+    names = [""] * len(changed["token_ids"])
+    return loader.Loader(changed, names=names, **settings).fingerprint()
 
   assert digest(dict(reversed(arrays.items()))) == digest(arrays)
   for name in arrays:
@@ -141,6 +143,7 @@ def test_unequal_arrays_and_unknown_remainder_are_refused():
   with pytest.raises(ValueError, match="as many rows"):
     loader.Loader(
       uneven,
+      names=[""] * 8,
       batch_size=1,
       seed=0,
       remainder="drop",

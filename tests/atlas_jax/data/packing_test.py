@@ -51,7 +51,7 @@ def _expected(examples):
 @pytest.mark.parametrize("layout", [packing.pack, packing.pad])
 @hypothesis.given(examples=_EXAMPLES)
 def test_every_example_comes_back_whole(layout, examples):
-  arrays, num_too_long = layout(examples, _LENGTH, too_long="error")
+  arrays, _, num_too_long = layout(examples, _LENGTH, too_long="error")
   assert num_too_long == 0
   assert collections.Counter(_unpack(arrays)) == collections.Counter(
     _expected(examples)
@@ -60,7 +60,7 @@ def test_every_example_comes_back_whole(layout, examples):
 
 @hypothesis.given(examples=_EXAMPLES)
 def test_padding_is_zero_in_all_arrays_and_at_the_end(examples):
-  arrays, _ = packing.pack(examples, _LENGTH, too_long="error")
+  arrays, *_ = packing.pack(examples, _LENGTH, too_long="error")
   padding = arrays["segment_ids"] == 0
   for array in arrays.values():
     assert array.shape == padding.shape
@@ -70,20 +70,20 @@ def test_padding_is_zero_in_all_arrays_and_at_the_end(examples):
 
 @hypothesis.given(examples=_EXAMPLES)
 def test_no_two_rows_would_fit_into_one(examples):
-  arrays, _ = packing.pack(examples, _LENGTH, too_long="error")
+  arrays, *_ = packing.pack(examples, _LENGTH, too_long="error")
   used = sorted((arrays["segment_ids"] > 0).sum(axis=1))
   assert len(used) < 2 or used[0] + used[1] > _LENGTH
 
 
 def test_long_examples_are_placed_before_short_ones_fill_their_rows():
   examples = [([1] * n, [True] * n) for n in (5, 5, 7, 7)]
-  arrays, _ = packing.pack(examples, _LENGTH, too_long="error")
+  arrays, *_ = packing.pack(examples, _LENGTH, too_long="error")
   assert len(arrays["token_ids"]) == 2
 
 
 def test_pad_keeps_the_order():
   examples = [_SHORT, ([7], [True]), _SHORT]
-  arrays, _ = packing.pad(examples, 4, too_long="error")
+  arrays, *_ = packing.pad(examples, 4, too_long="error")
   assert arrays["token_ids"].tolist() == [
     [1, 2, 3, 0],
     [7, 0, 0, 0],
@@ -98,7 +98,7 @@ def test_pad_keeps_the_order():
 
 
 def test_too_long_is_dropped_and_counted():
-  arrays, num_too_long = packing.pack(
+  arrays, _, num_too_long = packing.pack(
     [_LONG, _SHORT, _LONG], _LENGTH, too_long="drop"
   )
   assert num_too_long == 2
@@ -106,7 +106,7 @@ def test_too_long_is_dropped_and_counted():
 
 
 def test_too_long_is_truncated_while_a_target_is_left():
-  arrays, num_too_long = packing.pad(
+  arrays, _, num_too_long = packing.pad(
     [_LONG, _PROMPT_ONLY, _SHORT], _LENGTH, too_long="truncate"
   )
   assert num_too_long == 2

@@ -16,6 +16,7 @@ from atlas_jax.train import grpo, learner, rows, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
+from configs import optimizer as optimizers
 from rollout import jax_sampler
 from tests import fakes, metric_names, tiny
 
@@ -82,14 +83,10 @@ def _config(**changes):
         "learning_rate": 0.15,
         "schedule": "constant",
         "warmup_fraction": 0.0,
+        "warmup_updates": 0,
+        "decay_fraction": 0.0,
       },
-      "optimizer": {
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.99,
-        "epsilon": 1e-8,
-        "max_grad_norm": 1.0,
-      },
+      "optimizer": optimizers.get_config(),
       "loop": {
         "num_steps": 6,
         "log_every": 1,
@@ -97,7 +94,12 @@ def _config(**changes):
         "save_every": 2,
         "max_nonfinite": 1,
       },
-      "checkpoint": {"keep": 3},
+      "checkpoint": {
+        "keep": 3,
+        "best_metric": "",
+        "best_mode": "max",
+        "load_best": False,
+      },
       "evaluation": {"num_bootstrap": 20},
       "artefacts": {
         "log_completions_every": 2,
@@ -223,6 +225,7 @@ def _train(
     protocol=policy_protocol,
     reward_fn=_share_of_low_ids,
     questions=_QUESTIONS,
+    on_save=lambda *_: None,
     held_out=_QUESTIONS[:held_out],
     mesh=_mesh(),
     config=_config(**changes),

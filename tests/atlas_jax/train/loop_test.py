@@ -14,6 +14,7 @@ from atlas_jax.train import clock, loop, writer
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
+from configs import optimizer as optimizers
 
 _WIDTH = 5
 
@@ -22,12 +23,7 @@ _WIDTH = 5
 def _parts():
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   optimizer = train_optimizer.make_optimizer(
-    lambda count: 0.1 / (1.0 + count),
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    max_grad_norm=1.0,
+    lambda count: 0.1 / (1.0 + count), **optimizers.get_config()
   )
 
   def loss_fn(params, batch):
@@ -51,10 +47,15 @@ class _CrashError(Exception):
   pass
 
 
-def _run(workdir, *, stop_after=None, crash_at=None, broken=(), **changes):
+_KEPT = {"keep": 9, "best_metric": "", "best_mode": "max", "load_best": False}
+
+
+def _run(  # The loop's settings are what is left.
+  workdir, *, stop_after=None, crash_at=None, broken=(), kept=(), **changes
+):
   """Runs on data that depend on the step; `broken` steps get NaN."""
   state, step_fn = _parts()
-  done = []
+  done, saved = [], []
 
   def do_step(state, step):
     if step == crash_at:
@@ -79,16 +80,20 @@ def _run(workdir, *, stop_after=None, crash_at=None, broken=(), **changes):
   }
   final = loop.run(
     state(),
-    do_step,
-    evaluate,
+    loop.Task(
+      do_step,
+      evaluate,
+      on_save=lambda state, step: saved.append((step, int(state.step))),
+      row_ids=lambda step: [f"row {step}"],
+      clock=clock.Clock(),
+    ),
+    loop.Settings(**arguments),
     checkpointer=checkpoint.Checkpointer(
-      workdir / "checkpoints", identity={}, keep=9
+      workdir / "checkpoints", identity={}, **{**_KEPT, **dict(kept)}
     ),
     workdir=workdir,
     writer=writer.Writer(workdir, ()),
-    clock=clock.Clock(),
     should_stop=lambda: done[-1] + 1 == stop_after,
-    **arguments,
   )
   return final, done
 

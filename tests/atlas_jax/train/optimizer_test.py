@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule's shape, and AdamW against its paper."""
+"""One update of each optimizer against its paper; what it leaves alone."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,51 +10,16 @@ import pytest
 
 from atlas_jax import errors
 from atlas_jax.train import optimizer
+from configs import optimizer as optimizers
+from tests import tiny
 
-_ADAM = {
-  "weight_decay": 0.1,
-  "beta1": 0.9,
-  "beta2": 0.95,
-  "epsilon": 1e-8,
-  "max_grad_norm": 1.0,
-}
+_NAMES = ("adamw", "lion", "adafactor", "muon")
 
 
-def _rates(**changes):
-  settings = {
-    "learning_rate": 2.0,
-    "schedule": "cosine",
-    "warmup_fraction": 0.2,
-    "num_updates": 20,
-    **changes,
-  }
-  rate = optimizer.make_schedule(**settings)
-  return np.array([rate(i) for i in range(settings["num_updates"] + 1)])
-
-
-def test_cosine_rises_to_the_peak_and_falls_to_zero():
-  rates = _rates()
-  np.testing.assert_allclose(rates[:5], [0.5, 1.0, 1.5, 2.0, 2.0])
-  falling = np.arange(17) / 16
-  cosine = 1.0 + np.cos(np.pi * falling)
-  np.testing.assert_allclose(rates[4:], cosine, atol=1e-6)
-
-
-def test_constant_stays_at_the_peak():
-  rates = _rates(schedule="constant")
-  np.testing.assert_allclose(rates[3:], 2.0)
-
-
-@pytest.mark.parametrize("num_updates", [1, 2, 3])
-def test_no_update_is_lost_on_a_rate_of_zero(num_updates):
-  for warmup_fraction in (0.0, 0.05, 0.5, 1.0):
-    rates = _rates(num_updates=num_updates, warmup_fraction=warmup_fraction)
-    assert (rates[:num_updates] > 0).all()
-
-
-def test_unknown_schedule_is_refused():
-  with pytest.raises(errors.ConfigError, match="cosine"):
-    _rates(schedule="linear")
+def _make(rate=0.01, **changes):
+  config = optimizers.get_config()
+  config.update_from_flattened_dict(changes)
+  return optimizer.make_optimizer(lambda _: rate, **config)
 
 
 def _params():
@@ -60,25 +27,146 @@ def _params():
   return {"layers": {name: jnp.array(value) for name, value in values.items()}}
 
 
-def test_one_update_is_the_papers_with_clipping_and_masked_decay():
+def _one_update(chain, params, grads):
+  updates, _ = chain.update(grads, chain.init(params), params)
+  return updates
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_one_update_is_the_papers_with_clipping_and_masked_decay(name):
   params = _params()
   grads = jax.tree.map(lambda x: 10.0 * x, params)
-  adamw = optimizer.make_optimizer(lambda _: 0.01, **_ADAM)
-  updates, _ = adamw.update(grads, adamw.init(params), params)
-  norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads["layers"].values()))
-  for name, grad in grads["layers"].items():
-    clipped = np.asarray(grad) / norm
-    # After one update both moments are unbiased to the gradient itself.
-    step = clipped / (np.abs(clipped) + 1e-8)
-    decay = 0.1 if name == "kernel" else 0.0
-    expected = -0.01 * (step + decay * np.asarray(params["layers"][name]))
-    np.testing.assert_allclose(updates["layers"][name], expected, rtol=1e-5)
+  chain = _make(name=name, weight_decay=0.1)
+  updates = _one_update(chain, params, grads)
+  for path, value in params["layers"].items():
+    # After one update Adam's moments are unbiased to the gradient itself, and
+    # Adafactor's, of what is not a large matrix, is its square. So all three
+    # are left with its sign; clipping matters where there is an epsilon.
+    decay = 0.1 if path == "kernel" else 0.0
+    expected = -0.01 * (np.sign(value) + decay * np.asarray(value))
+    np.testing.assert_allclose(updates["layers"][path], expected, rtol=1e-5)
 
 
-def test_small_gradients_are_not_scaled_up():
-  settings = {**_ADAM, "epsilon": 1.0, "weight_decay": 0.0}
+@pytest.mark.parametrize(
+  ("max_grad_norm", "norm"), [(1.0, 1.0), (30.0, 20.0), (0.0, 20.0)]
+)
+def test_the_global_norm_is_clipped_if_it_is_greater(max_grad_norm, norm):
+  # With such an epsilon Adam is proportional to the gradient.
+  chain = _make(1.0, **{"max_grad_norm": max_grad_norm, "adamw.epsilon": 1e6})
+  params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+  grads = {"a": jnp.array([12.0]), "b": jnp.array([-16.0])}
+  updates = _one_update(chain, params, grads)
+  found = 1e6 * np.hypot(updates["a"], updates["b"])
+  np.testing.assert_allclose(found, norm, rtol=1e-4)
+
+
+def test_lions_momentum_lags_behind_its_updates():
+  chain = _make(1.0, **{"name": "lion", "max_grad_norm": 0.0})
   params = {"kernel": jnp.zeros(1)}
-  adamw = optimizer.make_optimizer(lambda _: 1.0, **settings)
-  grads = {"kernel": jnp.array([0.5])}
-  updates, _ = adamw.update(grads, adamw.init(params), params)
-  np.testing.assert_allclose(updates["kernel"], -0.5 / 1.5, rtol=1e-5)
+  state = chain.init(params)
+  momentum = 0.0
+  for grad in (1.0, -0.05, -0.3, 0.02):
+    updates, state = chain.update({"kernel": jnp.array([grad])}, state, params)
+    assert updates["kernel"] == -np.sign(0.9 * momentum + 0.1 * grad)
+    momentum = 0.99 * momentum + 0.01 * grad
+
+
+def _model():
+  model = tiny.build("qwen2")
+  return tiny.params_of(model), tiny.params_of(model, seed=1)
+
+
+def _by_layer(params, layer):
+  """Cuts one layer out of the stack."""
+  layers = jax.tree.map(lambda x: x[layer : layer + 1], params["layers"])
+  return {**params, "layers": layers}
+
+
+def test_muon_makes_each_layers_matrices_orthogonal():
+  params, grads = _model()
+  chain = _make(1.0, name="muon", max_grad_norm=0.0)
+  updates = _one_update(chain, params, grads)
+  attention, mlp = updates["layers"]["attention"], updates["layers"]["mlp"]
+  for layer in range(2):
+    q_DNH, o_NHD = (attention[name]["kernel"][layer] for name in "qo")
+    width = q_DNH.shape[0]
+    matrices = [q_DNH.reshape(width, -1), o_NHD.reshape(-1, width)]
+    matrices += [mlp[name]["kernel"][layer] for name in ("gate", "up", "down")]
+    for matrix in matrices:
+      singular = np.linalg.svd(matrix, compute_uv=False)
+      scaled = singular / (0.2 * np.sqrt(max(matrix.shape)))
+      # Newton-Schulz ends near one, not at it.
+      assert (scaled > 0.5).all()
+      assert (scaled < 1.3).all()
+    alone = _one_update(
+      chain, _by_layer(params, layer), _by_layer(grads, layer)
+    )
+    np.testing.assert_allclose(
+      alone["layers"]["mlp"]["up"]["kernel"][0],
+      mlp["up"]["kernel"][layer],
+      atol=1e-5,
+    )
+
+
+def test_muon_leaves_the_rest_to_adam():
+  params, grads = _model()
+  updates, expected = (
+    _one_update(_make(name=name, max_grad_norm=0.0), params, grads)
+    for name in ("muon", "adamw")
+  )
+  for path in ("embed", "head", "final_norm"):
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5),
+      updates[path],
+      expected[path],
+    )
+  biases = (
+    tree["layers"]["attention"]["q"]["bias"] for tree in (updates, expected)
+  )
+  np.testing.assert_allclose(*biases, rtol=1e-5)
+
+
+def test_adafactor_stores_a_row_and_a_column():
+  params = {"kernel": jnp.ones((128, 256))}
+  state = _make(name="adafactor").init(params)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 128 + 256 + 9
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_what_is_frozen_stays_and_has_no_state(name):
+  params, grads = _model()
+  frozen = ("embed/.*", "layers/mlp/(up|down)/kernel")
+  free, partly = (
+    _make(name=name, frozen=f, weight_decay=0.1) for f in ((), frozen)
+  )
+  updates = _one_update(partly, params, grads)
+  assert not updates["embed"]["embedding"].any()
+  assert not updates["layers"]["mlp"]["up"]["kernel"].any()
+  assert updates["layers"]["mlp"]["gate"]["kernel"].all()
+  sizes = [
+    sum(leaf.size for leaf in jax.tree.leaves(chain.init(params)))
+    for chain in (partly, free)
+  ]
+  assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_a_pattern_that_freezes_nothing_is_refused():
+  with pytest.raises(errors.ConfigError, match="embed/embeding") as caught:
+    _make(frozen=("embed/embeding",)).init(_model()[0])
+  assert "embed/embedding" in caught.value.why
+
+
+def test_frozen_parameters_have_no_gradient_but_the_loss_sees_them():
+  def loss(params, batch):
+    return jnp.sum(params["a"] * params["b"]) * batch
+
+  params = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
+  frozen = optimizer.freeze(loss, ("a",))
+  assert frozen(params, 1.0) == 6.0
+  assert jax.grad(frozen)(params, 1.0) == {"a": 0.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw_8bit"])
+def test_an_unknown_optimizer_is_refused(name):
+  with pytest.raises(errors.ConfigError, match="adamw, lion, adafactor, muon"):
+    _make(name=name)

@@ -14,6 +14,7 @@ from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing
 from atlas_jax.train import sft, writer
 from atlas_jax.train import state as train_state
+from configs import optimizer as optimizers
 from tests import fakes, metric_names, tiny
 
 _ROWS = [
@@ -145,7 +146,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
   loss_fn = functools.partial(sft._loss, model, z_loss_coef=1e-3, chunk_size=16)
 
   def of(layout):
-    arrays, _ = layout(examples, 128, too_long="error")
+    arrays = layout(examples, 128, too_long="error").arrays
     batch = {name: jnp.asarray(array) for name, array in arrays.items()}
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, (weight, _)), grads = grad_fn(params, batch)
@@ -167,20 +168,16 @@ def _config(**changes):
   config = ml_collections.ConfigDict(
     {
       "num_epochs": 0,
-      "batch": {"size": 8, "num_microbatches": 2},
+      "batch": {"size": 8, "per_device": 1},
       "loss": {"z_loss_coef": 0.0, "chunk_size": 32},
       "schedule": {
         "learning_rate": 0.02,
         "schedule": "cosine",
         "warmup_fraction": 0.1,
+        "warmup_updates": 0,
+        "decay_fraction": 0.0,
       },
-      "optimizer": {
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.98,
-        "epsilon": 1e-8,
-        "max_grad_norm": 1.0,
-      },
+      "optimizer": optimizers.get_config(),
       "loop": {
         "num_steps": 12,
         "log_every": 1,
@@ -189,7 +186,12 @@ def _config(**changes):
         "max_nonfinite": 1,
       },
       "offload": {"optimizer": False},
-      "checkpoint": {"keep": 2},
+      "checkpoint": {
+        "keep": 2,
+        "best_metric": "eval/loss",
+        "best_mode": "min",
+        "load_best": False,
+      },
     }
   )
   config.update_from_flattened_dict(changes)
@@ -215,6 +217,7 @@ def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
     jax.device_put(tiny.params_of(model), shardings),
     train_set=train_set,
     eval_set=eval_set,
+    on_save=lambda *_: None,
     mesh=mesh,
     config=config,
     workdir=workdir,

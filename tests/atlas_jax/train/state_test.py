@@ -13,6 +13,7 @@ from atlas_jax import checkpoint, errors, sharding
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
+from configs import optimizer as optimizers
 
 _ROWS, _WIDTH = 16, 8
 _SPECS = {"kernel": ("fsdp", "tensor"), "scale": ()}
@@ -26,12 +27,7 @@ def _mesh():
 
 def _optimizer():
   return train_optimizer.make_optimizer(
-    lambda _: 0.05,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    max_grad_norm=1.0,
+    lambda _: 0.05, **optimizers.get_config()
   )
 
 
@@ -107,7 +103,7 @@ def test_what_is_offloaded_stays_in_the_hosts_memory(
   start = _start(offload)
   step = _make_step(offload)
   for state in (start, _train(_start(offload), step, range(3))):
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[1]
     assert _kinds((adam.mu, adam.nu)) == {moments}
     assert _kinds(state.reference) == {reference}
     assert _kinds((state.params, state.step, adam.count)) == {"device"}
@@ -141,9 +137,16 @@ def test_an_update_that_is_skipped_leaves_offloaded_moments_as_they_are():
 def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
   tmp_path, saved, resumed
 ):
-  checkpointer = checkpoint.Checkpointer(tmp_path, identity={}, keep=1)
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path,
+    identity={},
+    keep=1,
+    best_metric="",
+    best_mode="min",
+    load_best=False,
+  )
   state = _train(_start(saved), _make_step(saved), range(2))
-  checkpointer.save(2, state)
+  checkpointer.save(2, state, {})
   restored = checkpointer.restore_latest(_start(resumed))
   assert train_state.shardings(restored) == train_state.shardings(
     _start(resumed)

@@ -14,6 +14,7 @@ from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import sft
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
+from configs import optimizer as optimizers
 from tests import tiny
 
 _WIDTH, _ROWS, _TOKENS = 6, 8, 5
@@ -30,14 +31,10 @@ def _mesh(**sizes):
 
 
 def _optimizer():
-  return train_optimizer.make_optimizer(
-    lambda _: 0.05,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-3,
-    max_grad_norm=1.0,
-  )
+  config = optimizers.get_config()
+  config.weight_decay = 0.1
+  config.adamw = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-3}
+  return train_optimizer.make_optimizer(lambda _: 0.05, **config)
 
 
 def _regression(aggregate):
@@ -208,6 +205,6 @@ def test_moments_lie_where_their_parameters_do():
   mesh = _mesh(data=2, fsdp=2, tensor=2)
   model = tiny.build("qwen2", **_SHAPE)
   state = _sft_state(mesh, model)
-  adam = state.opt_state[1][0]
+  adam = state.opt_state[1]
   for moment in (adam.mu, adam.nu):
     assert train_state.shardings(moment) == train_state.shardings(state.params)

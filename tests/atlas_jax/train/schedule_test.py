@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of the schedules, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.train import schedule
+
+
+def _rates(**changes):
+  settings = {
+    "learning_rate": 2.0,
+    "schedule": "cosine",
+    "warmup_fraction": 0.2,
+    "warmup_updates": 0,
+    "decay_fraction": 0.0,
+    "num_updates": 20,
+    **changes,
+  }
+  rate = schedule.make(**settings)
+  return np.array([rate(i) for i in range(settings["num_updates"] + 1)])
+
+
+def test_cosine_rises_to_the_peak_and_falls_to_zero():
+  rates = _rates()
+  np.testing.assert_allclose(rates[:5], [0.5, 1.0, 1.5, 2.0, 2.0])
+  falling = np.arange(17) / 16
+  cosine = 1.0 + np.cos(np.pi * falling)
+  np.testing.assert_allclose(rates[4:], cosine, atol=1e-6)
+
+
+def test_linear_falls_along_a_line():
+  rates = _rates(schedule="linear")
+  np.testing.assert_allclose(rates[4:], 2.0 - np.arange(17) / 8, atol=1e-6)
+
+
+def test_constant_stays_at_the_peak():
+  rates = _rates(schedule="constant")
+  np.testing.assert_allclose(rates[3:], 2.0)
+
+
+def test_wsd_stays_and_falls_in_the_end():
+  rates = _rates(schedule="wsd", decay_fraction=0.25)
+  np.testing.assert_allclose(rates[3:16], 2.0)
+  np.testing.assert_allclose(rates[15:], 2.0 - 0.4 * np.arange(6), atol=1e-6)
+
+
+def test_a_warmup_told_in_updates_is_that_long():
+  told = _rates(warmup_fraction=0.0, warmup_updates=4)
+  np.testing.assert_array_equal(told, _rates())
+
+
+@pytest.mark.parametrize("num_updates", [1, 2, 3])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_no_update_is_lost_on_a_rate_of_zero(name, num_updates):
+  decay_fraction = 0.1 if name == "wsd" else 0.0
+  for warmup_fraction in (0.0, 0.05, 0.5, 0.9):
+    rates = _rates(
+      schedule=name,
+      num_updates=num_updates,
+      warmup_fraction=warmup_fraction,
+      decay_fraction=decay_fraction,
+    )
+    assert (rates[:num_updates] > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("changes", "told"),
+  [
+    ({"schedule": "cosin"}, "constant, linear, cosine, wsd"),
+    ({"warmup_updates": 3}, "in two ways"),
+    ({"decay_fraction": 0.1}, "no other has"),
+    ({"schedule": "wsd"}, "no other has"),
+    ({"schedule": "wsd", "decay_fraction": 0.9}, "sum to 1"),
+    ({"warmup_fraction": 1.1}, "sum to 1"),
+    ({"warmup_fraction": -0.1}, "below 0"),
+    ({"warmup_fraction": 0.0, "warmup_updates": -1}, "below 0"),
+  ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(changes, told):
+  with pytest.raises(errors.ConfigError, match=told):
+    _rates(**changes)
