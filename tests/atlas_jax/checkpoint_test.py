@@ -159,6 +159,81 @@ def test_only_the_newest_are_kept(tmp_path):
   assert checkpointer.steps() == [9, 10]
 
 
+def _saved_by_loss(tmp_path, losses, **changes):
+  """Saves a step per loss; None is a step without an evaluation."""
+  checkpointer = _open(
+    tmp_path, best_metric="loss", **{"keep": 1, "best_mode": "min", **changes}
+  )
+  for step, loss in enumerate(losses, start=1):
+    metrics = {} if loss is None else {"loss": loss, "more": 0.0}
+    checkpointer.save(step, _state(step), metrics)
+  return checkpointer
+
+
+@pytest.mark.parametrize(
+  ("mode", "losses", "kept"),
+  [
+    ("min", [3.0, 1.0, 2.0, None], [2, 4]),
+    ("max", [3.0, 1.0, 2.0, None], [1, 4]),
+    ("min", [3.0, 1.0, 1.0, 2.0], [2, 4]),
+    ("min", [float("nan"), 3.0, float("nan")], [2, 3]),
+    ("min", [3.0, 2.0, 1.0], [3]),
+    ("min", [None, None], [2]),
+  ],
+)
+def test_the_best_is_kept_with_the_newest(tmp_path, mode, losses, kept):
+  assert _saved_by_loss(tmp_path, losses, best_mode=mode).steps() == kept
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+  _saved_by_loss(tmp_path, [3.0, 1.0, 2.0])
+  again = _open(tmp_path, keep=1, best_metric="loss")
+  assert again.best_step() == 2
+  found = [again.is_best({"loss": x}) for x in (1.5, 1.0, 0.9, float("nan"))]
+  assert found == [False, False, True, False]
+  again.save(4, _state(4), {"loss": 1.5})
+  assert again.steps() == [2, 4]
+  again.save(5, _state(5), {"loss": 0.5})
+  assert again.steps() == [5]
+
+
+def test_nothing_is_the_best_of_a_metric_that_is_not_named(tmp_path):
+  checkpointer = _open(tmp_path)
+  assert not checkpointer.is_best({"loss": 1.0})
+  checkpointer.save(1, _state(1), {"loss": 1.0})
+  assert checkpointer.best_step() is None
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_by_those_it_has(tmp_path):
+  checkpointer = _open(tmp_path, best_metric="eval/los")
+  with pytest.raises(errors.ConfigError, match="eval/loss"):
+    checkpointer.is_best({"eval/loss": 1.0})
+
+
+def test_a_run_ends_with_the_best_if_asked_to(tmp_path):
+  checkpointer = _saved_by_loss(tmp_path, [3.0, 1.0, 2.0], load_best=True)
+  assert checkpointer.restore_final(_state(0))["step"] == 2
+  assert _open(tmp_path).restore_final(_state(7))["step"] == 7
+
+
+def test_a_best_that_is_damaged_or_missing_is_not_loaded(tmp_path):
+  checkpointer = _saved_by_loss(tmp_path, [None], load_best=True)
+  with pytest.raises(errors.CheckpointError, match="evaluated by loss"):
+    checkpointer.restore_final(_state(0))
+  checkpointer = _saved_by_loss(tmp_path / "b", [1.0, 2.0], load_best=True)
+  (tmp_path / "b/checkpoints/1/manifest.json").write_text("{}")
+  with pytest.raises(errors.CheckpointError, match="Step 1 does not match"):
+    checkpointer.restore_final(_state(0))
+
+
+@pytest.mark.parametrize(
+  "changes", [{"best_mode": "least"}, {"load_best": True}]
+)
+def test_a_best_that_is_not_defined_is_refused(tmp_path, changes):
+  with pytest.raises(errors.ConfigError, match="the best"):
+    _open(tmp_path, **changes)
+
+
 def test_keeping_none_is_refused(tmp_path):
   with pytest.raises(errors.ConfigError, match="keep"):
     _open(tmp_path, keep=0)

@@ -98,6 +98,18 @@ def test_writing_into_a_batch_changes_no_other():
   np.testing.assert_array_equal(data.batch(0)["token_ids"], expected)
 
 
+@pytest.mark.parametrize("remainder", ["drop", "pad"])
+def test_names_are_those_of_all_hosts_rows(remainder):
+  hosts = [
+    _loader(10, remainder=remainder, process_index=i, process_count=2)
+    for i in range(2)
+  ]
+  for step in range(2 * hosts[0].num_batches_per_epoch):
+    firsts = np.concatenate([h.batch(step)["token_ids"][:, 0] for h in hosts])
+    names = [f"row {(first - 1) // 2}" for first in firsts if first]
+    assert sorted(names) == sorted(hosts[0].row_names(step))
+
+
 def test_fingerprint_follows_contents_not_order_of_names():
   arrays = _arrays(8)
   settings = {

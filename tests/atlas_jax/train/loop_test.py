@@ -51,11 +51,18 @@ _KEPT = {"keep": 9, "best_metric": "", "best_mode": "max", "load_best": False}
 
 
 def _run(  # The loop's settings are what is left.
-  workdir, *, stop_after=None, crash_at=None, broken=(), kept=(), **changes
+  workdir,
+  *,
+  stop_after=None,
+  crash_at=None,
+  broken=(),
+  kept=(),
+  on_save=lambda *_: None,
+  **changes,
 ):
   """Runs on data that depend on the step; `broken` steps get NaN."""
   state, step_fn = _parts()
-  done, saved = [], []
+  done = []
 
   def do_step(state, step):
     if step == crash_at:
@@ -83,7 +90,7 @@ def _run(  # The loop's settings are what is left.
     loop.Task(
       do_step,
       evaluate,
-      on_save=lambda state, step: saved.append((step, int(state.step))),
+      on_save=on_save,
       row_ids=lambda step: [f"row {step}"],
       clock=clock.Clock(),
     ),
@@ -169,7 +176,43 @@ def test_a_few_updates_that_are_not_finite_are_passed_over(tmp_path):
   assert int(final.num_nonfinite) == 0
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path):
+def test_too_many_in_a_row_end_the_run_and_name_their_data(tmp_path):
   with pytest.raises(errors.DivergedError, match="3 updates in a row"):
     _run(tmp_path, broken={2, 3, 4})
   assert _saved(tmp_path) == [2, 4]
+  told = json.loads((tmp_path / "nonfinite-5.json").read_text())["skipped"]
+  rows = [(skipped["step"], *skipped["rows"]) for skipped in told]
+  assert rows == [(3, "row 2"), (4, "row 3"), (5, "row 4")]
+
+
+def test_too_many_at_the_very_end_do_so_too(tmp_path):
+  with pytest.raises(errors.DivergedError, match="3 updates in a row"):
+    _run(tmp_path, broken={3, 4, 5})
+  assert (tmp_path / "nonfinite-6.json").exists()
+  assert 6 not in _saved(tmp_path)
+
+
+def test_the_best_evaluation_is_saved_and_may_be_what_a_run_ends_with(
+  tmp_path,
+):
+  kept = {"keep": 1, "best_metric": "eval/norm", "load_best": True}
+  final, done = _run(tmp_path, eval_every=1, save_every=9, kept=kept)
+  norms = [r["eval/norm"] for r in _rows(tmp_path) if "eval/norm" in r]
+  best = 1 + norms.index(max(norms))
+  assert len(done) == len(norms) == 6
+  assert int(final.step) == best
+  assert _saved(tmp_path) == sorted({best, 6})
+
+
+def test_the_recipe_is_told_of_every_save(tmp_path):
+  told = []
+  _run(
+    tmp_path, on_save=lambda state, step: told.append((step, int(state.step)))
+  )
+  assert told == [(2, 2), (4, 4), (6, 6)]
+
+
+@pytest.mark.parametrize("name", ["num_steps", "log_every", "save_every"])
+def test_rhythms_of_less_than_a_step_are_refused(tmp_path, name):
+  with pytest.raises(errors.ConfigError, match=name):
+    _run(tmp_path, **{name: 0})

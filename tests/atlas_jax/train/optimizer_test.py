@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import errors
+from atlas_jax import checkpoint, errors, sharding
 from atlas_jax.train import optimizer
+from atlas_jax.train import state as train_state
+from atlas_jax.train import step as train_step
 from configs import optimizer as optimizers
 from tests import tiny
 
@@ -170,3 +172,64 @@ def test_frozen_parameters_have_no_gradient_but_the_loss_sees_them():
 def test_an_unknown_optimizer_is_refused(name):
   with pytest.raises(errors.ConfigError, match="adamw, lion, adafactor, muon"):
     _make(name=name)
+
+
+def _bits(tree):
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
+  name, tmp_path
+):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  even = {
+    "hidden_size": 24,
+    "vocab_size": 36,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+  }
+  model = tiny.build("qwen2", **even)
+  shardings = sharding.of_params(mesh, model.abstract_params)
+  chain = _make(name=name, frozen=("embed/.*",))
+
+  def start():
+    params = jax.device_put(tiny.params_of(model), shardings)
+    return train_state.create(params, chain, mesh=mesh)
+
+  def loss_fn(params, batch):
+    leaves = jax.tree.leaves(params)
+    loss = sum(jnp.sum(jnp.sin(batch["x"] * leaf)) for leaf in leaves)
+    return loss, (jnp.float32(1.0), {"loss": loss})
+
+  step = train_step.make_step(
+    optimizer.freeze(loss_fn, ("embed/.*",)),
+    chain,
+    num_microbatches=1,
+    shardings=train_state.shardings(start()),
+  )
+  state = start()
+  moments = [
+    leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 4
+  ]
+  # Of the four attention kernels; Adam keeps two moments of each.
+  assert len(moments) == (8 if name == "adamw" else 4)
+  assert all(len(leaf.sharding.device_set) == 8 for leaf in moments)
+  assert not any(leaf.sharding.is_fully_replicated for leaf in moments)
+
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path,
+    identity={},
+    keep=1,
+    best_metric="",
+    best_mode="min",
+    load_best=False,
+  )
+  for i in range(4):
+    if i == 2:
+      checkpointer.save(2, state, {})
+    state, _ = step(state, {"x": jnp.float32(1 + i)})
+  resumed = checkpointer.restore_latest(start())
+  for i in (2, 3):
+    resumed, _ = step(resumed, {"x": jnp.float32(1 + i)})
+  assert _bits(resumed) == _bits(state)
