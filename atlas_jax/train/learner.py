@@ -121,6 +121,9 @@ class Learner:
       batch["advantages"] = self._advantages_of(
         batch, keep, rewards_PC, valid_PC
       )
+      metrics["rollout/weight"] = reduce.token_mean(
+        batch["rollout_weights"], batch["loss_mask"][:, 1:]
+      )
       if {r.completion.version for r in rollouts} == {int(state.step)}:
         metrics |= self._compare(batch, int(state.step), is_compared)
       state, updated = self._fit(state, batch, num_rows=len(keep))

@@ -105,6 +105,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 
+  if loss == "dapo":  # Section 3.4 of its paper.
+    config.reward.weights.overlong = 1.0
   if size == "smoke":
     _make_smoke(config)
   return config
@@ -122,6 +124,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.agreement.max_prob_error = 1.0005  # In float32.
   # Where every teaching does equally well, scaling would teach brevity alone.
   config.advantages.scale = "none"
+  config.reward.overlong.soft_tokens = 16
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8

@@ -183,3 +183,51 @@ def test_a_sampler_of_other_weights_is_refused(tokenizer, versions):
 def test_settings_that_would_be_ignored_are_refused(tokenizer, settings):
   with pytest.raises(errors.ConfigError, match="overlap"):
     _collector(tokenizer, **settings)
+
+
+def test_a_refill_asks_what_was_not_asked_until_nothing_is_left(tokenizer):
+  collector, _ = _collector(tokenizer, max_staleness=0, compare_every=1)
+
+  def refilled(step):
+    records, _ = collector.take(step, clock.Clock())
+    rounds = []
+    for num_questions in (1, 3, 4, 2):
+      more = collector.refill(
+        step, records, num_questions=num_questions, clock=clock.Clock()
+      )
+      rounds.append({record.question.row_id for record in more})
+      records += more
+    return rounds
+
+  with collector:
+    collector.push({}, 0)
+    rounds = refilled(0)
+    assert rounds == refilled(0)  # A resumed run does the same.
+  # Eight questions, of which the batch had two.
+  assert [len(ids) for ids in rounds] == [1, 3, 2, 0]
+  assert len(set.union(*rounds)) == 6
+
+
+def test_a_refill_waits_for_what_is_sampled_ahead(tokenizer):
+  started, may_end = threading.Event(), threading.Event()
+
+  def write(*_):
+    if collector.is_ahead:
+      started.set()
+      assert may_end.wait(10.0)
+    return "<teaching>add</teaching>"
+
+  collector, _ = _collector(tokenizer, write)
+  collector.is_ahead = False
+  with collector:
+    collector.push({}, 0)
+    records, _ = collector.take(0, clock.Clock())
+    collector.settle()
+    collector.push({}, 1)
+    collector.is_ahead = True
+    collector.take(1, clock.Clock())  # Samples the batch of step 2 ahead.
+    assert started.wait(10.0)
+    collector.is_ahead = False
+    may_end.set()
+    more = collector.refill(1, records, num_questions=1, clock=clock.Clock())
+  assert _versions(more) == {1}

@@ -214,8 +214,23 @@ def _share_of_low_ids(records):
   return rewards
 
 
+def _nothing_of_q0(records):
+  """The same, but for one question, whose rewards are all equal."""
+  return [
+    types.Reward(0.5) if record.question.row_id == "q0" else reward
+    for record, reward in zip(records, _share_of_low_ids(records), strict=True)
+  ]
+
+
 def _train(
-  world, workdir, *, kind=_Policy, stop_at=None, held_out=0, **changes
+  world,
+  workdir,
+  *,
+  kind=_Policy,
+  stop_at=None,
+  held_out=0,
+  reward_fn=_share_of_low_ids,
+  **changes,
 ):
   policy_protocol = _protocol(world, kind)
   sampler = policy_protocol.policy.sampler
@@ -223,7 +238,7 @@ def _train(
     world.model,
     world.params(),
     protocol=policy_protocol,
-    reward_fn=_share_of_low_ids,
+    reward_fn=reward_fn,
     questions=_QUESTIONS,
     on_save=lambda *_: None,
     held_out=_QUESTIONS[:held_out],
@@ -315,6 +330,22 @@ def test_offloading_changes_no_bit(world, trained, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, trained[0])
   kl, trained_kl = ([r["kl"] for r in x] for x in (_rows(tmp_path), trained[2]))
   assert kl == trained_kl
+
+
+@pytest.mark.slow
+def test_groups_that_teach_nothing_are_made_up_for(world, tmp_path):
+  _train(
+    world,
+    tmp_path,
+    reward_fn=_nothing_of_q0,
+    **{"loop.num_steps": 2, "groups.max_refills": 3},
+  )
+  rows = _rows(tmp_path)
+  # Two steps of two questions each ask all four, so one of them asks q0.
+  assert sorted(row["groups/refills"] for row in rows) == [0, 1]
+  used = {row["groups/refills"]: row["groups/used_fraction"] for row in rows}
+  assert used[0] == 1.0
+  assert used[1] == pytest.approx(2 / 3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates: the same however a batch is split, for every loss by name."""
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from atlas_jax import sharding, types
+from atlas_jax.losses import kl
+from atlas_jax.train import learner as learning
+from atlas_jax.train import rows
+from atlas_jax.train import state as train_state
+from configs.run import teacher_rcl
+from tests import tiny
+
+_LOSSES = ("rcl", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+_SIZE, _NUM_GROUPS = 4, 4
+_SHAPE = {
+  "hidden_size": 24,
+  "vocab_size": 36,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "num_hidden_layers": 1,
+}
+_MODEL = tiny.build("qwen2", **_SHAPE)
+
+
+def _mesh(**sizes):
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    sharding.AXES,
+    axis_types=auto,
+    devices=jax.devices()[: np.prod(list(sizes.values()))],
+  )
+
+
+def _config(loss, **changes):
+  config = teacher_rcl.get_config(f"smoke,{loss}")
+  config.sampling.teach.group_size = _SIZE
+  config.score.chunk_size = 8
+  config.correction.max_ratio = 1e3
+  config.batch.mask_truncated = False
+  config.update_from_flattened_dict(changes)
+  return ml_collections.FrozenConfigDict(config)
+
+
+def _records():
+  """Groups of completions of 1 to 9 tokens, whose rewards differ."""
+  rng = np.random.default_rng(0)
+  records, rewarded = [], []
+  for i in range(_NUM_GROUPS * _SIZE):
+    question = types.Question(f"q{i // _SIZE}", "?", "1")
+    ids = tuple(rng.integers(3, 36, rng.integers(1, 10)).tolist())
+    logprobs = tuple((-3.5 + 0.2 * rng.normal(size=len(ids))).tolist())
+    completion = types.Completion(ids, logprobs, logprobs, "stop", 0)
+    rollout = types.Rollout(types.Prompt("", "", (5, 6, 7)), completion)
+    records.append(types.TeachingRecord(question, "", rollout, None, 0, (), ()))
+    rewarded.append(types.Reward(float(rng.normal())))
+  return records, rewarded
+
+
+def _update(config, *, mesh=None, optimizer=None, records=None):
+  """Does one step by plain gradient descent; gives gradient and metrics."""
+  mesh = mesh or _mesh()
+  optimizer = optimizer or optax.sgd(1.0)
+  params, reference = (
+    jax.device_put(
+      tiny.params_of(_MODEL, seed),
+      sharding.of_params(mesh, _MODEL.abstract_params),
+    )
+    for seed in range(2)
+  )
+  before = jax.device_get(params)
+  state = train_state.create(
+    params,
+    optimizer,
+    mesh=mesh,
+    reference=reference if config.loss.kl_coef else None,
+  )
+  learner = learning.Learner(
+    _MODEL,
+    optimizer,
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
+  state, metrics = learner.update(
+    state, *(records or _records()), is_compared=False
+  )
+  moved = jax.tree.map(np.subtract, before, jax.device_get(state.params))
+  return moved, metrics, state
+
+
+def _distance(left, right):
+  """Gives the largest difference between arrays of a tree, by their norm."""
+  distances = jax.tree.map(
+    lambda a, b: np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-8), left, right
+  )
+  return max(jax.tree.leaves(distances))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
+  # The gradient by its name: Adam would hide a factor.
+  whole, metrics, _ = _update(_config(loss))
+  assert metrics["grad_norm"] > 1e-3
+  for num_microbatches, sizes in [
+    (2, {}),
+    (4, {}),
+    (2, {"data": 2, "fsdp": 2, "tensor": 2}),
+  ]:
+    config = _config(loss, **{"batch.num_microbatches": num_microbatches})
+    split, split_metrics, _ = _update(config, mesh=_mesh(**sizes))
+    for name in ("loss", "grad_norm"):
+      np.testing.assert_allclose(
+        split_metrics[name], metrics[name], rtol=1e-5, atol=1e-7
+      )
+    assert _distance(split, whole) < 1e-5
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_every_loss_by_name_moves_the_policy(loss):
+  moved, metrics, _ = _update(_config(loss))
+  assert np.isfinite(metrics["loss"])
+  assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
+
+
+def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
+  config = _config(
+    "grpo", **{"batch.num_iterations": 2, "batch.num_minibatches": 2}
+  )
+  optimizer = optax.adam(1e-2)
+  _, metrics, state = _update(config, optimizer=optimizer)
+  assert metrics["ratio_max"] > 1.001
+  assert optax.tree.get(state, "count") == 4
+
+  # A group of one trained row, dealt out to two minibatches.
+  records, rewarded = _records()
+  rewarded = [*rewarded[:2], *[types.Reward(None)] * (len(rewarded) - 2)]
+  records = [records, rewarded]
+  config = _config("grpo", **{"batch.num_minibatches": 4})
+  *_, state = _update(config, optimizer=optimizer, records=records)
+  assert optax.tree.get(state, "count") == 2
+
+
+def test_groups_of_equal_rewards_count_or_do_not_by_choice():
+  records, rewarded = _records()
+  rewarded[:_SIZE] = [types.Reward(0.5)] * _SIZE
+  num_tokens = [
+    _update(
+      _config("grpo", **{"groups.filter_equal": filter_equal}),
+      records=(records, rewarded),
+    )[1]["num_tokens"]
+    for filter_equal in (True, False)
+  ]
+  lengths = [3 + len(r.teacher_rollout.completion.token_ids) for r in records]
+  assert num_tokens == [sum(lengths[_SIZE:]), sum(lengths)]
+
+
+def test_the_divergence_in_the_reward_is_part_of_the_advantage():
+  config = _config("rloo", **{"loss.kl_coef": 0.5})
+  mesh = _mesh()
+  params, reference = (tiny.params_of(_MODEL, seed) for seed in range(2))
+  state = train_state.create(
+    params, optax.sgd(1.0), mesh=mesh, reference=reference
+  )
+  learner = learning.Learner(
+    _MODEL,
+    optax.sgd(1.0),
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
+  records, rewarded = _records()
+  rewarded[5] = types.Reward(None)
+  rewards_PC, valid_PC = learning.group_rewards(rewarded, _SIZE)
+  keep = learner._kept(records, rewards_PC, valid_PC)
+  assert keep == [i for i in range(len(records)) if i != 5]
+  batch = rows.make_batch(
+    [records[i].teacher_rollout for i in keep], multiple=1
+  )
+  batch |= learner._scores(state, batch)
+  advantages_B = learner._advantages_of(batch, keep, rewards_PC, valid_PC)
+
+  penalty_B = kl.of_sequences(
+    batch["old_logprobs"],
+    batch["ref_logprobs"],
+    batch["loss_mask"][:, 1:],
+    estimator="k1",
+  )
+  total_B = np.full(len(records), np.nan)
+  total_B[keep] = [rewarded[i].value for i in keep]
+  total_B[keep] -= 0.5 * np.asarray(penalty_B)[: len(keep)]
+  for i, advantage in zip(keep, advantages_B, strict=False):
+    group = i // _SIZE
+    others = [
+      total_B[j]
+      for j in range(group * _SIZE, (group + 1) * _SIZE)
+      if j not in (i, 5)
+    ]
+    np.testing.assert_allclose(
+      advantage, total_B[i] - np.mean(others), atol=1e-5
+    )
+  np.testing.assert_array_equal(advantages_B[len(keep) :], 0.0)
+
+
+def test_rewards_that_are_no_whole_groups_are_refused():
+  with pytest.raises(ValueError, match="no whole groups of 4"):
+    learning.group_rewards([types.Reward(1.0)] * 6, 4)
