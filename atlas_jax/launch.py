@@ -21,7 +21,7 @@ import jax
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.models import decoder
 from atlas_jax.rewards import combine, custom, rlt
-from atlas_jax.teaching import protocol, templates
+from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import score, sinks, writer
 from conversion import load, save, verify
 from rollout import sampler, wire
@@ -208,36 +208,59 @@ def open_protocol(
   Raises:
     errors.AtlasError: if rollout servers are asked for and cannot be used.
   """
-  settings = sampler.Settings(**config.rollout)
   params = {
     f"{name}_params": types.SamplingParams(**section, seed=config.seed)
     for name, section in config.sampling.items()
   }
-
-  def open_role(
-    role: wire.Role, opened: OpenModel
-  ) -> contextlib.AbstractContextManager[types.Sampler]:
-    return sampler.open_sampler(
-      role,
-      settings,
-      directory=opened.directory,
-      model=opened.model,
-      params=opened.params,
-      tokenizer=opened.tokenizer,
-      mesh=mesh,
-      **config.sampler,
-    )
-
   with (
-    open_role("policy", policy) as policy_sampler,
-    open_role("student", student) as student_sampler,
+    _open_role("policy", policy, mesh, config) as policy_role,
+    _open_role("student", student, mesh, config) as student_role,
   ):
     yield protocol.Protocol(
-      protocol.Role(policy_sampler, policy.tokenizer),
-      protocol.Role(student_sampler, student.tokenizer),
+      policy_role,
+      student_role,
       templates.Templates(**config.templates),
       **params,
     )
+
+
+@contextlib.contextmanager
+def open_direct(
+  policy: OpenModel,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `open_protocol`.
+) -> Iterator[direct.Direct]:
+  """Lets a policy answer by itself, as `config` says.
+
+  Its sections are `rollout`, `sampler` and `sampling`; `template` asks.
+
+  Raises:
+    errors.AtlasError: if rollout servers are asked for and cannot be used.
+  """
+  params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
+  with _open_role("policy", policy, mesh, config) as role:
+    yield direct.Direct(role, config.template, answer_params=params)
+
+
+@contextlib.contextmanager
+def _open_role(
+  role: wire.Role,
+  opened: OpenModel,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `open_protocol`.
+) -> Iterator[protocol.Role]:
+  """Opens a model's sampler."""
+  with sampler.open_sampler(
+    role,
+    sampler.Settings(**config.rollout),
+    directory=opened.directory,
+    model=opened.model,
+    params=opened.params,
+    tokenizer=opened.tokenizer,
+    mesh=mesh,
+    **config.sampler,
+  ) as its_sampler:
+    yield protocol.Role(its_sampler, opened.tokenizer)
 
 
 def open_writer(
@@ -257,32 +280,37 @@ def open_writer(
 
 @contextlib.contextmanager
 def open_reward(
-  policy: OpenModel,
-  student: OpenModel,
-  teaching: protocol.Protocol,
+  reader: rlt.Student | None,
   functions: custom.Functions,
-  mesh: jax.sharding.Mesh,
   config: Any,  # Any: as in `open_protocol`.
 ) -> Iterator[types.RewardFn]:
   """Opens the reward of the config's section, and of the user's functions.
 
   Raises:
-    errors.ConfigError: see `combine.open_reward`; or if the reward `rlt` is
-      asked for and the student reads other tokens than the policy writes.
+    errors.ConfigError: see `combine.open_reward`.
   """
-  reader = None
-  if student.params:
-    reader = rlt.Student(
-      score.Scorer(
-        student.model,
-        student.params,
-        mesh=mesh,
-        max_rows=config.sampler.max_rows,
-        **config.score,
-      ),
-      student.tokenizer,
-      teaching.baseline_prompt,
-    )
+  with combine.open_reward(
+    **config.reward,
+    functions=functions,
+    student=reader,
+    max_tokens=config.sampling.teach.max_completion_tokens,
+  ) as reward_fn:
+    yield reward_fn
+
+
+def open_reader(
+  policy: OpenModel,
+  student: OpenModel,
+  teaching: protocol.Protocol,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `open_protocol`.
+) -> rlt.Student | None:
+  """Lets a student say how likely it finds a solution, if it is in here.
+
+  Raises:
+    errors.ConfigError: if the reward `rlt` is asked for and the student reads
+      other tokens than the policy writes.
+  """
   same = policy.tokenizer.get_vocab() == student.tokenizer.get_vocab()
   if config.reward.weights.rlt and not same:
     raise errors.ConfigError(
@@ -291,13 +319,16 @@ def open_reward(
       why="It compares what policy and student think of the same tokens.",
       fix="Take models of one family, or set --config.reward.weights.rlt=0.",
     )
-  with combine.open_reward(
-    **config.reward,
-    functions=functions,
-    student=reader,
-    max_tokens=config.sampling.teach.max_completion_tokens,
-  ) as reward_fn:
-    yield reward_fn
+  if not student.params:
+    return None
+  scorer = score.Scorer(
+    student.model,
+    student.params,
+    mesh=mesh,
+    max_rows=config.sampler.max_rows,
+    **config.score,
+  )
+  return rlt.Student(scorer, student.tokenizer, teaching.baseline_prompt)
 
 
 def fingerprint(opened: OpenModel) -> str:

@@ -8,47 +8,21 @@ spot, and an untrained teacher, all in the formats of the real thing. With
 `--teacher`, a teacher warmed up by SFT as well.
 """
 
-from collections.abc import Iterable, Mapping
 import json
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 from absl import flags
-import jax
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-import transformers
 
 from atlas_jax import errors
-from atlas_jax.data import word_problems
-from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder
-from atlas_jax.teaching import templates
 from configs.data import world
-from conversion import save
-from scripts import program
+from scripts import program, small_world
 
 _DIRECTORY = flags.DEFINE_string("directory", world.DIRECTORY, "Where it goes.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Warms a teacher up as well.")
 _EPOCHS = flags.DEFINE_integer("epochs", None, "SFT epochs of each role.")
 _SEED = flags.DEFINE_integer("seed", 0, "Decides every problem and weight.")
-
-_SIZES = {"train": 3000, "teacher": 2500, "questions": 1000}
-_HELD_OUT = {"validation": 100, "test": 400}
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_CHAT_TEMPLATE = (
-  "{% for message in messages %}"
-  "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-  "{% endfor %}"
-  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Qwen's own split, which transformers applies to these model types.
-_SPLIT = tokenizers.Regex(
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def main() -> None:
@@ -63,127 +37,25 @@ def main() -> None:
 def _make(directory: pathlib.Path) -> None:
   """Makes the data, the tokenizer and the student."""
   directory.mkdir(parents=True, exist_ok=True)
-  texts = _write_data(directory, _SEED.value)
-  tokenizer = _make_tokenizer(texts)
-  _write_model(directory / "student_init", tokenizer, "qwen2", num_layers=2)
-  _write_model(directory / "teacher_init", tokenizer, "qwen3", num_layers=3)
+  texts = small_world.write_data(directory, _SEED.value)
+  tokenizer = small_world.make_tokenizer(texts)
+  small_world.write_model(
+    directory / "student_init",
+    tokenizer,
+    "qwen2",
+    num_layers=2,
+    seed=_SEED.value,
+  )
+  small_world.write_model(
+    directory / "teacher_init",
+    tokenizer,
+    "qwen3",
+    num_layers=3,
+    seed=_SEED.value,
+  )
   _train(directory, "world_student.py", "student")
-  facts = {"seed": _SEED.value, **_SIZES, **_HELD_OUT}
+  facts = {"seed": _SEED.value, **small_world.SIZES, **small_world.HELD_OUT}
   (directory / "world.json").write_text(json.dumps(facts) + "\n")
-
-
-def _write_data(directory: pathlib.Path, seed: int) -> list[str]:
-  """Writes every data file; returns texts to make a tokenizer from."""
-  prompts = templates.Templates(**world.get_templates().to_dict())
-  seen: set[str] = set()
-  sets = {}
-  for i, (name, count) in enumerate((_SIZES | _HELD_OUT).items()):
-    sets[name] = word_problems.problems(count, 100 * seed + i, excluded=seen)
-    seen |= {problem.text for problem in sets[name]}
-  for name in ("questions", *_HELD_OUT):
-    questions = [problem.question() for problem in sets[name]]
-    _write_lines(directory / f"{name}.jsonl", map(vars, questions))
-
-  student = [
-    _chat(_ask_student(prompts, row), row["reply"])
-    for row in word_problems.student_rows(sets["train"], seed)
-  ]
-  teacher = [
-    _chat(
-      templates.fill(
-        prompts.teach, question=row["question"], probe=row["probe"]
-      ),
-      row["reply"],
-    )
-    for row in word_problems.teacher_rows(sets["teacher"], seed)
-  ]
-  _write_lines(directory / "student_sft.jsonl", student)
-  _write_lines(directory / "teacher_sft.jsonl", teacher)
-  rows = student[:4000] + teacher[:2000]
-  return [turn["content"] for row in rows for turn in row["messages"]]
-
-
-def _ask_student(prompts: templates.Templates, row: Mapping[str, str]) -> str:
-  fields = {"question": row["question"]}
-  if row["kind"] == "taught":
-    fields["teaching"] = row["hint"]
-  return templates.fill(getattr(prompts, row["kind"]), **fields)
-
-
-def _chat(prompt: str, reply: str) -> dict[str, Any]:  # Any: JSON.
-  user = {"role": "user", "content": prompt}
-  return {"messages": [user, {"role": "assistant", "content": reply}]}
-
-
-def _write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-  lines = [json.dumps(row) + "\n" for row in rows]
-  path.write_text("".join(lines), encoding="utf-8")
-
-
-def _make_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
-  """Trains a byte-level BPE whose words are mostly whole."""
-  core = tokenizers.Tokenizer(models.BPE())
-  core.pre_tokenizer = pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(_SPLIT, "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-  core.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=640,
-    special_tokens=list(_SPECIAL),
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  core.train_from_iterator(texts, trainer)
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=core, pad_token=_SPECIAL[0], eos_token=_SPECIAL[2]
-  )
-  tokenizer.chat_template = _CHAT_TEMPLATE
-  return tokenizer
-
-
-def _write_model(
-  directory: pathlib.Path,
-  tokenizer: transformers.PreTrainedTokenizerFast,
-  family: str,
-  *,
-  num_layers: int,
-) -> None:
-  """Writes an untrained checkpoint of 128 units."""
-  source = directory.with_name(f"{directory.name}.source")
-  tokenizer.save_pretrained(source)
-  fields = {
-    "model_type": family,
-    "vocab_size": len(tokenizer),
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": num_layers,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "eos_token_id": tokenizer.eos_token_id,
-    "pad_token_id": tokenizer.pad_token_id,
-  }
-  (source / "config.json").write_text(json.dumps(fields, indent=2))
-  model = decoder.build(
-    model_config.from_hf(fields), dtype="float32", remat="none", unroll=1
-  )
-  save.save(
-    directory,
-    model.init(jax.random.key(_SEED.value)),
-    model,
-    source=source,
-    dtype="float32",
-    max_shard_bytes=10**9,
-    notes={"Weights": "drawn at random"},
-    overwrite=True,
-  )
 
 
 def _train(directory: pathlib.Path, recipe: str, role: str) -> None:

@@ -10,7 +10,7 @@ from atlas_jax.teaching import protocol as teaching_protocol
 
 
 def evaluate(
-  protocol: teaching_protocol.Protocol,
+  protocol: teaching_protocol.Rollouts,
   questions: Sequence[types.Question],
   *,
   seed: int,
@@ -30,10 +30,7 @@ def evaluate(
     answer.
   """
   records = [rewards.grade(record) for record in protocol.run(questions, seed)]
-  complete = [r for r in records if r.taught and r.baseline]
-  if not complete:
-    return {}
-  summary = metrics.summarize(complete, num_bootstrap=num_bootstrap, seed=seed)
+  summary = metrics.of_answers(records, num_bootstrap=num_bootstrap, seed=seed)
   return {f"eval/{name}": value for name, value in flatten(summary).items()}
 
 

@@ -96,6 +96,33 @@ def summarize(
   return summary
 
 
+def of_answers(
+  records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
+) -> Summary:
+  """Computes what the records allow: with baselines `summarize`.
+
+  Where nobody answered without a teaching there is nothing to compare, and only
+  the `accuracy` of the answers, with its interval. Records without an answer
+  are left out; where that is all of them, there is no metric.
+  """
+  answered = [record for record in records if record.taught]
+  compared = [record for record in answered if record.baseline]
+  if compared:
+    return summarize(compared, num_bootstrap=num_bootstrap, seed=seed)
+  if not answered:
+    return {}
+  columns: dict[str, list[float]] = {}
+  for record in answered:
+    columns.setdefault(record.question.row_id, []).extend(
+      float(_is_correct(attempt)) for attempt in record.taught
+    )
+  accuracy = float(np.mean([np.mean(each) for each in columns.values()]))
+  return {
+    "accuracy": accuracy,
+    "accuracy_interval": wilson(accuracy, len(columns)),
+  }
+
+
 def by_difficulty(
   records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
 ) -> dict[str, Summary]:

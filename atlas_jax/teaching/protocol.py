@@ -6,10 +6,11 @@ from question and probe, and the student answers with each teaching and, once
 and for all, without. Nothing is scored here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import time
+import typing
 
 from atlas_jax import chat, errors, types
 from atlas_jax.teaching import templates as teaching_templates
@@ -24,6 +25,26 @@ class Role:
 
   sampler: types.Sampler
   tokenizer: chat.Tokenizer
+
+
+class Rollouts(typing.Protocol):
+  """What a policy learns from: `Protocol`, or `direct.Direct`."""
+
+  policy: Role
+
+  @property
+  def roles(self) -> Mapping[str, Role]:
+    """Everybody who writes, by the name of the role."""
+    ...
+
+  def run(
+    self,
+    questions: Sequence[types.Question],
+    seed: int,
+    phase: Phase = contextlib.nullcontext,
+  ) -> list[types.TeachingRecord]:
+    """Gives ungraded records, a group of one size for each question."""
+    ...
 
 
 class Protocol:
@@ -70,6 +91,11 @@ class Protocol:
     self.probe_params, self.teach_params = probe_params, teach_params
     self.solve_params, self.baseline_params = solve_params, baseline_params
     self._baselines: dict[tuple[int, str, str], tuple[types.Attempt, ...]] = {}
+
+  @property
+  def roles(self) -> Mapping[str, Role]:
+    """The policy and the student."""
+    return {"policy": self.policy, "student": self.student}
 
   def run(
     self,
@@ -154,7 +180,7 @@ class Protocol:
   ) -> list[str]:
     """Writes one probe per question."""
     prompts = [
-      _prompt(
+      make_prompt(
         self.student,
         f"{q.row_id}/probe",
         teaching_templates.fill(self.templates.probe, question=q.question),
@@ -175,7 +201,7 @@ class Protocol:
   ) -> list[types.Rollout]:
     """Writes a group of completions per question, kept with their prompt."""
     prompts = [
-      _prompt(
+      make_prompt(
         self.policy,
         f"{q.row_id}/teach",
         teaching_templates.fill(
@@ -219,7 +245,7 @@ class Protocol:
       text = teaching_templates.fill(
         self.templates.taught, question=question.question, teaching=teaching
       )
-    return _prompt(self.student, f"{question.row_id}/solve/{index}", text)
+    return make_prompt(self.student, f"{question.row_id}/solve/{index}", text)
 
   def _answers(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
@@ -243,7 +269,7 @@ class Protocol:
     return len(encode(teaching or "", add_special_tokens=False))
 
 
-def _prompt(role: Role, row_id: str, text: str) -> types.Prompt:
+def make_prompt(role: Role, row_id: str, text: str) -> types.Prompt:
   """Renders one user turn for a role."""
   rendered, token_ids = chat.render(
     role.tokenizer, [types.Message("user", text)]

@@ -36,7 +36,7 @@ class Collector:
 
   def __init__(
     self,
-    protocol: teaching_protocol.Protocol,
+    protocol: teaching_protocol.Rollouts,
     questions: Sequence[types.Question],
     *,
     batch_size: int,
@@ -200,15 +200,11 @@ class Collector:
     }
 
   def take_metrics(self) -> dict[str, float]:
-    """Gives what both samplers did since it was last asked, by role."""
-    roles = {
-      "policy": self._protocol.policy.sampler,
-      "student": self._protocol.student.sampler,
-    }
+    """Gives what the samplers did since it was last asked, by role."""
     return {
-      f"rollout/{role}_{name}": value
-      for role, sampler in roles.items()
-      for name, value in sampler.take_metrics().items()
+      f"rollout/{name}_{metric}": value
+      for name, role in self._protocol.roles.items()
+      for metric, value in role.sampler.take_metrics().items()
     }
 
   def row_ids(self, step: int) -> list[str]:

@@ -36,7 +36,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   model: decoder.Model,
   params: decoder.Params,
   *,
-  protocol: teaching_protocol.Protocol,
+  protocol: teaching_protocol.Rollouts,
   reward_fn: types.RewardFn,
   questions: Sequence[types.Question],
   held_out: Sequence[types.Question],
@@ -202,7 +202,7 @@ def _make_optimizer(
 
 
 def _make_collector(
-  protocol: teaching_protocol.Protocol,
+  protocol: teaching_protocol.Rollouts,
   questions: Sequence[types.Question],
   config: Any,  # Any: as in `train`.
 ) -> collect.Collector:
@@ -252,10 +252,7 @@ def _describe(
   parts = [r.parts for r in rewarded if r.value is not None]
   names = dict.fromkeys(name for part in parts for name in part)
   completions = [r.teacher_rollout.completion for r in records]
-  complete = [r for r in records if r.taught and r.baseline]
-  teaching = (
-    metrics.summarize(complete, num_bootstrap=0, seed=0) if complete else {}
-  )
+  answers = metrics.of_answers(records, num_bootstrap=0, seed=0)
   # Where every reward is missing there is no mean, and none is made up.
   rewards_seen = (
     {"reward": float(np.mean(values)), "reward_std": float(np.std(values))}
@@ -275,5 +272,5 @@ def _describe(
     "truncated_fraction": float(
       np.mean([c.finish_reason == "length" for c in completions])
     ),
-    **{k: v for k, v in teaching.items() if isinstance(v, float)},
+    **{k: v for k, v in answers.items() if isinstance(v, float)},
   }
