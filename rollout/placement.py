@@ -16,7 +16,6 @@ from rollout import launcher, wire
 # What engines may take of a GPU together, and when training shares it.
 _ENGINE_FRACTION = 0.9
 _SHARED_FRACTION = 0.45
-_ROLES: tuple[wire.Role, ...] = ("policy", "student")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +77,27 @@ def split(
   num_server_devices: int,
   num_training_devices: int,
   *,
+  num_roles: int,
   xla_flags: str,
 ) -> Split:
   """Divides the devices between servers and training.
 
-  On GPUs the first go to servers, one each; both roles need one, so with a
-  single device two servers share it. With a single GPU in all, training shares
-  it too. On a CPU nothing is divided: JAX simulates the devices of training.
+  On GPUs the first go to servers, one each; every role needs one, so with a
+  single device two servers may share it. With a single GPU in all, training
+  shares it too. On a CPU nothing is divided: JAX simulates the devices of
+  training.
 
   Args:
     gpus: as `find_gpus` lists them.
     num_server_devices: 0 for no servers.
     num_training_devices: at least 1.
+    num_roles: how many models are served.
     xla_flags: of this process; on a CPU, more is added to them.
 
   Raises:
     errors.ConfigError: if there are too few GPUs.
   """
-  num_servers = max(num_server_devices, len(_ROLES) * bool(num_server_devices))
+  num_servers = max(num_server_devices, num_roles * bool(num_server_devices))
   if not gpus:
     one, many = (
       {
@@ -145,11 +147,11 @@ def mesh(num_devices: int) -> dict[str, int]:
 
 def plan(site: Site, devices: Split) -> list[launcher.Server]:
   """Gives each server its role, by turns, and its command line."""
-  servers = []
+  roles, servers = tuple(site.models), []
   for i, (env, fraction) in enumerate(
     zip(devices.servers, devices.fractions, strict=True)
   ):
-    role, port = _ROLES[i % len(_ROLES)], site.port + i
+    role, port = roles[i % len(roles)], site.port + i
     argv = [site.python, "-m", "scripts.serve", f"--engine={site.engine}"]
     argv += [f"--model={site.models[role]}", f"--role={role}"]
     argv += [f"--host={site.host}", f"--port={port}"]

@@ -54,17 +54,31 @@ class Settings:
         why="It is one of jax and http.",
         fix="Use jax to sample in this process, http for rollout servers.",
       )
-    urls = {"policy": self.policy_urls, "student": self.student_urls}
-    for role, addresses in urls.items():
-      if bool(addresses) != (self.backend == "http"):
+    given = {"policy": self.policy_urls, "student": self.student_urls}
+    for role, urls in given.items():
+      if urls and self.backend == "jax":
         raise errors.ConfigError(
-          f"{len(addresses)} servers are given for the {role}.",
+          f"{len(urls)} servers are given for the {role}.",
           where=f"--config.rollout.{role}_urls",
-          why=f"With backend={self.backend} there is "
-          + ("no use for any." if addresses else "nobody to ask."),
-          fix="Give addresses of both roles with backend=http, or none of "
-          "either with backend=jax.",
+          why="With backend=jax there is no use for any.",
+          fix="Set --config.rollout.backend=http, or leave them out.",
         )
+
+  def urls(self, role: wire.Role) -> Sequence[str]:
+    """Gives the servers of a role.
+
+    Raises:
+      errors.ConfigError: if there are none.
+    """
+    urls = self.policy_urls if role == "policy" else self.student_urls
+    if not urls:
+      raise errors.ConfigError(
+        f"No servers are given for the {role}.",
+        where=f"--config.rollout.{role}_urls",
+        why=f"With backend={self.backend} there is nobody to ask.",
+        fix="Give their addresses, or set --config.rollout.backend=jax.",
+      )
+    return urls
 
 
 @contextlib.contextmanager
@@ -135,7 +149,7 @@ def _open_http(
   from rollout import client, fleet, http_sampler, manifest, weight_sync
 
   is_policy = role == "policy"
-  urls = settings.policy_urls if is_policy else settings.student_urls
+  urls = settings.urls(role)
   # Whoever reaches the same servers waits for its turn, and then cleans up.
   run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
   root = pathlib.Path()

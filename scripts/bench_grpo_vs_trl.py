@@ -11,7 +11,7 @@ turn, in which programs are compiled, does not count. The last line is
 `ratio: N`, TRL's time over ours. Needs requirements/parity.txt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import os
@@ -21,16 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from absl import flags
 import numpy as np
 
 from atlas_jax import chat, launch, sharding, types
 from atlas_jax.data import sources
-from atlas_jax.teaching import direct, protocol
 from atlas_jax.train import grpo
-from configs.run import teacher_rcl
-from rollout import jax_sampler
+from configs.run import rlvr
 from scripts import program, small_world
 
 _ROUNDS = flags.DEFINE_integer("rounds", 6, "Turns of each side that count.")
@@ -40,7 +39,7 @@ _GROUP = flags.DEFINE_integer("group_size", 8, "Completions of a prompt.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Of a completion at most.")
 _LAYERS = flags.DEFINE_integer("layers", 3, "Of the model, 128 wide.")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "trl"], "Set by the parent.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "Set by the parent.")
+_DIRECTORY = flags.DEFINE_string("directory", "", "Set by the parent.")
 
 _TEMPLATE = "{question}"
 _LEARNING_RATE = 1e-4
@@ -123,83 +122,64 @@ def _num_steps() -> int:
   return (1 + _ROUNDS.value) * _STEPS.value + 1
 
 
-def _tell(seconds: float, generate: float, num_tokens: float) -> None:
-  """Ends a step, and waits to be asked for the next one."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  step = {"step": seconds, "generate": generate, "peak": peak}
-  print(json.dumps({**step, "tokens": num_tokens}), flush=True)
-
-
 def _ours(directory: pathlib.Path) -> None:
   """Trains by `train.grpo`, on one CPU device."""
-  config = teacher_rcl.get_config("smoke")
-  config.batch.num_questions = _QUESTIONS.value
+  # Any: a ConfigDict, whose values have no static type.
+  config: Any = rlvr.get_config("smoke,grpo")
+  config.model.path = str(directory / "model")
+  config.template = _TEMPLATE
+  config.mesh = dict(data=1, fsdp=1, tensor=1)
+  config.sampler.max_rows = _QUESTIONS.value * _GROUP.value
   config.sampling.teach.group_size = _GROUP.value
+  config.sampling.teach.max_completion_tokens = _TOKENS.value
   config.loss.kl_coef = 0.0
+  config.advantages.scale = "group"
+  config.batch.num_questions = _QUESTIONS.value
+  config.batch.mask_truncated = False
   config.schedule.learning_rate = _LEARNING_RATE
   config.optimizer.max_grad_norm = _MAX_GRAD_NORM
   config.optimizer.beta2 = 0.999
-  config.advantages.scale_by_std = True
-  config.batch.mask_truncated = False
-  config.loop.update(
-    dict(num_steps=_num_steps(), log_every=1, eval_every=0, save_every=10**6)
-  )
-  config.model.path = str(directory / "model")
-  config.mesh = dict(data=1, fsdp=1, tensor=1)
-  mesh = sharding.make_mesh(**config.mesh)
-  opened = launch.open_model(mesh, **config.model)
-  sampler = jax_sampler.JaxSampler(
-    opened.model,
-    opened.params,
-    mesh=mesh,
-    stop_token_ids=chat.stop_token_ids(opened.tokenizer, opened.directory),
-    max_rows=_QUESTIONS.value * _GROUP.value,
-  )
+  config.loop.num_steps = _num_steps()
+  config.loop.log_every = 1
+  config.loop.save_every = config.loop.num_steps
   clock = _Clock()
 
   def reward_fn(
     records: Sequence[types.TeachingRecord],
   ) -> list[types.Reward]:
+    clock.num_tokens = sum(r.taught[0].num_tokens for r in records)
     return [types.Reward(_reward(r.taught[0].text)) for r in records]
-
-  class Timed(direct.Direct):
-    def run(
-      self, questions: Sequence[types.Question], seed: int
-    ) -> list[types.TeachingRecord]:
-      with clock.generate():
-        records = super().run(questions, seed)
-      clock.num_tokens = sum(r.taught[0].num_tokens for r in records)
-      return records
 
   def after_step() -> bool:
     clock.tell()
     return False
 
-  sys.stdin.readline()
-  clock.start()
-  grpo.train(
-    opened.model,
-    opened.params,
-    protocol=Timed(
-      protocol.Role(sampler, opened.tokenizer),
-      _TEMPLATE,
-      answer_params=types.SamplingParams(
-        group_size=_GROUP.value,
-        max_completion_tokens=_TOKENS.value,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        seed=0,
-      ),
-    ),
-    reward_fn=reward_fn,
-    questions=_questions(directory),
-    evaluate=lambda state, step: {},
-    mesh=mesh,
-    config=config,
-    workdir=directory / "ours",
-    should_stop=after_step,
-  )
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = launch.open_model(mesh, **config.model)
+  workdir = directory / "ours"
+  workdir.mkdir()
+  with launch.open_direct(policy, mesh, config) as rollouts:
+    run = rollouts.run
+
+    def timed(*args: Any, **kwargs: Any) -> list[types.TeachingRecord]:
+      with clock.generate():
+        return run(*args, **kwargs)
+
+    rollouts.run = timed
+    clock.wait()
+    grpo.train(
+      policy.model,
+      policy.params,
+      protocol=rollouts,
+      reward_fn=reward_fn,
+      questions=_questions(directory),
+      held_out=(),
+      mesh=mesh,
+      config=config,
+      workdir=workdir,
+      writer=launch.open_writer(workdir, config),
+      should_stop=after_step,
+    )
 
 
 class _Clock:
@@ -208,21 +188,28 @@ class _Clock:
   def __init__(self) -> None:
     self.num_tokens, self._generate, self._start = 0, 0.0, 0.0
 
-  def start(self) -> None:
+  def wait(self) -> None:
+    """Waits to be asked for a step."""
+    sys.stdin.readline()
     self._generate, self._start = 0.0, time.perf_counter()
 
   @contextlib.contextmanager
-  def generate(self):
+  def generate(self) -> Iterator[None]:
+    """Counts what is done within as generation."""
     start = time.perf_counter()
     yield
     self._generate += time.perf_counter() - start
 
   def tell(self) -> None:
-    """Tells the step that is over; the next begins when the parent says."""
-    seconds = time.perf_counter() - self._start
-    _tell(seconds, self._generate, self.num_tokens)
-    sys.stdin.readline()
-    self.start()
+    """Tells of the step that is over, and waits to be asked for the next."""
+    step = {
+      "step": time.perf_counter() - self._start,
+      "generate": self._generate,
+      "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+      "tokens": self.num_tokens,
+    }
+    print(json.dumps(step), flush=True)
+    self.wait()
 
 
 def _questions(directory: pathlib.Path) -> list[types.Question]:
@@ -230,41 +217,40 @@ def _questions(directory: pathlib.Path) -> list[types.Question]:
 
 
 def _trl(directory: pathlib.Path) -> None:
-  """Trains by TRL's GRPOTrainer with its own generation."""
-  import datasets
+  """Trains by TRL's GRPOTrainer, which samples by `generate`."""
+  import datasets  # In the child alone: they take seconds, and bring torch.
   import transformers
-  import trl
+  from trl.trainer import grpo_config, grpo_trainer
+
+  clock = _Clock()
+
+  class Timed(grpo_trainer.GRPOTrainer):
+    def _generate(self, prompts: list[str]) -> Any:  # Any: TRL's own tuple.
+      with clock.generate():
+        return super()._generate(prompts)
+
+  class Gate(transformers.TrainerCallback):
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+      clock.wait()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+      clock.tell()
+
+  def reward_fn(
+    completions: list[str], completion_ids: list[list[int]], **_: Any
+  ) -> list[float | None]:
+    clock.num_tokens = sum(map(len, completion_ids))
+    return [_reward(text) for text in completions]
 
   tokenizer = chat.load_tokenizer(directory / "model")
   prompts = [
     chat.render(tokenizer, [types.Message("user", q.question)])[0]
     for q in _questions(directory)
   ]
-  clock = _Clock()
-
-  class Timed(trl.GRPOTrainer):
-    def _generate(self, *args, **kwargs):
-      with clock.generate():
-        result = super()._generate(*args, **kwargs)
-      return result
-
-  class Gate(transformers.TrainerCallback):
-    def on_train_begin(self, *args, **kwargs) -> None:
-      sys.stdin.readline()
-      clock.start()
-
-    def on_step_end(self, *args, **kwargs) -> None:
-      clock.tell()
-
-  def reward_fn(completions: list[str], **columns: object) -> list[float]:
-    completion_ids = columns["completion_ids"]
-    clock.num_tokens = sum(map(len, completion_ids))
-    return [_reward(text) for text in completions]
-
   trainer = Timed(
     model=str(directory / "model"),
     reward_funcs=[reward_fn],
-    args=trl.GRPOConfig(
+    args=grpo_config.GRPOConfig(
       output_dir=str(directory / "trl"),
       use_cpu=True,
       bf16=False,
@@ -275,7 +261,6 @@ def _trl(directory: pathlib.Path) -> None:
       gradient_checkpointing=False,
       max_steps=_num_steps(),
       per_device_train_batch_size=_QUESTIONS.value * _GROUP.value,
-      gradient_accumulation_steps=1,
       num_generations=_GROUP.value,
       max_completion_length=_TOKENS.value,
       temperature=1.0,

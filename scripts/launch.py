@@ -53,6 +53,7 @@ def _launch(argv: Sequence[str]) -> int:
     placement.find_gpus(os.environ),
     num_servers,
     num_devices,
+    num_roles=len(serving.models(job)),
     xla_flags=os.environ.get("XLA_FLAGS", ""),
   )
   settings = [f"--config={job.recipe}", *job.settings]

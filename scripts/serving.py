@@ -5,11 +5,19 @@ from collections.abc import Sequence
 import pathlib
 
 from atlas_jax import errors
-from rollout import launcher, placement
+from rollout import launcher, placement, wire
 from scripts import overrides
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _HOST, _PORT = "127.0.0.1", 8765
+
+
+def models(job: overrides.Job) -> dict[wire.Role, str]:
+  """Tells what is served in each role."""
+  models: dict[wire.Role, str] = {"policy": job.config.model.path}
+  if "student" in job.config:
+    models["student"] = job.config.student.path
+  return models
 
 
 def plan(
@@ -39,10 +47,7 @@ def plan(
     port=job.port or _PORT,
     engine=engine,
     python=python,
-    models={
-      "policy": job.config.model.path,
-      "student": job.config.student.path,
-    },
+    models=models(job),
     dtype=job.config.rollout.dtype,
     logs=job.workdir / "servers",
   )
@@ -56,12 +61,10 @@ def addresses(
   """Tells training where the servers of each role are."""
   host, port = job.host or _HOST, job.port or _PORT
   urls = {
-    "policy": [s.url for s in servers if s.role == "policy"],
-    "student": [s.url for s in servers if s.role == "student"],
+    role: [s.url for s in servers if s.role == role] for role in models(job)
   }
-  if not servers:  # They run already: the two that a launcher would start.
-    urls = {"policy": [f"http://{host}:{port}"]}
-    urls["student"] = [f"http://{host}:{port + 1}"]
+  if not servers:  # They run already: those that a launcher would start.
+    urls = {role: [f"http://{host}:{port + i}"] for i, role in enumerate(urls)}
   return ["--config.rollout.backend=http"] + [
     f"--config.rollout.{role}_urls={tuple(of_role)!r}"
     for role, of_role in urls.items()

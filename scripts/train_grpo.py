@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a teacher by GRPO, with a reward measured on its student.
+"""Trains by GRPO: a teacher by what its student does, or a model by itself.
 
   python -m scripts.train_grpo --config=configs/run/teacher_rcl.py:smoke \
     --workdir=results/grpo --config.model.path=results/sft/export
@@ -31,18 +31,23 @@ def main() -> None:
     mesh = sharding.make_mesh(**config.mesh)
     questions = sources.questions(sources.read(config.data.path))
     policy = launch.open_model(mesh, **config.model)
-    student = launch.open_model(
-      mesh,
-      **config.student,
-      # The reward rlt scores here, also where the student answers elsewhere.
-      with_params=config.rollout.backend == "jax"
-      or bool(config.reward.weights.rlt),
-    )
-    protocol = opened.enter_context(
-      launch.open_protocol(policy, student, mesh, config)
-    )
+    if "student" in config:
+      student = launch.open_model(
+        mesh,
+        **config.student,
+        # The reward rlt scores here, also where the student answers elsewhere.
+        with_params=config.rollout.backend == "jax"
+        or bool(config.reward.weights.rlt),
+      )
+      protocol = opened.enter_context(
+        launch.open_protocol(policy, student, mesh, config)
+      )
+      reader = launch.open_reader(policy, student, protocol, mesh, config)
+    else:
+      protocol = opened.enter_context(launch.open_direct(policy, mesh, config))
+      reader = None
     reward_fn = opened.enter_context(
-      launch.open_reward(policy, student, protocol, functions, mesh, config)
+      launch.open_reward(reader, functions, config)
     )
     held_out = []
     if config.evaluation.path:
@@ -53,9 +58,9 @@ def main() -> None:
       workdir,
       policy,
       notes={
-        "Recipe": "GRPO on the teaching protocol",
+        "Recipe": "GRPO",
         "Base model": config.model.path,
-        "Student": config.student.path,
+        "Student": config.student.path if "student" in config else "none",
         "Reward": combine.describe(config.reward.weights, functions),
       },
       **config.export,

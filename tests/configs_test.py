@@ -93,6 +93,7 @@ _READERS = {
   "world_student": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
   "teacher_rcl": (_GRPO, _GRPO_READERS),
   "teacher_rlt": (_GRPO, _GRPO_READERS),
+  "rlvr": (_GRPO, _GRPO_READERS),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 

@@ -114,7 +114,7 @@ def of_answers(
   columns: dict[str, list[float]] = {}
   for record in answered:
     columns.setdefault(record.question.row_id, []).extend(
-      float(_is_correct(attempt)) for attempt in record.taught
+      float(bool(attempt.correct)) for attempt in record.taught
     )
   accuracy = float(np.mean([np.mean(each) for each in columns.values()]))
   return {

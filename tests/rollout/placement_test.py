@@ -11,7 +11,9 @@ from rollout import placement
 
 def _split(num_gpus, num_servers, num_training):
   gpus = [str(i) for i in range(num_gpus)]
-  return placement.split(gpus, num_servers, num_training, xla_flags="--a")
+  return placement.split(
+    gpus, num_servers, num_training, num_roles=2, xla_flags="--a"
+  )
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,11 @@ def test_gpus_go_to_servers_first_and_are_shared_only_if_need_be(
     if gpu in training.split(","):
       shares.append(float(split.training["XLA_PYTHON_CLIENT_MEM_FRACTION"]))
     assert sum(shares) == pytest.approx(0.9)
+
+
+def test_one_role_needs_one_server():
+  split = placement.split(["0"], 1, 1, num_roles=1, xla_flags="")
+  assert split.fractions == (0.45,)
 
 
 @pytest.mark.parametrize(("num_gpus", "wanted"), [(1, (1, 2)), (3, (2, 2))])

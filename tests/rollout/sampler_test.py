@@ -50,8 +50,6 @@ def _settings(**changes):
   ("changes", "where"),
   [
     ({"backend": "grpc"}, "backend"),
-    ({"backend": "http"}, "policy_urls"),
-    ({"backend": "http", "policy_urls": ("http://h",)}, "student_urls"),
     ({"student_urls": ("http://h",)}, "student_urls"),
   ],
 )
@@ -59,6 +57,14 @@ def test_settings_that_would_be_ignored_are_refused(changes, where):
   with pytest.raises(errors.ConfigError) as caught:
     _settings(**changes)
   assert caught.value.where == f"--config.rollout.{where}"
+
+
+@pytest.mark.parametrize("role", ["policy", "student"])
+def test_a_role_without_servers_is_refused(role):
+  settings = _settings(backend="http")
+  with pytest.raises(errors.ConfigError) as caught:
+    settings.urls(role)
+  assert caught.value.where == f"--config.rollout.{role}_urls"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO of a model that answers by itself, with a reward that can be checked.
+
+  python -m scripts.train_grpo --config=configs/run/rlvr.py \
+    --workdir=results/rlvr --config.model.path=Qwen/Qwen3-4B \
+    --config.data.path=questions.jsonl
+
+There is no student; all else is that of teacher_rcl.py, its variants included.
+Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+"""
+
+import ml_collections
+
+from configs.data import prompts, world
+from configs.model import tiny
+from configs.reward import answers
+from configs.run import teacher_rcl
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+  config = teacher_rcl.get_config(variant)
+  del config.student
+  del config.templates
+  config.template = prompts.get_templates().baseline
+  config.sampling = dict(teach=config.sampling.teach)
+  config.sampling.teach.temperature = 1.0
+  config.reward = answers.get_config()
+  if config.world.directory:
+    config.world.with_teacher = False
+    config.model = tiny.get_config(world.STUDENT)
+    config.template = world.get_templates().baseline
+    config.sampling.teach.max_completion_tokens = 40
+  return config
