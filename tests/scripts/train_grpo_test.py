@@ -14,15 +14,34 @@ from tests import tiny
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
+def _write_questions(directory):
+  questions = directory / "questions.jsonl"
+  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+  questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return questions
+
+
+def _run(command, workdir):
+  result = subprocess.run(
+    command,
+    cwd=_ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  return (workdir / "metrics.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   for name in ("policy", "student"):
     tiny.write_talker(
       tmp_path / name, num_hidden_layers=1, max_position_embeddings=512
     )
-  questions = tmp_path / "questions.jsonl"
-  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
-  questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  questions = _write_questions(tmp_path)
   workdir = tmp_path / "run"
   command = [
     *(sys.executable, "-m", "scripts.train_grpo"),
@@ -48,20 +67,7 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
     ),
   ]
 
-  def run():
-    result = subprocess.run(
-      command,
-      cwd=_ROOT,
-      env={**os.environ, "XLA_FLAGS": ""},
-      capture_output=True,
-      text=True,
-      timeout=300,
-      check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return (workdir / "metrics.jsonl").read_text()
-
-  told = run()
+  told = _run(command, workdir)
   rows = [json.loads(line) for line in told.splitlines()]
   assert [row["step"] for row in rows if "reward" in row] == [1, 2]
   named = ("teaching", "rlt", "overlong", "tests.reward_functions:count_words")
@@ -70,4 +76,34 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   assert "eval/teaching/NDR" in rows[-1]
   assert (workdir / "export/model.safetensors").exists()
   assert (workdir / "checkpoints/2/manifest.json").exists()
-  assert run() == told
+  assert _run(command, workdir) == told
+
+
+@pytest.mark.slow
+def test_a_model_learns_by_itself(tmp_path):
+  tiny.write_talker(tmp_path / "policy", max_position_embeddings=512)
+  questions = _write_questions(tmp_path)
+  command = [
+    *(sys.executable, "-m", "scripts.train_grpo"),
+    "--config=configs/run/rlvr.py:smoke,dapo",
+    f"--workdir={tmp_path}/run",
+    "--config.world.directory=",
+    f"--config.model.path={tmp_path}/policy",
+    f"--config.data.path={questions}",
+    f"--config.evaluation.path={questions}",
+    "--config.batch.num_questions=2",
+    "--config.batch.mask_truncated=False",
+    "--config.sampling.teach.group_size=3",
+    "--config.sampling.teach.max_completion_tokens=8",
+    "--reward_fn=tests.reward_functions:plain",
+    "--config.loop.num_steps=1",
+  ]
+
+  told = _run(command, tmp_path / "run")
+
+  row, evaluated = map(json.loads, told.splitlines())
+  assert {"reward", "rewards/exact", "accuracy"} <= row.keys()
+  assert row["num_tokens"] > 0
+  assert row["rewards/unavailable"] == 2
+  assert evaluated["eval/accuracy_high"] > 0
+  assert (tmp_path / "run/export/model.safetensors").exists()
