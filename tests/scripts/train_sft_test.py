@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SFT from the command line: bad input, interruptions, and the end."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +10,9 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests import tiny
@@ -106,6 +110,62 @@ def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
   assert losses[-1] < losses[0]
   assert "eval/loss" in rows[-1]
   assert (workdir / "export/model.safetensors").exists()
+
+
+def _digest(checkpoint):
+  """Digests every array of a state: parameters, moments and counters."""
+  state = ocp.StandardCheckpointer().restore(checkpoint.absolute() / "state")
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(state):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
+  command, tmp_path
+):
+  # The 36 conversations for training fill fewer batches than there are steps,
+  # so the data begin anew, in another order, after the kill.
+  line = [
+    *command,
+    "--config.data.packed=False",
+    "--config.loop.num_steps=30",
+    "--config.loop.save_every=8",
+    "--config.loop.eval_every=10",
+    "--config.checkpoint.keep=9",
+    "--config.export.keep_steps=2",
+  ]
+  straight, killed = tmp_path / "straight", tmp_path / "killed"
+  code, stderr = _finish(line, f"--workdir={straight}")
+  assert code == 0, stderr
+  process = _start(line, f"--workdir={killed}")
+  _stop_after(process, killed, 13, signal.SIGKILL)
+  assert process.returncode == -signal.SIGKILL
+  assert not (killed / "checkpoints/30").exists()
+  code, stderr = _finish(line, f"--workdir={killed}")
+  assert code == 0, stderr
+  assert "Restored " in stderr
+
+  def told(workdir):
+    names = ("step", "loss", "grad_norm", "learning_rate", "eval/loss")
+    return [[row.get(name) for name in names] for row in _rows(workdir)]
+
+  assert told(killed) == told(straight)
+  for step in (16, 24, 30):
+    digests = [
+      _digest(run / f"checkpoints/{step}") for run in (straight, killed)
+    ]
+    assert digests[0] == digests[1]
+  for run in (straight, killed):
+    assert sorted(path.name for path in run.glob("export*")) == [
+      "export",
+      "export-24",
+      "export-30",
+    ]
+  model = "export/model.safetensors"
+  assert (killed / model).read_bytes() == (straight / model).read_bytes()
 
 
 @pytest.mark.slow
