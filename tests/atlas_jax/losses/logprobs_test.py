@@ -208,3 +208,75 @@ def test_sharded_head_and_batch_give_the_same():
     jax.tree.leaves(got), jax.tree.leaves(want), strict=True
   ):
     np.testing.assert_allclose(got_leaf, want_leaf, atol=2e-5, rtol=1e-5)
+
+
+def _support_probs(logits_BTV, targets_BT, support, temperature):
+  """Transcribes top-k, then top-p, in float64; the target always stays."""
+  probs_BTV = np.zeros(logits_BTV.shape)
+  for b, t in np.ndindex(*targets_BT.shape):
+    weights_V = np.exp(logits_BTV[b, t] / temperature)
+    order = np.argsort(-weights_V)[: support.top_k or None]
+    share = weights_V[order] / weights_V[order].sum()
+    num_kept = np.searchsorted(np.cumsum(share), support.top_p) + 1
+    kept = np.union1d(order[:num_kept], targets_BT[b, t])
+    probs_BTV[b, t, kept] = weights_V[kept] / weights_V[kept].sum()
+  return probs_BTV
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize(
+  "support",
+  [
+    logprobs.Support(top_p=0.8, top_k=0),
+    logprobs.Support(top_p=1.0, top_k=6),
+    logprobs.Support(top_p=0.6, top_k=20),
+    logprobs.Support(top_p=1e-6, top_k=0),
+    logprobs.Support(top_p=1.0, top_k=_V + 5),
+  ],
+)
+def test_a_support_shares_the_probability_of_the_rest_out(support, temperature):
+  logits_BTV = np.random.default_rng(0).normal(size=(_B, _T, _V))
+  # Some targets are within the support, and some are not.
+  targets_BT = np.argsort(-logits_BTV)[..., 2]
+  targets_BT[:, ::3] = np.random.default_rng(1).integers(0, _V, (_B, 13))
+
+  def of(logits_BTV):
+    stats = logprobs.from_logits(
+      logits_BTV, targets_BT, temperature=temperature, support=support
+    )
+    return jnp.sum(stats.logprobs), stats
+
+  grad_BTV, stats = jax.grad(of, has_aux=True)(
+    jnp.asarray(logits_BTV, jnp.float32)
+  )
+  probs_BTV = _support_probs(logits_BTV, targets_BT, support, temperature)
+  picked_BT = np.take_along_axis(probs_BTV, targets_BT[..., None], -1)[..., 0]
+  np.testing.assert_allclose(stats.logprobs, np.log(picked_BT), atol=1e-5)
+  surprise_BTV = np.log(np.where(probs_BTV > 0.0, probs_BTV, 1.0))
+  np.testing.assert_allclose(
+    stats.entropy, -(probs_BTV * surprise_BTV).sum(-1), atol=1e-5
+  )
+  want_BTV = (np.eye(_V)[targets_BT] - probs_BTV) / temperature
+  np.testing.assert_allclose(grad_BTV, want_BTV, atol=1e-5)
+
+
+def test_all_gradients_over_a_support_are_finite_and_the_same_in_chunks():
+  hidden_BTD, head_DV, targets_BT = _batch()
+  support = logprobs.Support(top_p=0.5, top_k=10)
+
+  def of(hidden_BTD, head_DV, chunk_size):
+    stats = logprobs.of_targets(
+      hidden_BTD,
+      head_DV,
+      targets_BT,
+      temperature=0.9,
+      chunk_size=chunk_size,
+      support=support,
+    )
+    return _weighted_sum(stats)
+
+  grad = jax.grad(of, argnums=(0, 1))
+  whole, chunked = (grad(hidden_BTD, head_DV, size) for size in (_T, 8))
+  for one, other in zip(whole, chunked, strict=True):
+    assert jnp.isfinite(one).all()
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
