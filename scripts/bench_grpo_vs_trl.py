@@ -27,7 +27,7 @@ from absl import flags
 import numpy as np
 
 from atlas_jax import chat, launch, sharding, types
-from atlas_jax.data import sources
+from atlas_jax.data import sets
 from atlas_jax.train import grpo
 from configs.run import rlvr
 from scripts import program, small_world
@@ -158,6 +158,13 @@ def _ours(directory: pathlib.Path) -> None:
   policy = launch.open_model(mesh, **config.model)
   workdir = directory / "ours"
   workdir.mkdir()
+  questions, _ = sets.questions(
+    _selection(directory),
+    sets.HeldOut(path="", fraction=0.0),
+    batch_size=config.batch.num_questions,
+    seed=config.seed,
+    workdir=workdir,
+  )
   with launch.open_direct(policy, mesh, config) as rollouts:
     run = rollouts.run
 
@@ -172,7 +179,7 @@ def _ours(directory: pathlib.Path) -> None:
       policy.params,
       protocol=rollouts,
       reward_fn=reward_fn,
-      questions=_questions(directory),
+      questions=questions,
       held_out=(),
       mesh=mesh,
       config=config,
@@ -212,8 +219,11 @@ class _Clock:
     self.wait()
 
 
-def _questions(directory: pathlib.Path) -> list[types.Question]:
-  return sources.questions(sources.read(str(directory / "questions.jsonl")))
+def _selection(directory: pathlib.Path) -> sets.Selection:
+  path = str(directory / "questions.jsonl")
+  return sets.Selection(
+    path, "default", formats={}, weights=(), max_rows=0, max_bad_rows=0
+  )
 
 
 def _trl(directory: pathlib.Path) -> None:
@@ -245,7 +255,7 @@ def _trl(directory: pathlib.Path) -> None:
   tokenizer = chat.load_tokenizer(directory / "model")
   prompts = [
     chat.render(tokenizer, [types.Message("user", q.question)])[0]
-    for q in _questions(directory)
+    for q in sets.all_questions(_selection(directory), workdir=directory)
   ]
   trainer = Timed(
     model=str(directory / "model"),

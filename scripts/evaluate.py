@@ -11,7 +11,7 @@ intervals. Interrupted, it goes on where the records end.
 import json
 
 from atlas_jax import launch, sharding
-from atlas_jax.data import sources
+from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics
 from scripts import job, program
 
@@ -21,7 +21,8 @@ def main() -> None:
   config, workdir = job.arguments()
   with launch.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
-    questions = sources.questions(sources.read(config.data.path))
+    data = sets.Selection(**config.data)
+    questions = sets.all_questions(data, workdir=workdir)
     policy = launch.open_model(mesh, **config.model)
     student = launch.open_model(
       mesh, **config.student, with_params=config.rollout.backend == "jax"

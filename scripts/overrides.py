@@ -41,6 +41,10 @@ TABLE: Mapping[str, Row] = {
   "model_name_or_path": Row("model to train", ("model.path",)),
   "student_model": Row("the student", ("student.path",)),
   "dataset_id_or_path": Row("data to train on", ("data.path",)),
+  "dataset_max_samples": Row("rows of each dataset", ("data.max_rows",)),
+  "eval_split_ratio": Row(
+    "part of the problems that is held out", ("held_out.fraction",)
+  ),
   "seed": Row("decides every random number", ("seed",)),
   "output_dir": Row("the workdir"),
   "results_dir": Row("the workdir is a folder of the recipe's name in it"),
@@ -101,8 +105,8 @@ TABLE: Mapping[str, Row] = {
   "adam_beta2": Row("of AdamW", ("optimizer.adamw.beta2",)),
   "adam_epsilon": Row("of AdamW", ("optimizer.adamw.epsilon",)),
   "max_grad_norm": Row("clips the gradient", ("optimizer.max_grad_norm",)),
-  "max_seq_length": Row("tokens of a row; SFT", ("data.length",)),
-  "packing": Row("several examples in a row; SFT", ("data.packed",)),
+  "max_seq_length": Row("tokens of a row; SFT", ("packing.length",)),
+  "packing": Row("several examples in a row; SFT", ("packing.packed",)),
   "train_batch_size": Row(
     "sequences in a step: `batch.size`, or for RCL `batch.num_questions` times "
     "`num_generations`"

@@ -66,7 +66,7 @@ fi
     --config.seed="$seed" --config.loop.num_steps="$steps" "${common[@]}" \
     --config.model.path="$results/sft/export" \
     --config.data.path="$world/questions.jsonl" \
-    --config.evaluation.path="$world/validation.jsonl"
+    --config.held_out.path="$world/validation.jsonl"
 
 for stage in sft grpo; do
   say "$([[ $stage == sft ]] && echo 4 || echo 5)/6 Evaluation after $stage"

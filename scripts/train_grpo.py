@@ -11,7 +11,7 @@ import contextlib
 import functools
 
 from atlas_jax import launch, sharding
-from atlas_jax.data import sources
+from atlas_jax.data import sets
 from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
 from scripts import job, origins, program, reward_functions
@@ -29,7 +29,14 @@ def main() -> None:
   ):
     writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
-    questions = sources.questions(sources.read(config.data.path))
+    questions, held_out = sets.questions(
+      sets.Selection(**config.data),
+      sets.HeldOut(**config.held_out),
+      batch_size=config.batch.num_questions,
+      seed=config.seed,
+      workdir=workdir,
+    )
+    held_out = held_out[: config.evaluation.num_questions]
     policy = launch.open_model(mesh, **config.model)
     if "student" in config:
       student = launch.open_model(
@@ -49,10 +56,6 @@ def main() -> None:
     reward_fn = opened.enter_context(
       launch.open_reward(reader, functions, config)
     )
-    held_out = []
-    if config.evaluation.path:
-      held_out = sources.questions(sources.read(config.evaluation.path))
-      held_out = held_out[: config.evaluation.num_questions]
     export = functools.partial(
       launch.export,
       workdir,

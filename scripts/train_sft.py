@@ -10,6 +10,7 @@ The workdir is the only state: run the same line again and it resumes.
 import functools
 
 from atlas_jax import launch, sharding
+from atlas_jax.data import sets
 from atlas_jax.train import sft
 from scripts import job, origins, program
 
@@ -24,11 +25,14 @@ def main() -> None:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
     policy = launch.open_model(mesh, **config.model)
-    train_set, eval_set = sft.make_sets(
+    train_set, eval_set = sets.conversations(
       policy.tokenizer,
+      data=sets.Selection(**config.data),
+      held_out=sets.HeldOut(**config.held_out),
+      layout=sets.Layout(**config.packing),
       batch_size=config.batch.size,
       seed=config.seed,
-      **config.data,
+      workdir=workdir,
     )
     export = functools.partial(
       launch.export,

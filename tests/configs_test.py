@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from atlas_jax import checkpoint, launch, sharding, types
+from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
@@ -42,6 +43,8 @@ _FUNCTIONS = {
   "model": (launch.open_model, ()),
   "student": (launch.open_model, ()),
   "mesh": (sharding.make_mesh, ()),
+  "data": (sets.Selection, ()),
+  "held_out": (sets.HeldOut, ()),
   "sampler": (
     rollout_sampler.open_sampler,
     ("directory", "model", "params", "tokenizer", "mesh"),
@@ -77,7 +80,7 @@ _FUNCTIONS = {
 }
 _SFT = _FUNCTIONS | {
   "batch": (sharding.num_microbatches, ()),
-  "data": (train_sft.make_sets, ("batch_size", "seed")),
+  "packing": (sets.Layout, ()),
   "loss": (train_sft._loss, ()),
 }
 _GRPO = _FUNCTIONS | {"loss": (grpo.Objective, ("max_tokens",))}

@@ -1,109 +1,388 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the columns of a known dataset mean, and the conversation they make."""
+"""What the columns of known datasets mean, and what is made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import difflib
+import re
+from typing import Any
 
 from atlas_jax import errors, types
-from atlas_jax.data import sources
+from atlas_jax.data import rows
 
-_ROLES = ("system", "user", "assistant")
+_COLUMN = re.compile(r"\{(\w+(?:\|\w+)*)\}")
+_CHAT_COLUMNS = ("messages", "conversations")
+_ROLES = {
+  **{role: role for role in ("system", "user", "assistant")},
+  **{"human": "user", "gpt": "assistant"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """How rows of one kind of dataset become conversations.
+  r"""How rows of one kind of dataset are read.
 
-  `question`, `solution` and `reasoning_trace` are column names; the last may be
-  absent from a row. A trace is written between `think_open` and `think_close`,
-  in front of the solution. An empty `system_prompt` adds no turn. Rows that
-  `need_messages` must bring their conversation, since their columns do not say
-  how to render it.
+  Texts are templates: `{column}` stands for the text in a column, `{a|b}` for
+  that in the first of some which is not empty. Patterns are regular expressions
+  with `^` and `$` at lines.
+
+  A row with a column `messages` or `conversations` brings its conversation, and
+  is not made one of `question`, `thinking` and `solution`.
+
+  Attributes:
+    system_prompt: the first turn, unless the row has one; empty for none.
+    question: the user's turn, and the question that a student is asked.
+    thinking: written in front of the solution; left out if no column in it has
+      text.
+    solution: the assistant's turn.
+    rewrites: pairs of a pattern and what replaces it, as in `re.sub`, in what
+      the assistant wrote.
+    answer: the reference that answers are compared with. Of a row with a
+      conversation and none of its columns it is the last turn.
+    answer_pattern: in `answer`, the first group of the last match is the final
+      answer, and rows without a match are left out; empty for all of it.
+    worked: the way to the answer, which the reward R0 looks at; may be empty.
+      Of a row with a conversation and none of its columns it is the last turn,
+      after the thinking.
+    problem: what tells problems apart when some are held out; empty for
+      `question`, or of a conversation the user's first turn.
+    keep: by column, the values of rows that are kept.
+    need_messages: whether rows without a conversation are bad.
+    hub_id: the dataset on the Hub that is read so without being asked to.
+    sft_part: which part of it to fine-tune on; see `sources.Source`.
+    questions_part: which part of it has questions.
   """
 
   system_prompt: str
   question: str
+  thinking: str
   solution: str
-  reasoning_trace: str
-  think_open: str
-  think_close: str
+  rewrites: tuple[tuple[str, str], ...]
+  answer: str
+  answer_pattern: str
+  worked: str
+  problem: str
+  keep: Mapping[str, Sequence[str]]
   need_messages: bool
+  hub_id: str
+  sft_part: str
+  questions_part: str
 
 
 _DEFAULT = Format(
   system_prompt="",
-  question="question",
-  solution="solution",
-  reasoning_trace="reasoning_trace",
+  question="{question|prompt}",
   # As the templates of Qwen3 and DeepSeek-R1 write it, to the newline.
-  think_open="<think>\n",
-  think_close="\n</think>\n\n",
+  thinking="<think>\n{reasoning_trace}\n</think>\n\n",
+  solution="{solution|ground_truth}",
+  rewrites=(),
+  answer="{answer|ground_truth|solution}",
+  answer_pattern="",
+  worked="{solution}",
+  problem="",
+  keep={},
   need_messages=False,
+  hub_id="",
+  sft_part="",
+  questions_part="",
 )
+_ATLAS = dataclasses.replace(
+  _DEFAULT,
+  system_prompt=(
+    "You are a teacher who adapts to each student. You see a problem and how a "
+    "student means to solve it. Work in three phases. Analyse: say what the "
+    "approach is and which parts of it are sound. Diagnose: name the gap or "
+    "the misconception that will make it fail, if there is one. Intervene: "
+    "direct the student's attention to what matters, ask a question that "
+    "exposes the gap, and hint at the next step. Never give the answer away."
+  ),
+  question="{prompt|problem_text|question|input}",
+  solution=(
+    "Student Approach:\n{student_approach}\n\n"
+    "Teacher Diagnosis:\n{teacher_diagnosis}\n\n"
+    "Teacher Teaching:\n{teacher_teaching}"
+  ),
+  answer="{ground_truth|answer|solution}",
+)
+# Braces within a box may nest two deep, as in \boxed{\frac{\sqrt{3}}{2}}.
+_IN_BOX = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 
 DATA_CONFIGS: Mapping[str, Format] = {
   "default": _DEFAULT,
   # Columns `question`, `probe` and `teaching`: the caller's own teaching
   # template turns them into `messages`.
-  "guidance": dataclasses.replace(
-    _DEFAULT, solution="teaching", need_messages=True
+  "guidance": dataclasses.replace(_DEFAULT, need_messages=True),
+  "arc_atlas_v0": dataclasses.replace(
+    _ATLAS,
+    hub_id="Arc-Intelligence/Arc-ATLAS-Teach-v0",
+    sft_part="training/sft.jsonl",
+    questions_part="training/rl.jsonl",
+  ),
+  "arc_atlas_v1": dataclasses.replace(
+    _ATLAS,
+    hub_id="Arc-Intelligence/Arc-ATLAS-Teach-v1",
+    questions_part="curriculum/arc_atlas_teach_rl.jsonl",
+  ),
+  "stratos": dataclasses.replace(
+    _DEFAULT,
+    rewrites=(
+      (r"<\|begin_of_thought\|>\s*", "<think>\n"),
+      (r"\s*<\|end_of_thought\|>\s*", "\n</think>\n\n"),
+      (r"<\|begin_of_solution\|>\s*|\s*<\|end_of_solution\|>\s*", ""),
+    ),
+    answer_pattern=rf"\\boxed\{{({_IN_BOX})\}}",
+    hub_id="bespokelabs/Bespoke-Stratos-17k",
+    sft_part="train",
+    questions_part="train",
+  ),
+  "big_math": dataclasses.replace(
+    _DEFAULT,
+    question="{prompt|problem|question}",
+    answer="{solution|answer|ground_truth}",
+    hub_id="open-r1/Big-Math-RL-Verified-Processed",
+    sft_part="level_4_5/train",
+    questions_part="level_4_5/train",
+  ),
+  "gsm8k": dataclasses.replace(
+    _DEFAULT,
+    solution="{answer}",
+    # Without the calculator's notes, and with the tag that the prompts of the
+    # teaching protocol ask for.
+    rewrites=(
+      (r"<<[^<>\n]*>>", ""),
+      (r"\s*^####[ \t]*(.+?)\s*$", r"\n<solution>\1</solution>"),
+    ),
+    answer="{answer}",
+    worked="{answer}",
+    answer_pattern=r"^####[ \t]*(.+?)\s*$",
+    hub_id="openai/gsm8k",
+    sft_part="main/train",
+    questions_part="main/train",
+  ),
+  "meta_math": dataclasses.replace(
+    _DEFAULT,
+    question="{query|question|problem}",
+    solution="{response|solution}",
+    answer="{response|solution|answer}",
+    worked="{response|solution}",
+    answer_pattern=r"(?:The answer is:?|^####)[ \t]*(.+?)\.?\s*$",
+    # Most queries are another's in other words.
+    problem="{original_question|query|question|problem}",
+    hub_id="meta-math/MetaMathQA",
+    sft_part="train",
+    questions_part="train",
   ),
 }
 
 
-def to_messages(row: sources.Row, fmt: Format) -> list[types.Message]:
-  """Returns the conversation of a row.
+def find(
+  name: str,
+  place: str,
+  formats: Mapping[str, Mapping[str, Any]],  # Any: out of a config.
+) -> Format:
+  """Returns the format of that name.
 
-  A column `messages`, a list of objects with `role` and `content`, is used as
-  it is. Else the user asks the question, and the assistant answers with the
-  reasoning trace, if there is one, and the solution.
+  Args:
+    name: a key of `DATA_CONFIGS` or of `formats`; "auto" is the one whose
+      `hub_id` is `place`, or else "default".
+    place: see `sources.Source`.
+    formats: more of them, each the fields in which it differs from another,
+      whose name is under `like`, or else from "default".
+
+  Raises:
+    errors.ConfigError: if there is none, or it has fields of nobody.
+  """
+  if name == "auto":
+    for known in DATA_CONFIGS.values():
+      if known.hub_id and known.hub_id.lower() == place.lower():
+        return known
+    return _DEFAULT
+  if name not in formats:
+    return _known(name, DATA_CONFIGS)
+  changes = dict(formats[name])
+  like = _known(str(changes.pop("like", "default")), DATA_CONFIGS)
+  try:
+    made = dataclasses.replace(like, **changes)
+    for pattern, replacement in made.rewrites:
+      re.sub(pattern, replacement, "")
+    if made.answer_pattern and re.compile(made.answer_pattern).groups != 1:
+      raise ValueError("answer_pattern does not have one group.")
+  except (TypeError, ValueError, re.error) as error:
+    fields = ", ".join(field.name for field in dataclasses.fields(Format))
+    raise errors.ConfigError(
+      "A data format is malformed.",
+      where=f"--config.data.formats.{name}",
+      why=str(error),
+      fix=f"Its fields are like, {fields}; see atlas_jax/data/formats.py.",
+    ) from error
+  return made
+
+
+def _known(name: str, formats: Mapping[str, Format]) -> Format:
+  if name in formats:
+    return formats[name]
+  close = difflib.get_close_matches(name, formats, n=1)
+  raise errors.ConfigError(
+    f"There is no data format {name!r}.",
+    where="--config.data.format",
+    why=f"The formats are {', '.join(formats)}.",
+    fix=f"Did you mean {close[0]!r}?"
+    if close
+    else "Name one of them, or add yours to config.data.formats.",
+  )
+
+
+def excluded_by(row: rows.Row, fmt: Format) -> str:
+  """Returns the column whose value keeps the row out; empty if none does."""
+  for column, values in fmt.keep.items():
+    if rows.optional_text(row, column) not in {str(value) for value in values}:
+      return column
+  return ""
+
+
+def to_messages(row: rows.Row, fmt: Format) -> list[types.Message]:
+  """Returns the conversation of a row.
 
   Raises:
     errors.DataError: if a column is missing or holds something else.
   """
-  if row.values.get("messages") is not None:
-    return _chat(row)
-  if fmt.need_messages:
-    raise errors.DataError(
-      "A row has no messages.",
-      where=row.where,
-      why=f"Rows of this format must have them. Its columns are: "
-      f"{', '.join(row.values) or 'none'}.",
-      fix='Render the row into "messages", a list of {"role": ..., "content": '
-      "...}, first.",
-    )
-  trace = sources.optional_text(row, fmt.reasoning_trace)
-  if trace:
-    trace = f"{fmt.think_open}{trace.strip()}{fmt.think_close}"
-  messages = [
-    types.Message("user", sources.text(row, fmt.question)),
-    types.Message("assistant", trace + sources.text(row, fmt.solution)),
-  ]
-  if fmt.system_prompt:
+  messages = _chat(row)
+  if not messages:
+    if fmt.need_messages:
+      raise errors.DataError(
+        "A row has no messages.",
+        where=row.where,
+        why="Rows of this format must have them. Its columns are: "
+        f"{', '.join(row.values) or 'none'}.",
+        fix='Render the row into "messages", a list of {"role": ..., '
+        '"content": ...}, first.',
+      )
+    written = _fill_optional(fmt.thinking, row) + _fill(fmt.solution, row)
+    messages = [
+      types.Message("user", _fill(fmt.question, row)),
+      types.Message("assistant", written),
+    ]
+  if fmt.system_prompt and messages[0].role != "system":
     messages.insert(0, types.Message("system", fmt.system_prompt))
-  return messages
+  return [
+    dataclasses.replace(turn, content=_rewritten(turn.content, fmt))
+    if turn.role == "assistant"
+    else turn
+    for turn in messages
+  ]
 
 
-def _chat(row: sources.Row) -> list[types.Message]:
-  turns = row.values["messages"]
+def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
+  """Returns the question of a row; None if it has no answer of the pattern.
+
+  Columns `row_id` or `id` name it, else its file and line do. `difficulty` may
+  be left out.
+
+  Raises:
+    errors.DataError: if a column is missing or holds something else.
+  """
+  messages = _chat(row)
+  if messages:
+    question = _user_turn(row, messages)
+    answer = _fill_optional(fmt.answer, row) or messages[-1].content
+    written = _rewritten(messages[-1].content, fmt).rpartition("</think>")[2]
+  else:
+    question, answer = _fill(fmt.question, row), _fill(fmt.answer, row)
+    written = ""
+  if fmt.answer_pattern:
+    found = re.findall(fmt.answer_pattern, answer, re.MULTILINE)
+    if not found:
+      return None
+    answer = found[-1]
+  worked = _rewritten(_fill_optional(fmt.worked, row), fmt)
+  return types.Question(
+    row_id=rows.optional_text(row, "row_id")
+    or rows.optional_text(row, "id")
+    or row.row_id,
+    question=question,
+    answer=answer,
+    difficulty=rows.optional_text(row, "difficulty"),
+    solution=worked or written.strip(),
+  )
+
+
+def to_problem(row: rows.Row, fmt: Format) -> str:
+  """Returns the text that tells the row's problem from others.
+
+  Raises:
+    errors.DataError: if a column is missing or holds something else.
+  """
+  problem = _fill_optional(fmt.problem or fmt.question, row)
+  messages = _chat(row)
+  if not problem and messages:
+    return _user_turn(row, messages)
+  return problem or _fill(fmt.question, row)
+
+
+def _fill(template: str, row: rows.Row) -> str:
+  """Puts the row's columns into a template; each must have text."""
+  return _COLUMN.sub(
+    lambda match: rows.text(row, *match[1].split("|")), template
+  )
+
+
+def _fill_optional(template: str, row: rows.Row) -> str:
+  """As `_fill`; empty if no column has text, and without space around it."""
+  columns = "|".join(_COLUMN.findall(template)).split("|")
+  if not any(rows.optional_text(row, column) for column in columns):
+    return ""
+  return _COLUMN.sub(
+    lambda match: rows.text(row, *match[1].split("|")).strip(), template
+  )
+
+
+def _rewritten(text: str, fmt: Format) -> str:
+  for pattern, replacement in fmt.rewrites:
+    text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+  return text
+
+
+def _chat(row: rows.Row) -> list[types.Message]:
+  """Returns the conversation that a row brings, if it brings one."""
+  column = next((c for c in _CHAT_COLUMNS if row.values.get(c) is not None), "")
+  if not column:
+    return []
+  turns = row.values[column]
   if not isinstance(turns, list) or not turns:
-    raise _bad_turn(row, "It is no list, or an empty one.")
+    raise _bad_turn(row, column, "It is no list, or an empty one.")
   messages = []
   for number, turn in enumerate(turns, start=1):
-    if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
+    if not isinstance(turn, dict):
+      raise _bad_turn(row, column, f"Turn {number} is no object.")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role not in _ROLES:
       raise _bad_turn(
-        row, f"Turn {number} has no role out of {', '.join(_ROLES)}."
+        row, column, f"Turn {number} has no role out of {', '.join(_ROLES)}."
       )
-    content = sources.as_text(
-      turn.get("content"), name=f"Turn {number} of messages", where=row.where
+    content = rows.as_text(
+      turn.get("content", turn.get("value")),
+      name=f"Turn {number} of {column}",
+      where=row.where,
     )
-    messages.append(types.Message(turn["role"], content))
+    messages.append(types.Message(_ROLES[role], content))
   return messages
 
 
-def _bad_turn(row: sources.Row, why: str) -> errors.DataError:
+def _user_turn(row: rows.Row, messages: Sequence[types.Message]) -> str:
+  for turn in messages:
+    if turn.role == "user":
+      return turn.content
+  raise errors.DataError(
+    "A conversation has no user's turn.",
+    where=row.where,
+    why=f"Its roles are {', '.join(turn.role for turn in messages)}.",
+    fix="Write what is asked as a turn of the user, or leave the row out.",
+  )
+
+
+def _bad_turn(row: rows.Row, column: str, why: str) -> errors.DataError:
   return errors.DataError(
-    'Column "messages" is not a conversation.',
+    f'Column "{column}" is not a conversation.',
     where=row.where,
     why=why,
     fix='Write it as [{"role": "user", "content": "..."}, ...].',

@@ -2,8 +2,10 @@
 """Batches by number: the same step gives the same batch, on every host."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import functools
 import hashlib
+import math
 from typing import Literal
 
 import numpy as np
@@ -11,6 +13,76 @@ import numpy as np
 from atlas_jax import errors, types
 
 Remainder = Literal["drop", "pad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+  """The order of rows that come from several sets, one after the other.
+
+  Attributes:
+    sizes: rows of each set.
+    weights: the share of each set in an epoch, which has as many rows as all
+      sets together: of a set that gets less than its size each epoch sees other
+      rows, and one that gets more is gone through again. Empty to see every row
+      once.
+    seed: of the order, which is drawn anew for each epoch.
+  """
+
+  sizes: tuple[int, ...]
+  weights: tuple[float, ...]
+  seed: int
+
+  def __post_init__(self) -> None:
+    """Refuses weights that are no shares of these sets."""
+    if self.weights and (
+      len(self.weights) != len(self.sizes)
+      or not all(0.0 < weight < math.inf for weight in self.weights)
+    ):
+      raise errors.ConfigError(
+        "The sets cannot be mixed.",
+        where=f"--config.data.weights={self.weights}",
+        why=f"There are {len(self.sizes)} sets, and each takes a weight above "
+        "0.",
+        fix="Give one weight for each path, or none to take all rows once.",
+      )
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of an epoch."""
+    return int(sum(self._counts()))
+
+  def order(self, epoch: int) -> np.ndarray:
+    """Returns the rows of an epoch by their numbers over all sets."""
+    return _order(self, epoch)
+
+  def _counts(self) -> list[int]:
+    """Rows that an epoch takes of each set."""
+    if not self.weights:
+      return list(self.sizes)
+    share = sum(self.sizes) / sum(self.weights)
+    return [max(1, round(weight * share)) for weight in self.weights]
+
+  def _rows(self, epoch: int) -> np.ndarray:
+    """Returns what an epoch takes of each set, one set after the other."""
+    if not self.weights:
+      return np.arange(sum(self.sizes))
+    starts = np.cumsum((0, *self.sizes))
+    taken = []
+    for number, (size, count) in enumerate(
+      zip(self.sizes, self._counts(), strict=True)
+    ):
+      # Each set is gone through in rounds, which epochs cut anywhere.
+      first, last = epoch * count, (epoch + 1) * count
+      rounds = range(first // size, (last - 1) // size + 1)
+      drawn = np.concatenate(
+        [
+          np.random.default_rng((self.seed, i, number)).permutation(size)
+          for i in rounds
+        ]
+      )
+      skipped = first - rounds.start * size
+      taken.append(starts[number] + drawn[skipped : skipped + count])
+    return np.concatenate(taken)
 
 
 class Loader:
@@ -25,8 +97,8 @@ class Loader:
     arrays: Mapping[str, np.ndarray],
     *,
     names: Sequence[str],
+    mix: Mix,
     batch_size: int,
-    seed: int,
     remainder: Remainder,
     process_index: int,
     process_count: int,
@@ -36,8 +108,8 @@ class Loader:
     Args:
       arrays: on every host the same.
       names: of the rows, for a user to find them by.
+      mix: which of the rows belong to which set, and their order.
       batch_size: rows of a batch, over all hosts.
-      seed: of the order, which is drawn anew for each epoch.
       remainder: the rows that fill no batch at the end of an epoch are left
         out ("drop", each epoch others), or filled up with rows of zeros ("pad",
         to see every row once).
@@ -49,8 +121,8 @@ class Loader:
       errors.ConfigError: if the hosts cannot share a batch equally.
     """
     num_rows = {len(names), *map(len, arrays.values())}
-    if len(num_rows) != 1:
-      raise ValueError(f"Expected arrays of as many rows, got {num_rows}.")
+    if num_rows != {sum(mix.sizes)}:
+      raise ValueError(f"Expected {mix.sizes} rows, got {num_rows}.")
     if remainder not in ("drop", "pad"):
       raise ValueError(
         f'Expected remainder of "drop" or "pad", got {remainder!r}.'
@@ -62,12 +134,11 @@ class Loader:
         why=f"A batch has {batch_size} rows, and all take the same number.",
         fix="Make batch_size a positive multiple of the number of hosts.",
       )
-    (self._num_rows,) = num_rows
-    _check_enough(self._num_rows, batch_size if remainder == "drop" else 1)
+    _check_enough(mix.num_rows, batch_size if remainder == "drop" else 1)
     self._arrays = dict(arrays)
     self._names = list(names)
+    self._mix = mix
     self._batch_size = batch_size
-    self._seed = seed
     self._remainder = remainder
     share = batch_size // process_count
     self._mine = slice(process_index * share, (process_index + 1) * share)
@@ -75,7 +146,7 @@ class Loader:
   @property
   def num_batches_per_epoch(self) -> int:
     """How many steps see every row once, but for a dropped remainder."""
-    full, rest = divmod(self._num_rows, self._batch_size)
+    full, rest = divmod(self._mix.num_rows, self._batch_size)
     return full + (rest > 0 and self._remainder == "pad")
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -93,45 +164,57 @@ class Loader:
 
   def _rows(self, step: int) -> np.ndarray:
     epoch, number = divmod(step, self.num_batches_per_epoch)
-    order = _order(self._seed, epoch, self._num_rows)
+    order = self._mix.order(epoch)
     start = number * self._batch_size
     return order[start : start + self._batch_size]
 
   def fingerprint(self) -> str:
-    """Returns a digest of all rows, to refuse resuming with other data."""
-    digest = hashlib.sha256()
+    """Returns a digest of all batches, to refuse resuming with others."""
+    settings = (self._mix, self._batch_size, self._remainder)
+    digest = hashlib.sha256(repr(settings).encode())
     for name, array in sorted(self._arrays.items()):
       digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
       digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def question_batch(
-  questions: Sequence[types.Question], step: int, batch_size: int, seed: int
-) -> list[types.Question]:
-  """Returns the questions of `step`, shuffled anew for each epoch.
+class QuestionLoader:
+  """Shuffled batches of `questions`, by the same rule as `Loader`'s.
 
-  An epoch ends with the last full batch, so no question is twice in a batch.
-
-  Raises:
-    errors.DataError: if there are fewer questions than `batch_size`.
+  An epoch ends with the last full batch, so no question is twice in a batch
+  unless a set is smaller than its weight asks for.
   """
-  _check_enough(len(questions), batch_size)
-  epoch, number = divmod(step, len(questions) // batch_size)
-  order = _order(seed, epoch, len(questions))
-  start = number * batch_size
-  return [questions[i] for i in order[start : start + batch_size]]
 
+  def __init__(
+    self, questions: Sequence[types.Question], *, mix: Mix, batch_size: int
+  ) -> None:
+    """Takes questions of all sets, one set after the other.
 
-def fingerprint(questions: Sequence[types.Question]) -> str:
-  """Returns a digest of questions and their order, as `Loader.fingerprint`."""
-  lines = "\n".join(types.to_json_line(question) for question in questions)
-  return hashlib.sha256(lines.encode()).hexdigest()
+    Raises:
+      errors.DataError: if there are fewer than `batch_size`.
+    """
+    _check_enough(mix.num_rows, batch_size)
+    self.questions = tuple(questions)
+    self._mix, self._batch_size = mix, batch_size
+
+  def batch(self, step: int) -> list[types.Question]:
+    """Returns the questions of `step`."""
+    epoch, number = divmod(step, self._mix.num_rows // self._batch_size)
+    start = number * self._batch_size
+    rows = self._mix.order(epoch)[start : start + self._batch_size]
+    return [self.questions[i] for i in rows]
+
+  def fingerprint(self) -> str:
+    """Returns a digest of all batches, as `Loader.fingerprint`."""
+    settings = (self._mix, self._batch_size)
+    lines = map(types.to_json_line, self.questions)
+    text = "\n".join((repr(settings), *lines))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-  return np.random.default_rng((seed, epoch)).permutation(num_rows)
+def _order(mix: Mix, epoch: int) -> np.ndarray:
+  return np.random.default_rng((mix.seed, epoch)).permutation(mix._rows(epoch))
 
 
 def _check_enough(num_rows: int, needed: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from atlas_jax import errors
 
-Example = tuple[Sequence[int], Sequence[bool]]
+Example = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
 TooLong = Literal["drop", "truncate", "error"]
 
 

@@ -1,223 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows from JSONL and Parquet files, folders of them, and Hub datasets.
+"""Rows from files, folders of them, and datasets on the Hub."""
 
-A row keeps the place it came from, so that whatever is wrong with it, here or
-later, can be told by file and line.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
-import json
-import math
 import pathlib
 import re
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
-from atlas_jax import errors, types
+from atlas_jax import errors
+from atlas_jax.data import jsonl, rows
+from atlas_jax.data import quarantine as data_quarantine
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?")
+# What tools write beside the data: facts about them, and caches.
+_NO_DATA = re.compile(
+  r"(state|config|dataset_(info|infos|dict))\.json|cache-.*\.arrow"
+)
+_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
+
+_Reader = Callable[
+  [pathlib.Path, str, data_quarantine.Quarantine], Iterator[rows.Row]
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """One row of a dataset.
+class Source:
+  """Where rows are read from.
 
-  `row_id` is the file's stem and the line, from 1: it does not change with the
-  folder. `where` is what an error names.
+  `place` is a path, or the id of a Hub dataset. `part` is what is read of a
+  folder or a dataset: "split", "subset/split", or the name of a file in it.
   """
 
-  row_id: str
-  where: str
-  values: Mapping[str, object]
+  place: str
+  is_local: bool
+  revision: str
+  part: str
 
 
-def read(source: str) -> list[Row]:
-  """Reads every row of a dataset.
+def parse(source: str) -> Source:
+  """Takes apart the name of a dataset.
 
   Args:
-    source: a .jsonl or .json file with an object on each line, a .parquet file,
-      a folder of such files, read in the order of their names, or a Hub dataset
-      as "owner/name" or "owner/name:split".
+    source: a file, a folder or a Hub dataset as `owner/name`, which may go on
+      with `@revision`; both of the latter with `:part`, as in `Source`.
 
   Raises:
-    errors.DataError: if there is nothing to read, or a line is malformed.
+    errors.DataError: if it is none of them.
   """
-  path = pathlib.Path(source)
-  hub_id = _HUB_ID.fullmatch(source)
-  if path.is_dir():
-    files = [file for file in sorted(path.iterdir()) if file.suffix in _READERS]
-    rows = [row for file in files for row in _READERS[file.suffix](file)]
-  elif path.suffix in _READERS:
-    rows = _READERS[path.suffix](path)
-  elif hub_id and not path.exists():
+  place, _, part = source.partition(":")
+  for known, rest in ((source, ""), (place, part)):
+    if pathlib.Path(known).exists():
+      return Source(known, is_local=True, revision="", part=rest)
+  hub_id = _HUB_ID.fullmatch(place)
+  if not hub_id or _ending(place):
+    raise errors.DataError(
+      "The dataset is not there.",
+      where=source,
+      why="It is no file, no folder, and no id of a dataset on the Hub.",
+      fix=f"Name a file ending with {', '.join(_READERS)}, a folder of them, "
+      'or a Hub dataset as "owner/name@revision:split".',
+    )
+  return Source(
+    hub_id["id"], is_local=False, revision=hub_id["revision"] or "", part=part
+  )
+
+
+def read(
+  source: Source, default_part: str, quarantine: data_quarantine.Quarantine
+) -> Iterator[rows.Row]:
+  """Yields the rows of a dataset, few in memory at a time.
+
+  Args:
+    source: from `parse`.
+    default_part: taken if the source names none, of a folder if it has it.
+    quarantine: takes malformed rows.
+
+  Raises:
+    errors.DataError: if there is nothing to read, or not all of it can be.
+  """
+  if not source.is_local:
     # Imported here alone: `datasets` is an extra, and slow to import.
     from atlas_jax.data import hub
 
-    values = hub.read(hub_id[1], split=hub_id[2])
-    rows = _rows(source.split("/")[-1], source, values)
-  else:
-    raise errors.DataError(
-      "The dataset is of no known kind.",
-      where=source,
-      why="It is no file that can be read, no folder, and no id on the Hub.",
-      fix=f"Name a {', '.join(_READERS)} file, a folder of them, or a Hub "
-      'dataset as "owner/name:split".',
+    part = source.part or default_part
+    subset, _, split = part.rpartition("/")
+    values = (
+      hub.read(source.place, revision=source.revision, file=part)
+      if _ending(part)
+      else hub.read(
+        source.place, revision=source.revision, subset=subset, split=split
+      )
     )
-  if not rows:
-    raise errors.DataError(
-      "The dataset is empty.",
-      where=source,
-      why=f"No row was found, in files that end with {', '.join(_READERS)}.",
-      fix="Check the path, and that whatever wrote it came to its end.",
-    )
-  return rows
+    name = source.place.rpartition("/")[2]
+    yield from _number(values, file=source.place, name=name)
+    return
+  path = pathlib.Path(source.place)
+  for file in _files(path, source.part, default_part):
+    name = file.relative_to(path) if file != path else pathlib.Path(file.name)
+    stem = name.as_posix().removesuffix(_ending(file.name))
+    yield from _READERS[_ending(file.name)](file, stem, quarantine)
 
 
-def text(row: Row, *columns: str) -> str:
-  """Returns the text in the first of `columns` that has a value.
-
-  Raises:
-    errors.DataError: if none has, or it is not text, or it is blank.
-  """
-  for column in columns:
-    value = row.values.get(column)
-    if value is not None:
-      return as_text(value, name=f'Column "{column}"', where=row.where)
-  present = [
-    name if value is not None else f"{name} (null)"
-    for name, value in row.values.items()
-  ]
-  raise errors.DataError(
-    f"A row has no {' or '.join(columns)}.",
-    where=row.where,
-    why=f"Its columns are: {', '.join(present) or 'none'}.",
-    fix="Rename the column in the file, or choose the format that names yours.",
-  )
-
-
-def optional_text(row: Row, column: str) -> str:
-  """Returns the text in `column`; empty if there is none, or it is null."""
-  return "" if row.values.get(column) in (None, "") else text(row, column)
-
-
-def as_text(value: object, *, name: str, where: str) -> str:
-  """Returns `value` if it is text with something in it.
-
-  Raises:
-    errors.DataError: otherwise, with `name` and `where`.
-  """
-  if not isinstance(value, str):
-    why = f"It holds {type(value).__name__} {str(value)[:40]}."
-  elif not value.strip():
-    why = "It is blank."
-  elif not _encodable(value):
-    why = "It holds half of a surrogate pair, which is no character."
-  else:
-    return value
-  raise errors.DataError(
-    f"{name} is not usable text.",
-    where=where,
-    why=why,
-    fix="Write it as text, or leave the row out.",
-  )
-
-
-def questions(rows: Iterable[Row]) -> list[types.Question]:
-  """Reads problems with their reference answers.
-
-  The answer is the first with a value of the columns `answer`, `ground_truth`
-  and `solution`. `row_id` or `id` names a row, else its file and line do.
-  `difficulty` and `solution` may be left out; the former and the name may be
-  numbers.
-
-  Raises:
-    errors.DataError: if a row lacks one, or two rows have the same name.
-  """
-  seen: dict[str, str] = {}
-  found = []
-  for row in rows:
-    row_id = _label(row, "row_id") or _label(row, "id") or row.row_id
-    if row_id in seen:
+def _files(
+  path: pathlib.Path, part: str, default_part: str
+) -> Sequence[pathlib.Path]:
+  """Returns the files of a source, in the order of their names."""
+  if path.is_file():
+    if part or not _ending(path.name):
       raise errors.DataError(
-        f"Two rows are named {row_id!r}.",
-        where=row.where,
-        why=f"So is {seen[row_id]}; random numbers are drawn by this name.",
-        fix="Give each row its own row_id, or none at all.",
+        "The file is of no known kind.",
+        where=f"{path}:{part}" if part else str(path),
+        why="A file has no parts." if part else "Its name ends differently.",
+        fix=f"Name a file that ends with {', '.join(_READERS)}.",
       )
-    seen[row_id] = row.where
-    found.append(
-      types.Question(
-        row_id=row_id,
-        question=text(row, "question"),
-        answer=text(row, "answer", "ground_truth", "solution"),
-        difficulty=_label(row, "difficulty"),
-        solution=optional_text(row, "solution"),
-      )
+    return [path]
+  files = [
+    file
+    for file in sorted(path.rglob("*"))
+    if _ending(file.name) and not _NO_DATA.fullmatch(file.name)
+  ]
+  found = _select(path, files, part or default_part)
+  if not part and not found:
+    found = files
+  # Reading the training and the test part as one would leak the latter.
+  kinds = {_split(file.relative_to(path)) for file in found}
+  if not found or len(kinds) > 1:
+    raise errors.DataError(
+      "A folder has more than one part." if found else "There are no files.",
+      where=f"{path}:{part}" if part else str(path),
+      why=f"It holds {_listed(file.relative_to(path) for file in files)}.",
+      fix=f'Name a part of what is there, e.g. "{path}:train", or a file.',
     )
   return found
 
 
-def _label(row: Row, column: str) -> str:
-  value = row.values.get(column)
-  if isinstance(value, int | float) and math.isfinite(value):
-    return str(value)
-  return optional_text(row, column)
+def _select(
+  folder: pathlib.Path, files: Sequence[pathlib.Path], part: str
+) -> list[pathlib.Path]:
+  """Returns those `files` of a folder that belong to a part; "" is all."""
+  if not part:
+    return list(files)
+  if _ending(part):
+    return [file for file in files if file == folder / part]
+  subset, _, split = part.rpartition("/")
+  word = re.compile(rf"(^|[^a-z0-9]){re.escape(split.lower())}([^a-z0-9]|$)")
+  return [
+    file
+    for file in files
+    if (not subset or subset in file.relative_to(folder).parts)
+    and word.search(file.relative_to(folder).as_posix().lower())
+  ]
 
 
-def _encodable(value: str) -> bool:
+def _split(file: pathlib.PurePath) -> str:
+  """Returns the split that a file's path names; empty for none."""
+  words = re.split(r"[^a-z]+", file.as_posix().lower())
+  return next((split for split in _SPLITS if split in words), "")
+
+
+def _listed(files: Iterable[pathlib.PurePath]) -> str:
+  names = [file.as_posix() for file in files]
+  more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
+  return ", ".join(names[:8] + more) or "no data"
+
+
+def _ending(name: str) -> str:
+  """Returns the ending by which a file is read; empty if there is none."""
+  return next((end for end in _READERS if name.endswith(end)), "")
+
+
+def _read_parquet(
+  path: pathlib.Path, name: str, quarantine: data_quarantine.Quarantine
+) -> Iterator[rows.Row]:
+  del quarantine  # A table is read, or it is not.
+  return _number(_parquet_values(path), file=str(path), name=name)
+
+
+def _parquet_values(path: pathlib.Path) -> Iterator[dict[str, object]]:
   try:
-    value.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
-def _read_jsonl(path: pathlib.Path) -> list[Row]:
-  rows = []
-  try:
-    with path.open("rb") as file:
-      for number, line in enumerate(file, start=1):
-        if line.strip():
-          where = f"{path}, line {number}"
-          values = _parse_line(line, where)
-          rows.append(Row(f"{path.stem}:{number}", where, values))
-  except OSError as error:
-    raise _unreadable(path, error) from error
-  return rows
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, object]:
-  try:
-    values = json.loads(line.decode("utf-8-sig"))
-  except (ValueError, RecursionError) as error:
-    why = f"{type(error).__name__}: {error}"
-  else:
-    if isinstance(values, dict):
-      return values
-    why = f"It is a JSON {type(values).__name__}, not an object."
-  raise errors.DataError(
-    "A line is malformed.",
-    where=where,
-    why=why,
-    fix="Write one JSON object on each line, in UTF-8.",
-  )
-
-
-def _read_parquet(path: pathlib.Path) -> list[Row]:
-  try:
-    table = parquet.ParquetFile(path).read().to_pylist()
+    with parquet.ParquetFile(path) as file:
+      for batch in file.iter_batches(batch_size=256):
+        yield from batch.to_pylist()
   except (OSError, pyarrow.ArrowException) as error:
     raise _unreadable(path, error) from error
-  return _rows(path.stem, str(path), table)
 
 
-def _rows(name: str, where: str, table: list[dict[str, object]]) -> list[Row]:
-  return [
-    Row(f"{name}:{number}", f"{where}, row {number}", values)
-    for number, values in enumerate(table, start=1)
-  ]
+def _read_arrow(
+  path: pathlib.Path, name: str, quarantine: data_quarantine.Quarantine
+) -> Iterator[rows.Row]:
+  del quarantine
+  return _number(_arrow_values(path), file=str(path), name=name)
+
+
+def _arrow_values(path: pathlib.Path) -> Iterator[dict[str, object]]:
+  """Yields rows of a file that `datasets` saved, in Arrow's stream format."""
+  try:
+    with pyarrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
+      for batch in stream:
+        yield from batch.to_pylist()
+  except (OSError, pyarrow.ArrowException) as error:
+    raise _unreadable(path, error) from error
+
+
+def _number(
+  values: Iterable[dict[str, object]], *, file: str, name: str
+) -> Iterator[rows.Row]:
+  for number, row in enumerate(values, start=1):
+    yield rows.Row(file, number, name, row)
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> errors.DataError:
@@ -225,12 +216,14 @@ def _unreadable(path: pathlib.Path, error: Exception) -> errors.DataError:
     "A data file cannot be read.",
     where=str(path),
     why=f"{type(error).__name__}: {error}".splitlines()[0],
-    fix="Check the path, from the folder where the command was started.",
+    fix="Copy it again: it may have been cut.",
   )
 
 
-_READERS = {
-  ".jsonl": _read_jsonl,
-  ".json": _read_jsonl,
+_READERS: dict[str, _Reader] = {
+  ".jsonl": jsonl.read,
+  ".jsonl.gz": jsonl.read,
+  ".json": jsonl.read,
   ".parquet": _read_parquet,
+  ".arrow": _read_arrow,
 }

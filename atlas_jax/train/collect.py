@@ -37,9 +37,8 @@ class Collector:
   def __init__(
     self,
     protocol: teaching_protocol.Rollouts,
-    questions: Sequence[types.Question],
+    questions: loader.QuestionLoader,
     *,
-    batch_size: int,
     seed: int,
     num_steps: int,
     max_staleness: int,
@@ -51,8 +50,7 @@ class Collector:
       protocol: samples; nobody else may while a batch is under way, see
         `settle`.
       questions: what is taught.
-      batch_size: questions of a step.
-      seed: of the order of questions; with the step added, of sampling.
+      seed: with the step added, of sampling.
       num_steps: no batch is sampled for steps from this one on.
       max_staleness: 0 or 1; steps between the weights that sample and those
         that train.
@@ -72,7 +70,7 @@ class Collector:
         "2, for example 20.",
       )
     self._protocol, self._questions = protocol, questions
-    self._batch_size, self._seed = batch_size, seed
+    self._seed = seed
     self._num_steps, self._compare_every = num_steps, compare_every
     self._max_staleness = max_staleness
     self._executor = futures.ThreadPoolExecutor(1, "collect")
@@ -150,8 +148,8 @@ class Collector:
     asked = {record.question.row_id for record in records}
     # In the same order each time, so that every call goes on from the last.
     order = np.random.default_rng((self._seed, step, 1))
-    order = order.permutation(len(self._questions))
-    others = (self._questions[i] for i in order)
+    questions = self._questions.questions
+    others = (questions[i] for i in order.permutation(len(questions)))
     fresh = [q for q in others if q.row_id not in asked][:num_questions]
     # After the batch that is being sampled ahead: one sampler, one at a time.
     return self._executor.submit(
@@ -209,12 +207,7 @@ class Collector:
 
   def row_ids(self, step: int) -> list[str]:
     """Names the questions a step begins with; refills are others."""
-    return [question.row_id for question in self._batch(step)]
-
-  def _batch(self, step: int) -> list[types.Question]:
-    return loader.question_batch(
-      self._questions, step, batch_size=self._batch_size, seed=self._seed
-    )
+    return [question.row_id for question in self._questions.batch(step)]
 
   def _sample_ahead(self, step: int) -> _Sampled:
     clock = train_clock.Clock()
@@ -226,5 +219,5 @@ class Collector:
     self, step: int, clock: train_clock.Clock
   ) -> list[types.TeachingRecord]:
     return self._protocol.run(
-      self._batch(step), seed=self._seed + step, phase=clock.phase
+      self._questions.batch(step), seed=self._seed + step, phase=clock.phase
     )

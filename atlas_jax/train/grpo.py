@@ -38,7 +38,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   *,
   protocol: teaching_protocol.Rollouts,
   reward_fn: types.RewardFn,
-  questions: Sequence[types.Question],
+  questions: loader.QuestionLoader,
   held_out: Sequence[types.Question],
   on_save: Callable[[decoder.Params, int], None],
   mesh: jax.sharding.Mesh,
@@ -91,7 +91,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   collector = _make_collector(protocol, questions, config)
   checkpointer = checkpoint.Checkpointer(
     workdir / "checkpoints",
-    identity={"questions": loader.fingerprint(questions)},
+    identity={"questions": questions.fingerprint()},
     **config.checkpoint,
   )
 
@@ -203,14 +203,13 @@ def _make_optimizer(
 
 def _make_collector(
   protocol: teaching_protocol.Rollouts,
-  questions: Sequence[types.Question],
+  questions: loader.QuestionLoader,
   config: Any,  # Any: as in `train`.
 ) -> collect.Collector:
   """Makes what samples the batch of each step."""
   return collect.Collector(
     protocol,
     questions,
-    batch_size=config.batch.num_questions,
     seed=config.seed,
     num_steps=config.loop.num_steps,
     max_staleness=config.overlap.max_staleness,

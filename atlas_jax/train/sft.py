@@ -7,14 +7,13 @@ import math
 import pathlib
 from typing import Any
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from atlas_jax import chat, checkpoint, errors, sharding
-from atlas_jax.data import formats, loader, packing, sources
+from atlas_jax import checkpoint, errors, sharding
+from atlas_jax.data import loader
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
 from atlas_jax.train import clock as train_clock
@@ -165,101 +164,6 @@ def _on_mesh(
   """Lays this host's rows of a batch out on the devices."""
   place = functools.partial(jax.make_array_from_process_local_data, rows)
   return jax.tree.map(place, batch)
-
-
-def make_sets(  # noqa: PLR0913 - one argument per config key.
-  tokenizer: chat.Tokenizer,
-  *,
-  batch_size: int,
-  seed: int,
-  path: str,
-  validation_path: str,
-  validation_fraction: float,
-  format_name: str,
-  length: int,
-  packed: bool,
-  too_long: packing.TooLong,
-) -> tuple[loader.Loader, loader.Loader]:
-  """Reads, renders and packs the training and the held-out set.
-
-  Args:
-    tokenizer: with a chat template.
-    batch_size: rows per step.
-    seed: of the order, and of what is held out.
-    path: see `sources.read`.
-    validation_path: the same; empty to hold out a part of `path`.
-    validation_fraction: that part; 0.0 if `validation_path` is set.
-    format_name: a key of `formats.DATA_CONFIGS`.
-    length: tokens in a row.
-    packed: several conversations in a row, or one.
-    too_long: what to do with conversations longer than a row.
-
-  Raises:
-    errors.ConfigError: if the two ways to name a held-out set contradict.
-    errors.DataError: if the data cannot be used.
-  """
-  _check_choices(validation_path, validation_fraction, format_name)
-
-  def tokenized(path: str) -> list[tuple[str, packing.Example]]:
-    layout = formats.DATA_CONFIGS[format_name]
-    return [
-      (
-        f"{path}: {number}",
-        chat.tokenize(tokenizer, formats.to_messages(row, layout)),
-      )
-      for number, row in enumerate(sources.read(path), start=1)
-    ]
-
-  def load(
-    named: list[tuple[str, packing.Example]], remainder: loader.Remainder
-  ) -> loader.Loader:
-    names, examples = zip(*named, strict=True)
-    lay_out = packing.pack if packed else packing.pad
-    rows = lay_out(examples, length, too_long=too_long)
-    logging.info(
-      "%d conversations in %d rows of %d tokens; %d too long.",
-      *(len(examples), len(rows.members), length, rows.num_too_long),
-    )
-    return loader.Loader(
-      rows.arrays,
-      names=["; ".join(names[i] for i in row) for row in rows.members],
-      batch_size=batch_size,
-      seed=seed,
-      remainder=remainder,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
-  examples = tokenized(path)
-  if validation_path:
-    held_out = tokenized(validation_path)
-  else:
-    order = np.random.default_rng(seed).permutation(len(examples))
-    num_held_out = max(1, round(validation_fraction * len(order)))
-    held_out = [examples[i] for i in order[:num_held_out]]
-    examples = [examples[i] for i in order[num_held_out:]]
-  return load(examples, "drop"), load(held_out, "pad")
-
-
-def _check_choices(
-  validation_path: str, validation_fraction: float, format_name: str
-) -> None:
-  """Refuses what contradicts itself or is not there."""
-  if bool(validation_path) == bool(validation_fraction):
-    raise errors.ConfigError(
-      "There must be one held-out set.",
-      where="--config.data",
-      why=f"validation_path={validation_path!r} and "
-      f"validation_fraction={validation_fraction}.",
-      fix="Set one of them.",
-    )
-  if format_name not in formats.DATA_CONFIGS:
-    raise errors.ConfigError(
-      f"There is no data format {format_name!r}.",
-      where="--config.data.format_name",
-      why=f"The formats are {', '.join(formats.DATA_CONFIGS)}.",
-      fix="Name one of them.",
-    )
 
 
 def _loss(

@@ -10,10 +10,9 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from configs import optimizer
-from configs.data import prompts, world
+from configs.data import prompts, selection, world
 from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
 from configs.reward import teaching
@@ -44,7 +43,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(path=config_dict.placeholder(str))
+  config.data = selection.get_config()
+  config.held_out = dict(path="", fraction=0.0)  # data.sets.HeldOut
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
   config.rollout = dict(  # rollout.sampler.Settings
     backend="jax",
@@ -88,7 +88,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.loop = dict(  # train.loop.Settings
     num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
   )
-  config.evaluation = dict(path="", num_questions=64, num_bootstrap=1000)
+  config.evaluation = dict(num_questions=64, num_bootstrap=1000)
   config.report = dict(  # train.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
   )
@@ -134,7 +134,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.loop.log_every = 5
   config.loop.eval_every = 20
   config.loop.save_every = 20
-  config.evaluation.path = f"{world.DIRECTORY}/validation.jsonl"
+  config.held_out.path = f"{world.DIRECTORY}/validation.jsonl"
   config.export.dtype = "float32"
 
 

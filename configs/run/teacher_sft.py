@@ -8,10 +8,9 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from configs import optimizer
-from configs.data import world
+from configs.data import selection, world
 from configs.model import hf, tiny
 
 
@@ -21,14 +20,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(  # train.sft.make_sets
-    path=config_dict.placeholder(str),
-    validation_path="",
-    validation_fraction=0.05,
-    format_name="default",
-    length=16384,
-    packed=True,
-    too_long="drop",
+  config.data = selection.get_config()
+  config.held_out = dict(path="", fraction=0.05)  # data.sets.HeldOut
+  config.packing = dict(  # data.sets.Layout
+    length=16384, packed=True, too_long="drop"
   )
   config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
   config.num_epochs = 10.0  # 0: as many steps as `loop.num_steps` says.
@@ -61,7 +56,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.world.directory = world.DIRECTORY
     config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
     config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
-    config.data.length = 128
+    config.packing.length = 128
     config.batch = dict(size=32, per_device=0)
     config.num_epochs = 6.0
     config.loss.chunk_size = 128

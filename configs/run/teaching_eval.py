@@ -9,9 +9,8 @@
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from configs.data import prompts, world
+from configs.data import prompts, selection, world
 from configs.model import frozen, tiny
 from configs.run import teacher_rcl
 
@@ -23,7 +22,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
-  config.data = dict(path=config_dict.placeholder(str))
+  config.data = selection.get_config()
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
   config.rollout = dict(  # rollout.sampler.Settings
     backend="jax",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import launch, sharding
+from atlas_jax.data import sets
 from atlas_jax.train import sft
 from configs.run import teacher_sft
 from conversion import verify
@@ -33,7 +34,7 @@ def _config(tmp_path):
   config.world.directory = ""
   config.model.path = str(tmp_path / "start")
   config.data.path = str(tmp_path / "sft.jsonl")
-  config.data.validation_fraction = 0.25
+  config.held_out.fraction = 0.25
   config.batch.size = 8
   config.num_epochs = 0
   config.loop.num_steps = 4
@@ -58,8 +59,14 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
   config = _config(tmp_path)
   mesh = sharding.make_mesh(**config.mesh)
   policy = launch.open_model(mesh, **config.model)
-  train_set, eval_set = sft.make_sets(
-    policy.tokenizer, batch_size=8, seed=0, **config.data
+  train_set, eval_set = sets.conversations(
+    policy.tokenizer,
+    data=sets.Selection(**config.data),
+    held_out=sets.HeldOut(**config.held_out),
+    layout=sets.Layout(**config.packing),
+    batch_size=8,
+    seed=0,
+    workdir=tmp_path,
   )
 
   params = sft.train(

@@ -127,14 +127,15 @@ def _world(path):
   questions = [
     {"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(8)
   ]
-  text = "".join(json.dumps(question) + "\n" for question in questions)
-  (path / "questions.jsonl").write_text(text)
+  for name, part in (("questions", questions[:6]), ("others", questions[6:])):
+    text = "".join(json.dumps(question) + "\n" for question in part)
+    (path / f"{name}.jsonl").write_text(text)
   return (
     "--config.world.directory=",
     f"model_name_or_path={path / 'teacher'}",
     f"student_model={path / 'student'}",
     f"dataset_id_or_path={path / 'questions.jsonl'}",
-    f"--config.evaluation.path={path / 'questions.jsonl'}",
+    f"--config.held_out.path={path / 'others.jsonl'}",
     "--config.model.unroll=1",
     "--config.student.unroll=1",
     "max_completion_length=12",

@@ -34,8 +34,8 @@ def test_a_value_is_of_the_recipe_its_variant_or_who_set_it():
   config = overrides.load(recipe, ["--config.seed=5"])
   rows = _rows(origins.table(recipe, config, {"seed": "me"}))
   assert rows["seed"] == ["5", "me"]
-  assert rows["data.length"] == ["128", recipe]
-  assert rows["data.too_long"] == ["'drop'", _SFT]
+  assert rows["packing.length"] == ["128", recipe]
+  assert rows["packing.too_long"] == ["'drop'", _SFT]
 
 
 def test_the_launcher_names_the_override_behind_a_value(capsys):

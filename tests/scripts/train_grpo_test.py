@@ -16,7 +16,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 def _write_questions(directory):
   questions = directory / "questions.jsonl"
-  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+  rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(6)]
   questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return questions
 
@@ -51,7 +51,8 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
     f"--config.model.path={tmp_path}/policy",
     f"--config.student.path={tmp_path}/student",
     f"--config.data.path={questions}",
-    f"--config.evaluation.path={questions}",
+    "--config.held_out.path=",
+    "--config.held_out.fraction=0.3",
     "--config.batch.num_questions=2",
     "--config.batch.mask_truncated=False",
     "--config.sampling.teach.group_size=2",
@@ -90,7 +91,8 @@ def test_a_model_learns_by_itself(tmp_path):
     "--config.world.directory=",
     f"--config.model.path={tmp_path}/policy",
     f"--config.data.path={questions}",
-    f"--config.evaluation.path={questions}",
+    "--config.held_out.path=",
+    "--config.held_out.fraction=0.3",
     "--config.batch.num_questions=2",
     "--config.batch.mask_truncated=False",
     "--config.sampling.teach.group_size=3",

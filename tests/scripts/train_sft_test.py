@@ -40,7 +40,7 @@ def command(tmp_path_factory):
     "--config.world.directory=",
     f"--config.model.path={directory}/model",
     f"--config.data.path={path}",
-    "--config.data.length=64",
+    "--config.packing.length=64",
     "--config.batch.size=4",
     "--config.num_epochs=0",
     f"--config.loop.num_steps={_NUM_STEPS}",

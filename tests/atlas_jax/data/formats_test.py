@@ -1,68 +1,196 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns make the conversation their format says, or are refused."""
+"""Columns make the conversation and the question their format says."""
 
 import dataclasses
 
+import ml_collections
 import pytest
 
 from atlas_jax import errors, types
-from atlas_jax.data import formats, sources
+from atlas_jax.data import formats, rows
 
-_DEFAULT = formats.DATA_CONFIGS["default"]
-_GUIDANCE = formats.DATA_CONFIGS["guidance"]
+_FORMATS = formats.DATA_CONFIGS
+_DEFAULT = _FORMATS["default"]
 _CHAT = [
   {"role": "system", "content": "s"},
   {"role": "user", "content": "q"},
   {"role": "assistant", "content": "a"},
 ]
+# A row of each known dataset in the shape that its page describes, with what
+# an SFT example and a question are made of it.
+_ARC_SFT = {
+  "problem_text": "What is 2 + 2?",
+  "student_approach": "I multiply.",
+  "teacher_diagnosis": "It confuses the signs.",
+  "teacher_teaching": "What does + ask for?",
+}
+_STRATOS = {
+  "system": "Think at length.",
+  "conversations": [
+    {"from": "user", "value": "Halve one."},
+    {
+      "from": "assistant",
+      "value": "<|begin_of_thought|>\n\nHm.\n\n<|end_of_thought|>\n\n"
+      "<|begin_of_solution|>\n\nIt is $\\boxed{1}$, or rather "
+      "\\boxed{\\frac{1}{2}}.\n\n<|end_of_solution|>",
+    },
+  ],
+}
+_GSM8K = {
+  "question": "Two bags of 4?",
+  "answer": "He has 2*4=<<2*4=8>>8 eggs.\n#### 1,008",
+}
+_META = {
+  "query": "Two times X is 8. Find X.",
+  "original_question": "What is half of 8?",
+  "response": "X is 8 / 2.\n#### 4\nThe answer is: 4",
+  "type": "GSM_SV",
+}
 
 
 def _row(**values):
-  return sources.Row("train:1", "train.jsonl, line 1", values)
+  return rows.Row("train.jsonl", 1, "train", values)
 
 
-def test_question_and_solution_make_two_turns():
-  assert formats.to_messages(_row(question="q", solution="s"), _DEFAULT) == [
-    types.Message("user", "q"),
-    types.Message("assistant", "s"),
-  ]
+@pytest.mark.parametrize(
+  ("name", "values", "user", "assistant"),
+  [
+    (
+      "arc_atlas_v0",
+      _ARC_SFT,
+      "What is 2 + 2?",
+      "Student Approach:\nI multiply.\n\n"
+      "Teacher Diagnosis:\nIt confuses the signs.\n\n"
+      "Teacher Teaching:\nWhat does + ask for?",
+    ),
+    (
+      "stratos",
+      _STRATOS,
+      "Halve one.",
+      "<think>\nHm.\n</think>\n\nIt is $\\boxed{1}$, or rather "
+      "\\boxed{\\frac{1}{2}}.",
+    ),
+    (
+      "gsm8k",
+      _GSM8K,
+      "Two bags of 4?",
+      "He has 2*4=8 eggs.\n<solution>1,008</solution>",
+    ),
+    ("meta_math", _META, _META["query"], _META["response"]),
+    ("big_math", {"prompt": "1 + 1?", "solution": "2"}, "1 + 1?", "2"),
+    ("default", {"prompt": "1 + 1?", "ground_truth": "2"}, "1 + 1?", "2"),
+  ],
+)
+def test_known_datasets_make_conversations(name, values, user, assistant):
+  *_, asked, answered = formats.to_messages(_row(**values), _FORMATS[name])
+  assert asked == types.Message("user", user)
+  assert answered == types.Message("assistant", assistant)
+
+
+@pytest.mark.parametrize(
+  ("name", "values", "question", "answer", "solution"),
+  [
+    (
+      "arc_atlas_v1",
+      {"prompt": "", "input": "q", "solution": "5"},
+      "q",
+      "5",
+      "5",
+    ),
+    (
+      "arc_atlas_v1",
+      {**_ARC_SFT, "question": "x", "answer": "4", "ground_truth": "5"},
+      "What is 2 + 2?",
+      "5",
+      "",
+    ),
+    (
+      "stratos",
+      _STRATOS,
+      "Halve one.",
+      r"\frac{1}{2}",
+      r"It is $\boxed{1}$, or rather \boxed{\frac{1}{2}}.",
+    ),
+    (
+      "gsm8k",
+      _GSM8K,
+      "Two bags of 4?",
+      "1,008",
+      "He has 2*4=8 eggs.\n<solution>1,008</solution>",
+    ),
+    ("meta_math", _META, _META["query"], "4", _META["response"]),
+    ("big_math", {"prompt": "1 + 1?", "solution": "2"}, "1 + 1?", "2", "2"),
+    ("default", {"prompt": "1 + 1?", "ground_truth": "2"}, "1 + 1?", "2", ""),
+    ("default", {"messages": _CHAT}, "q", "a", "a"),
+    ("default", {"messages": _CHAT, "answer": "7"}, "q", "7", "a"),
+    ("default", {"question": "q", "answer": 7}, "q", "7", ""),
+  ],
+)
+def test_known_datasets_make_questions(
+  name, values, question, answer, solution
+):
+  made = formats.to_question(_row(**values), _FORMATS[name])
+  assert made == types.Question("train:1", question, answer, solution=solution)
+
+
+def test_boxes_nest():
+  values = {"question": "q", "answer": r"\boxed{1} \boxed{\frac{\sqrt{3}}{2}}"}
+  fmt = dataclasses.replace(
+    _DEFAULT, answer_pattern=_FORMATS["stratos"].answer_pattern
+  )
+  made = formats.to_question(_row(**values), fmt)
+  assert made.answer == r"\frac{\sqrt{3}}{2}"
+
+
+def test_an_answer_without_its_pattern_makes_no_question():
+  row = _row(question="q", answer="It is 4.")
+  assert formats.to_question(row, _FORMATS["gsm8k"]) is None
+
+
+def test_the_arc_system_prompt_is_written_by_its_format():
+  system, *_ = formats.to_messages(_row(**_ARC_SFT), _FORMATS["arc_atlas_v0"])
+  assert system.role == "system"
+  assert "Never give the answer away" in system.content
 
 
 @pytest.mark.parametrize("trace", ["t", "\nt\n"])
 def test_reasoning_trace_is_wrapped_in_front_of_the_solution(trace):
   row = _row(question="q", solution="s", reasoning_trace=trace)
-  assert formats.to_messages(row, _DEFAULT)[-1] == types.Message(
-    "assistant", "<think>\nt\n</think>\n\ns"
-  )
-
-
-def test_format_names_columns_and_system_prompt():
-  fmt = dataclasses.replace(_DEFAULT, system_prompt="p", question="prompt")
-  assert formats.to_messages(_row(prompt="q", solution="s"), fmt) == [
-    types.Message("system", "p"),
+  assert formats.to_messages(row, _DEFAULT) == [
     types.Message("user", "q"),
-    types.Message("assistant", "s"),
+    types.Message("assistant", "<think>\nt\n</think>\n\ns"),
   ]
 
 
-@pytest.mark.parametrize("fmt", [_DEFAULT, _GUIDANCE])
-def test_messages_are_used_as_they_are(fmt):
+def test_a_row_cannot_name_columns_of_its_own():
+  row = _row(question="{solution}", solution="s {question}")
+  assert formats.to_messages(row, _DEFAULT) == [
+    types.Message("user", "{solution}"),
+    types.Message("assistant", "s {question}"),
+  ]
+
+
+@pytest.mark.parametrize("name", ["default", "guidance"])
+def test_messages_are_used_as_they_are(name):
   row = _row(messages=_CHAT, question="other")
+  fmt = dataclasses.replace(_FORMATS[name], system_prompt="p")
   assert formats.to_messages(row, fmt) == [
     types.Message("system", "s"),
     types.Message("user", "q"),
     types.Message("assistant", "a"),
   ]
+  row = _row(messages=_CHAT[1:])
+  assert formats.to_messages(row, fmt)[0] == types.Message("system", "p")
 
 
 def test_guidance_without_messages_is_refused():
   row = _row(question="q", probe="p", teaching="t")
   with pytest.raises(errors.DataError, match="question, probe, teaching"):
-    formats.to_messages(row, _GUIDANCE)
+    formats.to_messages(row, _FORMATS["guidance"])
 
 
 def test_missing_column_is_told():
-  with pytest.raises(errors.DataError, match="no solution"):
+  with pytest.raises(errors.DataError, match="no solution or ground_truth"):
     formats.to_messages(_row(question="q"), _DEFAULT)
 
 
@@ -73,11 +201,84 @@ def test_missing_column_is_told():
     ([], "empty"),
     (["hello"], "Turn 1"),
     ([*_CHAT, {"role": "tool", "content": "x"}], "Turn 4"),
+    ([{"role": ["user"], "content": "x"}], "Turn 1"),
     ([{"role": "user"}], "NoneType"),
     ([{"role": "user", "content": 3}], "int 3"),
+    ([{"role": "user", "content": " "}], "blank"),
   ],
 )
 def test_malformed_messages_are_told_by_turn(messages, why):
   with pytest.raises(errors.DataError, match=why) as info:
     formats.to_messages(_row(messages=messages), _DEFAULT)
-  assert info.value.where == "train.jsonl, line 1"
+  assert info.value.where == "train.jsonl:1"
+
+
+def test_a_conversation_without_a_user_is_no_question():
+  row = _row(messages=[_CHAT[0], _CHAT[2]])
+  for make in (formats.to_question, formats.to_problem):
+    with pytest.raises(errors.DataError, match="user's turn"):
+      make(row, _DEFAULT)
+
+
+def test_a_question_is_named_and_graded_by_its_columns():
+  values = {"question": "q", "answer": "1", "id": 7, "difficulty": 0.5}
+  assert formats.to_question(_row(**values), _DEFAULT) == types.Question(
+    "7", "q", "1", "0.5"
+  )
+  made = formats.to_question(_row(**values, row_id="r"), _DEFAULT)
+  assert made.row_id == "r"
+
+
+def test_problems_are_told_apart_by_what_was_asked():
+  assert formats.to_problem(_row(**_META), _FORMATS["meta_math"]) == (
+    "What is half of 8?"
+  )
+  assert formats.to_problem(_row(messages=_CHAT), _DEFAULT) == "q"
+  row = _row(messages=_CHAT, question="the problem")
+  assert formats.to_problem(row, _DEFAULT) == "the problem"
+
+
+def test_a_filter_names_the_column_that_keeps_a_row_out():
+  fmt = dataclasses.replace(_DEFAULT, keep={"level": (4, "5"), "kind": ("a",)})
+  assert formats.excluded_by(_row(level="4", kind="a"), fmt) == ""
+  assert formats.excluded_by(_row(level=5, kind="b"), fmt) == "kind"
+  assert formats.excluded_by(_row(kind="a"), fmt) == "level"
+
+
+def test_hub_datasets_have_their_format_by_themselves():
+  for name, fmt in _FORMATS.items():
+    if fmt.hub_id:
+      assert formats.find("auto", fmt.hub_id.upper(), {}) is _FORMATS[name]
+  assert formats.find("auto", "data/train.jsonl", {}) is _DEFAULT
+  assert formats.find("gsm8k", "data/train.jsonl", {}) is _FORMATS["gsm8k"]
+
+
+def test_a_config_adds_formats():
+  config = ml_collections.ConfigDict(
+    dict(
+      mine=dict(question="{q}", keep=dict(level=("4",))),
+      tagged=dict(like="gsm8k", solution="{why}"),
+    )
+  )
+  mine = formats.find("mine", "a.jsonl", config)
+  row = _row(q="x", solution="s", level=4)
+  assert formats.to_messages(row, mine)[0].content == "x"
+  assert formats.excluded_by(row, mine) == ""
+  tagged = formats.find("tagged", "a.jsonl", config)
+  assert tagged.answer_pattern == _FORMATS["gsm8k"].answer_pattern
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "told"),
+  [
+    ("gms8k", {}, "Did you mean 'gsm8k'"),
+    ("mine", {"qestion": "{q}"}, "qestion"),
+    ("mine", {"like": "gms8k"}, "Did you mean 'gsm8k'"),
+    ("mine", {"answer_pattern": "("}, "unterminated"),
+    ("mine", {"answer_pattern": "a"}, "one group"),
+    ("mine", {"rewrites": (("a", r"\2"),)}, "invalid group reference"),
+  ],
+)
+def test_unknown_and_malformed_formats_are_refused(name, fields, told):
+  with pytest.raises(errors.ConfigError, match=told):
+    formats.find(name, "a.jsonl", {"mine": fields})

@@ -17,10 +17,10 @@ def _arrays(num_rows):
   }
 
 
-def _loader(num_rows, **changes):
+def _loader(num_rows, *, seed=0, **changes):
   settings = {
+    "mix": loader.Mix((num_rows,), (), seed),
     "batch_size": 4,
-    "seed": 0,
     "remainder": "drop",
     "process_index": 0,
     "process_count": 1,
@@ -38,6 +38,11 @@ def _epoch(data, epoch):
 
 def _questions(count):
   return [types.Question(str(i), f"{i}?", str(i)) for i in range(count)]
+
+
+def _question_loader(questions, *, seed=0, batch_size=1):
+  mix = loader.Mix((len(questions),), (), seed)
+  return loader.QuestionLoader(questions, mix=mix, batch_size=batch_size)
 
 
 @hypothesis.given(
@@ -114,7 +119,6 @@ def test_fingerprint_follows_contents_not_order_of_names():
   arrays = _arrays(8)
   settings = {
     "batch_size": 4,
-    "seed": 0,
     "remainder": "drop",
     "process_index": 0,
     "process_count": 1,
@@ -122,7 +126,9 @@ def test_fingerprint_follows_contents_not_order_of_names():
 
   def digest(changed):
     names = [""] * len(changed["token_ids"])
-    return loader.Loader(changed, names=names, **settings).fingerprint()
+    mix = loader.Mix((len(names),), (), 0)
+    made = loader.Loader(changed, names=names, mix=mix, **settings)
+    return made.fingerprint()
 
   assert digest(dict(reversed(arrays.items()))) == digest(arrays)
   for name in arrays:
@@ -152,12 +158,12 @@ def test_unequal_arrays_and_unknown_remainder_are_refused():
   with pytest.raises(ValueError, match="remainder"):
     _loader(8, remainder="keep")
   uneven = {**_arrays(8), "positions": np.zeros((7, 2))}
-  with pytest.raises(ValueError, match="as many rows"):
+  with pytest.raises(ValueError, match="rows, got"):
     loader.Loader(
       uneven,
       names=[""] * 8,
+      mix=loader.Mix((8,), (), 0),
       batch_size=1,
-      seed=0,
       remainder="drop",
       process_index=0,
       process_count=1,
@@ -168,15 +174,13 @@ def test_unequal_arrays_and_unknown_remainder_are_refused():
   count=st.integers(4, 30), batch_size=st.integers(1, 4), seed=st.integers(0, 5)
 )
 def test_questions_come_once_in_each_epoch(count, batch_size, seed):
-  questions = _questions(count)
+  data = _question_loader(_questions(count), seed=seed, batch_size=batch_size)
   num_batches = count // batch_size
   epochs = [
     [
       question
       for number in range(num_batches)
-      for question in loader.question_batch(
-        questions, epoch * num_batches + number, batch_size, seed
-      )
+      for question in data.batch(epoch * num_batches + number)
     ]
     for epoch in range(2)
   ]
@@ -187,23 +191,92 @@ def test_questions_come_once_in_each_epoch(count, batch_size, seed):
 
 def test_questions_are_shuffled_anew_and_reproducibly():
   questions = _questions(16)
-  first, second = (
-    loader.question_batch(questions, step, 16, 0) for step in (0, 1)
-  )
+  data = _question_loader(questions, batch_size=16)
+  first, second = data.batch(0), data.batch(1)
   assert first != second != questions
-  assert first == loader.question_batch(questions, 0, 16, 0)
+  assert first == _question_loader(questions, batch_size=16).batch(0)
 
 
 def test_too_few_questions_are_refused():
   with pytest.raises(errors.DataError, match="3 rows"):
-    loader.question_batch(_questions(3), 0, 4, 0)
+    _question_loader(_questions(3), batch_size=4)
 
 
 def test_fingerprint_of_questions_follows_contents_and_order():
   questions = _questions(3)
-  digest = loader.fingerprint(questions)
-  assert digest == loader.fingerprint(_questions(3))
-  assert digest != loader.fingerprint(questions[::-1])
-  assert digest != loader.fingerprint(questions[:2])
   other = types.Question("2", "2?", "3")
-  assert digest != loader.fingerprint([*questions[:2], other])
+  digests = [
+    _question_loader(changed, **settings).fingerprint()
+    for changed, settings in (
+      (questions, {}),
+      (questions[::-1], {}),
+      (questions[:2], {}),
+      ([*questions[:2], other], {}),
+      (questions, {"seed": 1}),
+      (questions, {"batch_size": 2}),
+    )
+  ]
+  assert len(set(digests)) == len(digests)
+  assert digests[0] == _question_loader(_questions(3)).fingerprint()
+
+
+@pytest.mark.parametrize(
+  "changes", [{"seed": 1}, {"batch_size": 2}, {"remainder": "pad"}]
+)
+def test_fingerprint_covers_all_that_changes_batches(changes):
+  assert _loader(8, **changes).fingerprint() != _loader(8).fingerprint()
+
+
+def test_fingerprint_is_the_same_on_every_host():
+  host = _loader(8, process_index=1, process_count=2)
+  assert host.fingerprint() == _loader(8).fingerprint()
+
+
+@hypothesis.given(
+  sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+  weights=st.lists(st.floats(0.1, 9.0), min_size=3, max_size=3),
+  seed=st.integers(0, 3),
+)
+def test_a_mix_takes_its_shares_and_loses_no_row(sizes, weights, seed):
+  mix = loader.Mix(tuple(sizes), tuple(weights[: len(sizes)]), seed)
+  counts = mix._counts()
+  bounds = np.cumsum([0, *sizes])
+  seen = np.zeros(sum(sizes), int)
+  for epoch in range(40):
+    order = mix.order(epoch)
+    assert len(order) == mix.num_rows
+    assert list(np.histogram(order, bounds)[0]) == counts
+    seen += np.bincount(order, minlength=sum(sizes))
+  for first, last, count in zip(bounds[:-1], bounds[1:], counts, strict=True):
+    # Rows of one set are gone through in rounds: none is a round behind.
+    assert seen[first:last].sum() == 40 * count
+    assert np.ptp(seen[first:last]) <= 1
+  share = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
+  np.testing.assert_allclose(counts, share * sum(sizes), atol=1.0)
+
+
+def test_a_set_without_weights_is_seen_whole_in_each_epoch():
+  mix = loader.Mix((3, 5), (), 0)
+  for epoch in range(3):
+    assert sorted(mix.order(epoch)) == list(range(8))
+  assert not np.array_equal(mix.order(0), mix.order(1))
+
+
+def test_a_mix_is_a_function_of_the_step():
+  def made():
+    mix = loader.Mix((6, 2), (1.0, 3.0), 0)
+    return _loader(8, mix=mix, batch_size=3)
+
+  late = made().batch(7)["token_ids"]
+  data = made()
+  for step in range(7):
+    data.batch(step)
+  np.testing.assert_array_equal(data.batch(7)["token_ids"], late)
+
+
+@pytest.mark.parametrize(
+  "weights", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))]
+)
+def test_weights_that_are_no_shares_are_refused(weights):
+  with pytest.raises(errors.ConfigError, match="weight"):
+    loader.Mix((4, 4), weights, 0)

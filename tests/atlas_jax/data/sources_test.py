@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows are read whole, and what is wrong with one is told by its place."""
+"""Files, folders and their parts are found, or told what is there instead."""
 
+import gzip
 import json
 
 import pyarrow
 from pyarrow import parquet
 import pytest
 
-from atlas_jax import errors, types
-from atlas_jax.data import sources
+from atlas_jax import errors
+from atlas_jax.data import quarantine, sources
 
 _TABLE = [
   {"question": "1 + 1?", "answer": "2"},
@@ -16,155 +17,153 @@ _TABLE = [
 ]
 
 
-def _write_lines(path, *lines):
-  path.write_bytes(b"\n".join(lines) + b"\n")
+def _write_jsonl(path, table=_TABLE):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table]
+  path.write_bytes("".join(lines).encode())
   return str(path)
 
 
-def _write_jsonl(path, table):
-  return _write_lines(
-    path, *(json.dumps(row, ensure_ascii=False).encode() for row in table)
-  )
+def _write_parquet(path, table=_TABLE):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  parquet.write_table(pyarrow.Table.from_pylist(table), path)
 
 
-def _row(**values):
-  return sources.Row("train:3", "train.jsonl, line 3", values)
+def _read(source, default_part=""):
+  kept_apart = quarantine.Quarantine(None, max_bad_rows=0)
+  return list(sources.read(sources.parse(source), default_part, kept_apart))
 
 
-def test_jsonl_and_parquet_hold_the_same_rows(tmp_path):
-  lines = sources.read(_write_jsonl(tmp_path / "a.jsonl", _TABLE))
-  parquet.write_table(pyarrow.Table.from_pylist(_TABLE), tmp_path / "a.parquet")
-  table = sources.read(str(tmp_path / "a.parquet"))
-  assert [row.values for row in lines] == _TABLE
-  assert [row.values for row in table] == _TABLE
-  assert [row.row_id for row in lines] == ["a:1", "a:2"]
-  assert [row.row_id for row in table] == ["a:1", "a:2"]
+def _ids(source, default_part=""):
+  return [row.row_id for row in _read(source, default_part)]
 
 
-def test_folder_is_read_in_the_order_of_names(tmp_path):
-  _write_jsonl(tmp_path / "b.jsonl", _TABLE)
+def test_every_kind_of_file_holds_the_same_rows(tmp_path):
+  _write_jsonl(tmp_path / "a.jsonl")
+  _write_jsonl(tmp_path / "a.json")
+  _write_parquet(tmp_path / "a.parquet")
+  packed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+  (tmp_path / "a.jsonl.gz").write_bytes(packed)
+  for ending in ("jsonl", "json", "parquet", "jsonl.gz"):
+    path = tmp_path / f"a.{ending}"
+    found = _read(str(path))
+    assert [row.values for row in found] == _TABLE
+    assert [row.row_id for row in found] == ["a:1", "a:2"]
+    assert found[1].where == f"{path}:2"
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+  _write_jsonl(tmp_path / "b.jsonl")
   _write_jsonl(tmp_path / "a.json", _TABLE[:1])
   (tmp_path / "README.md").write_text("about")
-  rows = sources.read(str(tmp_path))
-  assert [row.row_id for row in rows] == ["a:1", "b:1", "b:2"]
+  assert _ids(str(tmp_path)) == ["a:1", "b:1", "b:2"]
 
 
-def test_blank_lines_are_skipped_but_counted(tmp_path):
-  path = _write_lines(
-    tmp_path / "a.jsonl", b"", b'{"x": 1}', b"  ", b'{"x": 2}'
-  )
-  assert [row.row_id for row in sources.read(path)] == ["a:2", "a:4"]
-
-
-def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
-  path = _write_lines(
-    tmp_path / "a.jsonl", b'\xef\xbb\xbf{"x": "1"}\r', b'{"x": "2"}\r'
-  )
-  assert [row.values for row in sources.read(path)] == [{"x": "1"}, {"x": "2"}]
+@pytest.fixture
+def snapshot(tmp_path):
+  """A Hub dataset's repository as it is downloaded, with two subsets."""
+  for subset in ("main", "socratic"):
+    for split in ("train", "test"):
+      name = f"{split}-00000-of-00001.parquet"
+      _write_parquet(tmp_path / subset / name, [{"x": f"{subset} {split}"}])
+  _write_jsonl(tmp_path / "dataset_infos.json", [{"about": "it"}])
+  return tmp_path
 
 
 @pytest.mark.parametrize(
-  ("line", "why"),
+  ("part", "expected"),
   [
-    (b'{"x": ', "Expecting value"),
-    (b"[1, 2]", "JSON list"),
-    (b'"text"', "JSON str"),
-    (b'{"x": "\xff"}', "UnicodeDecodeError"),
-    (b"[" * 100_000, "RecursionError"),
+    ("main/train", ["main train"]),
+    ("socratic/test", ["socratic test"]),
+    ("train", ["main train", "socratic train"]),
+    ("main/test-00000-of-00001.parquet", ["main test"]),
   ],
 )
-def test_malformed_line_is_told_by_number(tmp_path, line, why):
-  path = _write_lines(tmp_path / "a.jsonl", b'{"x": 1}', line)
-  with pytest.raises(errors.DataError, match=why) as info:
-    sources.read(path)
-  assert info.value.where == f"{path}, line 2"
+def test_a_part_of_a_folder_is_read(snapshot, part, expected):
+  for found in (_read(f"{snapshot}:{part}"), _read(str(snapshot), part)):
+    assert [row.values["x"] for row in found] == expected
+  assert _ids(f"{snapshot}:main/train") == ["main/train-00000-of-00001:1"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "no such/kind.csv"])
+def test_splits_are_not_read_as_one(snapshot):
+  with pytest.raises(errors.DataError, match="more than one part") as info:
+    _read(str(snapshot))
+  assert "socratic/test-00000-of-00001.parquet" in info.value.why
+  for part in ("validation", "other/train", "main/none.jsonl"):
+    with pytest.raises(errors.DataError, match="no files"):
+      _read(f"{snapshot}:{part}")
+
+
+def test_a_part_is_a_whole_word_of_a_name(tmp_path):
+  _write_jsonl(tmp_path / "curriculum/arc_atlas_teach_rl.jsonl", [{"x": "rl"}])
+  _write_jsonl(tmp_path / "curriculum/world.jsonl", [{"x": "world"}])
+  (row,) = _read(f"{tmp_path}:rl")
+  assert row.values == {"x": "rl"}
+
+
+def test_a_folder_without_the_usual_part_is_read_whole(tmp_path):
+  _write_jsonl(tmp_path / "mine.jsonl")
+  assert _ids(str(tmp_path), "main/train") == ["mine:1", "mine:2"]
+
+
+def test_links_into_a_cache_are_followed(tmp_path):
+  _write_jsonl(tmp_path / "blobs/0a1b")
+  (tmp_path / "snapshot").mkdir()
+  (tmp_path / "snapshot/train.jsonl").symlink_to(tmp_path / "blobs/0a1b")
+  assert _ids(str(tmp_path / "snapshot")) == ["train:1", "train:2"]
+
+
+def test_what_datasets_saved_is_read_without_it(tmp_path):
+  datasets = pytest.importorskip("datasets")
+  whole = datasets.DatasetDict(
+    train=datasets.Dataset.from_list(_TABLE),
+    test=datasets.Dataset.from_list(_TABLE[:1]),
+  )
+  whole.save_to_disk(tmp_path / "both")
+  whole["train"].save_to_disk(tmp_path / "one")
+  (tmp_path / "one/cache-0.arrow").write_bytes(b"")
+  for source in (f"{tmp_path}/both:train", f"{tmp_path}/one"):
+    assert [row.values for row in _read(source)] == _TABLE
+  with pytest.raises(errors.DataError, match="more than one part"):
+    _read(f"{tmp_path}/both")
+
+
+@pytest.mark.parametrize(
+  "name", ["a.jsonl", "a.parquet", "no such/kind.csv", "a.jsonl:train"]
+)
 def test_missing_or_unknown_file_is_told(tmp_path, name):
   with pytest.raises(errors.DataError) as info:
-    sources.read(str(tmp_path / name))
+    _read(str(tmp_path / name))
   assert info.value.where == str(tmp_path / name)
 
 
-def test_missing_relative_file_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+def test_a_missing_file_is_not_sought_on_the_hub(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(errors.DataError, match="FileNotFoundError"):
-    sources.read("data/train.jsonl")
+  with pytest.raises(errors.DataError, match="no file"):
+    _read("data/train.jsonl")
 
 
-def test_broken_parquet_is_told(tmp_path):
-  (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
-  with pytest.raises(errors.DataError, match=r"a\.parquet"):
-    sources.read(str(tmp_path / "a.parquet"))
+def test_a_file_has_no_parts_and_a_known_ending(tmp_path):
+  path = _write_jsonl(tmp_path / "a.jsonl")
+  with pytest.raises(errors.DataError, match="no parts"):
+    _read(f"{path}:train")
+  (tmp_path / "a.csv").write_text("x\n1\n")
+  with pytest.raises(errors.DataError, match=r"\.jsonl"):
+    _read(str(tmp_path / "a.csv"))
 
 
-def test_empty_file_and_empty_folder_are_refused(tmp_path):
-  (tmp_path / "folder").mkdir()
-  for path in (_write_lines(tmp_path / "a.jsonl", b""), tmp_path / "folder"):
-    with pytest.raises(errors.DataError, match="empty"):
-      sources.read(str(path))
+def test_a_hub_id_is_taken_apart():
+  found = sources.parse("owner/name@refs/pr/3:main/train")
+  assert found == sources.Source(
+    "owner/name", is_local=False, revision="refs/pr/3", part="main/train"
+  )
+  assert sources.parse("owner/name").part == ""
 
 
-def test_missing_column_names_the_columns_there():
-  with pytest.raises(errors.DataError) as info:
-    sources.text(_row(prompt="a", solution=None), "question", "solution")
-  assert "question or solution" in info.value.what
-  assert info.value.why == "Its columns are: prompt, solution (null)."
-  assert info.value.where == "train.jsonl, line 3"
-
-
-@pytest.mark.parametrize(
-  ("value", "why"),
-  [
-    (42, "int 42"),
-    (float("nan"), "float nan"),
-    (True, "bool True"),
-    (["a"], "list"),
-    (" \n", "blank"),
-    ("\ud800", "surrogate"),
-  ],
-)
-def test_value_that_is_no_text_is_refused(value, why):
-  with pytest.raises(errors.DataError, match=why) as info:
-    sources.text(_row(question=value), "question")
-  assert info.value.where == "train.jsonl, line 3"
-
-
-def test_optional_text_may_be_absent_null_or_empty_but_not_a_number():
-  for row in (_row(), _row(trace=None), _row(trace="")):
-    assert sources.optional_text(row, "trace") == ""
-  assert sources.optional_text(_row(trace="a"), "trace") == "a"
-  with pytest.raises(errors.DataError, match="float nan"):
-    sources.optional_text(_row(trace=float("nan")), "trace")
-
-
-def test_questions_take_the_first_answer_column_with_a_value():
-  rows = [
-    _row(question="a", answer="1", ground_truth="2", solution="3", id="x"),
-    _row(question="b", answer=None, ground_truth="2", solution="3", id=7),
-    _row(question="c", solution="3", difficulty="hard"),
-  ]
-  assert sources.questions(rows) == [
-    types.Question("x", "a", "1", solution="3"),
-    types.Question("7", "b", "2", solution="3"),
-    types.Question("train:3", "c", "3", "hard", solution="3"),
-  ]
-
-
-def test_row_id_goes_before_id_and_difficulty_may_be_a_number():
-  rows = [_row(question="a", answer="1", row_id="r", id="x", difficulty=0.5)]
-  assert sources.questions(rows) == [types.Question("r", "a", "1", "0.5")]
-
-
-@pytest.mark.parametrize("difficulty", [float("nan"), ["hard"]])
-def test_difficulty_that_is_no_label_is_refused(difficulty):
-  row = _row(question="a", answer="1", difficulty=difficulty)
-  with pytest.raises(errors.DataError, match="difficulty"):
-    sources.questions([row])
-
-
-def test_two_rows_of_one_name_are_refused():
-  row = _row(question="a", answer="1", id="x")
-  with pytest.raises(errors.DataError, match="'x'"):
-    sources.questions([row, row])
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_broken_tables_are_told(tmp_path, ending):
+  path = tmp_path / f"a.{ending}"
+  for content in (b"", b"PAR1 no more"):
+    path.write_bytes(content)
+    with pytest.raises(errors.DataError, match=rf"a\.{ending}"):
+      _read(str(path))

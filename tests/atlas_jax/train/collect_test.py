@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from atlas_jax import errors, types
+from atlas_jax.data import loader
 from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import clock, collect
 from tests import fakes
@@ -41,10 +42,11 @@ def _collector(tokenizer, write=None, **changes):
     solve_params=params,
     baseline_params=params,
   )
-  settings = dict(
-    batch_size=2, seed=0, num_steps=8, max_staleness=1, compare_every=4
+  questions = loader.QuestionLoader(
+    _QUESTIONS, mix=loader.Mix((len(_QUESTIONS),), (), seed=0), batch_size=2
   )
-  return collect.Collector(made, _QUESTIONS, **{**settings, **changes}), policy
+  settings = dict(seed=0, num_steps=8, max_staleness=1, compare_every=4)
+  return collect.Collector(made, questions, **{**settings, **changes}), policy
 
 
 def _run(collector, steps):

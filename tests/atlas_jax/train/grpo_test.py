@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
+from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
 from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import grpo, learner, rows, score
@@ -232,6 +233,7 @@ def _train(
   reward_fn=_share_of_low_ids,
   **changes,
 ):
+  config = _config(**changes)
   policy_protocol = _protocol(world, kind)
   sampler = policy_protocol.policy.sampler
   params = grpo.train(
@@ -239,11 +241,15 @@ def _train(
     world.params(),
     protocol=policy_protocol,
     reward_fn=reward_fn,
-    questions=_QUESTIONS,
+    questions=loader.QuestionLoader(
+      _QUESTIONS,
+      mix=loader.Mix((len(_QUESTIONS),), (), seed=config.seed),
+      batch_size=config.batch.num_questions,
+    ),
     on_save=lambda *_: None,
     held_out=_QUESTIONS[:held_out],
     mesh=_mesh(),
-    config=_config(**changes),
+    config=config,
     workdir=workdir,
     writer=train_writer.Writer(workdir, ()),
     should_stop=lambda: sampler.version + 1 == stop_at,

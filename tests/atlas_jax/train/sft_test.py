@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
-from atlas_jax.data import packing
+from atlas_jax.data import packing, sets
 from atlas_jax.train import sft, writer
 from atlas_jax.train import state as train_state
 from configs import optimizer as optimizers
@@ -32,101 +32,6 @@ def _write(tmp_path, rows=_ROWS, name="data.jsonl"):
   path = tmp_path / name
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return str(path)
-
-
-def _sets(tokenizer, path, **changes):
-  return sft.make_sets(
-    tokenizer,
-    **{
-      "batch_size": 4,
-      "seed": 0,
-      "path": path,
-      "validation_path": "",
-      "validation_fraction": 0.2,
-      "format_name": "default",
-      "length": 128,
-      "packed": False,
-      "too_long": "error",
-      **changes,
-    },
-  )
-
-
-def _texts(tokenizer, batch, *, counted):
-  """Gives the text of each row, or of its counted tokens."""
-  real = batch["loss_mask"] if counted else batch["segment_ids"] > 0
-  return [
-    tokenizer.decode(row[kept])
-    for row, kept in zip(batch["token_ids"], real, strict=True)
-    if kept.any()
-  ]
-
-
-def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
-  train_set, eval_set = _sets(tokenizer, _write(tmp_path), packed=True)
-  answers = {f"It is {2 * i}.<|im_end|>" for i in range(20)}
-  found = []
-  for batch in (train_set.batch(0), eval_set.batch(0)):
-    for text in _texts(tokenizer, batch, counted=True):
-      found += [part + "<|im_end|>" for part in text.split("<|im_end|>")[:-1]]
-  assert found
-  assert set(found) <= answers
-  assert len(found) == len(set(found))
-
-
-def test_what_is_held_out_is_not_trained_on(tokenizer, tmp_path):
-  train_set, eval_set = _sets(tokenizer, _write(tmp_path))
-  seen = [
-    text
-    for data in (train_set, eval_set)
-    for i in range(data.num_batches_per_epoch)
-    for text in _texts(tokenizer, data.batch(i), counted=False)
-  ]
-  assert eval_set.num_batches_per_epoch == 1
-  assert len(_texts(tokenizer, eval_set.batch(0), counted=False)) == 4
-  assert len(seen) == len(set(seen)) == len(_ROWS)
-
-
-def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
-  held_out = _write(tmp_path, _ROWS[:3], "held_out.jsonl")
-  train_set, eval_set = _sets(
-    tokenizer,
-    _write(tmp_path),
-    validation_path=held_out,
-    validation_fraction=0.0,
-  )
-  assert train_set.num_batches_per_epoch == 5
-  assert len(_texts(tokenizer, eval_set.batch(0), counted=False)) == 3
-
-
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"validation_fraction": 0.0},
-    {"validation_path": "held_out.jsonl"},
-    {"format_name": "defualt"},
-  ],
-)
-def test_settings_that_contradict_or_do_not_exist_are_refused(
-  tokenizer, tmp_path, changes
-):
-  with pytest.raises(errors.ConfigError):
-    _sets(tokenizer, _write(tmp_path), **changes)
-
-
-def test_bad_data_are_told_with_their_place(tokenizer, tmp_path):
-  with pytest.raises(errors.DataError, match=r"none\.jsonl"):
-    _sets(tokenizer, str(tmp_path / "none.jsonl"))
-  with pytest.raises(errors.DataError, match="empty"):
-    _sets(tokenizer, _write(tmp_path, []))
-  with pytest.raises(errors.DataError, match="question, answer"):
-    _sets(tokenizer, _write(tmp_path, [{"question": "a", "answer": "b"}]))
-  path = tmp_path / "torn.jsonl"
-  path.write_text(json.dumps(_ROWS[0]) + '\n{"question": "Wh')
-  with pytest.raises(errors.DataError, match="line 2"):
-    _sets(tokenizer, str(path))
-  with pytest.raises(errors.DataError, match="too few rows"):
-    _sets(tokenizer, _write(tmp_path), batch_size=64)
 
 
 def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
@@ -209,8 +114,14 @@ def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
     num_hidden_layers=1,
   )
   shardings = sharding.of_params(mesh, model.abstract_params)
-  train_set, eval_set = _sets(
-    tokenizer, path, batch_size=config.batch.size, length=64, packed=True
+  train_set, eval_set = sets.conversations(
+    tokenizer,
+    data=sets.Selection(path, "default", {}, (), max_rows=0, max_bad_rows=0),
+    held_out=sets.HeldOut(path="", fraction=0.2),
+    layout=sets.Layout(length=64, packed=True, too_long="error"),
+    batch_size=config.batch.size,
+    seed=0,
+    workdir=workdir,
   )
   return sft.train(
     model,

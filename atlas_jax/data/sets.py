@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a dataset to batches: what trains, and what is held out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+import pathlib
+from typing import Any, TypeVar
+
+from absl import logging
+import jax
+import numpy as np
+
+from atlas_jax import chat, errors, types
+from atlas_jax.data import formats, loader, packing, rows, sources, splits
+from atlas_jax.data import quarantine as data_quarantine
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which rows are read.
+
+  Attributes:
+    path: a dataset, see `sources.parse`, or several with commas between them.
+    format: its name, see `formats.find`, or that of each.
+    formats: formats beside `formats.DATA_CONFIGS`.
+    weights: the share of each dataset; empty to take every row once.
+    max_rows: of each dataset the first so many; 0 for all.
+    max_bad_rows: so many are left out and listed in the workdir's
+      `quarantine.jsonl`.
+  """
+
+  path: str
+  format: str
+  formats: Mapping[str, Mapping[str, Any]]  # Any: out of a config.
+  weights: tuple[float, ...]
+  max_rows: int
+  max_bad_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Which rows are kept from training; with neither, none are.
+
+  Attributes:
+    path: as `Selection.path`; what it has in common with the training set is
+      taken out of that.
+    fraction: of the problems in the training set.
+  """
+
+  path: str
+  fraction: float
+
+  def __post_init__(self) -> None:
+    """Refuses two ways at once."""
+    if self.path and self.fraction:
+      raise errors.ConfigError(
+        "There can be one held-out set.",
+        where="--config.held_out",
+        why=f"path={self.path!r} and fraction={self.fraction}.",
+        fix="Set one of them.",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How conversations fill rows.
+
+  Attributes:
+    length: tokens in a row.
+    packed: several conversations in a row, or one.
+    too_long: what to do with conversations longer than a row.
+  """
+
+  length: int
+  packed: bool
+  too_long: packing.TooLong
+
+
+def conversations(
+  tokenizer: chat.Tokenizer,
+  *,
+  data: Selection,
+  held_out: HeldOut,
+  layout: Layout,
+  batch_size: int,
+  seed: int,
+  workdir: pathlib.Path,
+) -> tuple[loader.Loader, loader.Loader]:
+  """Reads, renders and packs the training and the held-out set.
+
+  Args:
+    tokenizer: with a chat template.
+    data: what is read.
+    held_out: what of it is not trained on.
+    layout: of the rows.
+    batch_size: rows per step.
+    seed: of the order, and of what is held out.
+    workdir: for the list of bad rows.
+
+  Raises:
+    errors.ConfigError: if nothing is held out, or a format is not there.
+    errors.DataError: if the data cannot be used.
+  """
+  if not held_out.path and not held_out.fraction:
+    raise errors.ConfigError(
+      "There must be a held-out set.",
+      where="--config.held_out",
+      why="It has neither a path nor a fraction.",
+      fix="Set one of them, e.g. --config.held_out.fraction=0.05.",
+    )
+
+  def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
+    messages = formats.to_messages(row, fmt)
+    token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+    # Arrays: a list takes ten times the memory.
+    return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
+
+  def read(selection: Selection) -> list[list[splits.Item[packing.Example]]]:
+    return _read(tokenize, selection, lambda fmt: fmt.sft_part, quarantine)
+
+  quarantine = _quarantine(data, workdir)
+  sets, kept_out = _split(read, data, held_out, seed)
+  load = functools.partial(_load, layout=layout, batch_size=batch_size)
+  return (
+    load(sets, weights=tuple(data.weights), seed=seed, remainder="drop"),
+    load([kept_out], weights=(), seed=seed, remainder="pad"),
+  )
+
+
+def questions(
+  data: Selection,
+  held_out: HeldOut,
+  *,
+  batch_size: int,
+  seed: int,
+  workdir: pathlib.Path,
+) -> tuple[loader.QuestionLoader, list[types.Question]]:
+  """Reads the questions to train on, and those held out.
+
+  Args:
+    data: what is read.
+    held_out: what of it is not trained on.
+    batch_size: questions per step.
+    seed: of the order, and of what is held out.
+    workdir: for the list of bad rows.
+
+  Raises:
+    errors.ConfigError: if a format is not there.
+    errors.DataError: if the data cannot be used.
+  """
+  quarantine = _quarantine(data, workdir)
+  sets, kept_out = _split(
+    functools.partial(_read_questions, quarantine=quarantine),
+    data,
+    held_out,
+    seed,
+  )
+  found = [item.value for items in sets for item in items]
+  mix = loader.Mix(tuple(map(len, sets)), tuple(data.weights), seed)
+  return (
+    loader.QuestionLoader(found, mix=mix, batch_size=batch_size),
+    [item.value for item in kept_out],
+  )
+
+
+def all_questions(
+  data: Selection, *, workdir: pathlib.Path
+) -> list[types.Question]:
+  """Reads questions in the order they are in; otherwise as `questions`."""
+  sets = _read_questions(data, quarantine=_quarantine(data, workdir))
+  return [item.value for items in sets for item in items]
+
+
+def _quarantine(
+  data: Selection, workdir: pathlib.Path
+) -> data_quarantine.Quarantine:
+  # Every host reads all rows; one tells of them.
+  path = workdir / "quarantine.jsonl" if jax.process_index() == 0 else None
+  return data_quarantine.Quarantine(path, max_bad_rows=data.max_bad_rows)
+
+
+def _read_questions(
+  data: Selection, *, quarantine: data_quarantine.Quarantine
+) -> list[list[splits.Item[types.Question]]]:
+  """Reads questions with names of their own, which draw random numbers."""
+  sets = _read(
+    formats.to_question, data, lambda fmt: fmt.questions_part, quarantine
+  )
+  for number, items in enumerate(sets[1:], start=2):
+    for i, item in enumerate(items):
+      row_id = f"{number}/{item.value.row_id}"
+      renamed = dataclasses.replace(item.value, row_id=row_id)
+      items[i] = item._replace(value=renamed)
+  seen: set[str] = set()
+  for row_id in (item.value.row_id for items in sets for item in items):
+    if row_id in seen:
+      raise errors.DataError(
+        f"Two rows are named {row_id!r}.",
+        where=data.path,
+        why="Random numbers are drawn by this name.",
+        fix="Give each row its own row_id, or none at all.",
+      )
+    seen.add(row_id)
+  return sets
+
+
+def _read(
+  view: Callable[[rows.Row, formats.Format], T | None],
+  data: Selection,
+  part_of: Callable[[formats.Format], str],
+  quarantine: data_quarantine.Quarantine,
+) -> list[list[splits.Item[T]]]:
+  """Reads each dataset, and makes of its rows what `view` makes of one.
+
+  Args:
+    view: gives None for a row that is left out.
+    data: what is read.
+    part_of: the part of a dataset that its format reads by itself.
+    quarantine: takes bad rows, and counts what is left out.
+  """
+  paths = _listed(data.path)
+  names = _listed(data.format)
+  if len(names) not in (1, len(paths)):
+    raise errors.ConfigError(
+      "Formats do not go with the data.",
+      where=f"--config.data.format={data.format}",
+      why=f"There are {len(names)} formats for {len(paths)} datasets.",
+      fix="Name one for all, or one for each.",
+    )
+  sets = []
+  for path, name in zip(paths, names * (len(paths) // len(names)), strict=True):
+    source = sources.parse(path)
+    fmt = formats.find(name, source.place, data.formats)
+    found = sources.read(source, part_of(fmt), quarantine)
+    made = _view_all(view, found, fmt, quarantine)
+    items = list(itertools.islice(made, data.max_rows or None))
+    left_out = quarantine.take_counts()
+    if not items:
+      raise errors.DataError(
+        "No row is left." if left_out else "The dataset is empty.",
+        where=path,
+        why=f"Left out: {left_out or 'nothing, there was no row'}.",
+        fix="Check the path, the format and its filters, and that whatever "
+        "wrote the data came to its end.",
+      )
+    logging.info(
+      "Read %d rows of %s; left out: %s.", len(items), path, left_out or "none"
+    )
+    sets.append(items)
+  return sets
+
+
+def _view_all(
+  view: Callable[[rows.Row, formats.Format], T | None],
+  found: Iterable[rows.Row],
+  fmt: formats.Format,
+  quarantine: data_quarantine.Quarantine,
+) -> Iterator[splits.Item[T]]:
+  """Yields what `view` makes of the rows that are kept."""
+  for row in found:
+    try:
+      column = formats.excluded_by(row, fmt)
+      if column:
+        quarantine.drop(f"by the filter on {column}")
+        continue
+      problem = splits.key(formats.to_problem(row, fmt))
+      value = view(row, fmt)
+    except errors.DataError as error:
+      quarantine.bad(row.file, row.line, error)
+      continue
+    if value is None:
+      quarantine.drop("without an answer of the format's pattern")
+    else:
+      yield splits.Item(row.where, problem, value)
+
+
+def _split(
+  read: Callable[[Selection], list[list[splits.Item[T]]]],
+  data: Selection,
+  held_out: HeldOut,
+  seed: int,
+) -> tuple[list[list[splits.Item[T]]], list[splits.Item[T]]]:
+  """Returns the sets to train on and what is held out of them."""
+  sets = read(data)
+  if held_out.fraction:
+    return splits.by_fraction(sets, held_out.fraction, seed)
+  if not held_out.path:
+    return sets, []
+  kept_out = read(dataclasses.replace(data, path=held_out.path, max_rows=0))
+  held_out_items = [item for items in kept_out for item in items]
+  left = [splits.without(items, held_out_items) for items in sets]
+  num_shared = sum(map(len, sets)) - sum(map(len, left))
+  if num_shared:
+    logging.warning(
+      "%d rows are not trained on: their problems are held out.", num_shared
+    )
+  if not all(left):
+    raise errors.DataError(
+      "No row is left to train on.",
+      where=data.path,
+      why=f"{num_shared} rows are about problems that are held out.",
+      fix="Hold out other problems: --config.held_out.path.",
+    )
+  return left, held_out_items
+
+
+def _listed(text: str) -> list[str]:
+  return [part.strip() for part in text.split(",")]
+
+
+def _load(
+  sets: Sequence[Sequence[splits.Item[packing.Example]]],
+  *,
+  layout: Layout,
+  weights: tuple[float, ...],
+  batch_size: int,
+  seed: int,
+  remainder: loader.Remainder,
+) -> loader.Loader:
+  """Fills rows with each set's conversations, and mixes the rows."""
+  fill = packing.pack if layout.packed else packing.pad
+  filled, names = [], []
+  for items in sets:
+    made = fill(
+      [item.value for item in items], layout.length, too_long=layout.too_long
+    )
+    logging.info(
+      "%d conversations in %d rows of %d tokens; %d too long.",
+      *(len(items), len(made.members), layout.length, made.num_too_long),
+    )
+    filled.append(made.arrays)
+    names += ["; ".join(items[i].where for i in row) for row in made.members]
+  sizes = tuple(len(arrays["token_ids"]) for arrays in filled)
+  return loader.Loader(
+    {name: np.concatenate([a[name] for a in filled]) for name in filled[0]},
+    names=names,
+    mix=loader.Mix(sizes, weights, seed),
+    batch_size=batch_size,
+    remainder=remainder,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )

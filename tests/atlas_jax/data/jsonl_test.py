@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a line holds, the lines around it are read."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.data import jsonl, quarantine
+
+_GOOD = b'{"x": "first"}', b'{"x": "last"}'
+
+
+def _write(path, *lines):
+  path.write_bytes(b"\n".join(lines) + b"\n")
+  return path
+
+
+def _read(path, max_bad_rows=0):
+  bad = path.with_name("quarantine.jsonl")
+  kept_apart = quarantine.Quarantine(bad, max_bad_rows=max_bad_rows)
+  found = list(jsonl.read(path, "a", kept_apart))
+  listed = bad.read_text().splitlines() if bad.exists() else []
+  return found, [json.loads(line) for line in listed], kept_apart.take_counts()
+
+
+@pytest.mark.parametrize(
+  ("line", "why"),
+  [
+    (b'{"x": ', "Expecting value"),
+    (b"[1, 2]", "JSON list"),
+    (b'"text"', "JSON str"),
+    (b'{"x": "\xff"}', "UnicodeDecodeError"),
+    ('{"x": "\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
+    ('{"x": "y"}'.encode("utf-16"), "UnicodeDecodeError"),
+    (b'{"x": "\0"}', "control character"),
+    (b"\0" * 20, "JSONDecodeError"),
+    (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "RecursionError"),
+    (b'{"x": ' + b"9" * 5000 + b"}", "4300"),
+    (rb'{"x": "\ud800"}', "surrogate"),
+    (rb'{"\udc00": 1}', "surrogate"),
+    (b'{"x": NaN}', "NaN"),
+    (b'{"x": -Infinity}', "Infinity"),
+    (b'{"x": 1, "x": 2}', "twice"),
+    (b'{"x": "' + b"a" * jsonl.MAX_LINE_BYTES + b'"}', "longer than"),
+  ],
+)
+def test_a_malformed_line_goes_to_quarantine_and_the_rest_loads(
+  tmp_path, line, why
+):
+  path = _write(tmp_path / "a.jsonl", _GOOD[0], line, _GOOD[1])
+  found, bad, left_out = _read(path, max_bad_rows=1)
+  assert [(row.line, row.values["x"]) for row in found] == [
+    (1, "first"),
+    (3, "last"),
+  ]
+  ((entry),) = bad
+  assert entry["file"] == str(path)
+  assert entry["line"] == 2
+  assert why in entry["reason"]
+  assert len(entry["reason"]) < 500
+  assert left_out == "1 in quarantine"
+  with pytest.raises(errors.DataError, match="malformed") as info:
+    _read(path)
+  assert info.value.where == f"{path}:2"
+
+
+def test_other_line_separators_are_part_of_the_text(tmp_path):
+  text = "a\u2028b\u2029c\x85d"
+  line = json.dumps({"x": text}, ensure_ascii=False).encode()
+  found, _, _ = _read(_write(tmp_path / "a.jsonl", line, _GOOD[1]))
+  assert [row.values["x"] for row in found] == [text, "last"]
+
+
+def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
+  path = _write(
+    tmp_path / "a.jsonl", b'\xef\xbb\xbf{"x": "1"}\r', b"", b'{"x": "2"}\r'
+  )
+  found, _, _ = _read(path)
+  assert [(row.line, row.values["x"]) for row in found] == [(1, "1"), (3, "2")]
+
+
+@hypothesis.given(
+  st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+)
+@hypothesis.example(
+  "\u05e9\u05dc\u05d5\u05dd \U0001f469\u200d\U0001f52c \u6f22"
+)
+@hypothesis.settings(
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_any_text_comes_back_as_it_was(tmp_path, text):
+  for ascii_only in (True, False):
+    line = json.dumps({"x": text}, ensure_ascii=ascii_only).encode()
+    found, _, _ = _read(_write(tmp_path / "a.jsonl", line))
+    assert found[0].values == {"x": text}
+
+
+def test_a_last_line_that_is_still_written_is_passed_over(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(_GOOD[0] + b'\n{"x": "la')
+  found, bad, left_out = _read(path)
+  assert [row.values["x"] for row in found] == ["first"]
+  assert not bad
+  assert left_out == "1 a last line without an end"
+  path.write_bytes(b"\n".join(_GOOD))
+  assert len(_read(path)[0]) == 2
+
+
+def test_a_compressed_file_holds_the_same_rows(tmp_path):
+  path = tmp_path / "a.jsonl.gz"
+  with gzip.open(path, "wb") as file:
+    file.write(b"\n".join(_GOOD))
+  assert len(_read(path)[0]) == 2
+
+
+def test_a_compressed_file_that_was_cut_is_an_error(tmp_path):
+  path = tmp_path / "a.jsonl.gz"
+  with gzip.open(path, "wb") as file:
+    file.writelines(b'{"x": %d}\n' % i for i in range(1000))
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(errors.DataError, match="EOFError"):
+    _read(path, max_bad_rows=10)
+  path.write_bytes(b"no gzip")
+  with pytest.raises(errors.DataError, match="BadGzipFile"):
+    _read(path, max_bad_rows=10)
+
+
+def test_a_missing_file_is_told(tmp_path):
+  with pytest.raises(errors.DataError, match="FileNotFoundError"):
+    _read(tmp_path / "a.jsonl")
+
+
+_COUNT = """
+import pathlib, resource, sys
+from atlas_jax.data import jsonl, quarantine
+kept_apart = quarantine.Quarantine(None, max_bad_rows=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = jsonl.read(pathlib.Path(sys.argv[1]), "a", kept_apart)
+count = sum(1 for _ in found)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(count, kept_apart.take_counts(), "/", grown // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_huge_row_and_many_rows_take_little_memory(tmp_path):
+  path = tmp_path / "a.jsonl"
+  row = b'{"x": "' + b"a" * 500 + b'"}\n'
+  with path.open("wb") as file:
+    file.write(row)
+    file.write(b'{"x": "')
+    for _ in range(200):
+      file.write(b"a" * 2**20)
+    file.write(b'"}\n')
+    for _ in range(100):
+      file.write(row * 1000)
+  told = subprocess.run(
+    [sys.executable, "-c", _COUNT, str(path)],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+  ).stdout
+  read, _, grown_mb = told.partition(" / ")
+  assert read == "100001 1 in quarantine"
+  assert int(grown_mb) < 100
