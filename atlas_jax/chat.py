@@ -56,6 +56,28 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   return tokenizer
 
 
+def check_vocabulary(
+  tokenizer: Tokenizer, vocab_size: int, directory: str | os.PathLike[str]
+) -> None:
+  """Refuses a tokenizer that is not the model's.
+
+  Raises:
+    errors.ConfigError: if it writes ids that the model does not have.
+  """
+  # Tokens which were added on top may go unused, as Gemma's for images.
+  used = tokenizer.pad_token_id, tokenizer.eos_token_id
+  largest = max(tokenizer.vocab_size - 1, *used)
+  if largest >= vocab_size:
+    raise errors.ConfigError(
+      "The tokenizer is not the model's.",
+      where=os.fspath(directory),
+      why=f"It writes ids up to {largest}, and config.json has a vocab_size of "
+      f"{vocab_size}.",
+      fix="Copy the tokenizer's files from the checkpoint that the weights are "
+      "of.",
+    )
+
+
 def render(
   tokenizer: Tokenizer, messages: Sequence[types.Message]
 ) -> tuple[str, tuple[int, ...]]:
@@ -160,17 +182,10 @@ def _written_spans(
   for i in turns:
     header = _apply_template(tokenizer, messages[:i], add_header=True)
     turn = _apply_template(tokenizer, messages[: i + 1], add_header=False)
-    # Some templates take the thinking out of earlier turns: what was written
-    # then is nowhere in `text`.
-    if not (turn.startswith(header) and text.startswith(turn)):
-      raise _bad_conversation(
-        messages,
-        why=f"The chat template writes turn {i + 1}, the assistant's, in one "
-        "way to generate it and in another to read it back.",
-        fix="Split the conversation into rows that end with their only "
-        "assistant turn, or change the template.",
-      )
     specials = _special_tokens(tokenizer)
+    if not (turn.startswith(header) and text.startswith(turn)):
+      yield len(header), _end_in_text(messages, i, header, text, specials)
+      continue
     end = len(turn.rstrip())
     if not turn.endswith(specials, len(header), end):
       raise _bad_template(turn, "It closes no turn with a special token.")
@@ -179,6 +194,34 @@ def _written_spans(
     ):
       raise _bad_template(turn, "It ignores add_generation_prompt.")
     yield len(header), end
+
+
+def _end_in_text(
+  messages: Sequence[types.Message],
+  turn: int,
+  header: str,
+  text: str,
+  specials: Sequence[str],
+) -> int:
+  """Finds where a turn ends which the template would end differently if last.
+
+  Qwen3's gives the last turn an empty thinking block, and takes the thinking
+  out of earlier ones: such a turn cannot be trained, since what was written is
+  nowhere in `text`.
+  """
+  content = messages[turn].content
+  for written in (content, content.strip()):
+    for closing in specials:
+      told = header + written + closing
+      if text.startswith(told):
+        return len(told)
+  raise _bad_conversation(
+    messages,
+    why=f"The chat template writes turn {turn + 1}, the assistant's, in one "
+    "way to generate it and in another to read it back.",
+    fix="Split the conversation into rows that end with their only assistant "
+    "turn, or change the template.",
+  )
 
 
 def _check_parts(tokenizer: Tokenizer, text: str, token_ids: list[int]) -> None:

@@ -184,6 +184,7 @@ def open_model(
   config, _ = load.read_config(directory)
   model = decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)
   tokenizer = chat.load_tokenizer(directory)
+  chat.check_vocabulary(tokenizer, config.vocab_size, directory)
   if not with_params:
     return OpenModel(directory, model, {}, tokenizer)
   shardings = sharding.of_params(mesh, model.abstract_params)

@@ -10,7 +10,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 import ml_collections
 
 from configs import optimizer
-from configs.data import selection, world
+from configs.data import arc_atlas, selection, world
 from configs.model import hf, tiny
 
 
@@ -21,6 +21,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
   config.data = selection.get_config()
+  config.data.formats = arc_atlas.get_formats()
   config.held_out = dict(path="", fraction=0.05)  # data.sets.HeldOut
   config.packing = dict(  # data.sets.Layout
     length=16384, packed=True, too_long="drop"

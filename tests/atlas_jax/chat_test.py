@@ -17,12 +17,21 @@ _LLAMA3 = (
   "{% endfor %}"
   "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
-# A turn before the last user's loses its thinking; the last one gains a block.
+# A turn before the last loses its thinking; the last one gains a block.
 _THINKING = (
   "{% for message in messages %}<|im_start|>{{ message.role }}\n"
   "{% if message.role == 'assistant' and loop.last"
   " and '<think>' not in message.content %}<think>\n\n</think>\n\n{% endif %}"
-  "{{ message.content }}<|im_end|>\n{% endfor %}"
+  "{% if loop.last %}{{ message.content }}{% else %}"
+  "{{ message.content.split('</think>')[-1].lstrip('\n') }}{% endif %}"
+  "<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_MARKED = (
+  "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+  "{% if message.role == 'assistant' %}{% generation %}"
+  "{{ message.content }}<|im_end|>{% endgeneration %}"
+  "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -108,10 +117,55 @@ def test_thinking_is_trained_in_a_last_turn(tokenizer):
   ]
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_turns_that_end_differently_in_the_middle_are_found(tokenizer):
+  tokenizer.chat_template = _THINKING
+  assert _written(tokenizer, _messages("a", "b", "c", " d\n", "e", "f")) == [
+    "b<|im_end|>",
+    " d\n<|im_end|>",
+    "<think>\n\n</think>\n\nf<|im_end|>",
+  ]
+
+
+def test_thinking_that_the_template_takes_out_is_refused(tokenizer):
   tokenizer.chat_template = _THINKING
   with pytest.raises(errors.DataError, match="turn 2"):
-    chat.tokenize(tokenizer, _messages("a", "b", "c", "d"))
+    chat.tokenize(
+      tokenizer, _messages("a", "<think>\nhm\n</think>\n\nb", "c", "d")
+    )
+
+
+@pytest.mark.parametrize(
+  "messages",
+  [
+    _messages("2 + 2?", "It is 4."),
+    _messages("a", "b\n", "c", " d", "e", "\u00e9 \U0001f600"),
+    [types.Message("system", "s"), *_messages("a", "b", "c", "d")],
+  ],
+)
+def test_mask_is_that_of_a_template_with_generation_markers(
+  tokenizer, messages
+):
+  token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+  tokenizer.chat_template = _MARKED
+  expected = tokenizer.apply_chat_template(
+    [{"role": m.role, "content": m.content} for m in messages],
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+  )
+  assert expected["assistant_masks"] == [int(on) for on in loss_mask]
+  assert expected["input_ids"] == token_ids
+  assert chat.tokenize(tokenizer, messages) == (token_ids, loss_mask)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+  chat.check_vocabulary(tokenizer, len(tokenizer), "model")
+  with pytest.raises(errors.ConfigError, match="vocab_size of 37"):
+    chat.check_vocabulary(tokenizer, 37, "model")
+
+
+def test_a_pad_token_that_is_the_end_of_turn_is_trained_all_the_same(tokenizer):
+  tokenizer.pad_token = tokenizer.eos_token
+  assert _written(tokenizer, _messages("a", "b")) == ["b<|im_end|>"]
 
 
 def test_header_that_the_answer_does_not_follow_is_refused(tokenizer):

@@ -8,6 +8,7 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.data import formats, rows
+from configs.data import arc_atlas, prompts
 
 _FORMATS = formats.DATA_CONFIGS
 _DEFAULT = _FORMATS["default"]
@@ -282,3 +283,17 @@ def test_a_config_adds_formats():
 def test_unknown_and_malformed_formats_are_refused(name, fields, told):
   with pytest.raises(errors.ConfigError, match=told):
     formats.find(name, "a.jsonl", {"mine": fields})
+
+
+def test_arc_rows_make_what_grpo_asks_of_a_teacher():
+  fmt = formats.find("arc_atlas_tags", "a.jsonl", arc_atlas.get_formats())
+  row = _row(**_ARC_SFT)
+  asked, answered = formats.to_messages(row, fmt)
+  assert asked.content == prompts.get_templates().teach.format(
+    question="What is 2 + 2?", probe="I multiply."
+  )
+  assert answered.content == (
+    "<thinking>\nIt confuses the signs.\n</thinking>\n"
+    "<teaching>\nWhat does + ask for?\n</teaching>"
+  )
+  assert formats.to_problem(row, fmt) == "What is 2 + 2?"
