@@ -130,7 +130,7 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
   # so the data begin anew, in another order, after the kill.
   line = [
     *command,
-    "--config.data.packed=False",
+    "--config.packing.packed=False",
     "--config.loop.num_steps=30",
     "--config.loop.save_every=8",
     "--config.loop.eval_every=10",
