@@ -46,8 +46,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     eval_set: the same, held out.
     on_save: called after each checkpoint, with the steps done.
     mesh: as `sharding.make_mesh` makes it.
-    config: sections `optimizer`, `schedule`, `batch`, `loss`, `offload`,
-      `loop` and `checkpoint`; `num_epochs`.
+    config: of the recipe; see `configs/run/teacher_sft.py`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
