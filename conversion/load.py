@@ -104,8 +104,10 @@ def load(
   if param_dtype not in ("float32", "bfloat16"):
     raise ValueError(f"Got param_dtype={param_dtype!r}.")
   tensors = shards.open_directory(directory)
-  table = {rule.path: rule for rule in rules.of_model(model)}
   _check_names(directory, model, tensors)
+  parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
+  for piece in rules.pieces(model):
+    parts.setdefault(piece.rule.path, {})[piece.index] = piece
   structure = jax.tree.structure(model.abstract_params)
   if shardings is None:
     first = js.SingleDeviceSharding(jax.devices()[0])
@@ -115,40 +117,38 @@ def load(
   arrays = []
   abstract = rules.flatten(model.abstract_params)
   for (path, leaf), place in zip(abstract, places, strict=True):
-    names = rules.names(table[path], model.config.num_layers)
-    parts = {name: tensors[name] for name in names}
-    read = _reader(table[path], parts, leaf.shape, np.dtype(param_dtype))
+    read = _reader(parts[path], tensors, leaf.shape, np.dtype(param_dtype))
     arrays.append(jax.make_array_from_callback(leaf.shape, place, read))
   return jax.tree.unflatten(structure, arrays)
 
 
 def _reader(
-  rule: rules.Rule,
-  parts: Mapping[str, shards.Tensor],
+  parts: Mapping[tuple[int, ...], rules.Piece],
+  tensors: Mapping[str, shards.Tensor],
   shape: tuple[int, ...],
   dtype: np.dtype,
 ) -> Callable[[Any], np.ndarray]:  # Any: a slice of each axis, in a tuple.
   """Makes the function that reads any slice of one parameter."""
-  names = list(parts)
-  shape = shape if rule.stacked else (1, *shape)
   done: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
-    if not rule.stacked:
-      index = (slice(None), *index)
     bounds = tuple(
       part.indices(size) for part, size in zip(index, shape, strict=True)
     )
-    if bounds not in done:  # Replicas ask for the same slice again.
-      sizes = [len(range(*bound)) for bound in bounds]
-      block = np.empty(sizes, dtype)
-      for row, layer in enumerate(range(*bounds[0])):
-        name = names[layer]
-        whole = rules.from_hf(rule, shards.read(parts[name]), shape[1:])
-        block[row] = whole[index[1:]]
-        shards.check_finite(name, block[row])
-      done[bounds] = block
-    return done[bounds] if rule.stacked else done[bounds][0]
+    if bounds in done:  # Replicas ask for the same slice again.
+      return done[bounds]
+    ranges = [range(*bound) for bound in bounds]
+    block = np.empty([len(each) for each in ranges], dtype)
+    num_stacked = len(next(iter(parts)))
+    for place in np.ndindex(*block.shape[:num_stacked]):
+      stacked = zip(ranges, place, strict=False)
+      piece = parts[tuple(each[i] for each, i in stacked)]
+      rows = shards.read(tensors[piece.name])[piece.start : piece.stop]
+      whole = rules.from_hf(piece.rule, rows, piece.shape)
+      block[place] = whole[index[num_stacked:]]
+      shards.check_finite(piece.name, block[place])
+    done[bounds] = block
+    return block
 
   return read
 

@@ -2,10 +2,12 @@
 """Which Hugging Face tensor is which parameter; the same table both ways.
 
 Hugging Face stores a projection as [outputs, inputs] with all axes of a side
-flattened, and each layer by itself. Ours are [inputs, outputs] with every axis
-kept, such as [D, N, H], stacked over the layers.
+flattened, and each layer and expert by itself. Ours are [inputs, outputs] with
+every axis kept, such as [D, N, H], stacked over the layers and experts. Phi
+stores several projections in one tensor, one after the other.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -21,9 +23,10 @@ from atlas_jax.models import decoder
 class Rule:
   """One row: a Hugging Face name, a parameter path and the transform.
 
-  `{}` in `name` is the layer's number, and says that the parameter is stacked.
-  `num_in` counts the parameter's leading axes that are inputs, the layer axis
-  left out: 0 for a bias, None where both sides store the same array.
+  `{layer}` and `{expert}` in `name` are numbers, and say that the parameter is
+  stacked along as many leading axes. `num_in` counts the axes after those that
+  are inputs: 0 for a bias, None where both sides store the same array. Rules
+  of one name share its tensor, in their order.
   """
 
   name: str
@@ -31,69 +34,119 @@ class Rule:
   num_in: int | None
 
   @property
-  def stacked(self) -> bool:
-    """Tells if the parameter has a leading layer axis."""
-    return "{}" in self.name
+  def num_stacked(self) -> int:
+    """How many leading axes of the parameter are not in the file's tensors."""
+    return self.name.count("{")
 
 
-_LAYER = "model.layers.{}."
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Rows `start` to `stop` of a file's tensor: one layer of a parameter.
+
+  `index` is its place along the parameter's stacked axes, `shape` ours.
+  """
+
+  name: str
+  rule: Rule
+  index: tuple[int, ...]
+  shape: tuple[int, ...]
+  start: int
+  stop: int
+
+
+_LAYER = "model.layers.{layer}."
 _HEADS = _LAYER + "self_attn."
-_POST_NORM = _LAYER + "post_attention_layernorm.weight"
-_SHARED = (
+_MLP = _LAYER + "mlp."
+_EXPERT = _MLP + "experts.{expert}."
+_ENDS = (
   Rule("model.embed_tokens.weight", "embed/embedding", None),
+  Rule("model.norm.weight", "final_norm/scale", None),
+  Rule("lm_head.weight", "head/kernel", 1),
+)
+_NORMS = (
   Rule(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale", None),
+  Rule(
+    _LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale", None
+  ),
+)
+_FOUR_NORMS = (
+  _NORMS[0],
+  Rule(
+    _LAYER + "post_attention_layernorm.weight",
+    "layers/attention_post_norm/scale",
+    None,
+  ),
+  Rule(
+    _LAYER + "pre_feedforward_layernorm.weight", "layers/mlp_norm/scale", None
+  ),
+  Rule(
+    _LAYER + "post_feedforward_layernorm.weight",
+    "layers/mlp_post_norm/scale",
+    None,
+  ),
+)
+_ATTENTION = (
   Rule(_HEADS + "q_proj.weight", "layers/attention/q/kernel", 1),
   Rule(_HEADS + "k_proj.weight", "layers/attention/k/kernel", 1),
   Rule(_HEADS + "v_proj.weight", "layers/attention/v/kernel", 1),
   Rule(_HEADS + "o_proj.weight", "layers/attention/o/kernel", 2),
-  Rule(_POST_NORM, "layers/mlp_norm/scale", None),
-  Rule(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", 1),
-  Rule(_LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", 1),
-  Rule(_LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", 1),
-  Rule("model.norm.weight", "final_norm/scale", None),
-  Rule("lm_head.weight", "head/kernel", 1),
-)
-_QKV_BIAS = (
   Rule(_HEADS + "q_proj.bias", "layers/attention/q/bias", 0),
   Rule(_HEADS + "k_proj.bias", "layers/attention/k/bias", 0),
   Rule(_HEADS + "v_proj.bias", "layers/attention/v/bias", 0),
+  Rule(_HEADS + "o_proj.bias", "layers/attention/o/bias", 0),
 )
 _QK_NORM = (
   Rule(_HEADS + "q_norm.weight", "layers/attention/q_norm/scale", None),
   Rule(_HEADS + "k_norm.weight", "layers/attention/k_norm/scale", None),
 )
+_GATED = (
+  Rule(_MLP + "gate_proj.weight", "layers/mlp/gate/kernel", 1),
+  Rule(_MLP + "up_proj.weight", "layers/mlp/up/kernel", 1),
+  Rule(_MLP + "down_proj.weight", "layers/mlp/down/kernel", 1),
+)
+_MIXTURE = (
+  Rule(_MLP + "gate.weight", "layers/mixture/router/kernel", 1),
+  Rule(_EXPERT + "gate_proj.weight", "layers/mixture/gate", 1),
+  Rule(_EXPERT + "up_proj.weight", "layers/mixture/up", 1),
+  Rule(_EXPERT + "down_proj.weight", "layers/mixture/down", 1),
+)
+_FUSED = (
+  Rule(_HEADS + "qkv_proj.weight", "layers/attention/q/kernel", 1),
+  Rule(_HEADS + "qkv_proj.weight", "layers/attention/k/kernel", 1),
+  Rule(_HEADS + "qkv_proj.weight", "layers/attention/v/kernel", 1),
+  Rule(_HEADS + "o_proj.weight", "layers/attention/o/kernel", 2),
+  Rule(_MLP + "gate_up_proj.weight", "layers/mlp/gate/kernel", 1),
+  Rule(_MLP + "gate_up_proj.weight", "layers/mlp/up/kernel", 1),
+  Rule(_MLP + "down_proj.weight", "layers/mlp/down/kernel", 1),
+)
+_LLAMA = _ENDS + _NORMS + _ATTENTION + _GATED
 _FAMILIES = {
-  "llama": _SHARED,
-  "qwen2": _SHARED + _QKV_BIAS,
-  "qwen3": _SHARED + _QK_NORM,
+  "llama": _LLAMA,
+  "mistral": _LLAMA,
+  "phi3": _ENDS + _NORMS + _FUSED,
+  "qwen2": _LLAMA,
+  "qwen3": _LLAMA + _QK_NORM,
+  "qwen3_moe": _ENDS + _NORMS + _ATTENTION + _QK_NORM + _MIXTURE,
+  "gemma2": _ENDS + _FOUR_NORMS + _ATTENTION + _GATED,
+  "gemma3_text": _ENDS + _FOUR_NORMS + _ATTENTION + _QK_NORM + _GATED,
 }
+# What some checkpoints of a family have, and others do not.
+_OPTIONAL = re.compile(r"head/kernel|layers/attention/./bias")
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "phi3": "Phi3ForCausalLM",
   "qwen2": "Qwen2ForCausalLM",
   "qwen3": "Qwen3ForCausalLM",
+  "qwen3_moe": "Qwen3MoeForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
 }
 
 # Where a tied head would be, and what it must then equal.
 HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 # Old Llama files store these; they follow from config.json.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-def of_model(model: decoder.Model) -> tuple[Rule, ...]:
-  """Gives the rules of the model's parameters, in the order of a forward pass.
-
-  Raises:
-    ValueError: if the table lacks a parameter, or has one too many.
-  """
-  paths = {path for path, _ in flatten(model.abstract_params)}
-  rules = tuple(
-    rule
-    for rule in _FAMILIES[model.config.family]
-    if not (model.config.tie_embeddings and rule.name == HEAD_NAME)
-  )
-  if wrong := paths ^ {rule.path for rule in rules}:
-    raise ValueError(f"Parameters and rules disagree about {sorted(wrong)}.")
-  return rules
 
 
 def flatten(
@@ -106,15 +159,51 @@ def flatten(
   ]
 
 
-def names(rule: Rule, num_layers: int) -> list[str]:
-  """Lists the Hugging Face tensors a parameter is made of, layer by layer."""
-  if not rule.stacked:
-    return [rule.name]
-  return [rule.name.format(layer) for layer in range(num_layers)]
+def of_model(model: decoder.Model) -> tuple[Rule, ...]:
+  """Gives the rules of the model's parameters.
+
+  Raises:
+    ValueError: if the table lacks a parameter, or has one too many.
+  """
+  paths = {path for path, _ in flatten(model.abstract_params)}
+  rules = tuple(
+    rule
+    for rule in _FAMILIES[model.config.family]
+    if rule.path in paths or not _OPTIONAL.fullmatch(rule.path)
+  )
+  if wrong := paths ^ {rule.path for rule in rules}:
+    raise ValueError(f"Parameters and rules disagree about {sorted(wrong)}.")
+  return rules
+
+
+def pieces(model: decoder.Model) -> Iterator[Piece]:
+  """Lists what the model's files hold, tensor after tensor."""
+  leaves = dict(flatten(model.abstract_params))
+  ends: dict[str, int] = {}
+  for rule in of_model(model):
+    shape = leaves[rule.path].shape
+    stacked, shape = shape[: rule.num_stacked], shape[rule.num_stacked :]
+    for index in np.ndindex(stacked):
+      name = rule.name.format(**dict(zip(_AXES, index, strict=False)))
+      start = ends.get(name, 0)
+      ends[name] = start + hf_shape(rule, shape)[0]
+      yield Piece(name, rule, index, shape, start, ends[name])
+
+
+_AXES = ("layer", "expert")
+
+
+def shapes(model: decoder.Model) -> dict[str, tuple[int, ...]]:
+  """Computes every tensor of the model's files, in order, with its shape."""
+  result: dict[str, tuple[int, ...]] = {}
+  for piece in pieces(model):
+    _, *rest = hf_shape(piece.rule, piece.shape)
+    result[piece.name] = (piece.stop, *rest)
+  return result
 
 
 def hf_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Computes the file's shape from ours, the layer axis left out."""
+  """Computes the file's shape from ours, the stacked axes left out."""
   if rule.num_in is None:
     return shape
   outputs = math.prod(shape[rule.num_in :])
@@ -123,26 +212,15 @@ def hf_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
   return (outputs, math.prod(shape[: rule.num_in]))
 
 
-def shapes(model: decoder.Model) -> dict[str, tuple[int, ...]]:
-  """Computes every tensor of the model's files, in order, with its shape."""
-  leaves = dict(flatten(model.abstract_params))
-  result: dict[str, tuple[int, ...]] = {}
-  for rule in of_model(model):
-    shape = leaves[rule.path].shape[1 if rule.stacked else 0 :]
-    for name in names(rule, model.config.num_layers):
-      result[name] = hf_shape(rule, shape)
-  return result
-
-
 def from_hf(
   rule: Rule, array: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """Views a file's tensor as one layer of ours, without a copy."""
+  """Views rows of a file's tensor as one layer of ours, without a copy."""
   return (array.T if rule.num_in else array).reshape(shape)
 
 
 def to_hf(rule: Rule, array: np.ndarray) -> np.ndarray:
-  """Views one layer of ours as a file's tensor; often not contiguous."""
+  """Views one layer of ours as rows of a file; often not contiguous."""
   shape = hf_shape(rule, array.shape)
   if rule.num_in:
     return array.reshape(shape[::-1]).T

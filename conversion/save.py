@@ -114,16 +114,17 @@ def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
   more bytes travel than are written; the array is often not contiguous.
   """
   leaves = dict(rules.flatten(params))
-  places = {
-    name: (rule, layer)
-    for rule in rules.of_model(model)
-    for layer, name in enumerate(rules.names(rule, model.config.num_layers))
-  }
+  parts: dict[str, list[rules.Piece]] = {}
+  for piece in rules.pieces(model):
+    parts.setdefault(piece.name, []).append(piece)
+
+  def fetch_piece(piece: rules.Piece) -> np.ndarray:
+    layer = _layer(leaves[piece.rule.path], piece.index, dtype)
+    return rules.to_hf(piece.rule, np.asarray(layer))
 
   def fetch(name: str) -> np.ndarray:
-    rule, layer = places[name]
-    part = _part(leaves[rule.path], layer if rule.stacked else None, dtype)
-    return rules.to_hf(rule, np.asarray(part))
+    fetched = [fetch_piece(piece) for piece in parts[name]]
+    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched)
 
   return fetch
 
@@ -131,9 +132,9 @@ def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
 # One program: step by step, a copy of the layer in its old precision would be
 # made first, and most of the time would go into that.
 @functools.partial(jax.jit, static_argnames="dtype")
-def _part(leaf: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+def _layer(leaf: jax.Array, index: tuple[int, ...], dtype: str) -> jax.Array:
   """Cuts a layer out of a stacked parameter, and casts it."""
-  return (leaf if layer is None else leaf[layer]).astype(dtype)
+  return leaf[index].astype(dtype)
 
 
 def _check_target(

@@ -12,7 +12,7 @@ from atlas_jax.models import decoder
 from conversion import rules, save
 from tests import fakes
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
 LLAMA3_ROPE = {
   "rope_type": "llama3",
@@ -22,11 +22,48 @@ LLAMA3_ROPE = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 16,
 }
+# What each family has of its own; every layer of Gemma's is another kind.
+_OWN = {
+  "qwen2": {},
+  "qwen3": {},
+  "llama": {"rope_parameters": LLAMA3_ROPE},
+  "mistral": {"sliding_window": 5},
+  "phi3": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.75}},
+  "qwen3_moe": {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+  },
+  "gemma2": {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+  },
+  "gemma3_text": {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+      "sliding_attention": _ROPE,
+      "full_attention": {
+        "rope_type": "linear",
+        "rope_theta": 1_000_000.0,
+        "factor": 8.0,
+      },
+    },
+  },
+}
+FAMILIES = tuple(_OWN)
 
 
 def fields(family, **changes):
   """Gives a config.json: 3 heads over 1, head width not D / N, odd sizes."""
-  rope = {"rope_type": "default", "rope_theta": 10_000.0}
   return {
     "model_type": family,
     "architectures": [rules.ARCHITECTURES[family]],
@@ -43,10 +80,11 @@ def fields(family, **changes):
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
-    "rope_parameters": LLAMA3_ROPE if family == "llama" else rope,
+    "rope_parameters": _ROPE,
     "bos_token_id": None,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    **_OWN[family],
     **changes,
   }
 
@@ -59,6 +97,7 @@ def build(family, *, dtype="float32", remat="none", unroll=1, **changes):
 
 def params_of(model, seed=0):
   """Draws parameters in which no bias is zero and no norm is one."""
+  start = 0.0 if model.config.zero_centered_norms else 1.0
   leaves, structure = jax.tree.flatten(model.abstract_params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   drawn = [
@@ -67,7 +106,7 @@ def params_of(model, seed=0):
   ]
   params = jax.tree.unflatten(structure, drawn)
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: x + 1.0 if path[-1].key == "scale" else x, params
+    lambda path, x: x + start if path[-1].key == "scale" else x, params
   )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions, grouped-query attention and the KV cache.
+"""Grouped-query attention, what each token sees, and the KV cache.
 
 One description of the mask serves training, prefill and decoding: a query sees
-the keys of its own segment at positions up to its own. Segment 0 is padding.
+the keys of its own segment at positions up to its own, or the last few of
+them. Segment 0 is padding.
 """
 
 from typing import NamedTuple
@@ -10,10 +11,9 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from atlas_jax.models import config as model_config
-from atlas_jax.models import layers
+from atlas_jax.models import layers, rope
 
 
 class Cache(NamedTuple):
@@ -49,55 +49,63 @@ def empty_cache(
   )
 
 
-def rope_frequencies(config: model_config.DecoderConfig) -> np.ndarray:
-  """Computes the angle per position of each pair of a head, float32[H / 2].
-
-  With Llama 3's scaling, wavelengths longer than the original context divided
-  by `low_freq_factor` are stretched by `factor`, those shorter than it divided
-  by `high_freq_factor` are kept, and those between are interpolated.
-
-  Source: Su et al., arXiv:2104.09864; Llama 3.1's reference code for the
-  scaling.
-  """
-  exponent = np.arange(0, config.head_width, 2) / config.head_width
-  frequencies = 1.0 / config.rope_theta**exponent
-  scaling = config.rope_scaling
-  if scaling is not None:
-    wavelength = 2.0 * np.pi / frequencies
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - low) / (high - low)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    stretched = frequencies / scaling.factor
-    frequencies = (1.0 - smooth) * stretched + smooth * frequencies
-  return frequencies.astype(np.float32)
-
-
-def rotate(
-  x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray
-) -> jax.Array:
-  """Turns pair (i, i + H / 2) of each head by position times frequency i."""
-  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return turned.astype(x_BTNH.dtype)
-
-
 def causal_mask(
   positions_BT: jax.Array,
   segment_ids_BT: jax.Array,
   key_positions_BS: jax.Array,
   key_segment_ids_BS: jax.Array,
+  *,
+  window: int | None,
 ) -> jax.Array:
-  """Tells which keys each query sees, bool[B, T, S]."""
+  """Tells which keys each query sees, bool[B, T, S].
+
+  With a `window` these are as many positions, its own included.
+  """
   same_segment = (
     segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
   ) & (key_segment_ids_BS[:, None, :] > 0)
-  return same_segment & (
-    key_positions_BS[:, None, :] <= positions_BT[:, :, None]
+  distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  near = distance_BTS >= 0
+  if window is not None:
+    near &= distance_BTS < window
+  return same_segment & near
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask_BTS: jax.Array,
+  *,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Mixes the values each query sees; the softmax is in float32.
+
+  A query that sees nothing gets an arbitrary mixture.
+  """
+  if soft_cap is None:
+    return jax.nn.dot_product_attention(
+      *(q_BTNH, k_BSKH, v_BSKH),
+      mask=mask_BTS[:, None],
+      scale=scale,
+      implementation="xla",
+    )
+  # jax.nn has no soft cap.
+  num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+  q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], -1, num_groups, q_BTNH.shape[-1])
+  scores_BKGTS = scale * jnp.einsum(
+    "BTKGH,BSKH->BKGTS",
+    q_BTKGH,
+    k_BSKH,
+    preferred_element_type=jnp.float32,
   )
+  scores_BKGTS = layers.soft_cap(scores_BKGTS, soft_cap)
+  lowest = jnp.finfo(jnp.float32).min
+  scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BSKH.dtype)
+  mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+  return mixed_BTKGH.reshape(q_BTNH.shape)
 
 
 class Attention(nnx.Module):
@@ -121,28 +129,30 @@ class Attention(nnx.Module):
     self.q = layers.Linear(width, heads, use_bias=bias, **kwargs)
     self.k = layers.Linear(width, kv_heads, use_bias=bias, **kwargs)
     self.v = layers.Linear(width, kv_heads, use_bias=bias, **kwargs)
-    self.o = layers.Linear(heads, width, use_bias=False, **kwargs)
+    self.o = layers.Linear(heads, width, use_bias=config.out_bias, **kwargs)
 
     def norm() -> layers.RMSNorm | None:
       if not config.qk_norm:
         return None
-      epsilon = config.norm_epsilon
-      return layers.RMSNorm(config.head_width, epsilon=epsilon, dtype=dtype)
+      return layers.RMSNorm(
+        config.head_width,
+        epsilon=config.norm_epsilon,
+        zero_centered=config.zero_centered_norms,
+        dtype=dtype,
+      )
 
     self.q_norm, self.k_norm = norm(), norm()
-    self._frequencies = tuple(rope_frequencies(config).tolist())
+    self._scale = config.attention_scale
+    self._soft_cap = config.attention_soft_cap
 
   def project(
-    self, x_BTD: jax.Array, positions_BT: jax.Array
+    self, x_BTD: jax.Array, turns: rope.Turns
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes queries, keys and values, turned to their positions."""
     q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
     if self.q_norm is not None and self.k_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    frequencies = np.asarray(self._frequencies, np.float32)
-    q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
-    k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
-    return q_BTNH, k_BTKH, v_BTKH
+    return rope.rotate(q_BTNH, turns), rope.rotate(k_BTKH, turns), v_BTKH
 
   def attend(
     self,
@@ -151,8 +161,10 @@ class Attention(nnx.Module):
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
   ) -> jax.Array:
-    """Mixes the values each query sees; the softmax is in float32."""
-    mixed_BTNH = jax.nn.dot_product_attention(
-      q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
+    """Mixes values, and projects them back to the residual stream."""
+    mixed_BTNH = attend(
+      *(q_BTNH, k_BSKH, v_BSKH, mask_BTS),
+      scale=self._scale,
+      soft_cap=self._soft_cap,
     )
     return self.o(mixed_BTNH)

@@ -9,27 +9,38 @@ refused by name: a field ignored in silence is a wrong model.
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from atlas_jax import errors
+from atlas_jax.models import rope as rope_lib
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's frequency scaling; see `attention.rope_frequencies`."""
+class Experts:
+  """A mixture in place of the MLP: each token goes to `num_chosen` of `count`.
 
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_positions: int
+  `normalise` makes the weights of those chosen sum to one.
+  """
+
+  count: int
+  num_chosen: int
+  width: int
+  normalise: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A decoder-only transformer: pre-norm, RoPE, GQA, gated SiLU MLP.
+  """A decoder-only transformer: RoPE, grouped queries, a gated MLP, pre-norms.
 
   `head_width` is independent of `width / num_heads`. `qk_norm` normalises
-  queries and keys per head, before RoPE.
+  queries and keys per head, before RoPE. `post_norms` normalises what attention
+  and MLP add to the residual stream as well; `zero_centered_norms` stores the
+  scales of norms less one. Attention scores are multiplied by
+  `attention_scale`; a soft cap c makes x into c tanh(x / c). Layers that are
+  `local` see `window` tokens, their own included, and turn heads by
+  `local_rope`.
   """
 
   family: str
@@ -41,48 +52,110 @@ class DecoderConfig:
   num_kv_heads: int
   head_width: int
   max_positions: int
-  rope_theta: float
-  rope_scaling: RopeScaling | None
+  rope: rope_lib.Rope
+  local_rope: rope_lib.Rope
+  local: tuple[bool, ...]
+  window: int | None
+  activation: Activation
   norm_epsilon: float
+  zero_centered_norms: bool
+  post_norms: bool
   initializer_range: float
+  embedding_scale: float
+  attention_scale: float
+  attention_soft_cap: float | None
+  logit_soft_cap: float | None
   qkv_bias: bool
+  out_bias: bool
   qk_norm: bool
   tie_embeddings: bool
+  experts: Experts | None
 
   def __post_init__(self) -> None:
-    """Refuses head counts that cannot be grouped, and odd head widths."""
+    """Refuses head counts that cannot be grouped, and windows without size."""
     if self.num_heads % self.num_kv_heads:
       raise _refuse(
         f"num_attention_heads={self.num_heads} is no multiple of "
         f"num_key_value_heads={self.num_kv_heads}"
       )
-    if self.head_width % 2:
-      raise _refuse(f"head_dim={self.head_width} is odd; RoPE turns pairs")
+    if any(self.local) and self.window is None:
+      raise _refuse("sliding_window is missing, yet layers have one")
+    if self.experts and self.experts.num_chosen > self.experts.count:
+      raise _refuse("num_experts_per_tok is more than num_experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """What `model_type` alone decides."""
+  """What `model_type` alone decides, and which fields it has of its own."""
 
-  qkv_bias: bool | None  # None: the field `attention_bias` decides.
-  qk_norm: bool
-  head_width: int | None  # When `head_dim` is absent; None: width / heads.
+  reads: frozenset[str] = frozenset()
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  gemma: bool = False  # Scaled embeddings, post-norms, zero-centered norms.
+  global_every: int | None = None  # The layers that see everything.
+  two_ropes: bool = False
+  head_width: int | None = None  # When `head_dim` is absent; or width / heads.
 
 
+_BIASED = frozenset({"attention_bias"})
+_WINDOWED = frozenset({"sliding_window", "layer_types"})
+_SWITCHED = _WINDOWED | {"use_sliding_window", "max_window_layers"}
+_SPARSE = frozenset(
+  {
+    *("num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),
+    "mlp_only_layers",
+  }
+)
+_GEMMA = _WINDOWED | {
+  *("query_pre_attn_scalar", "attn_logit_softcapping"),
+  *("final_logit_softcapping", "hidden_activation"),
+  "hidden_act",  # Old files have it too; transformers reads the other.
+}
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 _FAMILIES = {
-  "qwen2": _Family(qkv_bias=True, qk_norm=False, head_width=None),
-  "qwen3": _Family(qkv_bias=False, qk_norm=True, head_width=128),
-  "llama": _Family(qkv_bias=False, qk_norm=False, head_width=None),
+  "llama": _Family(_BIASED),
+  "mistral": _Family(frozenset({"sliding_window"})),
+  "phi3": _Family(frozenset({"sliding_window"})),
+  "qwen2": _Family(_SWITCHED, qkv_bias=True),
+  "qwen3": _Family(_BIASED | _SWITCHED, qk_norm=True, head_width=128),
+  "qwen3_moe": _Family(_BIASED | _SPARSE, qk_norm=True),
+  "gemma2": _Family(_GEMMA, gemma=True, global_every=2, head_width=256),
+  "gemma3_text": _Family(
+    _GEMMA | {"rope_local_base_freq", "sliding_window_pattern"},
+    qk_norm=True,
+    gemma=True,
+    global_every=6,
+    two_ropes=True,
+    head_width=256,
+  ),
 }
 
 _COUNTS = {
   *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
   *("num_attention_heads", "num_key_value_heads", "head_dim"),
-  *("max_position_embeddings",),
+  *("max_position_embeddings", "sliding_window", "sliding_window_pattern"),
+  *("num_experts", "num_local_experts", "num_experts_per_tok"),
+  "moe_intermediate_size",
 }
-_NUMBERS = {"rms_norm_eps", "initializer_range", "rope_theta"}
+_NUMBERS = {
+  *("rms_norm_eps", "initializer_range", "rope_theta", "query_pre_attn_scalar"),
+  *("attn_logit_softcapping", "final_logit_softcapping"),
+  *("rope_local_base_freq", "partial_rotary_factor"),
+}
+_FLAGS = {
+  *("tie_word_embeddings", "attention_bias", "use_sliding_window"),
+  *("norm_topk_prob",),
+}
 _OBJECTS = {"rope_scaling", "rope_parameters"}
-_READ = _COUNTS | _NUMBERS | _OBJECTS | {"model_type", "tie_word_embeddings"}
+# Read in every family.
+_READ = {
+  *("model_type", "vocab_size", "hidden_size", "intermediate_size"),
+  *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+  *("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+  *("initializer_range", "tie_word_embeddings", "partial_rotary_factor"),
+  *_OBJECTS,
+}
 # No effect on the logits of a decoder in evaluation.
 _NO_EFFECT = {
   *("architectures", "transformers_version", "torch_dtype", "dtype"),
@@ -90,17 +163,24 @@ _NO_EFFECT = {
   *("output_attentions", "output_hidden_states", "is_encoder_decoder"),
   *("chunk_size_feed_forward", "problem_type", "max_window_layers"),
   *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
-  *("sliding_window", "_attn_implementation_autoset"),
+  *("sliding_window", "_attn_implementation_autoset", "resid_pdrop"),
+  *("embd_pdrop", "cache_implementation", "output_router_logits"),
+  *("router_aux_loss_coef", "original_max_position_embeddings"),
+  *("_sliding_window_pattern",),
 }
-# Honoured only at these values.
+_ACTIVATIONS: dict[str, Activation] = {
+  "silu": "silu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Honoured only at these values, unless the family reads the field.
 _REQUIRED: dict[str, tuple[Any, ...]] = {  # Any: JSON scalars.
   "hidden_act": ("silu",),
   "attention_bias": (False, None),
   "mlp_bias": (False, None),
   "use_sliding_window": (False, None),
+  "use_bidirectional_attention": (False, None),
   "pretraining_tp": (1, None),
   "quantization_config": (None,),
-  "partial_rotary_factor": (1.0, None),
 }
 
 
@@ -124,39 +204,64 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
       fix="Use a checkpoint of a family in the list.",
     )
   family = _FAMILIES[name]
-  _refuse_unknown(fields)
+  _refuse_unknown(fields, family)
   # A null means what an absent field means, here as in transformers.
   fields = {key: value for key, value in fields.items() if value is not None}
   _check_types(fields)
   try:
-    width = fields["hidden_size"]
-    num_heads = fields["num_attention_heads"]
-    return DecoderConfig(
-      family=name,
-      vocab_size=fields["vocab_size"],
-      width=width,
-      mlp_width=fields["intermediate_size"],
-      num_layers=fields["num_hidden_layers"],
-      num_heads=num_heads,
-      num_kv_heads=fields.get("num_key_value_heads", num_heads),
-      head_width=fields.get("head_dim")
-      or family.head_width
-      or width // num_heads,
-      max_positions=fields["max_position_embeddings"],
-      norm_epsilon=fields["rms_norm_eps"],
-      initializer_range=fields.get("initializer_range", 0.02),
-      qkv_bias=bool(family.qkv_bias),
-      qk_norm=family.qk_norm,
-      tie_embeddings=fields.get("tie_word_embeddings", False),
-      **_rope(fields),
-    )
+    return _read(name, family, fields)
   except KeyError as missing:
     raise _refuse(f"field {missing} is missing") from missing
+  except ValueError as wrong:
+    raise _refuse(str(wrong)) from wrong
 
 
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+def _read(
+  name: str, family: _Family, fields: Mapping[str, Any]
+) -> DecoderConfig:
+  """Reads fields whose types are right."""
+  width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+  head_width = fields.get("head_dim") or family.head_width or width // num_heads
+  bias = fields.get("attention_bias", False)
+  local = _local(family, fields)
+  rope, local_rope = _ropes(family, fields, head_width)
+  scores = fields.get("query_pre_attn_scalar", 256 if family.gemma else None)
+  return DecoderConfig(
+    family=name,
+    vocab_size=fields["vocab_size"],
+    width=width,
+    mlp_width=fields["intermediate_size"],
+    num_layers=fields["num_hidden_layers"],
+    num_heads=num_heads,
+    num_kv_heads=fields.get("num_key_value_heads", num_heads),
+    head_width=head_width,
+    max_positions=fields["max_position_embeddings"],
+    rope=rope,
+    local_rope=local_rope,
+    local=local,
+    window=fields["sliding_window"] if any(local) else None,
+    activation=_activation(family, fields),
+    norm_epsilon=fields["rms_norm_eps"],
+    zero_centered_norms=family.gemma,
+    post_norms=family.gemma,
+    initializer_range=fields.get("initializer_range", 0.02),
+    embedding_scale=math.sqrt(width) if family.gemma else 1.0,
+    attention_scale=(scores or head_width) ** -0.5,
+    attention_soft_cap=fields.get("attn_logit_softcapping"),
+    logit_soft_cap=fields.get("final_logit_softcapping"),
+    qkv_bias=family.qkv_bias or bias,
+    out_bias=bias,
+    qk_norm=family.qk_norm,
+    tie_embeddings=fields.get("tie_word_embeddings", family.gemma),
+    experts=_experts(fields) if "num_experts" in family.reads else None,
+  )
+
+
+def _refuse_unknown(fields: Mapping[str, Any], family: _Family) -> None:
   """Refuses fields that are unknown, or known at another value."""
   for key, value in fields.items():
+    if key in family.reads:
+      continue
     if key in _REQUIRED:
       if value not in _REQUIRED[key]:
         raise _refuse(
@@ -177,48 +282,98 @@ def _check_types(fields: Mapping[str, Any]) -> None:  # Any: JSON.
     kind = type(value)
     if key in _COUNTS and (kind is not int or value < 1):
       raise _refuse(f"{key}={value!r} is no positive integer")
-    if key in _NUMBERS and not _is_positive(value):
+    if key in _NUMBERS and not (kind in (int, float) and 0 < value < math.inf):
       raise _refuse(f"{key}={value!r} is no positive number")
     if key in _OBJECTS and kind is not dict:
       raise _refuse(f"{key}={value!r} is no object")
-    if key == "tie_word_embeddings" and kind is not bool:
+    if key in _FLAGS and kind is not bool:
       raise _refuse(f"{key}={value!r} is neither true nor false")
 
 
-def _is_positive(value: Any) -> bool:  # Any: JSON.
-  return type(value) in (int, float) and 0 < value < math.inf
+def _ropes(
+  family: _Family, fields: Mapping[str, Any], head_width: int
+) -> tuple[rope_lib.Rope, rope_lib.Rope]:
+  """Reads RoPE of global and of local layers.
+
+  It is one field in transformers 5 (for Gemma 3 one for each kind of layer),
+  and several in transformers 4.
+  """
+  base = {
+    "rope_theta": fields.get("rope_theta", 10_000.0),
+    "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
+  }
+  scaling = fields.get("rope_scaling", {})
+  newer = fields.get("rope_parameters", {})
+  if not family.two_ropes:
+    rope = rope_lib.from_hf(base | scaling | newer, head_width=head_width)
+    return rope, rope
+  if newer.keys() - {_GLOBAL, _LOCAL}:
+    raise ValueError(f"rope_parameters={newer!r} is not for {_GLOBAL, _LOCAL}")
+  local = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
+  return (
+    rope_lib.from_hf(
+      base | scaling | newer.get(_GLOBAL, {}), head_width=head_width
+    ),
+    rope_lib.from_hf(
+      base | local | newer.get(_LOCAL, {}), head_width=head_width
+    ),
+  )
 
 
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads RoPE from transformers 5's one field or transformers 4's two."""
-  rope = dict(fields.get("rope_scaling", {}))
-  rope |= fields.get("rope_parameters", {})
-  theta = rope.pop("rope_theta", fields.get("rope_theta", 10_000.0))
-  legacy_type = rope.pop("type", "default")
-  kind = rope.pop("rope_type", legacy_type)
-  if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-    raise _refuse("rope_parameters.partial_rotary_factor is not 1.0")
-  for key, value in {"rope_theta": theta, **rope}.items():
-    if not _is_positive(value):
-      raise _refuse(f"rope field {key}={value!r} is no positive number")
-  if kind == "default" and not rope:
-    return {"rope_theta": float(theta), "rope_scaling": None}
-  if kind != "llama3":
-    raise _refuse(f"rope_type={kind!r} with {sorted(rope)}")
-  try:
-    scaling = RopeScaling(
-      factor=rope.pop("factor"),
-      low_freq_factor=rope.pop("low_freq_factor"),
-      high_freq_factor=rope.pop("high_freq_factor"),
-      original_max_positions=rope.pop("original_max_position_embeddings"),
+def _local(family: _Family, fields: Mapping[str, Any]) -> tuple[bool, ...]:
+  """Tells which layers see a window only."""
+  num_layers = fields["num_hidden_layers"]
+  everywhere_global = (False,) * num_layers
+  if "sliding_window" not in family.reads:
+    return everywhere_global
+  switched_off = "use_sliding_window" in family.reads and not fields.get(
+    "use_sliding_window", False
+  )
+  if "layer_types" in family.reads and "layer_types" in fields:
+    kinds = fields["layer_types"]
+    known = isinstance(kinds, list) and all(
+      kind in (_GLOBAL, _LOCAL) for kind in kinds
     )
-  except KeyError as missing:
-    raise _refuse(f"rope field {missing} is missing") from missing
-  if rope:
-    raise _refuse(f"rope fields {sorted(rope)} are not known")
-  if scaling.high_freq_factor <= scaling.low_freq_factor:
-    raise _refuse("high_freq_factor is not above low_freq_factor")
-  return {"rope_theta": float(theta), "rope_scaling": scaling}
+    if not known or len(kinds) != num_layers:
+      raise ValueError(
+        f"layer_types={kinds!r} does not say {_GLOBAL} or {_LOCAL} of each"
+      )
+    if switched_off and _LOCAL in kinds:
+      raise ValueError("layer_types has windows, use_sliding_window is false")
+    return tuple(kind == _LOCAL for kind in kinds)
+  if switched_off:
+    return everywhere_global
+  if family.global_every is not None:
+    every = fields.get("sliding_window_pattern", family.global_every)
+    return tuple((layer + 1) % every != 0 for layer in range(num_layers))
+  if "max_window_layers" in family.reads:
+    first = fields.get("max_window_layers", 28)
+    return tuple(layer >= first for layer in range(num_layers))
+  return ("sliding_window" in fields,) * num_layers
+
+
+def _activation(family: _Family, fields: Mapping[str, Any]) -> Activation:
+  if not family.gemma:
+    return "silu"
+  name = fields.get("hidden_activation", "gelu_pytorch_tanh")
+  if name not in _ACTIVATIONS:
+    raise ValueError(
+      f"hidden_activation={name!r} is not one of {sorted(_ACTIVATIONS)}"
+    )
+  return _ACTIVATIONS[name]
+
+
+def _experts(fields: Mapping[str, Any]) -> Experts:
+  if fields.get("decoder_sparse_step", 1) != 1 or fields.get("mlp_only_layers"):
+    raise ValueError("layers without experts among those with them")
+  # transformers 5 writes the other name.
+  count = fields.get("num_local_experts") or fields["num_experts"]
+  return Experts(
+    count=count,
+    num_chosen=fields["num_experts_per_tok"],
+    width=fields["moe_intermediate_size"],
+    normalise=fields.get("norm_topk_prob", False),
+  )
 
 
 def _refuse(

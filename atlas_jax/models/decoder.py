@@ -7,19 +7,28 @@ Flax NNX stays in here. `build` splits the module once; beyond it a model is a
 their first axis, and the layers run as one scan.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.models import attention, layers
+from atlas_jax.models import attention, experts, layers
 from atlas_jax.models import config as model_config
+from atlas_jax.models import rope as rope_lib
 
 Params = Mapping[str, Any]  # Any: nested dicts with arrays as leaves.
 Remat = Literal["none", "block"]
+
+
+class View(NamedTuple):
+  """Where tokens are and what they see, the same in all layers of a kind."""
+
+  turns: rope_lib.Turns
+  mask_BTS: jax.Array
+  counted_BT: jax.Array  # False on padding.
 
 
 class Block(nnx.Module):
@@ -33,42 +42,87 @@ class Block(nnx.Module):
     rngs: nnx.Rngs,
   ) -> None:
     """Makes the two halves and their norms."""
-    norm = {"epsilon": config.norm_epsilon, "dtype": dtype}
-    self.attention_norm = layers.RMSNorm(config.width, **norm)
+
+    def norm() -> layers.RMSNorm:
+      return layers.RMSNorm(
+        config.width,
+        epsilon=config.norm_epsilon,
+        zero_centered=config.zero_centered_norms,
+        dtype=dtype,
+      )
+
+    self.attention_norm, self.mlp_norm = norm(), norm()
+    if config.post_norms:
+      self.attention_post_norm, self.mlp_post_norm = norm(), norm()
     self.attention = attention.Attention(config, dtype=dtype, rngs=rngs)
-    self.mlp_norm = layers.RMSNorm(config.width, **norm)
-    self.mlp = layers.GatedMLP(
-      config.width,
-      config.mlp_width,
-      scale=config.initializer_range,
-      dtype=dtype,
-      rngs=rngs,
-    )
+    if config.experts:
+      self.mixture = experts.Mixture(
+        config, config.experts, dtype=dtype, rngs=rngs
+      )
+    else:
+      self.mlp = layers.GatedMLP(
+        config.width,
+        config.mlp_width,
+        activation=config.activation,
+        scale=config.initializer_range,
+        dtype=dtype,
+        rngs=rngs,
+      )
+    self._config = config
 
   def __call__(
-    self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTT: jax.Array
-  ) -> jax.Array:
+    self, x_BTD: jax.Array, view: View
+  ) -> tuple[jax.Array, experts.Load | None]:
     """Applies the block to whole sequences."""
-    q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT)
-    x_BTD = x_BTD + self.attention.attend(q, k, v, mask_BTT)
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    x_BTD, load, _ = self._apply(x_BTD, view, lambda k, v: (k, v))
+    return x_BTD, load
 
   def cached(
     self,
     x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    mask_BTS: jax.Array,
+    view: View,
     keys_BSKH: jax.Array,
     values_BSKH: jax.Array,
     slot: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Applies the block to new tokens, their keys written from `slot` on."""
-    q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT)
     write = jax.lax.dynamic_update_slice_in_dim
-    keys_BSKH = write(keys_BSKH, k.astype(keys_BSKH.dtype), slot, axis=1)
-    values_BSKH = write(values_BSKH, v.astype(values_BSKH.dtype), slot, axis=1)
-    x_BTD = x_BTD + self.attention.attend(q, keys_BSKH, values_BSKH, mask_BTS)
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BSKH, values_BSKH
+
+    def extend(
+      k_BTKH: jax.Array, v_BTKH: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+      return (
+        write(keys_BSKH, k_BTKH.astype(keys_BSKH.dtype), slot, axis=1),
+        write(values_BSKH, v_BTKH.astype(values_BSKH.dtype), slot, axis=1),
+      )
+
+    x_BTD, _, cached = self._apply(x_BTD, view, extend)
+    return x_BTD, *cached
+
+  def _apply(
+    self,
+    x_BTD: jax.Array,
+    view: View,
+    extend: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  ) -> tuple[jax.Array, experts.Load | None, tuple[jax.Array, jax.Array]]:
+    """Applies both halves; `extend` puts new keys and values after old ones."""
+    q_BTNH, k_BTKH, v_BTKH = self.attention.project(
+      self.attention_norm(x_BTD), view.turns
+    )
+    seen = extend(k_BTKH, v_BTKH)
+    added_BTD = self.attention.attend(q_BTNH, *seen, view.mask_BTS)
+    if self._config.post_norms:
+      added_BTD = self.attention_post_norm(added_BTD)
+    x_BTD = x_BTD + added_BTD
+
+    normed_BTD, load = self.mlp_norm(x_BTD), None
+    if self._config.experts:
+      added_BTD, load = self.mixture(normed_BTD, view.counted_BT)
+    else:
+      added_BTD = self.mlp(normed_BTD)
+    if self._config.post_norms:
+      added_BTD = self.mlp_post_norm(added_BTD)
+    return x_BTD + added_BTD, load, seen
 
 
 class Embedding(nnx.Module):
@@ -101,7 +155,10 @@ class Decoder(nnx.Module):
     self.embed = Embedding(config, rngs=rngs)
     self.layers = nnx.vmap(make_block)(rngs.split(config.num_layers))
     self.final_norm = layers.RMSNorm(
-      config.width, epsilon=config.norm_epsilon, dtype=dtype
+      config.width,
+      epsilon=config.norm_epsilon,
+      zero_centered=config.zero_centered_norms,
+      dtype=dtype,
     )
     if not config.tie_embeddings:
       self.head = layers.Linear(
@@ -149,21 +206,45 @@ class Model:
       segment_ids_BT: 0 is padding; tokens see their own segment only.
 
     Returns:
-      Hidden states in `dtype`; times `head(params)` they are logits.
+      Hidden states in `dtype`; `project` makes them logits.
     """
-    mask_BTT = attention.causal_mask(
+    return self.hidden_and_balance(
+      params, tokens_BT, positions_BT, segment_ids_BT
+    )[0]
+
+  def hidden_and_balance(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Computes `hidden`, and `experts.balance_loss`: 0 where there are none."""
+    views = self._views(
       positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
     )
 
-    def body(x_BTD: jax.Array, block: Params) -> tuple[jax.Array, None]:
+    def body(
+      x_BTD: jax.Array, layer: tuple[Params, jax.Array]
+    ) -> tuple[jax.Array, experts.Load | None]:
+      block, is_local = layer
       module: Block = nnx.merge(self._block_graph, nnx.State(block))
-      return module(x_BTD, positions_BT, mask_BTT), None
+      return module(x_BTD, views(is_local))
 
     if self._remat == "block":
       body = jax.checkpoint(body, prevent_cse=False)
-    x_BTD = self._embed(params, tokens_BT)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"], unroll=self._unroll)
-    return self._final_norm(params, x_BTD)
+    x_BTD, load = jax.lax.scan(
+      body,
+      self._embed(params, tokens_BT),
+      (params["layers"], jnp.asarray(self.config.local)),
+      unroll=self._unroll,
+    )
+    balance = jnp.float32(0.0)
+    if load is not None:
+      num_tokens = self.config.num_layers * jnp.sum(segment_ids_BT > 0)
+      load = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), load)
+      balance = experts.balance_loss(load, num_tokens)
+    return self._final_norm(params, x_BTD), balance
 
   def cached(
     self,
@@ -190,22 +271,19 @@ class Model:
     write = jax.lax.dynamic_update_slice_in_dim
     positions_BS = write(cache.positions_BS, positions_BT, slot, axis=1)
     segments_BS = write(cache.segment_ids_BS, segment_ids_BT, slot, axis=1)
-    mask_BTS = attention.causal_mask(
-      positions_BT, segment_ids_BT, positions_BS, segments_BS
-    )
+    views = self._views(positions_BT, segment_ids_BT, positions_BS, segments_BS)
 
     # The cache is carried, not scanned over, so that it is updated in place.
     def body(
       carry: tuple[jax.Array, jax.Array, jax.Array],
-      block: tuple[Params, jax.Array],
+      block: tuple[Params, jax.Array, jax.Array],
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
       x_BTD, keys_LBSKH, values_LBSKH = carry
-      block_params, layer = block
+      block_params, layer, is_local = block
       module: Block = nnx.merge(self._block_graph, nnx.State(block_params))
       x_BTD, keys_BSKH, values_BSKH = module.cached(
         x_BTD,
-        positions_BT,
-        mask_BTS,
+        views(is_local),
         keys_LBSKH[layer],
         values_LBSKH[layer],
         slot,
@@ -214,10 +292,11 @@ class Model:
       values_LBSKH = values_LBSKH.at[layer].set(values_BSKH)
       return (x_BTD, keys_LBSKH, values_LBSKH), None
 
+    local = jnp.asarray(self.config.local)
     (x_BTD, keys, values), _ = jax.lax.scan(
       body,
       (self._embed(params, tokens_BT), cache.keys_LBSKH, cache.values_LBSKH),
-      (params["layers"], jnp.arange(self.config.num_layers)),
+      (params["layers"], jnp.arange(self.config.num_layers), local),
       unroll=self._unroll,
     )
     cache = attention.Cache(keys, values, positions_BS, segments_BS)
@@ -242,19 +321,62 @@ class Model:
 
   def project(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Turns hidden states into float32 logits."""
-    return jnp.einsum(
+    logits_BTV = jnp.einsum(
       "...D,DV->...V",
       hidden_BTD,
       self.head(params).astype(self.dtype),
       preferred_element_type=jnp.float32,
     )
+    return layers.soft_cap(logits_BTV, self.config.logit_soft_cap)
+
+  def _views(
+    self,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    key_segment_ids_BS: jax.Array,
+  ) -> Callable[[jax.Array], View]:
+    """Makes the function from whether a layer is local to what it sees."""
+
+    def view(rope: rope_lib.Rope, window: int | None) -> View:
+      mask_BTS = attention.causal_mask(
+        positions_BT,
+        segment_ids_BT,
+        key_positions_BS,
+        key_segment_ids_BS,
+        window=window,
+      )
+      return View(rope.turns(positions_BT), mask_BTS, segment_ids_BT > 0)
+
+    config = self.config
+    if not any(config.local):
+      everything = view(config.rope, None)
+      return lambda _: everything
+    near = view(config.local_rope, config.window)
+    if all(config.local):
+      return lambda _: near
+    everything = view(config.rope, None)
+
+    def choose(is_local: jax.Array) -> View:
+      return jax.tree.map(
+        lambda a, b: jnp.where(is_local, a, b), near, everything
+      )
+
+    return choose
 
   def _embed(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    return params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
+    x_BTD = params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
+    # Rounded as Gemma rounds it; times one is nothing elsewhere.
+    return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
 
   def _final_norm(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-    scale, epsilon = params["final_norm"]["scale"], self.config.norm_epsilon
-    return layers.rms_norm(x_BTD, scale, epsilon=epsilon, dtype=self.dtype)
+    return layers.rms_norm(
+      x_BTD,
+      params["final_norm"]["scale"],
+      epsilon=self.config.norm_epsilon,
+      zero_centered=self.config.zero_centered_norms,
+      dtype=self.dtype,
+    )
 
 
 def build(

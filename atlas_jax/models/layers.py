@@ -12,6 +12,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.models import config as model_config
+
 
 class Linear(nnx.Module):
   """A matrix product over the trailing axes, with an optional bias.
@@ -53,35 +55,68 @@ class Linear(nnx.Module):
 
 
 def rms_norm(
-  x: jax.Array, scale: jax.Array, *, epsilon: float, dtype: jnp.dtype
+  x: jax.Array,
+  scale: jax.Array,
+  *,
+  epsilon: float,
+  zero_centered: bool,
+  dtype: jnp.dtype,
 ) -> jax.Array:
   """Normalises the last axis by its root mean square, in float32.
+
+  A `zero_centered` scale is stored less one, and applied before rounding to
+  `dtype`, as Gemma has it.
 
   Source: Zhang and Sennrich, arXiv:1910.07467.
   """
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
   normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
+  if zero_centered:
+    return (normed * (1.0 + scale.astype(jnp.float32))).astype(dtype)
   return normed.astype(dtype) * scale.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
   """`rms_norm` with its scale."""
 
-  def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype) -> None:
+  def __init__(
+    self, size: int, *, epsilon: float, zero_centered: bool, dtype: jnp.dtype
+  ) -> None:
     """Starts at a scale of one."""
-    self.scale = nnx.Param(jnp.ones((size,)))
-    self._epsilon = epsilon
+    start = jnp.zeros if zero_centered else jnp.ones
+    self.scale = nnx.Param(start((size,)))
+    self._epsilon, self._zero_centered = epsilon, zero_centered
     self._dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis."""
-    scale = self.scale[...]
-    return rms_norm(x, scale, epsilon=self._epsilon, dtype=self._dtype)
+    return rms_norm(
+      x,
+      self.scale[...],
+      epsilon=self._epsilon,
+      zero_centered=self._zero_centered,
+      dtype=self._dtype,
+    )
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Bends x into (-cap, cap): cap tanh(x / cap), or x where there is no cap.
+
+  Source: Gemma 2, arXiv:2408.00118, section 2.
+  """
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def activate(x: jax.Array, activation: model_config.Activation) -> jax.Array:
+  """Applies silu, or gelu by its tanh approximation."""
+  if activation == "silu":
+    return jax.nn.silu(x)
+  return jax.nn.gelu(x, approximate=True)
 
 
 class GatedMLP(nnx.Module):
-  """down(silu(gate(x)) * up(x)).
+  """down(activation(gate(x)) * up(x)).
 
   Source: Shazeer, arXiv:2002.05202.
   """
@@ -91,6 +126,7 @@ class GatedMLP(nnx.Module):
     width: int,
     mlp_width: int,
     *,
+    activation: model_config.Activation,
     scale: float,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
@@ -100,7 +136,9 @@ class GatedMLP(nnx.Module):
     self.gate = Linear((width,), (mlp_width,), **kwargs)
     self.up = Linear((width,), (mlp_width,), **kwargs)
     self.down = Linear((mlp_width,), (width,), **kwargs)
+    self._activation: model_config.Activation = activation
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Applies the MLP at every position."""
-    return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    gate = activate(self.gate(x_BTD), self._activation)
+    return self.down(gate * self.up(x_BTD))

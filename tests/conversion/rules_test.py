@@ -17,7 +17,7 @@ def test_every_parameter_survives_both_ways(family, tied):
   leaves = dict(rules.flatten(model.abstract_params))
   rng = np.random.default_rng(0)
   for rule in rules.of_model(model):
-    array = rng.normal(size=leaves[rule.path].shape[int(rule.stacked) :])
+    array = rng.normal(size=leaves[rule.path].shape[rule.num_stacked :])
     file = rules.to_hf(rule, array)
     assert file.shape == rules.hf_shape(rule, array.shape)
     np.testing.assert_array_equal(rules.from_hf(rule, file, array.shape), array)
@@ -27,7 +27,7 @@ def test_reading_copies_nothing():
   model = tiny.build("qwen2")
   leaves = dict(rules.flatten(model.abstract_params))
   for rule in rules.of_model(model):
-    shape = leaves[rule.path].shape[int(rule.stacked) :]
+    shape = leaves[rule.path].shape[rule.num_stacked :]
     file = np.zeros(rules.hf_shape(rule, shape))
     assert np.shares_memory(rules.from_hf(rule, file, shape), file)
 

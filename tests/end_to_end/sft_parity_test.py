@@ -62,11 +62,10 @@ def test_loss_and_gradient_equal_those_of_transformers(tmp_path, family):
   expected.backward()
   np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
   flat = dict(rules.flatten(grads))
-  for rule in rules.of_model(model):
-    grad = np.asarray(flat[rule.path])
-    by_layer = grad if rule.stacked else [grad]
-    names = rules.names(rule, config.num_layers)
-    for name, layer in zip(names, by_layer, strict=True):
-      wanted = reference.get_parameter(name).grad.numpy()
-      got = rules.to_hf(rule, layer)
-      np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=name)
+  for piece in rules.pieces(model):
+    wanted = reference.get_parameter(piece.name).grad.numpy()
+    got = rules.to_hf(
+      piece.rule, np.asarray(flat[piece.rule.path][piece.index])
+    )
+    wanted = wanted[piece.start : piece.stop]
+    np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=piece.name)

@@ -24,14 +24,16 @@ def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
     ({"model_type": ["llama"]}, "llama"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    ({"use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"layer_types": [["full_attention"], 1]}, "layer_types"),
     ({"layer_types": 3}, "layer_types"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value"),
-    ({"head_dim": 7}, "head_dim=7"),
+    ({"head_dim": 7}, "7 numbers of a head"),
     ({"vocab_size": None}, "vocab_size"),
     ({"vocab_size": "37"}, "vocab_size='37'"),
     ({"num_attention_heads": 0}, "num_attention_heads=0"),
@@ -40,7 +42,7 @@ def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ({"rope_parameters": "yarn"}, "rope_parameters"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
     (
       {"rope_parameters": {"rope_type": "default", "rope_theta": "1"}},
       "rope_theta",
@@ -83,3 +85,43 @@ def test_head_width_falls_back_as_each_family_has_it():
   assert config.from_hf(tiny.fields("qwen2", **changes)).head_width == 8
   assert config.from_hf(tiny.fields("llama", **changes)).head_width == 8
   assert config.from_hf(tiny.fields("qwen3", **changes)).head_width == 128
+
+
+def _local(family, **changes):
+  fields = tiny.fields(family, num_hidden_layers=6, **changes)
+  return "".join(
+    "wf"[not is_local] for is_local in config.from_hf(fields).local
+  )
+
+
+def test_each_family_says_in_its_way_which_layers_have_a_window():
+  window = {"sliding_window": 9, "layer_types": None}
+  switched = {**window, "use_sliding_window": True, "max_window_layers": 4}
+  assert _local("gemma2", **window) == "wfwfwf"
+  assert _local("gemma3_text", **window) == "wwwwwf"
+  assert _local("gemma3_text", **window, sliding_window_pattern=3) == "wwfwwf"
+  assert _local("mistral", sliding_window=9) == "wwwwww"
+  assert _local("mistral", sliding_window=None) == "ffffff"
+  assert _local("qwen2", **switched) == "ffffww"
+  assert _local("qwen3", **{**switched, "use_sliding_window": False}) == "f" * 6
+  assert _local("llama", sliding_window=9) == "ffffff"
+
+
+def test_older_and_newer_gemma_ropes_mean_the_same():
+  newer = tiny.fields("gemma3_text")
+  older = tiny.fields("gemma3_text")
+  del older["rope_parameters"]
+  older |= {
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+  }
+  got = config.from_hf(older)
+  assert got == config.from_hf(newer)
+  assert got.rope != got.local_rope
+
+
+def test_mixed_layers_of_experts_are_refused():
+  for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
+    with pytest.raises(errors.CheckpointError, match="experts"):
+      config.from_hf(tiny.fields("qwen3_moe", **changes))

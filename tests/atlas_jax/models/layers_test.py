@@ -12,21 +12,37 @@ import pytest
 from atlas_jax.models import layers
 
 
-def test_rms_norm_is_the_formula_in_numpy():
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norm_is_the_formula_in_numpy(zero_centered):
   rng = np.random.default_rng(0)
   x, scale = rng.normal(size=(3, 7)), rng.normal(size=7)
 
   got = layers.rms_norm(
-    jnp.asarray(x), jnp.asarray(scale), epsilon=0.1, dtype=jnp.float32
+    jnp.asarray(x),
+    jnp.asarray(scale),
+    epsilon=0.1,
+    zero_centered=zero_centered,
+    dtype=jnp.float32,
   )
 
-  expected = scale * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.1)
+  expected = (
+    (scale + zero_centered)
+    * x
+    / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.1)
+  )
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_rms_norm_rounds_once_only():
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norm_rounds_once_only(zero_centered):
   x = jax.random.normal(jax.random.key(0), (50, 64), jnp.bfloat16)
-  got = layers.rms_norm(x, jnp.ones((64,)), epsilon=1e-6, dtype=jnp.bfloat16)
+  got = layers.rms_norm(
+    x,
+    jnp.full((64,), 1.0 - zero_centered),
+    epsilon=1e-6,
+    zero_centered=zero_centered,
+    dtype=jnp.bfloat16,
+  )
   exact = np.asarray(x, np.float64)
   exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
   assert got.dtype == jnp.bfloat16
@@ -72,6 +88,7 @@ def test_gated_mlp_is_the_formula():
   mlp = layers.GatedMLP(
     5,
     7,
+    activation="silu",
     scale=1.0,
     dtype=jnp.float32,
     rngs=nnx.Rngs(params=jax.random.key(0)),
