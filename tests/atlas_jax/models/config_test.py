@@ -89,9 +89,8 @@ def test_head_width_falls_back_as_each_family_has_it():
 
 def _local(family, **changes):
   fields = tiny.fields(family, num_hidden_layers=6, **changes)
-  return "".join(
-    "wf"[not is_local] for is_local in config.from_hf(fields).local
-  )
+  local = config.from_hf(fields).local
+  return "".join("w" if is_local else "f" for is_local in local)
 
 
 def test_each_family_says_in_its_way_which_layers_have_a_window():
