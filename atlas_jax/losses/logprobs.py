@@ -117,11 +117,12 @@ def of_targets(
   temperature: float,
   chunk_size: int,
   support: Support | None = None,
+  soft_cap: float | None = None,
 ) -> TokenStats:
   """Computes the log-probability and entropy of tokens from hidden states.
 
-  Equals `from_logits` of `hidden_BTD @ head_DV`, but no array of B x T x V
-  elements ever exists, forward or backward.
+  Equals `from_logits` of `hidden_BTD @ head_DV`, soft-capped, but no array of
+  B x T x V elements ever exists, forward or backward.
 
   Args:
     hidden_BTD: final hidden states, after the last norm. The product with the
@@ -133,6 +134,8 @@ def of_targets(
     chunk_size: tokens of each sequence whose logits exist at one time. T need
       not be a multiple of it.
     support: as in `from_logits`.
+    soft_cap: c makes a logit x into c tanh(x / c), as Gemma 2 does; None is
+      for models without.
 
   Returns:
     The statistics, with gradients through the first three.
@@ -167,6 +170,8 @@ def of_targets(
       head_DV.astype(hidden_BTD.dtype),
       preferred_element_type=jnp.float32,
     )
+    if soft_cap is not None:
+      logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
     return from_logits(
       logits_BTV, targets_BT, temperature=temperature, support=support
     )

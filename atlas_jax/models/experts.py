@@ -66,7 +66,8 @@ class Mixture(nnx.Module):
     self.gate = kernel(count, width, experts.width)
     self.up = kernel(count, width, experts.width)
     self.down = kernel(count, experts.width, width)
-    self._experts, self._activation = experts, config.activation
+    self._experts = experts
+    self._activation: model_config.Activation = config.activation
     self._dtype = dtype
 
   def __call__(

@@ -46,6 +46,7 @@ def token_stats(
     temperature=temperature,
     chunk_size=chunk_size,
     support=support,
+    soft_cap=model.config.logit_soft_cap,
   )
 
 
