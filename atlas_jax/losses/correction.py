@@ -55,6 +55,24 @@ def sampler_weights(
   Raises:
     errors.ConfigError: for an unknown name, or bounds in the wrong order.
   """
+  _check(level, outside, min_ratio, max_ratio)
+  log_ratio_BT = jnp.where(
+    loss_mask_BT, old_logprobs_BT - rollout_logprobs_BT, 0.0
+  )
+  if level == "sequence":
+    total_B1 = jnp.sum(log_ratio_BT, axis=1, keepdims=True)
+    log_ratio_BT = jnp.broadcast_to(total_B1, log_ratio_BT.shape)
+  ratio_BT = jnp.exp(log_ratio_BT)
+  bounded_BT = jnp.clip(ratio_BT, min_ratio, max_ratio)
+  if outside == "mask":
+    bounded_BT = jnp.where(bounded_BT == ratio_BT, ratio_BT, 0.0)
+  return jax.lax.stop_gradient(bounded_BT)
+
+
+def _check(
+  level: str, outside: str, min_ratio: float, max_ratio: float
+) -> None:
+  """Refuses what is no correction."""
   if (
     level not in ("token", "sequence")
     or outside not in ("truncate", "mask")
@@ -69,14 +87,3 @@ def sampler_weights(
       fix="For example level=token, outside=truncate, min_ratio=0, "
       "max_ratio=2.",
     )
-  log_ratio_BT = jnp.where(
-    loss_mask_BT, old_logprobs_BT - rollout_logprobs_BT, 0.0
-  )
-  if level == "sequence":
-    total_B1 = jnp.sum(log_ratio_BT, axis=1, keepdims=True)
-    log_ratio_BT = jnp.broadcast_to(total_B1, log_ratio_BT.shape)
-  ratio_BT = jnp.exp(log_ratio_BT)
-  bounded_BT = jnp.clip(ratio_BT, min_ratio, max_ratio)
-  if outside == "mask":
-    bounded_BT = jnp.where(bounded_BT == ratio_BT, ratio_BT, 0.0)
-  return jax.lax.stop_gradient(bounded_BT)

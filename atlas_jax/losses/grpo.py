@@ -148,25 +148,13 @@ def surrogate(
   rollout_weights_BT = jnp.where(loss_mask_BT, rollout_weights_BT, 0.0)
   log_ratio_BT = jnp.where(loss_mask_BT, logprobs_BT - old_logprobs_BT, 0.0)
   gap_BT = jnp.where(loss_mask_BT, logprobs_BT - ref_logprobs_BT, 0.0)
-  advantages_B1 = advantages_B[:, None]
 
   ratio_BT = jnp.exp(
     _of_level(log_ratio_BT, loss_mask_BT, level=objective.ratio)
   )
-  clipped_BT = jnp.clip(
-    ratio_BT, 1.0 - objective.clip_low, 1.0 + objective.clip_high
+  gain_BT, is_clipped_BT = _gain(
+    ratio_BT, logprobs_BT, advantages_B[:, None], objective=objective
   )
-  if objective.clipping == "objective":
-    bounded_BT = jnp.minimum(ratio_BT, objective.max_ratio or jnp.inf)
-    gain_BT = jnp.minimum(
-      bounded_BT * advantages_B1, clipped_BT * advantages_B1
-    )
-    is_clipped_BT = gain_BT < bounded_BT * advantages_B1
-  else:
-    weight_BT = jax.lax.stop_gradient(clipped_BT)
-    gain_BT = weight_BT * advantages_B1 * logprobs_BT
-    is_clipped_BT = weight_BT != ratio_BT
-
   kl_BT = kl.estimate(gap_BT, estimator=objective.kl_estimator)
   loss_BT = -rollout_weights_BT * gain_BT
   if objective.kl_coef and objective.kl_in == "loss":
@@ -202,6 +190,26 @@ def _of_level(
     return jnp.broadcast_to(mean_B1, log_ratio_BT.shape)
   own_BT = log_ratio_BT - jax.lax.stop_gradient(log_ratio_BT)
   return jax.lax.stop_gradient(mean_B1) + own_BT
+
+
+def _gain(
+  ratio_BT: jax.Array,
+  logprobs_BT: jax.Array,
+  advantages_B1: jax.Array,
+  *,
+  objective: Objective,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes what each token gains, and whether it met a bound."""
+  clipped_BT = jnp.clip(
+    ratio_BT, 1.0 - objective.clip_low, 1.0 + objective.clip_high
+  )
+  if objective.clipping == "weight":
+    weight_BT = jax.lax.stop_gradient(clipped_BT)
+    return weight_BT * advantages_B1 * logprobs_BT, weight_BT != ratio_BT
+  bounded_BT = jnp.minimum(ratio_BT, objective.max_ratio or jnp.inf)
+  free_BT = bounded_BT * advantages_B1
+  gain_BT = jnp.minimum(free_BT, clipped_BT * advantages_B1)
+  return gain_BT, gain_BT < free_BT
 
 
 def _metrics(

@@ -8,6 +8,7 @@ on the clipped surrogate -> new weights for the sampler.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -71,16 +72,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   """
   _check_sampling(config, mesh)
   optimizer = _make_optimizer(config)
-  has_reference = config.loss.kl_coef > 0
-  state = train_state.create(
-    params,
-    optimizer,
-    mesh=mesh,
-    # The trainer donates its parameters, so the reference is a copy. It has no
-    # name here, which would keep on the devices what is offloaded.
-    reference=jax.tree.map(jnp.copy, params) if has_reference else None,
-    offload=train_state.Offload(**config.offload),
-  )
+  state = _start(params, optimizer, mesh=mesh, config=config)
   learner = learning.Learner(
     model,
     optimizer,
@@ -94,18 +86,6 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     identity={"questions": questions.fingerprint()},
     **config.checkpoint,
   )
-
-  def evaluate(state: train_state.TrainState, step: int) -> loop.Metrics:
-    if not held_out:
-      return {}
-    collector.push(state.params, step)
-    return evaluation.evaluate(
-      protocol,
-      held_out,
-      seed=config.seed,
-      num_bootstrap=config.evaluation.num_bootstrap,
-    )
-
   artefacts = train_artefacts.Artefacts(
     writer, protocol.policy.tokenizer, seed=config.seed, **config.artefacts
   )
@@ -123,7 +103,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
           group_size=config.sampling.teach.group_size,
           max_refills=config.groups.max_refills,
         ),
-        evaluate,
+        functools.partial(_evaluate, collector, protocol, held_out, config),
         on_save=lambda state, step: on_save(state.params, step),
         row_ids=collector.row_ids,
         clock=clock,
@@ -135,6 +115,46 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       should_stop=should_stop,
     )
   return state.params
+
+
+def _start(
+  params: decoder.Params,
+  optimizer: optax.GradientTransformation,
+  *,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `train`.
+) -> train_state.TrainState:
+  """Starts at step 0, with a reference if anything is measured from one."""
+  has_reference = config.loss.kl_coef > 0
+  return train_state.create(
+    params,
+    optimizer,
+    mesh=mesh,
+    # The trainer donates its parameters, so the reference is a copy. It has no
+    # name here, which would keep on the devices what is offloaded.
+    reference=jax.tree.map(jnp.copy, params) if has_reference else None,
+    offload=train_state.Offload(**config.offload),
+  )
+
+
+def _evaluate(
+  collector: collect.Collector,
+  protocol: teaching_protocol.Rollouts,
+  held_out: Sequence[types.Question],
+  config: Any,  # Any: as in `train`.
+  state: train_state.TrainState,
+  step: int,
+) -> loop.Metrics:
+  """Teaches held-out questions: see `loop.Evaluate`."""
+  if not held_out:
+    return {}
+  collector.push(state.params, step)
+  return evaluation.evaluate(
+    protocol,
+    held_out,
+    seed=config.seed,
+    num_bootstrap=config.evaluation.num_bootstrap,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,9 +83,9 @@ class Learner:
     )
     self._measure = jax.jit(agreement.measure)
     # Refuses their settings now, not after the first batch was sampled.
-    one, counted = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
-    jax.eval_shape(self._advantages, one, counted)
-    jax.eval_shape(self._correct, one, one, counted)
+    number, flag = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+    jax.eval_shape(self._advantages, number, flag)
+    jax.eval_shape(self._correct, number, number, flag)
 
   def update(
     self,
