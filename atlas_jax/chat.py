@@ -66,7 +66,9 @@ def check_vocabulary(
   """
   # Tokens which were added on top may go unused, as Gemma's for images.
   used = tokenizer.pad_token_id, tokenizer.eos_token_id
-  largest = max(tokenizer.vocab_size - 1, *used)
+  largest = max(
+    tokenizer.vocab_size - 1, *(i for i in used if isinstance(i, int))
+  )
   if largest >= vocab_size:
     raise errors.ConfigError(
       "The tokenizer is not the model's.",

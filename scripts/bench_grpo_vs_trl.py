@@ -138,7 +138,7 @@ def _ours(directory: pathlib.Path) -> None:
   config.batch.mask_truncated = False
   config.schedule.learning_rate = _LEARNING_RATE
   config.optimizer.max_grad_norm = _MAX_GRAD_NORM
-  config.optimizer.beta2 = 0.999
+  config.optimizer.adamw.beta2 = 0.999
   config.loop.num_steps = _num_steps()
   config.loop.log_every = 1
   config.loop.save_every = config.loop.num_steps
@@ -181,6 +181,7 @@ def _ours(directory: pathlib.Path) -> None:
       reward_fn=reward_fn,
       questions=questions,
       held_out=(),
+      on_save=lambda *_: None,
       mesh=mesh,
       config=config,
       workdir=workdir,
