@@ -115,7 +115,8 @@ _VARIANTS = [
   for recipe in _RECIPES
   for variant in (("full", "smoke") if _has_variants(recipe) else ("",))
 ] + [
-  ("teacher_rcl", variant)
+  (recipe, variant)
+  for recipe in ("teacher_rcl", "rlvr")
   for path in sorted((_ROOT / "configs/loss").glob("[!_]*.py"))
   for variant in (path.stem, f"smoke,{path.stem}")
 ]
@@ -197,13 +198,14 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
   if "templates" in config:
     templates.Templates(**config.templates)
   if "reward" in config:
+    max_tokens = config.sampling.teach.max_completion_tokens
     teaching_reward.build(**config.reward.teaching)
-    rules.overlong(**config.reward.overlong, max_tokens=10**6)
+    rules.overlong(**config.reward.overlong, max_tokens=max_tokens)
     reader = rlt.Student(None, fakes.write_tokenizer(tmp_path), None)
     rlt.build(reader, **config.reward.rlt)
     none = custom.parse((), timeout_s=1.0, memory_gb=0.0)
     with combine.open_reward(
-      **config.reward, functions=none, student=reader, max_tokens=10**6
+      **config.reward, functions=none, student=reader, max_tokens=max_tokens
     ):
       pass
   if "advantages" in config:
@@ -219,3 +221,23 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
 def test_an_unknown_variant_is_refused(recipe):
   with pytest.raises(ValueError, match=r"there is :smoke"):
     _config(recipe, "tiny")
+
+
+@pytest.mark.parametrize("recipe", ["teacher_rcl", "teacher_rlt", "rlvr"])
+@pytest.mark.parametrize("size", ["full", "smoke"])
+def test_dapo_penalizes_what_the_others_mask(recipe, size):
+  dapo, other = (_config(recipe, f"{size},{loss}") for loss in ("dapo", "gspo"))
+  assert (dapo.reward.weights.overlong, dapo.batch.mask_truncated) == (1, False)
+  assert (other.reward.weights.overlong, other.batch.mask_truncated) == (
+    0,
+    True,
+  )
+  soft, most = (
+    dapo.reward.overlong.soft_tokens,
+    dapo.sampling.teach.max_completion_tokens,
+  )
+  assert soft == pytest.approx(most / 5, rel=0.02 if size == "full" else 0.1)
+  # All else of the reward is the recipe's own.
+  dapo.reward.weights.overlong = other.reward.weights.overlong
+  dapo.reward.overlong = other.reward.overlong
+  assert dapo.reward == other.reward

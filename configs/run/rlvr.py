@@ -13,7 +13,6 @@ import ml_collections
 
 from configs.data import prompts, world
 from configs.model import tiny
-from configs.reward import answers
 from configs.run import teacher_rcl
 
 
@@ -24,10 +23,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.template = prompts.get_templates().baseline
   config.sampling = dict(teach=config.sampling.teach)
   config.sampling.teach.temperature = 1.0
-  config.reward = answers.get_config()
+  config.reward.weights.teaching = 0.0
+  config.reward.weights.exact = 1.0
   if config.world.directory:
     config.world.with_teacher = False
     config.model = tiny.get_config(world.STUDENT)
     config.template = world.get_templates().baseline
     config.sampling.teach.max_completion_tokens = 40
+    config.reward.overlong.soft_tokens = 8
   return config

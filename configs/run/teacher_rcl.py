@@ -11,7 +11,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
 
 import ml_collections
 
-from configs import optimizer
+from configs import optimizer, rollout
 from configs.data import prompts, selection, world
 from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
@@ -46,21 +46,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.data = selection.get_config()
   config.held_out = dict(path="", fraction=0.0)  # data.sets.HeldOut
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
-  config.rollout = dict(  # rollout.sampler.Settings
-    backend="jax",
-    policy_urls=(),
-    student_urls=(),
-    weights_root="",
-    dtype="bfloat16",
-    wait_s=600.0,
-    generate_s=1800.0,
-    update_s=600.0,
-  )
+  config.rollout = rollout.get_config()
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()
-  # loss, advantages and groups: what makes GRPO, DAPO, RLOO, ... of it.
-  config.update(_LOSSES[loss].get_config())
   config.correction = dict(  # losses.correction.sampler_weights
     level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
   )
@@ -77,6 +66,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     num_microbatches=16,
     mask_truncated=True,
   )
+  # loss, advantages, groups, ...: what makes GRPO, DAPO, RLOO, ... of it.
+  config.update(_LOSSES[loss].get_config())
   config.schedule = dict(  # train.schedule.make
     learning_rate=1e-6,
     schedule="constant",
@@ -105,8 +96,6 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 
-  if loss == "dapo":  # Section 3.4 of its paper.
-    config.reward.weights.overlong = 1.0
   if size == "smoke":
     _make_smoke(config)
   return config
@@ -124,7 +113,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.agreement.max_prob_error = 1.0005  # In float32.
   # Where every teaching does equally well, scaling would teach brevity alone.
   config.advantages.scale = "none"
-  config.reward.overlong.soft_tokens = 16
+  config.reward.overlong.soft_tokens = 13
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8

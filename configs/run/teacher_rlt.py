@@ -12,11 +12,11 @@ on a CPU.
 
 import ml_collections
 
-from configs.reward import rlt
 from configs.run import teacher_rcl
 
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = teacher_rcl.get_config(variant)
-  config.reward = rlt.get_config()
+  config.reward.weights.teaching = 0.0
+  config.reward.weights.rlt = 1.0
   return config

@@ -10,6 +10,7 @@
 
 import ml_collections
 
+from configs import rollout
 from configs.data import prompts, selection, world
 from configs.model import frozen, tiny
 from configs.run import teacher_rcl
@@ -24,16 +25,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
   config.data = selection.get_config()
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
-  config.rollout = dict(  # rollout.sampler.Settings
-    backend="jax",
-    policy_urls=(),
-    student_urls=(),
-    weights_root="",
-    dtype="bfloat16",
-    wait_s=600.0,
-    generate_s=1800.0,
-    update_s=600.0,
-  )
+  config.rollout = rollout.get_config()
   config.templates = prompts.get_templates()
   config.sampling = teacher_rcl.get_sampling()
   config.batch_size = 64

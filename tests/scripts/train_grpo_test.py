@@ -94,7 +94,6 @@ def test_a_model_learns_by_itself(tmp_path):
     "--config.held_out.path=",
     "--config.held_out.fraction=0.3",
     "--config.batch.num_questions=2",
-    "--config.batch.mask_truncated=False",
     "--config.sampling.teach.group_size=3",
     "--config.sampling.teach.max_completion_tokens=8",
     "--reward_fn=tests.reward_functions:plain",
