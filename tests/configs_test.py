@@ -110,6 +110,9 @@ def _has_variants(recipe):
   return "variant" in parameters
 
 
+_LOSSES = sorted(
+  path.stem for path in (_ROOT / "configs/loss").glob("[!_]*.py")
+)
 _VARIANTS = [
   (recipe, variant)
   for recipe in _RECIPES
@@ -117,8 +120,8 @@ _VARIANTS = [
 ] + [
   (recipe, variant)
   for recipe in ("teacher_rcl", "rlvr")
-  for path in sorted((_ROOT / "configs/loss").glob("[!_]*.py"))
-  for variant in (path.stem, f"smoke,{path.stem}")
+  for loss in _LOSSES
+  for variant in (loss, f"smoke,{loss}")
 ]
 
 
@@ -241,3 +244,11 @@ def test_dapo_penalizes_what_the_others_mask(recipe, size):
   dapo.reward.weights.overlong = other.reward.weights.overlong
   dapo.reward.overlong = other.reward.overlong
   assert dapo.reward == other.reward
+
+
+@pytest.mark.parametrize("recipe", ["teacher_rlt", "rlvr"])
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_a_loss_is_the_same_in_every_recipe(recipe, loss):
+  ours, base = (_config(r, f"smoke,{loss}") for r in (recipe, "teacher_rcl"))
+  for section in ("loss", "advantages", "groups", "batch"):
+    assert ours[section].to_dict() == base[section].to_dict()

@@ -16,6 +16,9 @@ _RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
 _MODULE = re.compile(r"-m (scripts\.\w+)")
 _SHELL = re.compile(r"bash (scripts/\w+\.sh)")
 _CONFIG = re.compile(r"--config=([\w/.]+?\.py)(?::(\w+))?(?![\w/])")
+# In a table `tests/` may stand in its head instead.
+_TEST = re.compile(r"`(?:tests/)?([\w/]+_test\.py)`")
+_LINK = re.compile(r"\]\(([^)#:]+)\)")
 _KEY = re.compile(r"--config\.([a-z_]\w*(?:\.[a-z_]\w*)*)")
 
 
@@ -100,3 +103,28 @@ def test_every_key_that_is_named_is_in_some_config(name):
     if not any(_has(config, key) for config in configs)
   ]
   assert unknown == []
+
+
+@pytest.mark.parametrize("name", [n for n in _TEXTS if n.endswith(".md")])
+def test_every_file_that_a_page_points_at_is_there(name):
+  text, page = _TEXTS[name], (_ROOT / name).parent
+  # The map of a package may name a test by its place beside another.
+  tests = {path.name for path in (_ROOT / "tests").rglob("*_test.py")}
+  gone = [
+    test
+    for test in _TEST.findall(text)
+    if not (_ROOT / "tests" / test).is_file() and test not in tests
+  ]
+  gone += [to for to in _LINK.findall(text) if not (page / to).is_file()]
+  assert gone == []
+
+
+def test_the_table_of_recipes_has_every_recipe():
+  (head,) = (
+    line
+    for line in _TEXTS["README.md"].splitlines()
+    if line.startswith("|") and "`teacher_sft`" in line
+  )
+  # The small world's student is made by the recipe of a teacher.
+  recipes = {path.stem for path in _RECIPES} - {"world_student"}
+  assert set(re.findall(r"`(\w+)`", head)) == recipes
