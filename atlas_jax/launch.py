@@ -19,11 +19,12 @@ from absl import logging
 import jax
 
 from atlas_jax import chat, errors, sharding, types
-from atlas_jax.models import decoder
+from atlas_jax.models import decoder, lora
 from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
-from conversion import load, save, verify
+from conversion import load, peft_adapters, save, verify
 from rollout import sampler, wire
 
 
@@ -194,6 +195,25 @@ def open_model(
   return OpenModel(directory, model, params, tokenizer)
 
 
+def open_policy(
+  opened: OpenModel,
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+) -> tuple[train_policy.Policy, decoder.Params]:
+  """Splits a model into what stays and what is trained; `lora` tells.
+
+  Raises:
+    errors.ConfigError: if the model cannot have such adapters.
+  """
+  return train_policy.create(
+    opened.model,
+    opened.params,
+    adapters=lora.Lora(**config.lora),
+    mesh=mesh,
+    key=jax.random.key(config.seed),
+  )
+
+
 @contextlib.contextmanager
 def open_protocol(
   policy: OpenModel,
@@ -344,7 +364,8 @@ def fingerprint(opened: OpenModel) -> str:
 def export(  # noqa: PLR0913 - one argument per config key.
   workdir: pathlib.Path,
   opened: OpenModel,
-  params: decoder.Params,
+  policy: train_policy.Policy,
+  trained: decoder.Params,
   step: int | None,
   *,
   notes: Mapping[str, str],
@@ -353,12 +374,16 @@ def export(  # noqa: PLR0913 - one argument per config key.
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
   max_shard_bytes: int,
 ) -> None:
-  """Writes a Hugging Face directory, and compares its logits with `params`.
+  """Writes a Hugging Face directory, and compares its logits with the model's.
+
+  Adapters are merged into it, and at the end written by themselves too.
 
   Args:
-    workdir: the directory is `export` in it, or `export-STEP`.
+    workdir: the directory is `export` in it, or `export-STEP`; that of the
+      adapters, which PEFT opens, is `adapter`.
     opened: the model that was trained.
-    params: its weights now.
+    policy: what of it.
+    trained: its weights now.
     step: how many steps are done; None at the end of the run.
     notes: for the model card.
     enabled: whether to write `export`; the last checkpoint has its weights too.
@@ -371,6 +396,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
   """
   if not (enabled if step is None else keep_steps):
     return
+  params = policy.merged(trained)
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
     directory,
@@ -389,8 +415,30 @@ def export(  # noqa: PLR0913 - one argument per config key.
   logging.info(
     "Exported to %s; logits differ by %.1e at most.", directory, difference
   )
+  if step is None and policy.adapters is not None:
+    _export_adapters(workdir / "adapter", opened, policy.adapters, trained)
   if step is not None:
     numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
     steps = sorted(int(number) for number in numbers if number.isdecimal())
     for old in steps[:-keep_steps]:
       shutil.rmtree(workdir / f"export-{old}")
+
+
+def _export_adapters(
+  directory: pathlib.Path,
+  opened: OpenModel,
+  adapters: lora.Lora,
+  trained: decoder.Params,
+) -> None:
+  """Writes a PEFT directory, unless the family's files leave no names."""
+  if not peft_adapters.has_names(opened.model):
+    logging.warning("PEFT has no names for these adapters; only merged.")
+    return
+  peft_adapters.save(
+    directory,
+    trained,
+    opened.model,
+    settings=adapters,
+    base=str(opened.directory),
+  )
+  logging.info("Wrote the adapters to %s.", directory)

@@ -30,6 +30,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"layers/mixture/down", (None, None, "tensor", "fsdp")),
   (r"layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
   (r"layers/mlp/down/kernel", (None, "tensor", "fsdp")),
+  # An adapter's long axis is split as the kernel's is; its rank is short.
+  (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", (None, "fsdp")),
+  (r"layers/(attention/o|mlp/down)/lora_a", (None, "tensor")),
+  (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b", (None, None, "tensor")),
+  (r"layers/(attention/o|mlp/down)/lora_b", (None, None, "fsdp")),
   (r".*scale", ()),
 )
 # What each axis of a kernel counts, for messages only.

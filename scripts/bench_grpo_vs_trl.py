@@ -175,8 +175,7 @@ def _ours(directory: pathlib.Path) -> None:
     rollouts.run = timed
     clock.wait()
     grpo.train(
-      policy.model,
-      policy.params,
+      *launch.open_policy(policy, mesh, config),
       protocol=rollouts,
       reward_fn=reward_fn,
       questions=questions,

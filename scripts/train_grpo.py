@@ -37,7 +37,8 @@ def main() -> None:
       workdir=workdir,
     )
     held_out = held_out[: config.evaluation.num_questions]
-    policy = launch.open_model(mesh, **config.model)
+    base = launch.open_model(mesh, **config.model)
+    policy, params = launch.open_policy(base, mesh, config)
     if "student" in config:
       student = launch.open_model(
         mesh,
@@ -47,11 +48,11 @@ def main() -> None:
         or bool(config.reward.weights.rlt),
       )
       protocol = opened.enter_context(
-        launch.open_protocol(policy, student, mesh, config)
+        launch.open_protocol(base, student, mesh, config)
       )
-      reader = launch.open_reader(policy, student, protocol, mesh, config)
+      reader = launch.open_reader(base, student, protocol, mesh, config)
     else:
-      protocol = opened.enter_context(launch.open_direct(policy, mesh, config))
+      protocol = opened.enter_context(launch.open_direct(base, mesh, config))
       reader = None
     reward_fn = opened.enter_context(
       launch.open_reward(reader, functions, config)
@@ -59,6 +60,7 @@ def main() -> None:
     export = functools.partial(
       launch.export,
       workdir,
+      base,
       policy,
       notes={
         "Recipe": "GRPO",
@@ -69,8 +71,8 @@ def main() -> None:
       **config.export,
     )
     params = grpo.train(
-      policy.model,
-      policy.params,
+      policy,
+      params,
       protocol=protocol,
       reward_fn=reward_fn,
       questions=questions,

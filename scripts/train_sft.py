@@ -24,9 +24,10 @@ def main() -> None:
     writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
-    policy = launch.open_model(mesh, **config.model)
+    base = launch.open_model(mesh, **config.model)
+    policy, params = launch.open_policy(base, mesh, config)
     train_set, eval_set = sets.conversations(
-      policy.tokenizer,
+      base.tokenizer,
       data=sets.Selection(**config.data),
       held_out=sets.HeldOut(**config.held_out),
       layout=sets.Layout(**config.packing),
@@ -37,13 +38,14 @@ def main() -> None:
     export = functools.partial(
       launch.export,
       workdir,
+      base,
       policy,
       notes={"Recipe": "SFT", "Base model": config.model.path},
       **config.export,
     )
     params = sft.train(
-      policy.model,
-      policy.params,
+      policy,
+      params,
       train_set=train_set,
       eval_set=eval_set,
       on_save=export,

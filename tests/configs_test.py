@@ -14,6 +14,7 @@ import pytest
 from atlas_jax import checkpoint, launch, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
+from atlas_jax.models import lora
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
@@ -66,6 +67,7 @@ _FUNCTIONS = {
   "correction": (correction.sampler_weights, ()),
   "score": (score.token_stats, ("temperature",)),
   "schedule": (schedule.make, ("num_updates",)),
+  "lora": (lora.Lora, ()),
   "optimizer": (optimizer.make_optimizer, ()),
   "offload": (state.Offload, ()),
   "optimizer.adamw": (optimizer._adamw, ()),

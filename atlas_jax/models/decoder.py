@@ -176,12 +176,13 @@ class Model:
   """A decoder as pure functions of its parameters.
 
   `config` is its shape, `dtype` that of activations; parameters keep theirs.
+  `block_graph` is what a layer computes, without its parameters.
   """
 
   config: model_config.DecoderConfig
   dtype: jnp.dtype
   abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
-  _block_graph: nnx.GraphDef[Block]
+  block_graph: nnx.GraphDef[Block]
   _remat: Remat
   _unroll: int
 
@@ -228,7 +229,7 @@ class Model:
       x_BTD: jax.Array, layer: tuple[Params, jax.Array]
     ) -> tuple[jax.Array, experts.Load | None]:
       block, is_local = layer
-      module: Block = nnx.merge(self._block_graph, nnx.State(block))
+      module: Block = nnx.merge(self.block_graph, nnx.State(block))
       return module(x_BTD, views(is_local))
 
     if self._remat == "block":
@@ -280,7 +281,7 @@ class Model:
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
       x_BTD, keys_LBSKH, values_LBSKH = carry
       block_params, layer, is_local = block
-      module: Block = nnx.merge(self._block_graph, nnx.State(block_params))
+      module: Block = nnx.merge(self.block_graph, nnx.State(block_params))
       x_BTD, keys_BSKH, values_BSKH = module.cached(
         x_BTD,
         views(is_local),

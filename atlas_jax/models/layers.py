@@ -21,6 +21,9 @@ class Linear(nnx.Module):
   The kernel keeps every axis by itself, such as [D, N, H], so that sharding
   rules can name them. Leading axes are flattened first: one product over
   [tokens, D] is faster than a batched one, in the gradient above all.
+
+  With an adapter it is x W + scale (x A) B + bias, arXiv:2106.09685; the
+  product A B, as large as the kernel, is never formed.
   """
 
   def __init__(
@@ -37,8 +40,18 @@ class Linear(nnx.Module):
     shape = (*shape_in, *shape_out)
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
     self.bias = nnx.Param(jnp.zeros(shape_out)) if use_bias else None
+    self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
     self._num_in = len(shape_in)
+    self._lora_scale = 0.0
     self._dtype = dtype
+
+  def add_adapter(self, *, rank: int, scale: float) -> None:
+    """Adds A and B, both zeros; `lora.init` draws what training starts at."""
+    shape = self.kernel.shape
+    shape_in, shape_out = shape[: self._num_in], shape[self._num_in :]
+    self.lora_a = nnx.Param(jnp.zeros((*shape_in, rank)))
+    self.lora_b = nnx.Param(jnp.zeros((rank, *shape_out)))
+    self._lora_scale = scale
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Contracts the last axes of `x` with the first of the kernel."""
@@ -47,7 +60,13 @@ class Linear(nnx.Module):
     shape_out = kernel.shape[self._num_in :]
     leading = x.shape[: x.ndim - self._num_in]
     size_in = math.prod(shape_in)
-    y = x.reshape(-1, size_in) @ kernel.reshape(size_in, -1)
+    x = x.reshape(-1, size_in)
+    y = x @ kernel.reshape(size_in, -1)
+    if self.lora_a is not None and self.lora_b is not None:
+      a = self.lora_a[...].astype(self._dtype)
+      b = self.lora_b[...].astype(self._dtype)
+      low = self._lora_scale * (x @ a.reshape(size_in, -1))
+      y = y + low @ b.reshape(len(b), -1)
     y = y.reshape(*leading, *shape_out)
     if self.bias is None:
       return y

@@ -29,12 +29,13 @@ from atlas_jax.train import clock as train_clock
 from atlas_jax.train import collect, loop, schedule
 from atlas_jax.train import learner as learning
 from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
-  model: decoder.Model,
+  policy: train_policy.Policy,
   params: decoder.Params,
   *,
   protocol: teaching_protocol.Rollouts,
@@ -51,8 +52,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   """Trains the teacher, whose `params` it donates; returns them trained.
 
   Args:
-    model: the policy's decoder.
-    params: where to start, and the first reference.
+    policy: what is trained. Where it has a base, that is the reference.
+    params: of it, where to start; without a base, the first reference.
     protocol: samples probes, teachings and answers; its policy's sampler gets
       the new weights before every step.
     reward_fn: rewards the graded records of one step.
@@ -71,10 +72,11 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       `agreement.check`.
   """
   _check_sampling(config, mesh)
+  _check_reference(policy, config)
   optimizer = _make_optimizer(config)
-  state = _start(params, optimizer, mesh=mesh, config=config)
+  state = _start(policy, params, optimizer, mesh=mesh, config=config)
   learner = learning.Learner(
-    model,
+    policy,
     optimizer,
     shardings=train_state.shardings(state),
     mesh=mesh,
@@ -83,7 +85,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   collector = _make_collector(protocol, questions, config)
   checkpointer = checkpoint.Checkpointer(
     workdir / "checkpoints",
-    identity={"questions": questions.fingerprint()},
+    identity={"questions": questions.fingerprint(), **policy.identity()},
     **config.checkpoint,
   )
   artefacts = train_artefacts.Artefacts(
@@ -95,6 +97,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       state,
       loop.Task(
         _Step(
+          policy,
           collector,
           reward_fn,
           learner,
@@ -103,7 +106,9 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
           group_size=config.sampling.teach.group_size,
           max_refills=config.groups.max_refills,
         ),
-        functools.partial(_evaluate, collector, protocol, held_out, config),
+        functools.partial(
+          _evaluate, policy, collector, protocol, held_out, config
+        ),
         on_save=lambda state, step: on_save(state.params, step),
         row_ids=collector.row_ids,
         clock=clock,
@@ -118,26 +123,28 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
 
 
 def _start(
+  policy: train_policy.Policy,
   params: decoder.Params,
   optimizer: optax.GradientTransformation,
   *,
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: as in `train`.
 ) -> train_state.TrainState:
-  """Starts at step 0, with a reference if anything is measured from one."""
-  has_reference = config.loss.kl_coef > 0
+  """Starts at step 0, with a copy as reference if one is needed."""
+  has_copy = config.loss.kl_coef > 0 and not policy.frozen
   return train_state.create(
     params,
     optimizer,
     mesh=mesh,
     # The trainer donates its parameters, so the reference is a copy. It has no
     # name here, which would keep on the devices what is offloaded.
-    reference=jax.tree.map(jnp.copy, params) if has_reference else None,
+    reference=jax.tree.map(jnp.copy, params) if has_copy else None,
     offload=train_state.Offload(**config.offload),
   )
 
 
 def _evaluate(
+  policy: train_policy.Policy,
   collector: collect.Collector,
   protocol: teaching_protocol.Rollouts,
   held_out: Sequence[types.Question],
@@ -148,7 +155,7 @@ def _evaluate(
   """Teaches held-out questions: see `loop.Evaluate`."""
   if not held_out:
     return {}
-  collector.push(state.params, step)
+  collector.push(policy.merged(state.params), step)
   return evaluation.evaluate(
     protocol,
     held_out,
@@ -161,6 +168,7 @@ def _evaluate(
 class _Step:
   """One step of the recipe; see `loop.Task`."""
 
+  policy: train_policy.Policy
   collector: collect.Collector
   reward_fn: types.RewardFn
   learner: learning.Learner
@@ -176,7 +184,7 @@ class _Step:
     collector = self.collector
     collector.settle()
     with self.clock.phase("push"):
-      collector.push(state.params, step)
+      collector.push(self.policy.merged(state.params), step)
     records, ahead = collector.take(step, self.clock)
     records, rewarded = self._reward(records)
     num_wanted, num_refills = len(records) // self.group_size, 0
@@ -260,6 +268,20 @@ def _check_sampling(
       why="Two threads would order their collectives differently, and hang.",
       fix="Sample from servers (scripts/launch_with_server.sh), or set it to "
       "0.",
+    )
+
+
+def _check_reference(
+  policy: train_policy.Policy,
+  config: Any,  # Any: as in `train`.
+) -> None:
+  """Refuses to sync a reference that cannot move."""
+  if policy.frozen and config.loss.kl_coef and config.reference.sync_every:
+    raise errors.ConfigError(
+      "The reference of adapters cannot follow the policy.",
+      where=f"--config.reference.sync_every={config.reference.sync_every}",
+      why="It is the base model, which stays as it is.",
+      fix="Set it to 0, or train all parameters: --config.lora.rank=0.",
     )
 
 

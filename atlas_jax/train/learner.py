@@ -15,6 +15,7 @@ from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
 from atlas_jax.train import agreement, rows, score
 from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
 
@@ -27,7 +28,7 @@ class Learner:
 
   def __init__(
     self,
-    model: decoder.Model,
+    policy: train_policy.Policy,
     optimizer: optax.GradientTransformation,
     *,
     shardings: Any,  # Any: a tree like the state's.
@@ -37,7 +38,7 @@ class Learner:
     """Compiles nothing yet.
 
     Args:
-      model: the policy's decoder, and the reference's.
+      policy: what is trained. Where it has a base, that is the reference.
       optimizer: clipping included.
       shardings: where the state stays, as `state.shardings` tells.
       mesh: as `sharding.make_mesh` makes it.
@@ -60,18 +61,24 @@ class Learner:
     num_parts = config.batch.num_minibatches * config.batch.num_microbatches
     self._multiple = mesh.shape["data"] * mesh.shape["fsdp"] * num_parts
     cut = sampling.top_p < 1.0 or sampling.top_k > 0
-    stats_fn = functools.partial(
+    token_stats = functools.partial(
       score.token_stats,
-      model,
       temperature=sampling.temperature,
       chunk_size=config.score.chunk_size,
       support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
     )
+    stats_fn = functools.partial(token_stats, policy.model)
+    self._policy = policy
     self._score = jax.jit(functools.partial(_logprobs, stats_fn))
+    self._score_reference = self._score
+    if policy.frozen:
+      base_fn = functools.partial(token_stats, policy.base)
+      self._score_reference = jax.jit(functools.partial(_logprobs, base_fn))
     loss_fn = functools.partial(_loss, stats_fn, objective=self._objective)
     self._step = train_step.make_step(
       train_optimizer.freeze(loss_fn, config.optimizer.frozen),
       optimizer,
+      frozen=policy.frozen,
       num_microbatches=config.batch.num_microbatches,
       shardings=shardings,
     )
@@ -158,10 +165,12 @@ class Learner:
     self, state: train_state.TrainState, batch: train_step.Batch
   ) -> dict[str, jax.Array]:
     """Computes what stays as it is through a step's updates."""
-    old_BT = self._score(state.params, batch)
-    ref_BT = old_BT
-    if state.reference is not None:
-      ref_BT = self._score(state.reference, batch)
+    old_BT = self._score(self._policy.whole(state.params), batch)
+    ref_BT, reference = old_BT, state.reference
+    if self._policy.frozen and self._objective.kl_coef:
+      reference = self._policy.frozen  # The adapters are switched off.
+    if reference is not None:
+      ref_BT = self._score_reference(reference, batch)
     return {
       "old_logprobs": old_BT,
       "ref_logprobs": ref_BT,

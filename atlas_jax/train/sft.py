@@ -19,13 +19,14 @@ from atlas_jax.models import decoder
 from atlas_jax.train import clock as train_clock
 from atlas_jax.train import loop, schedule, score
 from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
 from atlas_jax.train import writer as train_writer
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
-  model: decoder.Model,
+  policy: train_policy.Policy,
   params: decoder.Params,
   *,
   train_set: loader.Loader,
@@ -40,8 +41,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   """Trains `params`, which it donates, and returns them trained.
 
   Args:
-    model: the decoder.
-    params: where to start; float32 masters, laid out on the mesh.
+    policy: what is trained.
+    params: of it, where to start; float32 masters, laid out on the mesh.
     train_set: packed conversations.
     eval_set: the same, held out.
     on_save: called after each checkpoint, with the steps done.
@@ -59,13 +60,19 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
   offload = train_state.Offload(**config.offload)
   state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
-  loss_fn = functools.partial(_loss, model, **config.loss)
-  step_fn = _make_step(loss_fn, optimizer, state, mesh, config)
+  loss_fn = functools.partial(_loss, policy.model, **config.loss)
+  step_fn = train_step.make_step(
+    train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+    optimizer,
+    frozen=policy.frozen,
+    num_microbatches=sharding.num_microbatches(mesh, **config.batch),
+    shardings=train_state.shardings(state),
+  )
   rows = sharding.of_batch(mesh)
   clock = train_clock.Clock()
   task = loop.Task(
     functools.partial(_do_step, step_fn, train_set, rows, jax.jit(rate), clock),
-    functools.partial(_evaluate, jax.jit(loss_fn), eval_set, rows),
+    functools.partial(_evaluate, jax.jit(loss_fn), policy, eval_set, rows),
     on_save=lambda state, step: on_save(state.params, step),
     row_ids=train_set.row_names,
     clock=clock,
@@ -76,7 +83,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     loop.Settings(**{**config.loop, "num_steps": num_steps}),
     checkpointer=checkpoint.Checkpointer(
       workdir / "checkpoints",
-      identity={"data": train_set.fingerprint()},
+      identity={"data": train_set.fingerprint(), **policy.identity()},
       **config.checkpoint,
     ),
     workdir=workdir,
@@ -84,22 +91,6 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     should_stop=should_stop,
   )
   return state.params
-
-
-def _make_step(
-  loss_fn: train_step.LossFn,
-  optimizer: optax.GradientTransformation,
-  state: train_state.TrainState,
-  mesh: jax.sharding.Mesh,
-  config: Any,  # Any: as in `train`.
-) -> train_step.Step:
-  """Makes the update, in as many parts as the batch is split into."""
-  return train_step.make_step(
-    train_optimizer.freeze(loss_fn, config.optimizer.frozen),
-    optimizer,
-    num_microbatches=sharding.num_microbatches(mesh, **config.batch),
-    shardings=train_state.shardings(state),
-  )
 
 
 def _num_steps(config: Any, train_set: loader.Loader) -> int:  # Any: as above.
@@ -138,6 +129,7 @@ def _do_step(
 
 def _evaluate(
   loss_fn: train_step.LossFn,
+  policy: train_policy.Policy,
   eval_set: loader.Loader,
   rows: jax.sharding.Sharding,
   state: train_state.TrainState,
@@ -145,8 +137,9 @@ def _evaluate(
 ) -> loop.Metrics:
   """Averages metrics over all held-out tokens; see `loop.Task`."""
   del step
+  params = policy.whole(state.params)
   queued = [
-    loss_fn(state.params, _on_mesh(rows, eval_set.batch(i)))[1]
+    loss_fn(params, _on_mesh(rows, eval_set.batch(i)))[1]
     for i in range(eval_set.num_batches_per_epoch)
   ]
   weights, means = zip(*jax.device_get(queued), strict=True)

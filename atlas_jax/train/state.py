@@ -19,8 +19,9 @@ class TrainState(NamedTuple):
   """Saved and restored as one.
 
   `step` counts the recipe's steps, `num_nonfinite` the updates in a row that
-  were skipped because they were not finite. `reference` is None where nothing
-  is measured from one.
+  were skipped because they were not finite. `params` is what is trained, which
+  may be adapters alone. `reference` is None where nothing is measured from one,
+  or it is the base of the adapters.
   """
 
   step: jax.Array
@@ -60,7 +61,8 @@ def create(
     raise errors.ConfigError(
       "There is no reference to offload.",
       where="--config.offload.reference=True",
-      why="Nothing is measured from one where --config.loss.kl_coef is 0.",
+      why="There is none where --config.loss.kl_coef is 0, or where adapters "
+      "are trained: then it is the base model without them.",
       fix="Leave it out.",
     )
   if offload.optimizer or offload.reference:

@@ -2,18 +2,21 @@
 """One update: gradient over microbatches, clip, apply."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from atlas_jax.models import lora
 from atlas_jax.train import state as train_state
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Returns the mean loss of a batch, the weight of that mean (how many tokens or
-# sequences it is over) and metrics, which are means of the same weight.
+# Takes all parameters. Returns the mean loss of a batch, the weight of that
+# mean (how many tokens or sequences it is over) and metrics, which are means of
+# the same weight.
 LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 Step = Callable[
   [train_state.TrainState, Batch], tuple[train_state.TrainState, Metrics]
@@ -24,6 +27,7 @@ def make_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   *,
+  frozen: Mapping[str, Any],  # Any: nested dicts with arrays as leaves.
   num_microbatches: int,
   shardings: Any,  # Any: a tree like the state's.
 ) -> Step:
@@ -36,6 +40,8 @@ def make_step(
   Args:
     loss_fn: the mean loss of a batch, with its weight.
     optimizer: clipping included.
+    frozen: the parameters that are not in the state; nothing is computed or
+      kept for their training. The loss gets both, as `lora.join` has them.
     num_microbatches: rows of a batch are split into as many parts, whose
       gradients are added up.
     shardings: where the state stays, as `state.shardings` tells. The compiler
@@ -46,13 +52,13 @@ def make_step(
     A function from state and batch to the new state and metrics.
   """
 
-  def weighted(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    loss, (weight, metrics) = loss_fn(params, batch)
-    return loss * weight, (weight, metrics)
-
   def step(
-    state: train_state.TrainState, batch: Batch
+    frozen: Mapping[str, Any], state: train_state.TrainState, batch: Batch
   ) -> tuple[train_state.TrainState, Metrics]:
+    def weighted(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+      loss, (weight, metrics) = loss_fn(lora.join(frozen, params), batch)
+      return loss * weight, (weight, metrics)
+
     grads, metrics = _accumulate(
       jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
     )
@@ -74,7 +80,8 @@ def make_step(
     )
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, None))
+  return functools.partial(jitted, frozen)
 
 
 def _accumulate(

@@ -50,17 +50,19 @@ def _write_data(path):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_transformers_opens_what_was_trained(tmp_path, family):
+def _train(tmp_path, family, **changes):
+  """Trains, exports, and gives the model and the parameters exported."""
   torch.set_num_threads(1)
   tiny.write_checkpoint(tmp_path / "start", family, **_SHAPE)
   fakes.write_tokenizer(tmp_path / "start")
   _write_data(tmp_path / "sft.jsonl")
   config = _config(tmp_path)
+  config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = launch.open_model(mesh, **config.model)
+  base = launch.open_model(mesh, **config.model)
+  policy, params = launch.open_policy(base, mesh, config)
   train_set, eval_set = sets.conversations(
-    policy.tokenizer,
+    base.tokenizer,
     data=sets.Selection(**config.data),
     held_out=sets.HeldOut(**config.held_out),
     layout=sets.Layout(**config.packing),
@@ -70,8 +72,8 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
   )
 
   params = sft.train(
-    policy.model,
-    policy.params,
+    policy,
+    params,
     train_set=train_set,
     eval_set=eval_set,
     on_save=lambda *_: None,
@@ -81,8 +83,14 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
     writer=launch.open_writer(tmp_path, config),
     should_stop=lambda: False,
   )
+  launch.export(tmp_path, base, policy, params, None, notes={}, **config.export)
+  return base, policy.merged(params), mesh
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_transformers_opens_what_was_trained(tmp_path, family):
+  base, params, mesh = _train(tmp_path, family)
   export = tmp_path / "export"
-  launch.export(tmp_path, policy, params, None, notes={}, **config.export)
 
   # Else the export of the weights it began with would do as well.
   assert verify.differing_tensors(tmp_path / "start", export)
@@ -99,7 +107,7 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
   with torch.no_grad():
     expected = opened(torch.tensor(tokens_BT)).logits.numpy()
   positions_BT = jnp.arange(len(prompt))[None]
-  got = jax.jit(policy.model.logits)(
+  got = jax.jit(base.model.logits)(
     jax.device_put(params, sharding.replicated(mesh)),
     tokens_BT,
     positions_BT,
@@ -107,3 +115,25 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
   )
   assert np.abs(expected).max() > 0.5  # Else agreement would say little.
   np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_peft_opens_adapters_that_say_what_the_merged_export_says(tmp_path):
+  peft = pytest.importorskip("peft")
+  _train(tmp_path, "qwen3", **{"lora.rank": 3})
+  load = transformers.AutoModelForCausalLM.from_pretrained
+  adapted = peft.PeftModel.from_pretrained(
+    load(tmp_path / "start"), tmp_path / "adapter"
+  )
+  tokens_BT = torch.arange(5, 25)[None]
+  with torch.no_grad():
+    start, merged, got = (
+      model(tokens_BT).logits.numpy()
+      for model in (
+        load(tmp_path / "start"),
+        load(tmp_path / "export"),
+        adapted,
+      )
+    )
+  assert np.abs(merged - start).max() > 1e-2
+  np.testing.assert_allclose(got, merged, atol=1e-4, rtol=0)

@@ -12,11 +12,14 @@ import pytest
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
+from atlas_jax.models import lora
 from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import grpo, learner, rows, score
 from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
+from configs import lora as adapters
 from configs import optimizer as optimizers
 from rollout import jax_sampler
 from tests import fakes, metric_names, tiny
@@ -46,6 +49,7 @@ def _config(**changes):
   config = ml_collections.ConfigDict(
     {
       "seed": 3,
+      "lora": adapters.get_config(),
       "sampling": {"teach": teach},
       "rollout": {"backend": "jax"},
       "overlap": {"max_staleness": 0},
@@ -236,9 +240,16 @@ def _train(
   config = _config(**changes)
   policy_protocol = _protocol(world, kind)
   sampler = policy_protocol.policy.sampler
-  params = grpo.train(
+  policy, params = train_policy.create(
     world.model,
     world.params(),
+    adapters=lora.Lora(**config.lora),
+    mesh=_mesh(),
+    key=jax.random.key(config.seed),
+  )
+  params = grpo.train(
+    policy,
+    params,
     protocol=policy_protocol,
     reward_fn=reward_fn,
     questions=loader.QuestionLoader(
@@ -326,6 +337,29 @@ def test_a_resumed_run_is_bit_for_bit_the_straight_one(
   assert list(sampler.said) == [4, 5]
   jax.tree.map(np.testing.assert_array_equal, params, trained[0])
   assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+_ADAPTERS = {
+  "lora.rank": 4,
+  "lora.alpha": 8.0,
+  "reference.sync_every": 0,
+  "loop.num_steps": 3,
+}
+
+
+@pytest.mark.slow
+def test_adapters_are_in_what_is_sampled_from(world, tmp_path):
+  _train(world, tmp_path, **_ADAPTERS)
+  rows = _rows(tmp_path)
+  # The first update is on policy, from the base; then they move away from it.
+  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rows[-1]["kl"] > 1e-3
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
+
+
+def test_a_base_is_no_reference_that_could_be_synced(world, tmp_path):
+  with pytest.raises(errors.ConfigError, match="sync_every=3"):
+    _train(world, tmp_path, **{**_ADAPTERS, "reference.sync_every": 3})
 
 
 @pytest.mark.slow
@@ -469,7 +503,7 @@ def update(world):
     if key not in learners:
       config = _config(**changes)
       learners[key] = learner.Learner(
-        world.model,
+        train_policy.whole(world.model),
         _optimizer(config),
         shardings=train_state.shardings(state),
         mesh=_mesh(),

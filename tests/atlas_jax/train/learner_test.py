@@ -9,7 +9,9 @@ import pytest
 
 from atlas_jax import sharding, types
 from atlas_jax.losses import kl
+from atlas_jax.models import lora
 from atlas_jax.train import learner as learning
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import rows
 from atlas_jax.train import state as train_state
 from configs.run import teacher_rcl
@@ -82,7 +84,7 @@ def _update(config, *, mesh=None, optimizer=None, records=None):
     reference=reference if config.loss.kl_coef else None,
   )
   learner = learning.Learner(
-    _MODEL,
+    train_policy.whole(_MODEL),
     optimizer,
     shardings=train_state.shardings(state),
     mesh=mesh,
@@ -171,7 +173,7 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
     params, optax.sgd(1.0), mesh=mesh, reference=reference
   )
   learner = learning.Learner(
-    _MODEL,
+    train_policy.whole(_MODEL),
     optax.sgd(1.0),
     shardings=train_state.shardings(state),
     mesh=mesh,
@@ -208,6 +210,47 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
       advantage, total_B[i] - np.mean(others), atol=1e-5
     )
   np.testing.assert_array_equal(advantages_B[len(keep) :], 0.0)
+
+
+def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
+  mesh, config = _mesh(), _config("grpo", **{"loss.kl_coef": 0.1})
+  policy, adapters = train_policy.create(
+    _MODEL,
+    tiny.params_of(_MODEL),
+    adapters=lora.Lora(rank=2, alpha=4.0, targets=("mlp/.*",)),
+    mesh=mesh,
+    key=jax.random.key(0),
+  )
+  adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+  switched = train_state.create(adapters, optax.sgd(1.0), mesh=mesh)
+  copied = train_state.create(
+    tiny.params_of(_MODEL),
+    optax.sgd(1.0),
+    mesh=mesh,
+    reference=tiny.params_of(_MODEL),
+  )
+  assert len(jax.tree.leaves(switched)) == 2 + len(jax.tree.leaves(adapters))
+
+  scores = []
+  for of, state in (
+    (policy, switched),
+    (train_policy.whole(_MODEL), copied),
+  ):
+    learner = learning.Learner(
+      of,
+      optax.sgd(1.0),
+      shardings=train_state.shardings(state),
+      mesh=mesh,
+      config=config,
+    )
+    rollouts = [record.teacher_rollout for record in _records()[0]]
+    batch = rows.make_batch(rollouts, multiple=1)
+    scores.append(learner._scores(state, batch))
+  np.testing.assert_array_equal(
+    scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
+  )
+  moved_BT = scores[0]["old_logprobs"] - scores[1]["old_logprobs"]
+  assert np.abs(moved_BT).max() > 1e-2
 
 
 def test_rewards_that_are_no_whole_groups_are_refused():

@@ -37,6 +37,7 @@ def _parts():
   step = train_step.make_step(
     loss_fn,
     optimizer,
+    frozen={},
     num_microbatches=1,
     shardings=train_state.shardings(state()),
   )

@@ -205,6 +205,7 @@ def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
   step = train_step.make_step(
     optimizer.freeze(loss_fn, ("embed/.*",)),
     chain,
+    frozen={},
     num_microbatches=1,
     shardings=train_state.shardings(start()),
   )

@@ -12,8 +12,11 @@ import pytest
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing, sets
+from atlas_jax.models import lora
+from atlas_jax.train import policy as train_policy
 from atlas_jax.train import sft, writer
 from atlas_jax.train import state as train_state
+from configs import lora as adapters
 from configs import optimizer as optimizers
 from tests import fakes, metric_names, tiny
 
@@ -72,6 +75,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
 def _config(**changes):
   config = ml_collections.ConfigDict(
     {
+      "lora": adapters.get_config(),
       "num_epochs": 0,
       "batch": {"size": 8, "per_device": 1},
       "loss": {"z_loss_coef": 0.0, "chunk_size": 32},
@@ -103,7 +107,7 @@ def _config(**changes):
   return config
 
 
-def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
+def _train(tokenizer, path, workdir, config, should_stop=lambda: False, seed=0):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   model = tiny.build(
     "qwen2",
@@ -123,9 +127,16 @@ def _train(tokenizer, path, workdir, config, should_stop=lambda: False):
     seed=0,
     workdir=workdir,
   )
-  return sft.train(
+  policy, params = train_policy.create(
     model,
-    jax.device_put(tiny.params_of(model), shardings),
+    jax.device_put(tiny.params_of(model, seed), shardings),
+    adapters=lora.Lora(**config.lora),
+    mesh=mesh,
+    key=jax.random.key(3),
+  )
+  return sft.train(
+    policy,
+    params,
     train_set=train_set,
     eval_set=eval_set,
     on_save=lambda *_: None,
@@ -158,6 +169,35 @@ def test_it_learns_and_resumes_only_with_the_data_it_began_with(
   with pytest.raises(errors.CheckpointError, match="another data") as caught:
     _train(tokenizer, other, tmp_path / "run", config)
   assert caught.value.exit_code == 5
+
+
+@pytest.mark.slow
+def test_adapters_learn_alone_and_resume_bit_for_bit_on_their_base(
+  tokenizer, tmp_path
+):
+  path = _write(tmp_path)
+  config = _config(**{"lora.rank": 4, "lora.alpha": 8.0})
+  straight = _train(tokenizer, path, tmp_path / "straight", config)
+  lines = (tmp_path / "straight/metrics.jsonl").read_text().splitlines()
+  losses = [json.loads(line).get("loss") for line in lines]
+  losses = [loss for loss in losses if loss is not None]
+  assert losses[-1] < losses[0]
+  start = jax.device_get(lora.init(jax.random.key(3), straight))
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-3, straight, start)
+  assert all(jax.tree.leaves(moved))
+
+  stops = iter([False] * 5 + [True])
+  with pytest.raises(errors.PreemptedError):
+    _train(tokenizer, path, tmp_path / "run", config, lambda: next(stops))
+  (about,) = (tmp_path / "run/checkpoints").glob("*/about.json")
+  assert not [
+    n for n in json.loads(about.read_text())["arrays"] if "kernel" in n
+  ]
+  resumed = _train(tokenizer, path, tmp_path / "run", config)
+  jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+  with pytest.raises(errors.CheckpointError, match="another base"):
+    _train(tokenizer, path, tmp_path / "run", config, seed=1)
 
 
 def test_offload_is_refused_where_the_host_cannot_be_reached(

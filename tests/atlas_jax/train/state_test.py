@@ -64,6 +64,7 @@ def _make_step(offload):
   return train_step.make_step(
     _loss,
     _optimizer(),
+    frozen={},
     num_microbatches=2,
     shardings=train_state.shardings(_start(offload)),
   )
@@ -108,7 +109,7 @@ def test_what_is_offloaded_stays_in_the_hosts_memory(
     assert _kinds(state.reference) == {reference}
     assert _kinds((state.params, state.step, adam.count)) == {"device"}
     assert train_state.shardings(state) == train_state.shardings(start)
-  assert step._cache_size() == 1
+  assert step.func._cache_size() == 1
 
 
 def test_offloading_changes_no_bit():
@@ -160,7 +161,7 @@ def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
 def test_on_accelerators_moments_are_moved_before_anything_else(platform):
   """Told by the program, which needs no accelerator to be looked at."""
   batch = {n: jnp.ones((_ROWS, _WIDTH)) for n in "xy"}
-  traced = _make_step(_OPTIMIZER).trace(_start(_OPTIMIZER), batch)
+  traced = _make_step(_OPTIMIZER).func.trace({}, _start(_OPTIMIZER), batch)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   main = text[text.index("@main") :].partition("func.func")[0]
   lines = main.splitlines()

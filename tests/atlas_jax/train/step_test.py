@@ -70,6 +70,7 @@ def _start(loss_fn, *, num_microbatches=1):
   step = train_step.make_step(
     loss_fn,
     _optimizer(),
+    frozen={},
     num_microbatches=num_microbatches,
     shardings=train_state.shardings(state),
   )
@@ -157,6 +158,7 @@ def _three_steps(mesh, *, num_microbatches):
   step = train_step.make_step(
     functools.partial(sft._loss, model, z_loss_coef=1e-4, chunk_size=4),
     _optimizer(),
+    frozen={},
     num_microbatches=num_microbatches,
     shardings=train_state.shardings(state),
   )
@@ -198,7 +200,7 @@ def test_eight_devices_train_as_one_does():
   model = tiny.build("qwen2", **_SHAPE)
   start = train_state.shardings(_sft_state(mesh, model))
   assert train_state.shardings(eight) == start
-  assert step._cache_size() == 1
+  assert step.func._cache_size() == 1
 
 
 def test_moments_lie_where_their_parameters_do():
