@@ -99,7 +99,7 @@ def _with_interval(
   summary: metrics.Summary, name: str, *, sign: str = ""
 ) -> str:
   interval = summary[f"teaching/{name}_interval"]
-  if not isinstance(interval, tuple):
+  if not isinstance(interval, list):
     return "unknown"
   numbers = (summary[f"teaching/{name}"], *interval)
   value, low, high = (f"{number:{sign}.3f}" for number in numbers)

@@ -53,6 +53,7 @@ def test_quickstart_prints_its_table_and_then_reuses_what_exists(tmp_path):
   first = _quickstart(copy)
 
   assert first.returncode == 0, first.stderr[-3000:]
+  assert "unknown" not in first.stdout
   for row in ("student alone", "taught after SFT", "taught after GRPO"):
     assert f"| {row}" in first.stdout
   results = copy / "results/quickstart"
