@@ -23,6 +23,7 @@ from atlas_jax import errors
 
 Mode = Literal["min", "max"]
 _State = TypeVar("_State")
+STATE = "state"  # Where orbax writes, inside a step.
 _ABOUT = "about.json"
 _MANIFEST = "manifest.json"
 _MAX_LISTED = 4
@@ -99,15 +100,7 @@ class Checkpointer:
     """
     final = self._directory / str(step)
     partial = self._directory / f"{step}.tmp"
-    self._orbax.save(partial / "state", state)
-    self._orbax.wait_until_finished()
-    about = {
-      "identity": self._identity,
-      "arrays": _arrays(state),
-      "metrics": {k: float(v) for k, v in metrics.items() if math.isfinite(v)},
-    }
-    _write_json(partial / _ABOUT, about)
-    _write_json(partial / _MANIFEST, _digests(partial))
+    write(partial, state, identity=self._identity, metrics=metrics)
     partial.rename(final)
     kept = {self.best_step(), *self.steps()[-self._keep :]}
     for old in self.steps():
@@ -216,7 +209,7 @@ class Checkpointer:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
-    restored = self._orbax.restore(path / "state", abstract)
+    restored = self._orbax.restore(path / STATE, abstract)
     logging.info("Restored %s.", path)
     return restored
 
@@ -229,6 +222,47 @@ class Checkpointer:
         why="; ".join(changed.values()),
         fix="Restore what changed, or choose another --workdir.",
       )
+
+
+def write(
+  directory: pathlib.Path,
+  state: Any,  # Any: a pytree of arrays.
+  *,
+  identity: Mapping[str, str],
+  metrics: Mapping[str, float | jax.Array],
+) -> None:
+  """Writes a step and, last, the digests of all that `directory` holds.
+
+  Args:
+    directory: not yet under its final name, since a write may be interrupted.
+    state: the arrays.
+    identity: see `Checkpointer`.
+    metrics: of an evaluation at this step, if there was one.
+  """
+  with ocp.StandardCheckpointer() as orbax:
+    orbax.save(directory / STATE, state)
+  about = {
+    "identity": dict(identity),
+    "arrays": _arrays(state),
+    "metrics": {k: float(v) for k, v in metrics.items() if math.isfinite(v)},
+  }
+  _write_json(directory / _ABOUT, about)
+  _write_json(directory / _MANIFEST, _digests(directory))
+
+
+def check(path: pathlib.Path) -> None:
+  """Refuses a step of which a file is missing, or has changed.
+
+  Raises:
+    errors.CheckpointError: naming it.
+  """
+  if _about_if_sound(path) is None:
+    raise errors.CheckpointError(
+      "A checkpoint is damaged.",
+      where=str(path),
+      why="Its files do not match the digests written with them.",
+      fix="Take another step, or restore the folder from a copy.",
+    )
 
 
 def _check_arrays(

@@ -84,6 +84,7 @@ def load(
   *,
   param_dtype: str,
   shardings: Any = None,  # Any: a tree like the parameters'.
+  progress: Callable[[int], None] = lambda _: None,
 ) -> decoder.Params:
   """Loads the parameters of a model.
 
@@ -93,6 +94,7 @@ def load(
     param_dtype: of the parameters, "float32" or "bfloat16".
     shardings: where each goes: a tree of `jax.sharding.Sharding` like the
       parameters', or None for the first device.
+    progress: told the bytes of each parameter once it is read.
 
   Returns:
     The parameters, as `model.init` would make them.
@@ -119,6 +121,7 @@ def load(
   for (path, leaf), place in zip(abstract, places, strict=True):
     read = _reader(parts[path], tensors, leaf.shape, np.dtype(param_dtype))
     arrays.append(jax.make_array_from_callback(leaf.shape, place, read))
+    progress(arrays[-1].nbytes)
   return jax.tree.unflatten(structure, arrays)
 
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters become a Hugging Face directory which transformers opens.
 
-Everything is written under a temporary name beside the target, read back and
-compared, and renamed last: killed at any moment, nothing half-written is found
-under the final name.
+Everything is written aside, read back and compared before it gets its name.
 """
 
 from collections.abc import Callable, Mapping
 import functools
 import math
-import os
 import pathlib
 import shutil
 from typing import Any, Literal
@@ -19,7 +16,7 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import load, rules, shards
+from conversion import load, rules, shards, target
 
 # Gives a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
@@ -42,10 +39,9 @@ pipeline_tag: text-generation
 
 Weights written by atlas_jax, read back and compared.
 """
-_SPARE_BYTES = 64 * 2**20  # For the files besides the weights.
 
 
-def save(
+def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   directory: pathlib.Path,
   params: decoder.Params,
   model: decoder.Model,
@@ -55,6 +51,7 @@ def save(
   max_shard_bytes: int,
   notes: Mapping[str, str],
   overwrite: bool,
+  progress: Callable[[int], None] = lambda _: None,
 ) -> None:
   """Writes a model directory, whole or not at all.
 
@@ -68,43 +65,65 @@ def save(
     max_shard_bytes: see `shards.write`.
     notes: go into the model card, one line each.
     overwrite: replaces what is at `directory`, once the new one is complete.
+    progress: told the bytes of each tensor before it is written.
 
   Raises:
     errors.ConfigError: if the target is in use.
     errors.CheckpointError: if `source` is incomplete or of another shape, a
       weight is not finite, the disk is full, or the files read back differ.
   """
-  if dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"Got dtype={dtype!r}, expected float32 or bfloat16.")
-  directory = directory.absolute()
-  _check_target(directory, source, overwrite)
-  fields = _check_source(source, model)
-  shapes = rules.shapes(model)
-  partial = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
-  try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(directory.parent, shapes, np.dtype(dtype).itemsize)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+  fields = check(
+    directory, model, source=source, dtype=dtype, overwrite=overwrite
+  )
+  fetch = fetcher(params, model, dtype)
+
+  def fetch_and_tell(name: str) -> np.ndarray:
+    array = fetch(name)
+    progress(array.nbytes)
+    return array
+
+  with target.writing(directory) as partial:
     _write_texts(partial, source, _updated(fields, model, dtype), notes)
     shards.write(
       partial,
-      shapes,
-      fetcher(params, model, dtype),
+      rules.shapes(model),
+      fetch_and_tell,
       dtype=dtype,
       max_shard_bytes=max_shard_bytes,
     )
-    _sync(partial)
-    _rename(partial, directory)
-  except OSError as error:
-    raise errors.CheckpointError(
-      "The model cannot be written.",
-      where=str(directory),
-      why=str(error),
-      fix="Check the space and the permissions there; nothing was left behind.",
-    ) from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+
+
+def check(
+  directory: pathlib.Path,
+  model: decoder.Model,
+  *,
+  source: pathlib.Path,
+  dtype: str,
+  overwrite: bool,
+) -> dict[str, Any]:  # Any: JSON.
+  """Refuses what `save` would, as far as it is known before writing.
+
+  Returns:
+    The fields of the source's config.
+
+  Raises:
+    errors.AtlasError: see `save`.
+  """
+  if dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"Got dtype={dtype!r}, expected float32 or bfloat16.")
+  target.check(
+    directory,
+    source,
+    num_bytes=num_bytes(model, dtype),
+    overwrite=overwrite,
+  )
+  return _check_source(source, model)
+
+
+def num_bytes(model: decoder.Model, dtype: str) -> int:
+  """Tells how much the weights of a model take."""
+  counts = map(math.prod, rules.shapes(model).values())
+  return np.dtype(dtype).itemsize * sum(counts)
 
 
 def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
@@ -137,28 +156,6 @@ def _layer(leaf: jax.Array, index: tuple[int, ...], dtype: str) -> jax.Array:
   return leaf[index].astype(dtype)
 
 
-def _check_target(
-  directory: pathlib.Path, source: pathlib.Path, overwrite: bool
-) -> None:
-  if directory.resolve() == source.resolve():
-    raise errors.ConfigError(
-      "An export would replace the model it came from.",
-      where=str(directory),
-      why="Source and target are the same directory.",
-      fix="Choose another target.",
-    )
-  used = directory.exists() and not (
-    directory.is_dir() and not any(directory.iterdir())
-  )
-  if used and not (overwrite and directory.is_dir()):
-    raise errors.ConfigError(
-      "The target of the export is in use.",
-      where=str(directory),
-      why="It is not an empty directory.",
-      fix="Remove it, or choose another target.",
-    )
-
-
 def _check_source(
   source: pathlib.Path, model: decoder.Model
 ) -> dict[str, Any]:  # Any: JSON.
@@ -180,20 +177,6 @@ def _check_source(
       fix="Put the tokenizer's files beside config.json.",
     )
   return fields
-
-
-def _check_space(
-  parent: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], itemsize: int
-) -> None:
-  needed = itemsize * sum(math.prod(shape) for shape in shapes.values())
-  free = shutil.disk_usage(parent).free
-  if needed + _SPARE_BYTES > free:
-    raise errors.CheckpointError(
-      "The disk is too full for the export.",
-      where=str(parent),
-      why=f"It takes {needed:,} bytes and some spare; {free:,} are free.",
-      fix="Make room, or choose a target on another disk.",
-    )
 
 
 def _updated(
@@ -232,29 +215,3 @@ def _write_texts(
   ]
   card = "\n".join([_CARD_HEAD, *lines, ""])
   (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def _sync(directory: pathlib.Path) -> None:
-  """Waits until every file of a directory, and the list of them, is on disk."""
-  for path in (*directory.iterdir(), directory):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(handle)
-    finally:
-      os.close(handle)
-
-
-def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
-  """Puts a complete directory under its final name."""
-  if directory.exists() and any(directory.iterdir()):
-    old = directory.with_name(f"{directory.name}.old-{os.getpid()}")
-    directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old)
-  else:
-    partial.rename(directory)
-  handle = os.open(directory.parent, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

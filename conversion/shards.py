@@ -445,8 +445,11 @@ def _no_weights(
       "The weights are in a format that is never opened.",
       where=f"{directory}: {pickled[:4]}",
       why="Pickled files can run code when they are opened.",
-      fix="Convert the model to safetensors where you trust it, with "
-      "save_pretrained of transformers.",
+      fix="Convert it where you trust it: python -c 'from transformers import "
+      "AutoModelForCausalLM as M, AutoTokenizer as T; "
+      f'p = "{directory}"; o = "{directory}-safetensors"; '
+      "M.from_pretrained(p).save_pretrained(o); "
+      "T.from_pretrained(p).save_pretrained(o)'",
     )
   return errors.CheckpointError(
     "The weights cannot be found.",

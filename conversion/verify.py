@@ -1,15 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks an export: tensors bit for bit, and logits against live parameters."""
+"""Compares weights bit for bit, and models by what they compute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import load, shards
+from conversion import load, shards, weights
+
+_LAYER = re.compile(r"\blayers[./](\d+)[./]")
+_ROWS = 4096  # Compared at a time, so that no whole tensor is cast.
+_PROMPT_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """How a tensor differs.
+
+  `kind` says so in words; `num_values` and `largest` count and measure values
+  of the same shape. Only NaNs and signs of zero may differ by nothing.
+  """
+
+  name: str
+  kind: str
+  num_values: int = 0
+  largest: float = 0.0
 
 
 def differing_tensors(left: pathlib.Path, right: pathlib.Path) -> list[str]:
@@ -21,12 +43,138 @@ def differing_tensors(left: pathlib.Path, right: pathlib.Path) -> list[str]:
   Raises:
     errors.CheckpointError: if a directory is malformed.
   """
-  a, b = shards.open_directory(left), shards.open_directory(right)
-  return sorted(
-    name
-    for name in a.keys() | b.keys()
-    if name not in a or name not in b or not _equal(a[name], b[name])
-  )
+  found = differences(weights.of_directory(left), weights.of_directory(right))
+  return sorted(difference.name for difference in found)
+
+
+def differences(
+  left: weights.Weights,
+  right: weights.Weights,
+  progress: Callable[[int], None] = lambda _: None,
+) -> list[Difference]:
+  """Lists the tensors that are not bit for bit equal, and how they differ."""
+  found = []
+  for name in [*left, *(name for name in right if name not in left)]:
+    if name not in left or name not in right:
+      side = "left" if name in left else "right"
+      found.append(Difference(name, f"only on the {side}"))
+      continue
+    difference = _difference(name, left[name], right[name])
+    progress(math.prod(left[name].shape) * left[name].dtype.itemsize)
+    if difference is not None:
+      found.append(difference)
+  return found
+
+
+def _difference(
+  name: str, left: weights.Weight, right: weights.Weight
+) -> Difference | None:
+  if left.shape != right.shape:
+    return Difference(name, f"shape {left.shape} against {right.shape}")
+  a, b = np.atleast_1d(left.read()), np.atleast_1d(right.read())
+  count, largest = 0, 0.0
+  for start in range(0, len(a), _ROWS):
+    x, y = a[start : start + _ROWS], b[start : start + _ROWS]
+    if left.dtype != right.dtype:
+      x, y = x.astype(np.float32), y.astype(np.float32)
+    differs = _bits(x) != _bits(y)
+    if differs.any():
+      count += int(differs.sum())
+      x, y = x[differs].astype(np.float32), y[differs].astype(np.float32)
+      with np.errstate(invalid="ignore"):  # Of two infinities.
+        largest = float(np.maximum(largest, np.abs(x - y).max()))
+  if left.dtype != right.dtype:
+    kind = f"{left.dtype.name} against {right.dtype.name}"
+    return Difference(name, kind, count, largest)
+  return Difference(name, "values", count, largest) if count else None
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+  return array.view(f"u{array.dtype.itemsize}")
+
+
+def table(found: Sequence[Difference]) -> list[str]:
+  """Makes lines of a table: differences by layer, and outside of layers."""
+  groups: dict[str, list[Difference]] = {}
+  for difference in found:
+    match = _LAYER.search(difference.name)
+    group = f"layer {match[1]}" if match else difference.name
+    groups.setdefault(group, []).append(difference)
+  lines = [f"{'tensors':>8} {'values':>14} {'max abs':>10}  where"]
+  for group, members in groups.items():
+    # np.max, unlike max, does not lose a NaN.
+    largest = np.max([member.largest for member in members])
+    num_values = sum(member.num_values for member in members)
+    kinds = ", ".join(sorted({member.kind for member in members}))
+    lines.append(
+      f"{len(members):>8} {num_values:>14,} {largest:>10.3g}  {group}: {kinds}"
+    )
+  return lines
+
+
+def prompts(vocab_size: int) -> jax.Array:
+  """Makes four prompts of token ids, the same for any tokenizer.
+
+  They are the first ids of a vocabulary, the last, ids spread evenly, and ids
+  far from each other.
+  """
+  place = np.arange(_PROMPT_TOKENS)
+  rows = [
+    place,
+    -1 - place,
+    place * vocab_size // _PROMPT_TOKENS,
+    7919 * (place + 1) ** 2,
+  ]
+  return jnp.asarray(np.stack(rows) % vocab_size, jnp.int32)
+
+
+def _batch(model: decoder.Model) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Makes the prompts with positions, and one segment for each."""
+  tokens_BT = prompts(model.config.vocab_size)
+  place_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+  positions_BT = jnp.broadcast_to(place_T, tokens_BT.shape)
+  return tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+
+
+def largest_logit_gap(
+  left: tuple[decoder.Model, decoder.Params],
+  right: tuple[decoder.Model, decoder.Params],
+) -> float:
+  """Gives the largest difference of the logits of `prompts`."""
+  logits = [
+    model.logits(params, *_batch(model)) for model, params in (left, right)
+  ]
+  return _gap(*logits)
+
+
+def where_they_part(
+  left: tuple[decoder.Model, decoder.Params],
+  right: tuple[decoder.Model, decoder.Params],
+) -> str:
+  """Tells how far hidden states differ after each layer, and where first."""
+  states = [
+    model.states(params, *_batch(model)) for model, params in (left, right)
+  ]
+  gaps = [_gap(a, b) for a, b in zip(*states, strict=True)]
+  names = ["the embedding", *(f"layer {i}" for i in range(len(gaps) - 1))]
+  # A NaN is not zero either.
+  parted = [name for name, gap in zip(names, gaps, strict=True) if gap != 0]
+  first = f"part first after {parted[0]}" if parted else "are the same"
+  listed = ", ".join(f"{n} {g:.3g}" for n, g in zip(names, gaps, strict=True))
+  return f"Hidden states {first} (max abs: {listed})."
+
+
+def _gap(a: jax.Array, b: jax.Array) -> float:
+  # In NumPy: XLA's maximum on a CPU may lose a NaN.
+  x, y = (np.asarray(each.astype(jnp.float32)) for each in (a, b))
+  return float(np.max(np.abs(x - y)))
+
+
+def config_differences(left: decoder.Model, right: decoder.Model) -> list[str]:
+  """Lists what the two models are built by and do not share."""
+  a: Mapping[str, object] = vars(left.config)
+  b: Mapping[str, object] = vars(right.config)
+  return [f"{key}: {a[key]} and {b[key]}" for key in a if a[key] != b[key]]
 
 
 def logits_equal(
@@ -34,7 +182,6 @@ def logits_equal(
   params: decoder.Params,
   model: decoder.Model,
   *,
-  token_ids: Sequence[int],
   tolerance: float,
 ) -> float:
   """Compares the logits of a written directory with those of live parameters.
@@ -46,14 +193,13 @@ def logits_equal(
     directory: as written by `save.save`.
     params: what was written; the copy is laid out on devices as they are.
     model: what they are the parameters of.
-    token_ids: the prompt both see.
-    tolerance: the largest absolute difference that passes.
+    tolerance: the largest absolute difference that passes, over `prompts`.
 
   Returns:
     The largest absolute difference, in float32.
 
   Raises:
-    errors.CheckpointError: if it exceeds the tolerance.
+    errors.CheckpointError: if it exceeds the tolerance; says in which layer.
   """
   written = next(iter(shards.open_directory(directory).values())).dtype
   rounded = jax.tree.map(lambda x: x.astype(written).astype(x.dtype), params)
@@ -63,25 +209,14 @@ def logits_equal(
     param_dtype=jax.tree.leaves(params)[0].dtype.name,
     shardings=jax.tree.map(lambda x: x.sharding, params),
   )
-  tokens_BT = jnp.asarray([token_ids], jnp.int32)
-  positions_BT = jnp.arange(len(token_ids), dtype=jnp.int32)[None]
-  segment_ids_BT = jnp.ones_like(tokens_BT)
-  expected, got = (
-    model.logits(tree, tokens_BT, positions_BT, segment_ids_BT)
-    for tree in (rounded, loaded)
-  )
-  difference = float(jnp.max(jnp.abs(expected - got)))
+  live, read = (model, rounded), (model, loaded)
+  difference = largest_logit_gap(live, read)
   if not difference <= tolerance:  # A NaN fails as well.
     raise errors.CheckpointError(
       "The model written does not compute what the live one does.",
       where=str(directory),
-      why=f"Logits differ by {difference}, more than {tolerance}.",
+      why=f"Logits differ by {difference}, more than {tolerance}. "
+      f"{where_they_part(live, read)}",
       fix="Do not use this export; export again, and report it if it recurs.",
     )
   return difference
-
-
-def _equal(a: shards.Tensor, b: shards.Tensor) -> bool:
-  if (a.dtype, a.shape) != (b.dtype, b.shape):
-    return False
-  return shards.digest(shards.read(a)) == shards.digest(shards.read(b))

@@ -1,61 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks into model directories in Hugging Face format, without a framework.
+"""Converts, compares and lists models, in Hugging Face or orbax format.
 
-  python -m scripts.convert inspect DIR    names, dtypes, shapes and bytes
-  python -m scripts.convert verify A B     are all tensors bit for bit equal?
+  python -m scripts.convert inspect A           what it holds; reads headers
+  python -m scripts.convert verify A B          equal, or which layers differ?
+  python -m scripts.convert to_hf A OUT --source=MODEL
+  python -m scripts.convert from_hf A OUT
 
-Only headers are read by `inspect`. `verify` exits with 5 if a tensor differs.
+A and B are directories in Hugging Face format or orbax checkpoints: a step, a
+folder of steps or a workdir, whose newest step counts. --source=MODEL is the
+model that was trained, a directory or an id on the Hub. See docs/conversion.md.
 """
 
+from collections.abc import Sequence
 import pathlib
 import sys
 
-from absl import app
+from absl import flags
+import jax
 
 from atlas_jax import errors
-from conversion import shards, verify
+from conversion import listing
+from scripts import conversions
+
+# Its own: in a test, other scripts define and require others.
+_FLAGS = flags.FlagValues()
+flags.DEFINE_string("source", "", "The model trained.", flag_values=_FLAGS)
+flags.DEFINE_enum(
+  "dtype",
+  "",
+  ("", "float32", "bfloat16"),
+  "Precision to write; empty for that of the input.",
+  flag_values=_FLAGS,
+)
+flags.DEFINE_integer(
+  "max_shard_bytes",
+  5 * 10**9,
+  "Of one file; a larger tensor has one alone.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+flags.DEFINE_bool("overwrite", False, "Replaces OUT.", flag_values=_FLAGS)
+flags.DEFINE_bool(
+  "dry_run", False, "Tells what would be written.", flag_values=_FLAGS
+)
+flags.DEFINE_bool(
+  "logits",
+  True,
+  "Compares what models compute, too; it holds them in memory.",
+  flag_values=_FLAGS,
+)
 
 
-def main(argv: list[str]) -> None:
-  """Runs one of the two commands."""
-  match argv[1:]:
-    case ["inspect", directory]:
-      command, paths = _inspect, [pathlib.Path(directory)]
-    case ["verify", left, right]:
-      command, paths = _verify, [pathlib.Path(left), pathlib.Path(right)]
-    case other:
-      raise app.UsageError(
-        f"Expected 'inspect DIR' or 'verify A B', got {other}."
-      )
+def main(argv: Sequence[str]) -> int:
+  """Runs one command; gives the exit code."""
   try:
-    command(*paths)
+    _run(_parse(argv))
   except errors.AtlasError as error:
-    print(error, file=sys.stderr)
-    sys.exit(int(error.exit_code))
+    print(f"\n{error}", file=sys.stderr)
+    return int(error.exit_code)
+  except KeyboardInterrupt:
+    print("\nInterrupted; nothing was left behind.", file=sys.stderr)
+    return int(errors.Exit.PREEMPTED)
+  return int(errors.Exit.DONE)
 
 
-def _inspect(directory: pathlib.Path) -> None:
-  """Lists every tensor, and what they take together."""
-  tensors = shards.open_directory(directory)
-  for name, tensor in sorted(tensors.items()):
-    size = tensor.end - tensor.begin
-    print(f"{size:>14,}  {tensor.dtype!s:<9} {tensor.shape!s:<20} {name}")
-  total = sum(tensor.end - tensor.begin for tensor in tensors.values())
-  print(f"{total:>14,}  bytes in {len(tensors)} tensors")
+def _parse(argv: Sequence[str]) -> list[str]:
+  _FLAGS.unparse_flags()
+  _FLAGS.set_gnu_getopt()  # Flags may follow the command.
+  try:
+    return _FLAGS(["convert", *argv])[1:]
+  except flags.Error as error:
+    raise _misused(str(error)) from error
 
 
-def _verify(left: pathlib.Path, right: pathlib.Path) -> None:
-  """Says that two directories hold the same tensors, or which differ."""
-  differing = verify.differing_tensors(left, right)
-  if differing:
-    raise errors.CheckpointError(
-      f"{len(differing)} tensors differ.",
-      where=f"{left} and {right}",
-      why=", ".join(differing),
-      fix="Export again from the checkpoint you trust.",
-    )
-  print(f"All tensors of {left} and {right} are equal, bit for bit.")
+def _run(words: Sequence[str]) -> None:
+  if len(words) > 1:
+    # Host memory is enough, and larger than an accelerator's.
+    jax.config.update("jax_platforms", "cpu")
+  match words:
+    case ["inspect", directory]:
+      for line in listing.lines(pathlib.Path(directory)):
+        print(line)
+    case ["verify", left, right]:
+      conversions.verify_pair(
+        pathlib.Path(left),
+        pathlib.Path(right),
+        source=_FLAGS.source,
+        with_logits=_FLAGS.logits,
+      )
+    case ["to_hf", origin, out]:
+      conversions.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
+    case ["from_hf", origin, out]:
+      conversions.from_hf(origin, pathlib.Path(out), _options())
+    case _:
+      raise _misused(f"Got {' '.join(words) or 'nothing'}.")
+
+
+def _options() -> conversions.Options:
+  return conversions.Options(
+    source=_FLAGS.source,
+    dtype=_FLAGS.dtype,
+    max_shard_bytes=_FLAGS.max_shard_bytes,
+    overwrite=_FLAGS.overwrite,
+    is_dry_run=_FLAGS.dry_run,
+    with_logits=_FLAGS.logits,
+  )
+
+
+def _misused(why: str) -> errors.ConfigError:
+  return errors.ConfigError(
+    "The converter was called with other arguments than it takes.",
+    where="command line",
+    why=why,
+    fix=f"It is one of these.\n\n{__doc__}\n{_FLAGS.get_help()}",
+  )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ _MAY_IMPORT = {
   | {f"atlas_jax.{sibling}" for sibling in _SIBLINGS}
   | {"atlas_jax.evaluation"},
   "atlas_jax.agents": _JUDGED,
-  "conversion": _WEIGHTS,
+  "conversion": _WEIGHTS | {"atlas_jax.checkpoint"},
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
 }

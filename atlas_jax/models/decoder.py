@@ -247,6 +247,28 @@ class Model:
       balance = experts.balance_loss(load, num_tokens)
     return self._final_norm(params, x_BTD), balance
 
+  def states(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> list[jax.Array]:
+    """Computes the residual stream after the embedding and after each layer.
+
+    For reports on where two models part; `hidden` keeps the last one only.
+    """
+    views = self._views(
+      positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
+    )
+    found = [self._embed(params, tokens_BT)]
+    for layer, is_local in enumerate(self.config.local):
+      block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"])
+      module: Block = nnx.merge(self._block_graph, nnx.State(block))
+      x_BTD, _ = module(found[-1], views(jnp.asarray(is_local)))
+      found.append(x_BTD)
+    return found
+
   def cached(
     self,
     params: Params,

@@ -1,40 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two commands of the converter."""
+"""The commands of the converter, on whole, damaged and hostile input."""
 
-from absl import app
+import json
+import os
+import pathlib
+
+import jax
+import optax
 import pytest
 
+from atlas_jax import checkpoint, sharding
+from atlas_jax.train import state as train_state
+from conversion import shards, verify
 from scripts import convert
 from tests import tiny
 
 
-def test_inspect_lists_every_tensor(tmp_path, capsys):
+def _run(*words):
+  return convert.main([str(word) for word in words])
+
+
+def _train_state(params, *, mesh=None):
+  if mesh is None:
+    mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+    params = jax.device_put(params, sharding.replicated(mesh))
+  return train_state.create(params, optax.adamw(1e-3), mesh=mesh)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """Gives a model, and a workdir with two steps of its training."""
+  _, params = tiny.write_checkpoint(tmp_path / "model", "phi3")
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path / "run" / "checkpoints",
+    identity={},
+    keep=2,
+    best_metric="",
+    best_mode="min",
+    load_best=False,
+  )
+  doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+  checkpointer.save(9, _train_state(doubled), {})
+  checkpointer.save(10, _train_state(params), {})
+  return tmp_path
+
+
+def test_inspect_lists_a_directory_as_a_tree(tmp_path, capsys):
   tiny.write_checkpoint(tmp_path / "hf", "qwen2", dtype="bfloat16")
-  convert.main(["convert", "inspect", str(tmp_path / "hf")])
+  assert _run("inspect", tmp_path / "hf") == 0
   out = capsys.readouterr().out
-  assert "1,554  bfloat16  (37, 21)             lm_head.weight\n" in out
+  assert "qwen2: layers 2, width 21, heads 3 over 1 of 8, MLP 28" in out
+  assert "1,554    weight  bfloat16 (37, 21)\n" in out
   assert out.endswith("bytes in 27 tensors\n")
 
 
-def test_verify_tells_equal_from_different(tmp_path, capsys):
-  a, b = str(tmp_path / "a"), str(tmp_path / "b")
-  tiny.write_checkpoint(tmp_path / "a", "llama")
-  tiny.write_checkpoint(tmp_path / "b", "llama", dtype="bfloat16")
-  convert.main(["convert", "verify", a, a])
-  assert "equal" in capsys.readouterr().out
-  with pytest.raises(SystemExit) as caught:
-    convert.main(["convert", "verify", a, b])
-  assert caught.value.code == 5
-  assert "21 tensors differ" in capsys.readouterr().err
+def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
+  model = tiny.build(
+    "qwen2",
+    vocab_size=38,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+  )
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  places = sharding.of_params(mesh, model.abstract_params)
+  params = jax.device_put(tiny.params_of(model), places)
+  checkpoint.write(
+    tmp_path / "7", _train_state(params, mesh=mesh), identity={}, metrics={}
+  )
+  assert _run("inspect", tmp_path) == 0
+  out = capsys.readouterr().out
+  assert f"Orbax checkpoint {tmp_path / '7'}\n" in out
+  assert (
+    "embedding  float32 (38, 24)  ('tensor', 'fsdp') of "
+    "data=2, fsdp=2, tensor=2\n" in out
+  )
+  assert "opt_state" in out
 
 
-def test_a_directory_that_is_not_there_is_exit_code_5(tmp_path):
-  with pytest.raises(SystemExit) as caught:
-    convert.main(["convert", "inspect", str(tmp_path / "absent")])
-  assert caught.value.code == 5
+def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
+  source = f"--source={run / 'model'}"
+  to_hf = ("to_hf", run / "run", run / "hf", source)
+  assert _run(*to_hf, "--dry_run") == 0
+  assert sorted(os.listdir(run)) == ["model", "model-source", "run"]
+  assert _run(*to_hf) == 0
+  assert verify.differing_tensors(run / "model", run / "hf") == []
+  assert "Logits differ by 0.0e+00 at most" in capsys.readouterr().out
+
+  assert _run("from_hf", run / "hf", run / "orbax", "--dry_run") == 0
+  assert not (run / "orbax").exists()
+  for _ in range(2):
+    assert _run("from_hf", run / "hf", run / "orbax") == 0
+  assert _run(*to_hf) == 0
+  assert capsys.readouterr().out.count("It is done already") == 2
+  # In use by another: step 9 is not what is there.
+  assert _run("to_hf", run / "run/checkpoints/9", run / "hf", source) == 2
+  for a, b in (("run", "hf"), ("hf", "orbax"), ("run", "orbax")):
+    assert _run("verify", run / a, run / b) == 0
+  assert sorted(os.listdir(run)) == [
+    *("hf", "model", "model-source", "orbax", "run")
+  ]
 
 
-@pytest.mark.parametrize("arguments", [[], ["verify", "a"], ["to_hf", "a"]])
-def test_other_commands_are_usage_errors(arguments):
-  with pytest.raises(app.UsageError, match="inspect DIR"):
-    convert.main(["convert", *arguments])
+def test_a_dtype_is_written_as_told(run):
+  assert _run("from_hf", run / "model", run / "o", "--dtype=bfloat16") == 0
+  source = f"--source={run / 'model'}"
+  assert _run("to_hf", run / "o", run / "hf", source) == 0
+  tensors = shards.open_directory(run / "hf")
+  assert {t.dtype.name for t in tensors.values()} == {"bfloat16"}
+
+
+def test_verify_tells_in_which_layer_models_part(run, capsys):
+  _, params = tiny.write_checkpoint(run / "a", "gemma2")
+  kernel = params["layers"]["mlp"]["up"]["kernel"]
+  params["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].add(0.25)
+  state = {"params": params}
+  checkpoint.write(run / "b", state, identity={}, metrics={})
+  capsys.readouterr()
+  assert _run("verify", run / "a", run / "b") == 5
+  out, err = capsys.readouterr()
+  assert "       1              1       0.25  layer 1: values\n" in out
+  assert "part first after layer 1 (max abs: the embedding 0, layer 0 0" in out
+  assert "1 tensors or settings differ" in err
+
+
+def test_equal_tensors_under_another_config_differ(tmp_path, capsys):
+  for name, epsilon in (("a", 1e-6), ("b", 1e-5)):
+    tiny.write_checkpoint(tmp_path / name, "llama", rms_norm_eps=epsilon)
+  assert _run("verify", tmp_path / "a", tmp_path / "b", "--nologits") == 5
+  assert "norm_epsilon: 1e-06 and 1e-05\n" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_not_converted(run, capsys):
+  data = run / "run/checkpoints/10/state/d"
+  path = next(path for path in data.iterdir())
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(raw)
+  source = f"--source={run / 'model'}"
+  assert _run("to_hf", run / "run", run / "hf", source) == 5
+  assert "do not match the digests" in capsys.readouterr().err
+  assert not (run / "hf").exists()
+
+
+def _pickled(directory: pathlib.Path) -> None:
+  weights = directory / "model.safetensors"
+  weights.rename(directory / "pytorch_model.bin")
+
+
+def _truncated(directory: pathlib.Path) -> None:
+  path = directory / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def _header_bomb(directory: pathlib.Path) -> None:
+  (directory / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+
+
+def _outside(directory: pathlib.Path) -> None:
+  index = {"weight_map": {"x": "../secret.safetensors"}}
+  (directory / shards.INDEX_NAME).write_text(json.dumps(index))
+
+
+def _flipped(directory: pathlib.Path) -> None:
+  path = directory / "model.safetensors"
+  raw = bytearray(path.read_bytes())
+  raw[-2:] = b"\xc0\x7f"  # A NaN, as one bit of the exponent can make it.
+  path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+  ("harm", "told"),
+  [
+    (_pickled, "save_pretrained(o)"),
+    (_truncated, "its tensors end at byte"),
+    (_header_bomb, "its header claims"),
+    (_outside, "points outside of the directory"),
+    (_flipped, "A weight is not finite"),
+  ],
+)
+def test_bad_input_is_exit_code_5(tmp_path, capsys, harm, told):
+  tiny.write_checkpoint(tmp_path / "hf", "llama")
+  harm(tmp_path / "hf")
+  assert _run("from_hf", tmp_path / "hf", tmp_path / "out") == 5
+  assert told in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "words",
+  [[], ["verify", "a"], ["to_hf", "a"], ["inspect", "a", "--unknown"]],
+)
+def test_other_commands_are_exit_code_2(words, capsys):
+  assert _run(*words) == 2
+  assert "python -m scripts.convert inspect A" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_exit_code_5(tmp_path):
+  assert _run("inspect", tmp_path / "absent") == 5
+  source = f"--source={tmp_path}"
+  assert _run("to_hf", tmp_path / "absent", tmp_path / "out", source) == 5

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists what a model directory or a checkpoint holds, from headers alone."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+
+from conversion import load, shards
+from conversion import step as orbax_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What is known of an array without reading it; `place` is its sharding."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  place: str = ""
+
+  @property
+  def num_bytes(self) -> int:
+    """What it takes."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def lines(directory: pathlib.Path) -> Iterator[str]:
+  """Makes the lines of a listing: config, tree of arrays, total.
+
+  Args:
+    directory: in Hugging Face format, or anything `step.find` finds.
+
+  Raises:
+    errors.CheckpointError: if it is neither, or malformed.
+  """
+  step = orbax_step.find(directory)
+  if step is not None:
+    yield f"Orbax checkpoint {step}"
+    headers, separator = _of_step(step), "/"
+  else:
+    yield f"Hugging Face directory {directory}"
+    tensors = shards.open_directory(directory)
+    headers = {n: Header(t.dtype, t.shape) for n, t in tensors.items()}
+    separator = "."
+  place = step or directory
+  if (place / "config.json").exists():
+    yield _config(place)
+  yield from _tree(headers, separator)
+  total = sum(header.num_bytes for header in headers.values())
+  yield f"{total:>16,}  bytes in {len(headers)} tensors"
+
+
+def _of_step(step: pathlib.Path) -> dict[str, Header]:
+  return {
+    path: Header(np.dtype(leaf.dtype), tuple(leaf.shape), _place(leaf.sharding))
+    for path, leaf in orbax_step.headers(step).items()
+  }
+
+
+def _place(sharding: object) -> str:
+  """Says which axes of a mesh split an array, if any do."""
+  spec = getattr(sharding, "partition_spec", None)
+  if not spec or not any(spec):
+    return ""
+  mesh = zip(
+    getattr(sharding, "axis_names", ()),
+    np.ravel(getattr(sharding, "shape", ())),
+    strict=True,
+  )
+  sizes = ", ".join(f"{name}={size}" for name, size in mesh)
+  return f"  {tuple(spec)} of {sizes}"
+
+
+def _config(place: pathlib.Path) -> str:
+  config, _ = load.read_config(place)
+  parts = {
+    "layers": config.num_layers,
+    "width": config.width,
+    "heads": f"{config.num_heads} over {config.num_kv_heads} "
+    f"of {config.head_width}",
+    "MLP": config.mlp_width,
+    "vocabulary": config.vocab_size,
+    "head": "tied" if config.tie_embeddings else "its own",
+  }
+  if config.experts:
+    parts["experts"] = (
+      f"{config.experts.num_chosen} of {config.experts.count}, "
+      f"{config.experts.width} wide"
+    )
+  text = ", ".join(f"{name} {value}" for name, value in parts.items())
+  return f"{config.family}: {text}"
+
+
+def _tree(headers: Mapping[str, Header], separator: str) -> Iterator[str]:
+  """Indents names below what they share, which is told once with its bytes."""
+  sizes: dict[tuple[str, ...], int] = {}
+  keys = {
+    name: tuple(
+      int(key) if key.isdecimal() else key for key in name.split(separator)
+    )
+    for name in headers
+  }
+  for name, header in headers.items():
+    for depth in range(1, len(keys[name])):
+      prefix = tuple(map(str, keys[name][:depth]))
+      sizes[prefix] = sizes.get(prefix, 0) + header.num_bytes
+  told: set[tuple[str, ...]] = set()
+  # Layer 10 comes after layer 9; names and numbers do not compare.
+  for name in sorted(
+    headers, key=lambda n: [(isinstance(k, str), k) for k in keys[n]]
+  ):
+    path = tuple(map(str, keys[name]))
+    for depth in range(1, len(path)):
+      if path[:depth] not in told:
+        told.add(path[:depth])
+        key = "  " * (depth - 1) + path[depth - 1]
+        yield f"{sizes[path[:depth]]:>16,}  {key}"
+    header = headers[name]
+    key = "  " * (len(path) - 1) + path[-1]
+    kind = f"{header.dtype.name} {header.shape}{header.place}"
+    yield f"{header.num_bytes:>16,}  {key}  {kind}"

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints, as training writes them: found, listed, read, written."""
+
+from collections.abc import Mapping
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from atlas_jax import checkpoint, errors
+from atlas_jax.models import decoder
+from conversion import rules
+
+_CONFIG = "config.json"
+_PARAMS = "params"
+
+
+def find(directory: pathlib.Path) -> pathlib.Path | None:
+  """Finds the checkpoint that a path means; None if it means none.
+
+  It may be a step, a folder of them or a workdir; then the newest step counts.
+  """
+  if (directory / checkpoint.STATE).is_dir():
+    return directory
+  for folder in (directory / "checkpoints", directory):
+    if folder.is_dir():
+      steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+      if steps:
+        return max(steps, key=lambda path: int(path.name))
+  return None
+
+
+def headers(step: pathlib.Path) -> dict[str, Any]:  # Any: no public type.
+  """Lists all arrays of a checkpoint, by path, without reading them.
+
+  Returns:
+    Orbax's metadata of each, with a shape, a dtype and a sharding.
+
+  Raises:
+    errors.CheckpointError: if there is no such list.
+  """
+  if not (step / checkpoint.STATE).is_dir():
+    raise _unreadable(step, f"It has no folder {checkpoint.STATE}")
+  try:
+    found = ocp.PyTreeCheckpointer().metadata(step / checkpoint.STATE)
+  except (OSError, ValueError) as error:
+    raise _unreadable(step, str(error).partition("\n")[0]) from error
+  if found.item_metadata is None:
+    raise _unreadable(step, "It has no list of what it holds")
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree.leaves_with_path(found.item_metadata.tree)
+  }
+
+
+def _unreadable(step: pathlib.Path, why: str) -> errors.CheckpointError:
+  return errors.CheckpointError(
+    "The checkpoint cannot be opened.",
+    where=str(step),
+    why=f"{why}.",
+    fix="Take another step, or restore the folder from a copy.",
+  )
+
+
+def param_headers(step: pathlib.Path) -> dict[str, Any]:  # Any: as `headers`.
+  """Lists the parameters of a checkpoint by their paths, as `headers` does."""
+  start = f"{_PARAMS}/"
+  return {
+    path.removeprefix(start): leaf
+    for path, leaf in headers(step).items()
+    if path.startswith(start)
+  }
+
+
+def check_model(step: pathlib.Path, model: decoder.Model) -> None:
+  """Refuses a checkpoint whose parameters are not those of the model.
+
+  Raises:
+    errors.CheckpointError: naming some that differ.
+  """
+  wanted = {
+    path: tuple(leaf.shape)
+    for path, leaf in rules.flatten(model.abstract_params)
+  }
+  found = {
+    path: tuple(leaf.shape) for path, leaf in param_headers(step).items()
+  }
+  differing = [
+    f"{path} is {found.get(path, 'missing')}, not {wanted.get(path, 'known')}"
+    for path in sorted(wanted.keys() | found.keys())
+    if wanted.get(path) != found.get(path)
+  ]
+  if differing:
+    raise errors.CheckpointError(
+      "The checkpoint is of another model.",
+      where=str(step),
+      why=f"{len(differing)} parameters differ: {'; '.join(differing[:4])}.",
+      fix="Give the directory of the model that was trained as --source.",
+    )
+
+
+def read(
+  step: pathlib.Path, model: decoder.Model, *, dtype: str
+) -> decoder.Params:
+  """Reads the parameters of a sound checkpoint onto the first device."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  how = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(dtype))
+  return _restore(step, model.abstract_params, how)
+
+
+def read_one(step: pathlib.Path, path: str) -> np.ndarray:
+  """Reads one parameter of a sound checkpoint, by its path."""
+  leaf: Any = jax.ShapeDtypeStruct((), np.float32)  # Any: a nested dict.
+  for key in reversed(path.split("/")):
+    leaf = {key: leaf}
+  how = ocp.RestoreArgs(restore_type=np.ndarray)
+  (array,) = jax.tree.leaves(_restore(step, leaf, how))
+  return array
+
+
+def _restore(
+  step: pathlib.Path,
+  wanted: Mapping[str, Any],  # Any: nested, with shapes as leaves.
+  how: ocp.RestoreArgs,
+) -> Any:  # Any: a tree like `wanted`.
+  """Reads some parameters, each as `how` says."""
+  tree = {_PARAMS: wanted}
+  arguments = ocp.args.PyTreeRestore(
+    item=tree,
+    restore_args=jax.tree.map(lambda _: how, tree),
+    partial_restore=True,
+  )
+  restored = ocp.PyTreeCheckpointer().restore(
+    step / checkpoint.STATE, args=arguments
+  )
+  return restored[_PARAMS]
+
+
+def write(
+  partial: pathlib.Path, params: decoder.Params, *, source: pathlib.Path
+) -> None:
+  """Writes parameters, with the config of the model that they are of."""
+  shutil.copyfile(source / _CONFIG, partial / _CONFIG)
+  checkpoint.write(
+    partial,
+    {_PARAMS: params},
+    identity={"converted from": str(source)},
+    metrics={},
+  )

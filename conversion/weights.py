@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights on disk, in either format, by name; read one tensor at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+
+from atlas_jax import errors
+from atlas_jax.models import decoder
+from conversion import rules, shards
+from conversion import step as orbax_step
+
+_LAYERS = "layers/"
+# So many parameters share a tensor of a file at most: queries, keys, values.
+_MAX_SHARED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """One tensor; `read` gives its values."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
+
+
+Weights = Mapping[str, Weight]
+
+
+def of_directory(directory: pathlib.Path) -> Weights:
+  """Lists the tensors of a directory in Hugging Face format.
+
+  Raises:
+    errors.CheckpointError: see `shards.open_directory`.
+  """
+  return {
+    name: Weight(
+      tensor.dtype, tensor.shape, functools.partial(shards.read, tensor)
+    )
+    for name, tensor in shards.open_directory(directory).items()
+  }
+
+
+def of_step(step: pathlib.Path, model: decoder.Model | None) -> Weights:
+  """Lists the parameters of a checkpoint, which must be sound.
+
+  Args:
+    step: as `step.find` gives it.
+    model: gives the tensors the names and shapes of its Hugging Face files.
+      Without one they are parameters, those of the layers one by one.
+
+  Raises:
+    errors.CheckpointError: if it cannot be opened, or is of another model.
+  """
+  reader = functools.partial(orbax_step.read_one, step)
+  read = functools.lru_cache(_MAX_SHARED)(reader)
+  if model is None:
+    return dict(_by_layer(step, read))
+  orbax_step.check_model(step, model)
+  return dict(_by_file(step, model, read))
+
+
+def _by_layer(
+  step: pathlib.Path, read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, Weight]]:
+  def layer(path: str, number: int) -> np.ndarray:
+    return read(path)[number]
+
+  for path, leaf in orbax_step.param_headers(step).items():
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    if not path.startswith(_LAYERS):
+      yield path, Weight(dtype, shape, functools.partial(read, path))
+      continue
+    for number in range(shape[0]):
+      name = path.replace(_LAYERS, f"{_LAYERS}{number}/", 1)
+      yield (
+        name,
+        Weight(dtype, shape[1:], functools.partial(layer, path, number)),
+      )
+
+
+def _by_file(
+  step: pathlib.Path, model: decoder.Model, read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, Weight]]:
+  def fetch(parts: list[rules.Piece]) -> np.ndarray:
+    rows = [rules.to_hf(p.rule, read(p.rule.path)[p.index]) for p in parts]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+  headers = orbax_step.param_headers(step)
+  parts: dict[str, list[rules.Piece]] = {}
+  for piece in rules.pieces(model):
+    parts.setdefault(piece.name, []).append(piece)
+  for name, shape in rules.shapes(model).items():
+    dtype = np.dtype(headers[parts[name][0].rule.path].dtype)
+    yield name, Weight(dtype, shape, functools.partial(fetch, parts[name]))
+
+
+def cast(weights: Weights, dtype: str) -> Weights:
+  """Gives the same weights in another precision."""
+
+  def read(weight: Weight) -> np.ndarray:
+    return weight.read().astype(dtype, copy=False)
+
+  return {
+    name: Weight(np.dtype(dtype), weight.shape, functools.partial(read, weight))
+    for name, weight in weights.items()
+  }
+
+
+def dtype_of(weights: Weights, where: pathlib.Path) -> str:
+  """Gives the one precision of all tensors.
+
+  Raises:
+    errors.ConfigError: if they have several, or one that is not written.
+  """
+  names = {weight.dtype.name for weight in weights.values()}
+  if names not in ({"float32"}, {"bfloat16"}):
+    raise errors.ConfigError(
+      "It is not told in which precision to write.",
+      where=str(where),
+      why=f"Its tensors are {' and '.join(sorted(names))}.",
+      fix="Add --dtype=float32 or --dtype=bfloat16.",
+    )
+  return names.pop()

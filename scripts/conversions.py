@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `scripts.convert` does: to and from Hugging Face format, and compare."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import pathlib
+
+from atlas_jax import checkpoint, errors
+from atlas_jax.models import decoder
+from conversion import load, rules, save, shards, target, verify, weights
+from conversion import step as orbax_step
+from scripts import progress
+
+_TOLERANCE = 1e-4
+_MAX_TOLD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The flags of a conversion; `dtype` is empty for that of the input."""
+
+  source: str
+  dtype: str
+  max_shard_bytes: int
+  overwrite: bool
+  is_dry_run: bool
+  with_logits: bool
+
+
+def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
+  """Writes the parameters of a checkpoint in Hugging Face format.
+
+  Raises:
+    errors.AtlasError: if an input or the target cannot be used, or what is
+      read back differs.
+  """
+  step = orbax_step.find(origin)
+  if step is None:
+    raise errors.CheckpointError(
+      "There is no checkpoint.",
+      where=str(origin),
+      why="It is no step, no folder of steps and no workdir with one.",
+      fix="Give the --workdir of a run that has saved.",
+    )
+  if not options.source:
+    raise errors.ConfigError(
+      "It is not told which model was trained.",
+      where="--source",
+      why="A checkpoint has no tokenizer, and one of a run no config.",
+      fix="Add --source= with the value of --config.model.path.",
+    )
+  source = load.resolve(options.source)
+  model = _build(source)
+  checkpoint.check(step)
+  stored = weights.of_step(step, model)
+  dtype = options.dtype or weights.dtype_of(stored, step)
+  num_bytes = save.num_bytes(model, dtype)
+  files = shards.layout(
+    rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
+  )
+  _tell_plan(f"{step} with {source}", out, f"{len(files)} files", num_bytes)
+  if (out / "config.json").exists() and _is_done(
+    weights.cast(stored, dtype), weights.of_directory(out), num_bytes
+  ):
+    return
+  save.check(
+    out, model, source=source, dtype=dtype, overwrite=options.overwrite
+  )
+  if options.is_dry_run:
+    return
+  kept = weights.dtype_of(stored, step)
+  with progress.telling("Read", _size(stored)) as advance:
+    params = orbax_step.read(step, model, dtype=kept)
+    advance(_size(stored))
+  with progress.telling("Wrote and read back", num_bytes) as advance:
+    save.save(
+      out,
+      params,
+      model,
+      source=source,
+      dtype="float32" if dtype == "float32" else "bfloat16",
+      max_shard_bytes=options.max_shard_bytes,
+      notes={"Base model": options.source, "Checkpoint": str(step)},
+      overwrite=options.overwrite,
+      progress=advance,
+    )
+  if options.with_logits:
+    gap = verify.logits_equal(out, params, model, tolerance=_TOLERANCE)
+    print(f"Logits differ by {gap:.1e} at most.")
+  print(f"Done: {out}")
+
+
+def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
+  """Writes a model in Hugging Face format as an orbax checkpoint.
+
+  Raises:
+    errors.AtlasError: if the input or the target cannot be used, or what is
+      read back differs.
+  """
+  source = load.resolve(origin)
+  model = _build(source)
+  names = rules.shapes(model)
+  held = weights.of_directory(source)
+  dtype = options.dtype or weights.dtype_of(held, source)
+  num_bytes = save.num_bytes(model, dtype)
+  _tell_plan(str(source), out, "an orbax checkpoint", num_bytes)
+  # A tied head, and tables that follow from the config, are left behind.
+  wanted = {
+    name: weight
+    for name, weight in weights.cast(held, dtype).items()
+    if name in names
+  }
+  if orbax_step.find(out) == out:
+    checkpoint.check(out)
+    if _is_done(wanted, weights.of_step(out, model), num_bytes):
+      return
+  target.check(out, source, num_bytes=num_bytes, overwrite=options.overwrite)
+  if options.is_dry_run:
+    return
+  with progress.telling("Read", num_bytes) as advance:
+    params = load.load(source, model, param_dtype=dtype, progress=advance)
+  with target.writing(out) as partial:
+    with progress.telling("Wrote", num_bytes) as advance:
+      orbax_step.write(partial, params, source=source)
+      advance(num_bytes)
+    with progress.telling("Read back", num_bytes) as advance:
+      found = verify.differences(
+        wanted, weights.of_step(partial, model), advance
+      )
+    if found:
+      raise _different(source, out, [each.name for each in found])
+  print(f"Done: {out}")
+
+
+def verify_pair(
+  left: pathlib.Path, right: pathlib.Path, *, source: str, with_logits: bool
+) -> None:
+  """Compares two models in either format; prints how they differ.
+
+  Raises:
+    errors.CheckpointError: if they differ, or one cannot be read.
+  """
+  known = [_build_if_computed(path) for path in (left, right)]
+  if source:
+    known.append(_build(load.resolve(source)))
+  # A run's checkpoint has no config: it is of the model that is known.
+  a, b = (model or next(filter(None, known), None) for model in known[:2])
+  held = [_weights(left, a), _weights(right, b)]
+  with progress.telling("Compared", _size(held[0])) as advance:
+    found = verify.differences(held[0], held[1], advance)
+  changed = verify.config_differences(a, b) if a and b else []
+  if not found and not changed:
+    print(f"All tensors of {left} and {right} are equal, bit for bit.")
+    return
+  for line in (*changed, *verify.table(found)):
+    print(line)
+  shapes = [{n: w.shape for n, w in side.items()} for side in held]
+  if with_logits and a and b and shapes[0] == shapes[1]:
+    sides = (a, _params(left, a)), (b, _params(right, b))
+    print(f"Logits differ by {verify.largest_logit_gap(*sides):.3g} at most.")
+    print(verify.where_they_part(*sides))
+  raise _different(left, right, [*changed, *(each.name for each in found)])
+
+
+def _build(directory: pathlib.Path) -> decoder.Model:
+  config, _ = load.read_config(directory)
+  return decoder.build(config, dtype="float32", remat="none", unroll=1)
+
+
+def _build_if_computed(path: pathlib.Path) -> decoder.Model | None:
+  """Builds the model of a config, if there is one, and it is computed here."""
+  place = orbax_step.find(path) or path
+  try:
+    return _build(place) if (place / "config.json").exists() else None
+  except errors.CheckpointError as error:
+    print(f"Only tensors are compared: {error.why} ({error.where})")
+    return None
+
+
+def _weights(
+  path: pathlib.Path, model: decoder.Model | None
+) -> weights.Weights:
+  step = orbax_step.find(path)
+  if step is None:
+    return weights.of_directory(path)
+  checkpoint.check(step)
+  return weights.of_step(step, model)
+
+
+def _params(path: pathlib.Path, model: decoder.Model) -> decoder.Params:
+  step = orbax_step.find(path)
+  if step is None:
+    return load.load(path, model, param_dtype="float32")
+  return orbax_step.read(step, model, dtype="float32")
+
+
+def _size(held: weights.Weights) -> int:
+  return sum(
+    math.prod(weight.shape) * weight.dtype.itemsize for weight in held.values()
+  )
+
+
+def _tell_plan(
+  origin: str, out: pathlib.Path, what: str, num_bytes: int
+) -> None:
+  print(f"From {origin}")
+  print(f"to {out}: {what}, {num_bytes:,} bytes of weights;")
+  print(f"{target.free_bytes(out):,} bytes are free there.")
+  if left_over := list(out.absolute().parent.glob(f"{out.name}.tmp-*")):
+    print(f"Left by a run that was killed, if none is going on: {left_over}")
+
+
+def _is_done(
+  wanted: weights.Weights, there: weights.Weights, num_bytes: int
+) -> bool:
+  """Tells whether a target already holds what would be written."""
+  with progress.telling("Compared with what is there", num_bytes) as advance:
+    found = verify.differences(wanted, there, advance)
+  if not found:
+    print("It is done already, bit for bit.")
+  return not found
+
+
+def _different(
+  left: pathlib.Path, right: pathlib.Path, names: Sequence[str]
+) -> errors.CheckpointError:
+  more = f" and {len(names) - _MAX_TOLD} more" * (len(names) > _MAX_TOLD)
+  return errors.CheckpointError(
+    f"{len(names)} tensors or settings differ.",
+    where=f"{left} and {right}",
+    why=", ".join(names[:_MAX_TOLD]) + more,
+    fix="Convert again from the one you trust.",
+  )
