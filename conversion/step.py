@@ -102,12 +102,10 @@ def check_model(step: pathlib.Path, model: decoder.Model) -> None:
     )
 
 
-def read(
-  step: pathlib.Path, model: decoder.Model, *, dtype: str
-) -> decoder.Params:
-  """Reads the parameters of a sound checkpoint onto the first device."""
+def read(step: pathlib.Path, model: decoder.Model) -> decoder.Params:
+  """Reads a sound checkpoint's parameters as float32, on the first device."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  how = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(dtype))
+  how = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
   return _restore(step, model.abstract_params, how)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import pathlib
+from typing import Literal
 
 import numpy as np
 
@@ -110,7 +111,9 @@ def cast(weights: Weights, dtype: str) -> Weights:
   }
 
 
-def dtype_of(weights: Weights, where: pathlib.Path) -> str:
+def dtype_of(
+  weights: Weights, where: pathlib.Path
+) -> Literal["float32", "bfloat16"]:
   """Gives the one precision of all tensors.
 
   Raises:
@@ -124,4 +127,4 @@ def dtype_of(weights: Weights, where: pathlib.Path) -> str:
       why=f"Its tensors are {' and '.join(sorted(names))}.",
       fix="Add --dtype=float32 or --dtype=bfloat16.",
     )
-  return names.pop()
+  return "float32" if names == {"float32"} else "bfloat16"

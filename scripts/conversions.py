@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
+from typing import Literal
 
 from atlas_jax import checkpoint, errors
 from atlas_jax.models import decoder
@@ -21,7 +22,7 @@ class Options:
   """The flags of a conversion; `dtype` is empty for that of the input."""
 
   source: str
-  dtype: str
+  dtype: Literal["", "float32", "bfloat16"]
   max_shard_bytes: int
   overwrite: bool
   is_dry_run: bool
@@ -60,18 +61,16 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
     rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
   )
   _tell_plan(f"{step} with {source}", out, f"{len(files)} files", num_bytes)
-  if (out / "config.json").exists() and _is_done(
-    weights.cast(stored, dtype), weights.of_directory(out), num_bytes
-  ):
+  wanted = weights.cast(stored, dtype)
+  if not options.overwrite and _is_done(out, model, wanted):
     return
   save.check(
     out, model, source=source, dtype=dtype, overwrite=options.overwrite
   )
   if options.is_dry_run:
     return
-  kept = weights.dtype_of(stored, step)
   with progress.telling("Read", _size(stored)) as advance:
-    params = orbax_step.read(step, model, dtype=kept)
+    params = orbax_step.read(step, model)
     advance(_size(stored))
   with progress.telling("Wrote and read back", num_bytes) as advance:
     save.save(
@@ -79,7 +78,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
       params,
       model,
       source=source,
-      dtype="float32" if dtype == "float32" else "bfloat16",
+      dtype=dtype,
       max_shard_bytes=options.max_shard_bytes,
       notes={"Base model": options.source, "Checkpoint": str(step)},
       overwrite=options.overwrite,
@@ -111,10 +110,8 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
     for name, weight in weights.cast(held, dtype).items()
     if name in names
   }
-  if orbax_step.find(out) == out:
-    checkpoint.check(out)
-    if _is_done(wanted, weights.of_step(out, model), num_bytes):
-      return
+  if not options.overwrite and _is_done(out, model, wanted):
+    return
   target.check(out, source, num_bytes=num_bytes, overwrite=options.overwrite)
   if options.is_dry_run:
     return
@@ -192,7 +189,7 @@ def _params(path: pathlib.Path, model: decoder.Model) -> decoder.Params:
   step = orbax_step.find(path)
   if step is None:
     return load.load(path, model, param_dtype="float32")
-  return orbax_step.read(step, model, dtype="float32")
+  return orbax_step.read(step, model)
 
 
 def _size(held: weights.Weights) -> int:
@@ -212,11 +209,14 @@ def _tell_plan(
 
 
 def _is_done(
-  wanted: weights.Weights, there: weights.Weights, num_bytes: int
+  out: pathlib.Path, model: decoder.Model, wanted: weights.Weights
 ) -> bool:
   """Tells whether a target already holds what would be written."""
-  with progress.telling("Compared with what is there", num_bytes) as advance:
-    found = verify.differences(wanted, there, advance)
+  there = _build_if_computed(out)
+  if there is None or there.config != model.config:
+    return False
+  with progress.telling("Compared with what is there", _size(wanted)) as tell:
+    found = verify.differences(wanted, _weights(out, model), tell)
   if not found:
     print("It is done already, bit for bit.")
   return not found

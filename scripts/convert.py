@@ -74,9 +74,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _run(words: Sequence[str]) -> None:
-  if len(words) > 1:
-    # Host memory is enough, and larger than an accelerator's.
-    jax.config.update("jax_platforms", "cpu")
+  # Host memory is enough, and larger than an accelerator's.
+  jax.config.update("jax_platforms", "cpu")
   match words:
     case ["inspect", directory]:
       for line in listing.lines(pathlib.Path(directory)):

@@ -94,9 +94,12 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
   assert _run(*to_hf) == 0
   assert capsys.readouterr().out.count("It is done already") == 2
   # In use by another: step 9 is not what is there.
-  assert _run("to_hf", run / "run/checkpoints/9", run / "hf", source) == 2
+  step = ("to_hf", run / "run/checkpoints/9", run / "hf", source)
+  assert _run(*step) == 2
   for a, b in (("run", "hf"), ("hf", "orbax"), ("run", "orbax")):
     assert _run("verify", run / a, run / b) == 0
+  assert _run(*step, "--overwrite") == 0
+  assert _run("verify", run / "run", run / "hf", "--nologits") == 5
   assert sorted(os.listdir(run)) == [
     *("hf", "model", "model-source", "orbax", "run")
   ]
