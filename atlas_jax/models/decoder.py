@@ -264,7 +264,7 @@ class Model:
     found = [self._embed(params, tokens_BT)]
     for layer, is_local in enumerate(self.config.local):
       block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"])
-      module: Block = nnx.merge(self._block_graph, nnx.State(block))
+      module: Block = nnx.merge(self.block_graph, nnx.State(block))
       x_BTD, _ = module(found[-1], views(jnp.asarray(is_local)))
       found.append(x_BTD)
     return found
