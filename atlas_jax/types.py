@@ -155,7 +155,10 @@ class Sampler(Protocol):
   def sample(
     self, prompts: Sequence[Prompt], params: SamplingParams
   ) -> list[list[Completion]]:
-    """Draws `params.group_size` completions for each prompt, in order."""
+    """Draws `params.group_size` completions for each prompt, in order.
+
+    None at all for a prompt that was given up: its completions are missing.
+    """
     ...
 
   def update_weights(self, params: Mapping[str, Any], version: int) -> None:

@@ -3,13 +3,14 @@
 
 Prompts are cut into requests, and each goes to the server with the fewest
 tokens outstanding. Where a server fails, its requests go to others with their
-ids unchanged. One that is late is asked for elsewhere a few times; then the
-wait is over.
+ids unchanged. One that is late is asked for elsewhere, at last prompt by
+prompt; a prompt that is late then too is given up.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 import contextlib
+import math
 import threading
 import time
 from typing import Any, Self, TypeVar
@@ -101,11 +102,13 @@ class HttpSampler:
   ) -> list[list[types.Completion]]:
     """Draws `params.group_size` completions for each prompt, in order.
 
+    None for a prompt that was late wherever it was asked for.
+
     Raises:
       errors.ConfigError: if a prompt with its completion would not fit into
         the servers' context; nothing is sent then.
       errors.RolloutError: if there was no server for too long, or requests
-        fail or are late wherever they are sent.
+        fail wherever they are sent.
     """
     started = time.monotonic()
     groups = self._run(self._sample(prompts, params))
@@ -191,29 +194,29 @@ class HttpSampler:
       -(-len(prompts) // len(self._fleet.servers)),
     )
     starts = range(0, len(prompts), max(1, size))
-    try:
-      async with asyncio.TaskGroup() as tasks:
-        parts = [
-          tasks.create_task(self._request(prompts[i : i + size], params))
-          for i in starts
-        ]
-    except BaseExceptionGroup as group:
-      raise group.exceptions[0] from group
-    return [group for part in parts for group in part.result()]
+    return await _together(
+      self._request(prompts[i : i + size], params) for i in starts
+    )
 
   async def _request(
-    self, prompts: Sequence[types.Prompt], params: types.SamplingParams
+    self,
+    prompts: Sequence[types.Prompt],
+    params: types.SamplingParams,
+    late: Sequence[fleet.Server] = (),
   ) -> list[list[types.Completion]]:
-    """Sends one request to one server after another, until one answers it."""
-    name = uuid.uuid4().hex
+    """Sends one request to one server after another, until one answers it.
+
+    The last time it may be `late` each of its prompts is asked for alone, so
+    that no more is given up than what keeps the others waiting.
+    """
+    name, late = uuid.uuid4().hex, list(late)
     failures: list[str] = []
-    late: list[fleet.Server] = []
     while len(failures) < _MAX_MOVES and len(late) < _MAX_LATE:
-      asked = time.monotonic()
-      server = await self._fleet.wait_for(
-        lambda: self._fleet.ready(_MAX_REQUESTS, avoid=late)
-      )
-      self._tally.add(queue_s=time.monotonic() - asked)
+      if len(late) == _MAX_LATE - 1 and len(prompts) > 1:
+        return await _together(
+          self._request([prompt], params, late) for prompt in prompts
+        )
+      server = await self._find_server(late)
       request = _to_request(name, prompts, params, server.version)
       try:
         return await self._ask(server, request)
@@ -227,13 +230,29 @@ class HttpSampler:
         # Weights replaced while the request was on its way are no failure.
         elif server.version == request.version:
           await self._fleet.drain(server, error)
+    if len(late) == _MAX_LATE:
+      logging.warning(
+        "Row %s is given up: %s", prompts[0].row_id, "; ".join(failures)
+      )
+      return [[]]
     raise errors.RolloutError(
       "Completions cannot be had from any rollout server.",
       where=f"{len(prompts)} prompts from row {prompts[0].row_id}",
       why="; ".join(failures),
-      fix="Look into the servers' logs, or allow one request more time with "
-      "--config.rollout.generate_s.",
+      fix="Look into the servers' logs.",
     )
+
+  async def _find_server(self, late: Sequence[fleet.Server]) -> fleet.Server:
+    """Waits for a server that has room; best one that was not late."""
+    asked = time.monotonic()
+    # Who asks for the last time has waited enough, and asks for little.
+    is_last = len(late) == _MAX_LATE - 1
+    max_requests = math.inf if is_last else _MAX_REQUESTS
+    server = await self._fleet.wait_for(
+      lambda: self._fleet.ready(max_requests, avoid=late)
+    )
+    self._tally.add(queue_s=time.monotonic() - asked)
+    return server
 
   async def _ask(
     self, server: fleet.Server, request: wire.GenerateRequest
@@ -266,6 +285,18 @@ class HttpSampler:
           fix="Shorten the prompt, lower max_completion_tokens, or start the "
           "servers with a larger --max_model_len.",
         )
+
+
+async def _together(
+  requests: Iterable[Coroutine[Any, Any, list[_Result]]],  # Any: unused.
+) -> list[_Result]:
+  """Does requests at the same time, and strings together what they give."""
+  try:
+    async with asyncio.TaskGroup() as tasks:
+      parts = [tasks.create_task(request) for request in requests]
+  except BaseExceptionGroup as group:
+    raise group.exceptions[0] from group
+  return [result for part in parts for result in part.result()]
 
 
 async def _unless_lost(

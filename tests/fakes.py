@@ -70,7 +70,8 @@ def write_tokenizer(
 class FakeSampler:
   """A sampler whose texts a test scripts, and which remembers its calls.
 
-  `write(prompt, params, index)` returns what is sampled for one prompt.
+  `write(prompt, params, index)` returns what is sampled for one prompt; those
+  whose row ids are in `given_up` get nothing.
   """
 
   def __init__(
@@ -80,6 +81,7 @@ class FakeSampler:
   ) -> None:
     self.version = 0
     self.calls: list[tuple[list[types.Prompt], types.SamplingParams]] = []
+    self.given_up: set[str] = set()
     self._tokenizer, self._write = tokenizer, write
 
   def sample(
@@ -91,6 +93,7 @@ class FakeSampler:
       [
         self._complete(self._write(prompt, params, i), params)
         for i in range(params.group_size)
+        if prompt.row_id not in self.given_up
       ]
       for prompt in prompts
     ]

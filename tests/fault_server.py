@@ -36,6 +36,7 @@ class FaultServer:
 
   def __init__(self, role="policy", max_model_len=64, tokenizer="t" * 64):
     self.script: dict[str, list[Fault]] = {}
+    self.stuck: set[str] = set()  # Rows whose requests are never answered.
     self.requests: list[tuple[str, dict[str, Any]]] = []
     self.role, self.max_model_len, self.tokenizer = (
       role,
@@ -112,7 +113,10 @@ class FaultServer:
       is_probe = body.get("prompts", [{}])[0].get("row_id") == "probe"
       name = "/probe" if is_probe and "/probe" in self.script else path
       faults = self.script.get(name, [])
-      await self._answer(writer, path, body, faults.pop(0) if faults else None)
+      fault = faults.pop(0) if faults else None
+      if self.stuck & {row["row_id"] for row in body.get("prompts", ())}:
+        fault = Fault("hang")
+      await self._answer(writer, path, body, fault)
     except (asyncio.IncompleteReadError, ConnectionError):
       pass
     finally:

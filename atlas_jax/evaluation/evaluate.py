@@ -50,6 +50,8 @@ def run(
   Raises:
     ConfigError: if the file holds records of other settings.
     DataError: if a line of it cannot be read, or row ids repeat.
+    RolloutError: if a sampler gave up a prompt; the batches before are in the
+      file.
     PreemptedError: if `should_stop` said so; what is done is in the file.
   """
   if batch_size < 1:
@@ -69,7 +71,10 @@ def run(
         why="The process was asked to stop; the records are saved.",
         fix="Run the same command again: it goes on with the next question.",
       )
-    batch = protocol.run(questions[start : start + batch_size], seed)
+    asked = questions[start : start + batch_size]
+    batch = protocol.run(asked, seed)
+    # What is missing can be had later: the next run goes on from here.
+    teaching_protocol.dropped_fraction(asked, batch, max_fraction=0.0)
     graded = [rewards.grade(record) for record in batch]
     _append(path, [types.to_json_line(record) for record in graded])
     records += graded

@@ -15,6 +15,7 @@ def evaluate(
   *,
   seed: int,
   num_bootstrap: int,
+  max_dropped_fraction: float,
 ) -> dict[str, float]:
   """Runs the protocol as its samplers are now, and measures what it did.
 
@@ -24,14 +25,22 @@ def evaluate(
     seed: the same for every evaluation of a run, so that two of them differ by
       the weights alone. With that of the baselines, each pair is a fair one.
     num_bootstrap: see `metrics.summarize`.
+    max_dropped_fraction: of the questions; see `protocol.dropped_fraction`.
 
   Returns:
     Numbers as `flatten` names them, with `eval/` in front; of what got an
-    answer.
+    answer, and `eval/dropped_fraction` of what did not.
+
+  Raises:
+    errors.RolloutError: if too many questions got no completions.
   """
   records = [rewards.grade(record) for record in protocol.run(questions, seed)]
+  dropped = teaching_protocol.dropped_fraction(
+    questions, records, max_fraction=max_dropped_fraction
+  )
   summary = metrics.of_answers(records, num_bootstrap=num_bootstrap, seed=seed)
-  return {f"eval/{name}": value for name, value in flatten(summary).items()}
+  numbers = {"dropped_fraction": dropped, **flatten(summary)}
+  return {f"eval/{name}": value for name, value in numbers.items()}
 
 
 def flatten(summary: Mapping[str, object]) -> dict[str, float]:

@@ -54,7 +54,8 @@ class Direct:
 
     Returns:
       Ungraded records, a group for each question in turn. The answer is the
-      `teacher_rollout` and the one `taught` attempt; there is no baseline.
+      `teacher_rollout` and the one `taught` attempt; there is no baseline. Of
+      a question that the sampler gave up there are none.
     """
     prompts = [
       protocol.make_prompt(

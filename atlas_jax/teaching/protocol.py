@@ -15,6 +15,8 @@ import typing
 from atlas_jax import chat, errors, types
 from atlas_jax.teaching import templates as teaching_templates
 
+_MAX_NAMED = 8  # Rows in a message.
+
 # Makes a context that is entered around a phase of that name.
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 
@@ -43,7 +45,10 @@ class Rollouts(typing.Protocol):
     seed: int,
     phase: Phase = contextlib.nullcontext,
   ) -> list[types.TeachingRecord]:
-    """Gives ungraded records, a group of one size for each question."""
+    """Gives ungraded records, a group of one size for each question.
+
+    None for a question of which a sampler gave up a prompt.
+    """
     ...
 
 
@@ -120,17 +125,22 @@ class Protocol:
         `teach` and `solve`.
 
     Returns:
-      Ungraded records, `teach_params.group_size` for each question in turn.
+      Ungraded records, `teach_params.group_size` for each question in turn; of
+      a question with a prompt that a sampler gave up, none.
     """
     if not questions:
       return []
     with phase("baseline"):
       baselines = self._baseline_answers(questions)
+    questions = [q for q in questions if q in baselines]
     started = time.monotonic()
     with phase("probe"):
       probes = self._probes(questions, seed)
+    questions = [q for q in questions if q in probes]
     with phase("teach"):
-      rollouts = self._teachings(questions, probes, seed)
+      groups = self._teachings(questions, probes, seed)
+    questions = [q for q in questions if q in groups]
+    rollouts = [rollout for q in questions for rollout in groups[q]]
     texts = [
       chat.decode(self.policy.tokenizer, rollout.completion.token_ids)
       for rollout in rollouts
@@ -138,20 +148,24 @@ class Protocol:
     teachings = [teaching_templates.extract_teaching(text) for text in texts]
     with phase("solve"):
       taught = self._taught_answers(questions, teachings, seed)
-    seconds = (time.monotonic() - started) / len(rollouts)
-    size = self.teach_params.group_size
+    seconds = (time.monotonic() - started) / max(1, len(rollouts))
+    asked = [q for q in questions for _ in groups[q]]
+    given_up = {
+      q for q, answers in zip(asked, taught, strict=True) if not answers
+    }
     return [
       types.TeachingRecord(
-        question=questions[i // size],
-        probe=probes[i // size],
-        teacher_rollout=rollout,
+        question=question,
+        probe=probes[question],
+        teacher_rollout=rollouts[i],
         teaching=teachings[i],
         num_teaching_tokens=self._num_tokens(teachings[i]),
-        baseline=baselines[i // size],
+        baseline=baselines[question],
         taught=taught[i],
         seconds=seconds,
       )
-      for i, rollout in enumerate(rollouts)
+      for i, question in enumerate(asked)
+      if question not in given_up
     ]
 
   def baseline_prompt(self, question: types.Question) -> types.Prompt:
@@ -160,25 +174,31 @@ class Protocol:
 
   def _baseline_answers(
     self, questions: Sequence[types.Question]
-  ) -> list[tuple[types.Attempt, ...]]:
+  ) -> dict[types.Question, tuple[types.Attempt, ...]]:
     """Answers without teaching, sampled where they are not known yet."""
     version = self.student.sampler.version
-    keys = [(version, q.row_id, q.question) for q in questions]
+    keys = {q: (version, q.row_id, q.question) for q in questions}
     unknown = {
       key: question
-      for key, question in zip(keys, questions, strict=True)
+      for question, key in keys.items()
       if key not in self._baselines
     }
     if unknown:
       prompts = [self._solve_prompt(q, None, 0) for q in unknown.values()]
       answers = self._answers(prompts, self.baseline_params)
-      self._baselines.update(zip(unknown, answers, strict=True))
-    return [self._baselines[key] for key in keys]
+      known = zip(unknown, answers, strict=True)
+      # What was given up is asked again next time.
+      self._baselines.update((key, drawn) for key, drawn in known if drawn)
+    return {
+      question: self._baselines[key]
+      for question, key in keys.items()
+      if key in self._baselines
+    }
 
   def _probes(
     self, questions: Sequence[types.Question], seed: int
-  ) -> list[str]:
-    """Writes one probe per question."""
+  ) -> dict[types.Question, str]:
+    """Writes one probe per question, if it is not given up."""
     prompts = [
       make_prompt(
         self.student,
@@ -188,35 +208,40 @@ class Protocol:
       for q in questions
     ]
     params = dataclasses.replace(self.probe_params, seed=seed)
-    return [
-      chat.decode(self.student.tokenizer, completion.token_ids).strip()
-      for (completion,) in self.student.sampler.sample(prompts, params)
-    ]
+    groups = self.student.sampler.sample(prompts, params)
+    return {
+      q: chat.decode(self.student.tokenizer, completion.token_ids).strip()
+      for q, group in zip(questions, groups, strict=True)
+      for completion in group
+    }
 
   def _teachings(
     self,
     questions: Sequence[types.Question],
-    probes: Sequence[str],
+    probes: Mapping[types.Question, str],
     seed: int,
-  ) -> list[types.Rollout]:
-    """Writes a group of completions per question, kept with their prompt."""
+  ) -> dict[types.Question, list[types.Rollout]]:
+    """Writes a group of completions per question, kept with their prompt.
+
+    Those that were given up are left out.
+    """
     prompts = [
       make_prompt(
         self.policy,
         f"{q.row_id}/teach",
         teaching_templates.fill(
-          self.templates.teach, question=q.question, probe=probe
+          self.templates.teach, question=q.question, probe=probes[q]
         ),
       )
-      for q, probe in zip(questions, probes, strict=True)
+      for q in questions
     ]
     params = dataclasses.replace(self.teach_params, seed=seed)
     groups = self.policy.sampler.sample(prompts, params)
-    return [
-      types.Rollout(prompt, completion)
-      for prompt, group in zip(prompts, groups, strict=True)
-      for completion in group
-    ]
+    return {
+      q: [types.Rollout(prompt, completion) for completion in group]
+      for q, prompt, group in zip(questions, prompts, groups, strict=True)
+      if group
+    }
 
   def _taught_answers(
     self,
@@ -224,7 +249,10 @@ class Protocol:
     teachings: Sequence[str | None],
     seed: int,
   ) -> list[tuple[types.Attempt, ...]]:
-    """Answers once per teaching, or as the params' group size says."""
+    """Answers once per teaching, or as the params' group size says.
+
+    Not at all where that is given up.
+    """
     size = self.teach_params.group_size
     prompts = [
       self._solve_prompt(questions[i // size], teaching, i % size)
@@ -267,6 +295,37 @@ class Protocol:
     """Counts the teaching alone, by the tokenizer that wrote it."""
     encode = self.policy.tokenizer.encode
     return len(encode(teaching or "", add_special_tokens=False))
+
+
+def dropped_fraction(
+  questions: Sequence[types.Question],
+  records: Sequence[types.TeachingRecord],
+  *,
+  max_fraction: float,
+) -> float:
+  """Gives the fraction of questions that `Rollouts.run` gave no records of.
+
+  Args:
+    questions: that were asked; at least one.
+    records: what it gave.
+    max_fraction: how much of them may be missing; below 1.
+
+  Raises:
+    errors.RolloutError: if more is.
+  """
+  kept = {record.question for record in records}
+  dropped = [q.row_id for q in questions if q not in kept]
+  fraction = len(dropped) / len(questions)
+  if fraction > max_fraction:
+    raise errors.RolloutError(
+      f"{len(dropped)} of {len(questions)} questions got no completions.",
+      where=f"rows {', '.join(dropped[:_MAX_NAMED])}",
+      why="Requests for them were late wherever they were sent; a fraction of "
+      f"{max_fraction:g} may be.",
+      fix="Look into the servers' logs, or allow one request more time with "
+      "--config.rollout.generate_s; then run the same command again.",
+    )
+  return fraction
 
 
 def make_prompt(role: Role, row_id: str, text: str) -> types.Prompt:

@@ -43,6 +43,7 @@ class Collector:
     num_steps: int,
     max_staleness: int,
     compare_every: int,
+    max_dropped_fraction: float,
   ) -> None:
     """Starts nothing yet.
 
@@ -55,6 +56,7 @@ class Collector:
       max_staleness: 0 or 1; steps between the weights that sample and those
         that train.
       compare_every: steps between those which are sampled in time.
+      max_dropped_fraction: of a batch's questions; in [0, 1).
 
     Raises:
       errors.ConfigError: if these do not go together.
@@ -73,6 +75,7 @@ class Collector:
     self._seed = seed
     self._num_steps, self._compare_every = num_steps, compare_every
     self._max_staleness = max_staleness
+    self._max_dropped_fraction = max_dropped_fraction
     self._executor = futures.ThreadPoolExecutor(1, "collect")
     self._ahead: dict[int, futures.Future[_Sampled]] = {}
     self._first_step: int | None = None
@@ -101,17 +104,17 @@ class Collector:
       clock: is told the phases of what is sampled now.
 
     Returns:
-      The records, and as metrics the seconds that sampling them ahead took:
-      those passed while the step before trained.
+      The records, and as metrics the fraction of questions without any, and
+      the seconds that sampling ahead took: those passed while the step before
+      trained.
+
+    Raises:
+      errors.RolloutError: if too many questions are without records.
     """
     if self._first_step is None:
       self._first_step = step
     ready = self._ahead.pop(step, None)
-    sampled: _Sampled
-    if ready is None:
-      sampled = self._sample(step, clock), {}
-    else:
-      sampled = ready.result()
+    sampled = self._sample(step, clock) if ready is None else ready.result()
     upcoming = step + 1
     if (
       self._max_staleness
@@ -143,7 +146,8 @@ class Collector:
       clock: is told the phases; waiting for the batch ahead is in none.
 
     Returns:
-      Records of those questions; none if there are none left, or none wanted.
+      Records of those questions; none if there are none left, or none wanted,
+      or the samplers gave up on all of them.
     """
     asked = {record.question.row_id for record in records}
     # In the same order each time, so that every call goes on from the last.
@@ -211,13 +215,17 @@ class Collector:
 
   def _sample_ahead(self, step: int) -> _Sampled:
     clock = train_clock.Clock()
-    records = self._sample(step, clock)
+    records, dropped = self._sample(step, clock)
     seconds = clock.take().items()
-    return records, {f"seconds_ahead/{phase}": s for phase, s in seconds}
+    ahead = {f"seconds_ahead/{phase}": s for phase, s in seconds}
+    return records, dropped | ahead
 
-  def _sample(
-    self, step: int, clock: train_clock.Clock
-  ) -> list[types.TeachingRecord]:
-    return self._protocol.run(
-      self._questions.batch(step), seed=self._seed + step, phase=clock.phase
+  def _sample(self, step: int, clock: train_clock.Clock) -> _Sampled:
+    questions = self._questions.batch(step)
+    records = self._protocol.run(
+      questions, seed=self._seed + step, phase=clock.phase
     )
+    dropped = teaching_protocol.dropped_fraction(
+      questions, records, max_fraction=self._max_dropped_fraction
+    )
+    return records, {"groups/dropped_fraction": dropped}

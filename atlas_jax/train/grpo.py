@@ -161,6 +161,7 @@ def _evaluate(
     held_out,
     seed=config.seed,
     num_bootstrap=config.evaluation.num_bootstrap,
+    max_dropped_fraction=config.groups.max_dropped_fraction,
   )
 
 
@@ -185,9 +186,9 @@ class _Step:
     collector.settle()
     with self.clock.phase("push"):
       collector.push(self.policy.merged(state.params), step)
-    records, ahead = collector.take(step, self.clock)
+    records, sampled = collector.take(step, self.clock)
     records, rewarded = self._reward(records)
-    num_wanted, num_refills = len(records) // self.group_size, 0
+    num_wanted, num_refills = len(collector.row_ids(step)), 0
     while num_refills < self.max_refills:
       missing = num_wanted - learning.count_varied(rewarded, self.group_size)
       more = collector.refill(
@@ -206,7 +207,7 @@ class _Step:
     with self.clock.phase("save"):
       self.artefacts.save(step + 1, records, rewarded)
     described = {**_describe(records, rewarded), "groups/refills": num_refills}
-    measured = {**lag, **collector.take_metrics(), **ahead}
+    measured = {**lag, **collector.take_metrics(), **sampled}
     return state, {**described, **metrics, **measured}
 
   def _reward(
@@ -242,6 +243,7 @@ def _make_collector(
     num_steps=config.loop.num_steps,
     max_staleness=config.overlap.max_staleness,
     compare_every=config.agreement.every,
+    max_dropped_fraction=config.groups.max_dropped_fraction,
   )
 
 
@@ -256,6 +258,14 @@ def _check_sampling(
       where=f"--config.groups.max_refills={config.groups.max_refills}",
       why="The batch would grow with every group that teaches nothing.",
       fix="Set filter_equal=True, or max_refills to 0.",
+    )
+  if not 0.0 <= config.groups.max_dropped_fraction < 1.0:
+    raise errors.ConfigError(
+      "There is no such fraction of a batch to go on without.",
+      where="--config.groups.max_dropped_fraction="
+      f"{config.groups.max_dropped_fraction}",
+      why="It is 0 or more, and below 1: something must be left.",
+      fix="Set it to 0.25, for example.",
     )
   if (
     config.overlap.max_staleness

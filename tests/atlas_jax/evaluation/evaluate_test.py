@@ -188,3 +188,16 @@ def test_the_batch_size_changes_no_record(protocol, tmp_path):
 def test_repeated_row_ids_are_refused(protocol, tmp_path):
   with pytest.raises(errors.DataError, match="q0"):
     _run(protocol, tmp_path / "x", questions=[_QUESTIONS[0]] * 2)
+
+
+def test_a_prompt_that_is_given_up_ends_it_and_the_next_run_asks_again(
+  protocol, tmp_path
+):
+  whole = _timeless(_run(protocol, tmp_path / "whole.jsonl"))
+  path = tmp_path / "records.jsonl"
+  protocol.policy.sampler.given_up = {"q3/teach"}
+  with pytest.raises(errors.RolloutError, match="rows q3"):
+    _run(protocol, path)
+  assert _timeless(evaluate.read(path)) == whole[:4]
+  protocol.policy.sampler.given_up = set()
+  assert _timeless(_run(protocol, path)) == whole

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from atlas_jax import types
+from atlas_jax import errors, types
 from atlas_jax.evaluation import held_out
 from atlas_jax.teaching import protocol, templates
 from tests import fakes
@@ -15,7 +15,7 @@ _QUESTIONS = [
 ]
 
 
-def _evaluate(tmp_path, *, teaching):
+def _evaluate(tmp_path, *, teaching, given_up=()):
   """A student who knows one answer, and the others once taught."""
   tokenizer = fakes.write_tokenizer(tmp_path)
 
@@ -26,8 +26,10 @@ def _evaluate(tmp_path, *, teaching):
     return f"The answer is {number + 1 if is_known else 99}."
 
   params = types.SamplingParams(1, 64, 1.0, 1.0, 0, 0)
+  policy = fakes.FakeSampler(tokenizer, lambda *_: teaching)
+  policy.given_up = set(given_up)
   made = protocol.Protocol(
-    protocol.Role(fakes.FakeSampler(tokenizer, lambda *_: teaching), tokenizer),
+    protocol.Role(policy, tokenizer),
     protocol.Role(fakes.FakeSampler(tokenizer, answer), tokenizer),
     templates.Templates(
       "{question}", "{question}{probe}", "{question}{teaching}", "{question}"
@@ -37,7 +39,9 @@ def _evaluate(tmp_path, *, teaching):
     solve_params=params,
     baseline_params=params,
   )
-  return held_out.evaluate(made, _QUESTIONS, seed=0, num_bootstrap=50)
+  return held_out.evaluate(
+    made, _QUESTIONS, seed=0, num_bootstrap=50, max_dropped_fraction=0.25
+  )
 
 
 def test_success_and_its_interval_are_measured(tmp_path):
@@ -73,3 +77,15 @@ def test_what_is_undefined_is_left_out(tmp_path):
 )
 def test_a_summary_becomes_numbers(summary, numbers):
   assert held_out.flatten(summary) == numbers
+
+
+def test_questions_that_are_given_up_are_counted_and_are_no_answers(tmp_path):
+  teaching = "<teaching>hint</teaching>"
+  numbers = _evaluate(tmp_path, teaching=teaching, given_up=["q0/teach"])
+  assert numbers["eval/dropped_fraction"] == 0.25
+  assert numbers["eval/teaching/num_questions"] == 3
+  assert numbers["eval/teaching/accuracy"] == 1.0
+  assert numbers["eval/teaching/baseline_accuracy"] == 0.0
+  assert _evaluate(tmp_path, teaching=teaching)["eval/dropped_fraction"] == 0.0
+  with pytest.raises(errors.RolloutError, match="2 of 4 questions"):
+    _evaluate(tmp_path, teaching=teaching, given_up=["q0/teach", "q1/teach"])

@@ -63,3 +63,14 @@ def test_right_answers_are_rewarded_and_counted(tmp_path):
   summary = metrics.of_answers(records, num_bootstrap=0, seed=0)
   assert summary.keys() == {"accuracy", "accuracy_interval"}
   assert abs(summary["accuracy"] - 1 / 3) < 1e-9
+
+
+def test_a_question_that_is_given_up_has_no_records(tmp_path):
+  tokenizer = fakes.write_tokenizer(tmp_path)
+  sampler = fakes.FakeSampler(tokenizer, lambda *_: "4")
+  sampler.given_up = {"a/answer"}
+  asked = direct.Direct(
+    protocol.Role(sampler, tokenizer), "Q {question}", answer_params=_PARAMS
+  )
+  records = asked.run(_QUESTIONS, seed=4)
+  assert [r.question.row_id for r in records] == ["b"] * 3

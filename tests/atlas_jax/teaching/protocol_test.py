@@ -199,3 +199,67 @@ def test_no_questions_make_no_calls(tokenizer):
 def test_more_than_one_probe_is_refused(tokenizer):
   with pytest.raises(errors.ConfigError, match=r"probe_params\.group_size"):
     _protocol(tokenizer, probe_params=_params(2))
+
+
+_THREE = [*_QUESTIONS, types.Question("c", "3 + 3", "6")]
+
+
+def _timeless(records):
+  return [dataclasses.replace(record, seconds=0.0) for record in records]
+
+
+@pytest.mark.parametrize(
+  "row_id", ["b/solve/0", "b/probe", "b/teach", "b/solve/2"]
+)
+def test_a_prompt_given_up_drops_the_group_of_its_question(tokenizer, row_id):
+  whole = _timeless(_protocol(tokenizer).run(_THREE, seed=7))
+  protocol = _protocol(tokenizer)
+  samplers = (protocol.student.sampler, protocol.policy.sampler)
+  for sampler in samplers:
+    sampler.given_up = {row_id}
+  records = _timeless(protocol.run(_THREE, seed=7))
+  assert records == [r for r in whole if r.question.row_id != "b"]
+
+  # It is not remembered: the next run asks again for what is missing.
+  for sampler in samplers:
+    sampler.given_up = set()
+  assert _timeless(protocol.run(_THREE, seed=7)) == whole
+
+
+def test_a_question_given_up_is_asked_nothing_more(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.student.sampler.given_up = {"b/solve/0"}
+  protocol.run(_THREE, seed=7)
+  later = [*protocol.student.sampler.calls[1:], *protocol.policy.sampler.calls]
+  asked = {prompt.row_id for prompts, _ in later for prompt in prompts}
+  assert not [row_id for row_id in asked if row_id.startswith("b")]
+
+
+def test_where_everything_is_given_up_there_are_no_records(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.policy.sampler.given_up = {f"{q.row_id}/teach" for q in _THREE}
+  assert protocol.run(_THREE, seed=7) == []
+
+
+def test_a_question_asked_twice_keeps_both_groups(tokenizer):
+  records = _protocol(tokenizer).run([*_QUESTIONS, _QUESTIONS[0]], seed=7)
+  assert [r.question.row_id for r in records] == [*"aaabbbaaa"]
+
+
+def test_what_is_missing_is_counted_and_bounded(tokenizer):
+  protocol = _protocol(tokenizer)
+  protocol.policy.sampler.given_up = {"b/teach"}
+  records = protocol.run(_THREE, seed=7)
+
+  def fraction(records, max_fraction):
+    return teaching_protocol.dropped_fraction(
+      _THREE, records, max_fraction=max_fraction
+    )
+
+  assert fraction(records, 1 / 3) == 1 / 3
+  with pytest.raises(errors.RolloutError, match="1 of 3 questions") as caught:
+    fraction(records, 0.3)
+  assert caught.value.where == "rows b"
+  assert caught.value.exit_code == errors.Exit.ROLLOUT
+  with pytest.raises(errors.RolloutError, match="rows a, b, c"):
+    fraction([], 0.99)

@@ -46,6 +46,7 @@ def _collector(tokenizer, write=None, **changes):
     _QUESTIONS, mix=loader.Mix((len(_QUESTIONS),), (), seed=0), batch_size=2
   )
   settings = dict(seed=0, num_steps=8, max_staleness=1, compare_every=4)
+  settings["max_dropped_fraction"] = 0.5
   return collect.Collector(made, questions, **{**settings, **changes}), policy
 
 
@@ -233,3 +234,38 @@ def test_a_refill_waits_for_what_is_sampled_ahead(tokenizer):
     may_end.set()
     more = collector.refill(1, records, num_questions=1, clock=clock.Clock())
   assert _versions(more) == {1}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_is_dropped_in_time_or_ahead_is_counted_and_bounded(
+  tokenizer, step
+):
+  def taken(*indices, **changes):
+    collector, policy = _collector(tokenizer, **changes)
+    row_ids = collector.row_ids(step)
+    policy.given_up = {f"{row_ids[i]}/teach" for i in indices}
+    with collector:
+      for number in range(step + 1):
+        collector.push({}, number)
+        records, metrics = collector.take(number, clock.Clock())
+        collector.settle()
+    return row_ids, records, metrics["groups/dropped_fraction"]
+
+  assert taken()[2] == 0.0
+  row_ids, records, fraction = taken(0)
+  assert [r.question.row_id for r in records] == [row_ids[1]] * 2
+  assert fraction == 0.5
+  with pytest.raises(errors.RolloutError, match="1 of 2 questions"):
+    taken(0, max_dropped_fraction=0.25)
+  with pytest.raises(errors.RolloutError, match="2 of 2 questions"):
+    taken(0, 1)
+
+
+def test_a_refill_of_which_nothing_comes_is_none(tokenizer):
+  collector, policy = _collector(tokenizer, max_staleness=0, compare_every=1)
+  with collector:
+    collector.push({}, 0)
+    records, _ = collector.take(0, clock.Clock())
+    policy.given_up = {f"{q.row_id}/teach" for q in _QUESTIONS}
+    refill = collector.refill(0, records, num_questions=1, clock=clock.Clock())
+  assert refill == []

@@ -55,7 +55,11 @@ def _config(**changes):
       "overlap": {"max_staleness": 0},
       "agreement": {"max_prob_error": 1.01, "every": 1},
       "advantages": {"baseline": "mean", "scale": "group"},
-      "groups": {"filter_equal": True, "max_refills": 0},
+      "groups": {
+        "filter_equal": True,
+        "max_refills": 0,
+        "max_dropped_fraction": 0.5,
+      },
       "correction": {
         "level": "token",
         "outside": "truncate",
@@ -164,6 +168,15 @@ class _Policy(jax_sampler.JaxSampler):
     ((watched, *_),) = super().sample([self.watched], _sampling(2))
     self.said[self.version] = watched
     return groups
+
+
+class _Late(_Policy):
+  """Gives up on what the first question of the first batch asks."""
+
+  def sample(self, prompts, params):
+    """Samples, and leaves one prompt without completions."""
+    groups = super().sample(prompts, params)
+    return [[], *groups[1:]] if self.version == 0 else groups
 
 
 class _Deaf(_Policy):
@@ -389,6 +402,29 @@ def test_groups_that_teach_nothing_are_made_up_for(world, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("max_refills", [0, 2])
+def test_a_dropped_group_is_missing_and_the_others_are_learnt_from(
+  world, tmp_path, max_refills
+):
+  changes = {"loop.num_steps": 2, "groups.max_refills": max_refills}
+  _train(world, tmp_path, kind=_Late, **changes)
+  rows = _rows(tmp_path)
+  assert [row["groups/dropped_fraction"] for row in rows] == [0.5, 0.0]
+  assert [row["rewards/unavailable"] for row in rows] == [0, 0]
+  assert [row["groups/used_fraction"] for row in rows] == [1.0, 1.0]
+  # The sampler gives up on what it is asked in its place, too.
+  assert [row["groups/refills"] for row in rows] == [0, 0]
+  assert all(row["grad_norm"] > 0.0 for row in rows)
+  assert rows[0]["num_tokens"] < 0.7 * rows[1]["num_tokens"]
+
+
+def test_too_many_dropped_groups_end_the_run(world, tmp_path):
+  change = {"groups.max_dropped_fraction": 0.25}
+  with pytest.raises(errors.RolloutError, match="1 of 2 questions"):
+    _train(world, tmp_path, kind=_Late, **change)
+
+
+@pytest.mark.slow
 def test_a_sampler_that_takes_no_weights_ends_the_run(world, tmp_path):
   with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
     _train(world, tmp_path, kind=_Deaf)
@@ -408,6 +444,7 @@ def test_a_sampler_that_lies_about_its_weights_ends_the_run(world, tmp_path):
     ({"sampling.teach.temperature": 0.0}, "temperature=0"),
     ({"sampling.teach.group_size": 1}, "group_size=1"),
     ({"groups.filter_equal": False, "groups.max_refills": 2}, "max_refills=2"),
+    ({"groups.max_dropped_fraction": 1.0}, "max_dropped_fraction=1.0"),
     ({"loss.ratio": "word"}, "ratio=word"),
     ({"advantages.scale": "median"}, "scale=median"),
     ({"correction.level": "group"}, "level='group'"),
