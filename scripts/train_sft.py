@@ -10,7 +10,7 @@ The workdir is the only state: run the same line again and it resumes.
 import functools
 
 from atlas_jax import launch, sharding
-from atlas_jax.data import sets
+from atlas_jax.data import packing, sets
 from atlas_jax.train import sft
 from scripts import job, origins, program
 
@@ -25,6 +25,9 @@ def main() -> None:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
     base = launch.open_model(mesh, **config.model)
+    packing.check_context(
+      config.packing.length, base.model.config.max_positions
+    )
     policy, params = launch.open_policy(base, mesh, config)
     train_set, eval_set = sets.conversations(
       base.tokenizer,

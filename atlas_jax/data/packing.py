@@ -29,6 +29,22 @@ class Rows(NamedTuple):
   num_too_long: int
 
 
+def check_context(length: int, max_positions: int) -> None:
+  """Refuses rows that can hold more of one conversation than a model can see.
+
+  Raises:
+    errors.ConfigError: if they can.
+  """
+  if length > max_positions:
+    raise errors.ConfigError(
+      f"Rows of {length} tokens are longer than the model's context.",
+      where=f"--config.packing.length={length}",
+      why=f"config.json has max_position_embeddings={max_positions}, and a "
+      "conversation may fill a row.",
+      fix=f"Set it to {max_positions} or less.",
+    )
+
+
 def pack(
   examples: Sequence[Example], length: int, *, too_long: TooLong
 ) -> Rows:

@@ -177,6 +177,7 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
     ("--config.batch.per_device=3", 2, "--config.batch.per_device=3"),
     ("--config=configs/run/none.py", 2, "configs/run/none.py"),
     ("--config.mesh.tensor=3", 2, "--config.mesh"),
+    ("--config.packing.length=9999", 2, "max_position_embeddings"),
     ("--config.data.path=none.jsonl", 3, "none.jsonl"),
     ("--config.model.path=configs", 5, "configs/config.json"),
   ],

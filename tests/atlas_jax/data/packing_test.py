@@ -133,3 +133,9 @@ def test_mismatched_example_is_refused(example):
 def test_unknown_treatment_is_refused():
   with pytest.raises(ValueError, match="too_long"):
     packing.pack([_SHORT], _LENGTH, too_long="wrap")
+
+
+def test_rows_longer_than_the_context_are_refused():
+  packing.check_context(512, 512)
+  with pytest.raises(errors.ConfigError, match="max_position_embeddings=512"):
+    packing.check_context(513, 512)
