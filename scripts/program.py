@@ -7,10 +7,8 @@ import logging as stdlib_logging
 import pathlib
 import sys
 import traceback
-from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from atlas_jax import errors
 
@@ -85,7 +83,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # A file that could not be loaded says so only when it is used.
       flags.FLAGS.config.lock()
-      _check_optimizer(flags.FLAGS.config, flags.FLAGS["config"])
     return rest
   except (
     *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
@@ -97,20 +94,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
       fix="--help lists the flags; --config.KEY=VALUE sets a config value.",
     )
     sys.exit(int(_tell(wrong)))
-
-
-def _check_optimizer(
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
-  flag: flags.Flag,
-) -> None:
-  """Refuses settings of an optimizer that is not the one in use."""
-  for path in config_flags.get_override_values(flag):
-    match path.split("."):
-      case ["optimizer", section, _] if section != config.optimizer.name:
-        raise ValueError(
-          f"--config.{path} is of an optimizer that is not used: "
-          f"--config.optimizer.name is {config.optimizer.name}."
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -82,13 +82,19 @@ def test_heavy_imports_stay_in_their_room(path):
 
 
 # The rollout environment has no JAX, so these may not reach it by any way.
-_WITHOUT_JAX = ("server.py", "client.py", "engine_vllm.py")
-_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "atlas_jax.models")
+_WITHOUT_JAX = (
+  *("rollout/server.py", "rollout/client.py", "rollout/engine_vllm.py"),
+  "scripts/program.py",
+)
+_JAX = (
+  *("jax", "jaxlib", "flax", "optax", "orbax", "atlas_jax.models"),
+  "ml_collections",
+)
 
 
 @pytest.mark.parametrize("name", _WITHOUT_JAX)
 def test_the_rollout_environment_needs_no_jax(name):
-  seen, paths = set(), [_ROOT / "rollout" / name]
+  seen, paths = set(), [_ROOT / name]
   while paths:
     path = paths.pop()
     if path in seen or not path.is_file():

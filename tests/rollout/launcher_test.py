@@ -88,8 +88,16 @@ class _Stage:
   def check_nothing_left(self):
     for pid in self.pids():
       assert not _is_alive(pid)
-    for port in self.ports:
-      launcher.check_ports("127.0.0.1", port, 1)
+    # A connection of another process may have such a port for a moment.
+    _wait_for(self._ports_are_free)
+
+  def _ports_are_free(self):
+    try:
+      for port in self.ports:
+        launcher.check_ports("127.0.0.1", port, 1)
+    except errors.ConfigError:
+      return False
+    return True
 
 
 def _training(code):
