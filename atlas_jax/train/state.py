@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atlas_jax import errors
+from atlas_jax import errors, sharding
 
 _HOST = "pinned_host"
 
@@ -67,7 +67,7 @@ def create(
     )
   if offload.optimizer or offload.reference:
     _check_host_memory(mesh)
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  everywhere = sharding.replicated(mesh)
 
   # Two arrays, not one: a step donates both.
   def zero() -> jax.Array:
@@ -141,5 +141,5 @@ def _name(path: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _placed(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
-  sharding = array.sharding
-  return sharding.with_memory_kind(_HOST) if is_offloaded else sharding
+  place = array.sharding
+  return place.with_memory_kind(_HOST) if is_offloaded else place
