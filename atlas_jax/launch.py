@@ -24,6 +24,7 @@ from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
+from atlas_jax.train import state as train_state
 from conversion import load, peft_adapters, save, verify
 from rollout import sampler, wire
 
@@ -181,6 +182,8 @@ def open_model(
   Raises:
     errors.AtlasError: if the directory or the tokenizer cannot be used.
   """
+  if remat == "offload":
+    train_state.check_host_memory(mesh, where="--config.model.remat=offload")
   directory = load.resolve(path)
   config, _ = load.read_config(directory)
   model = decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)

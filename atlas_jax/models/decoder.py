@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from atlas_jax.models import attention, experts, layers
@@ -20,7 +21,19 @@ from atlas_jax.models import config as model_config
 from atlas_jax.models import rope as rope_lib
 
 Params = Mapping[str, Any]  # Any: nested dicts with arrays as leaves.
-Remat = Literal["none", "block"]
+Remat = Literal["none", "dots", "block", "offload"]
+
+_INPUT = "block_input"
+_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "block": jax.checkpoint_policies.nothing_saveable,
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
 
 
 class View(NamedTuple):
@@ -229,11 +242,17 @@ class Model:
       x_BTD: jax.Array, layer: tuple[Params, jax.Array]
     ) -> tuple[jax.Array, experts.Load | None]:
       block, is_local = layer
+      x_BTD = ad_checkpoint.checkpoint_name(x_BTD, _INPUT)
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
       return module(x_BTD, views(is_local))
 
-    if self._remat == "block":
-      body = jax.checkpoint(body, prevent_cse=False)
+    if self._remat != "none":
+      # Where no loop is left between a block and its copy in the backward
+      # pass, the compiler would find them equal and keep the first one.
+      is_loop = self._unroll < self.config.num_layers
+      body = jax.checkpoint(
+        body, policy=_POLICIES[self._remat], prevent_cse=not is_loop
+      )
     x_BTD, load = jax.lax.scan(
       body,
       self._embed(params, tokens_BT),
@@ -414,15 +433,19 @@ def build(
   Args:
     config: its shape.
     dtype: of activations and matrix products, such as "bfloat16".
-    remat: "block" recomputes each block in the backward pass.
+    remat: what the backward pass computes again. "none" keeps everything,
+      "dots" only the projections, "block" only each block's input. "offload"
+      is "block" with these inputs waiting in the host's memory.
     unroll: layers per scan step; more compiles longer and, on a CPU, runs
       faster.
 
   Returns:
     The model; no parameter is allocated.
   """
-  if remat not in ("none", "block"):
-    raise ValueError(f"Got remat={remat!r}, expected 'none' or 'block'.")
+  if remat not in ("none", *_POLICIES):
+    raise ValueError(
+      f"Got remat={remat!r}, expected one of 'none', {str([*_POLICIES])[1:-1]}."
+    )
   activation = jnp.dtype(dtype)
 
   def decoder() -> Decoder:

@@ -66,7 +66,7 @@ def create(
       fix="Leave it out.",
     )
   if offload.optimizer or offload.reference:
-    _check_host_memory(mesh)
+    check_host_memory(mesh, where="--config.offload")
   everywhere = sharding.replicated(mesh)
 
   # Two arrays, not one: a step donates both.
@@ -98,13 +98,18 @@ def on_device(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
   return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def _check_host_memory(mesh: jax.sharding.Mesh) -> None:
+def check_host_memory(mesh: jax.sharding.Mesh, *, where: str) -> None:
+  """Refuses the setting `where` if the devices cannot reach such memory.
+
+  Raises:
+    errors.ConfigError: see above.
+  """
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
   if _HOST not in kinds:
     raise errors.ConfigError(
       "Nothing can be offloaded here.",
-      where="--config.offload",
+      where=where,
       why=f"The memories of {device} are {', '.join(kinds)}; none is {_HOST}.",
       fix="Leave offload out, or split the state over more devices.",
     )

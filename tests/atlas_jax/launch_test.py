@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, launch, sharding
+from atlas_jax.train import state as train_state
 from tests import tiny
 
 _SHAPE = {"num_hidden_layers": 1}
@@ -155,6 +156,17 @@ def test_a_mesh_that_does_not_divide_is_refused(talker):
   mesh = _mesh(fsdp=1, tensor=8)
   with pytest.raises(errors.ConfigError, match=r"--config\.mesh\.tensor=8"):
     launch.open_model(mesh, path=str(talker[0]), **_MODEL)
+
+
+def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
+  talker, monkeypatch
+):
+  monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
+  with pytest.raises(errors.ConfigError, match="be offloaded here") as caught:
+    launch.open_model(
+      _mesh(), path=str(talker[0]), **{**_MODEL, "remat": "offload"}
+    )
+  assert caught.value.where == "--config.model.remat=offload"
 
 
 def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):

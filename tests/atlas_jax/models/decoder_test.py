@@ -105,7 +105,12 @@ def test_cached_decoding_equals_the_whole_sequence(family):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_remat_and_unroll_change_no_value_or_gradient():
+@pytest.mark.parametrize(
+  "changes",
+  [{"remat": r} for r in ("dots", "block", "offload")]
+  + [{"unroll": 2}, {"unroll": 2, "remat": "block"}],
+)
+def test_remat_and_unroll_change_no_value_or_gradient(changes):
   plain = tiny.build("qwen2")
   params, batch = tiny.params_of(plain), tiny.batch(plain)
   weights = jax.random.normal(jax.random.key(3), (2, 9, 37))
@@ -116,10 +121,42 @@ def test_remat_and_unroll_change_no_value_or_gradient():
     )(params)
 
   expected = jax.tree.leaves(value_and_grad(plain))
-  for changes in ({"remat": "block"}, {"unroll": 2}):
-    got = jax.tree.leaves(value_and_grad(tiny.build("qwen2", **changes)))
-    for a, b in zip(got, expected, strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  got = jax.tree.leaves(value_and_grad(tiny.build("qwen2", **changes)))
+  for a, b in zip(got, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def _traced_gradient(**changes):
+  model = tiny.build("qwen2", num_hidden_layers=6, **changes)
+  batch = tiny.batch(model, num_tokens=64)
+  gradient = jax.grad(lambda p: jnp.sum(model.hidden(p, *batch)))
+  return jax.jit(gradient).trace(model.abstract_params)
+
+
+def test_what_is_computed_again_is_not_kept():
+  none, dots, block, offload = (
+    _traced_gradient(remat=remat).lower().compile().memory_analysis()
+    for remat in ("none", "dots", "block", "offload")
+  )
+  assert dots.temp_size_in_bytes < 0.5 * none.temp_size_in_bytes
+  assert block.temp_size_in_bytes < 0.8 * dots.temp_size_in_bytes
+  # On a CPU both memories are one.
+  assert offload.temp_size_in_bytes <= block.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_offload_puts_the_inputs_of_blocks_into_the_hosts_memory(platform):
+  for remat, is_there in (("offload", True), ("block", False)):
+    traced = _traced_gradient(remat=remat)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("pinned_host" in text) == is_there
+
+
+def test_blocks_outside_of_a_loop_are_kept_from_being_merged():
+  for unroll, is_needed in ((3, False), (6, True)):
+    traced = _traced_gradient(remat="block", unroll=unroll)
+    text = traced.lower().as_text()
+    assert ("optimization_barrier" in text) == is_needed
 
 
 def test_unknown_remat_is_refused():
