@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training state on disk: saved by orbax, held to its digests by us.
+"""Which steps of a run are on disk, and which of them it goes on from.
 
-Orbax restores a flipped bit without a word. So every step directory gets a
-manifest of digests, written last, and a step without one, or that does not
-match it, is not restored.
+A step is written to `N.tmp` while training goes on, sealed with its digests,
+and then given its name, `N`. What has another name is never restored.
 """
 
 from collections.abc import Mapping
-import hashlib
-import json
+from concurrent import futures
 import math
-import os
 import pathlib
 import shutil
-from typing import Any, Literal, TypeVar
+import time
+from typing import Any, Literal, Self, TypeVar
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
-from atlas_jax import errors
+from atlas_jax import errors, snapshot
 
 Mode = Literal["min", "max"]
+HostState = Mapping[str, Any]  # Any: JSON.
 _State = TypeVar("_State")
-STATE = "state"  # Where orbax writes, inside a step.
-_ABOUT = "about.json"
-_MANIFEST = "manifest.json"
-_MAX_LISTED = 4
+_MAX_REASON = 300  # TensorStore tells pages.
+_NONE = -1
 
 
 class Checkpointer:
@@ -34,14 +33,17 @@ class Checkpointer:
 
   `identity` says what the run depends on, such as a fingerprint of the data: a
   checkpoint made under another is refused.
+
+  A context manager: its end waits for the save that is under way.
   """
 
   def __init__(
     self,
     directory: pathlib.Path,
     *,
-    identity: dict[str, str],
+    identity: Mapping[str, str],
     keep: int,
+    max_failed: int,
     best_metric: str,
     best_mode: Mode,
     load_best: bool,
@@ -52,61 +54,109 @@ class Checkpointer:
       directory: holds one folder per step.
       identity: names and digests of what the run depends on.
       keep: how many of the newest steps stay on disk.
+      max_failed: saves in a row that may fail before the run ends.
       best_metric: the step at which it was best stays too; empty for none.
       best_mode: whether the least or the greatest is the best.
       load_best: whether a run ends with that step, not with its last.
 
     Raises:
-      errors.ConfigError: if none is to be kept, or the best is not defined.
+      errors.ConfigError: if none is to be kept, the best is not defined, or
+        the directory cannot be written.
     """
-    if keep < 1:
-      raise errors.ConfigError(
-        f"{keep} checkpoints are to be kept.",
-        where="--config.checkpoint.keep",
-        why="Without one, a run that is stopped starts anew.",
-        fix="Keep at least 1; with 2 a damaged one has another before it.",
-      )
-    if best_mode not in ("min", "max") or (load_best and not best_metric):
-      raise errors.ConfigError(
-        "It is not told which checkpoint is the best.",
-        where="--config.checkpoint",
-        why=f"best_metric={best_metric!r}, best_mode={best_mode!r}, "
-        f"load_best={load_best}.",
-        fix="Name a metric, such as eval/loss, and a mode, min or max.",
-      )
+    _check_settings(keep, best_metric, best_mode, load_best)
     self._directory = directory.absolute()
-    self._directory.mkdir(parents=True, exist_ok=True)
     self._identity = identity
-    self._keep = keep
+    self._keep, self._max_failed = keep, max_failed
     self._best_metric = best_metric
     self._sign = 1 if best_mode == "max" else -1
     self._load_best = load_best
     self._orbax = ocp.StandardCheckpointer()
-    for partial in self._directory.glob("*.tmp"):
-      shutil.rmtree(partial)
+    self._executor = futures.ThreadPoolExecutor(1, "save")
+    self._saving: tuple[int, futures.Future[None]] | None = None
+    self._num_failed = 0
+    if _is_primary():
+      _prepare(self._directory)
+    # Of every step that was saved or is being saved; more is better.
+    self._scores: dict[int, float] = {}
+    for step in self.steps():
+      about = snapshot.read(self._path(step))
+      if about is not None:
+        self._score(step, about["metrics"])
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    if kind is None:
+      self.wait()
+    elif self._saving is not None:
+      # What ended the run is told; this would hide it.
+      step, future = self._saving
+      if future.exception() is not None:
+        logging.error("Step %d could not be saved either.", step)
+    self._executor.shutdown()
 
   def save(
     self,
     step: int,
     state: Any,  # Any: a pytree of arrays.
     metrics: Mapping[str, float | jax.Array],
+    host_state: HostState,
   ) -> None:
-    """Saves a step: written aside, digested, then given its name.
+    """Begins to save a step, and waits for the one before it.
+
+    The arrays are copied before it returns, so the caller may donate them. If
+    the save fails that is told, the run goes on, and the next one tries again.
 
     Args:
       step: its number.
       state: what `restore_latest` will give back.
       metrics: of an evaluation at this step, if there was one.
+      host_state: what else it will give back.
+
+    Raises:
+      errors.CheckpointError: if `max_failed` saves in a row have failed.
     """
-    final = self._directory / str(step)
-    partial = self._directory / f"{step}.tmp"
-    write(partial, state, identity=self._identity, metrics=metrics)
-    partial.rename(final)
-    kept = {self.best_step(), *self.steps()[-self._keep :]}
-    for old in self.steps():
-      if old not in kept:
-        shutil.rmtree(self._directory / str(old))
-    logging.info("Saved step %d to %s.", step, final)
+    self._settle()
+    about = snapshot.describe(state, identity=self._identity, metrics=metrics)
+    partial = self._partial(step)
+    try:
+      if _is_primary():
+        partial.mkdir(parents=True)
+      self._orbax.save(partial / snapshot.STATE, state)
+    except (OSError, ValueError) as error:
+      self._fail(step, error)
+      return
+    self._score(step, about["metrics"])
+    self._saving = (
+      step,
+      self._executor.submit(self._finish, step, about, host_state),
+    )
+
+  def poll(self) -> None:
+    """Tells, without waiting, if the save under way has failed.
+
+    Raises:
+      errors.CheckpointError: as `save`.
+    """
+    if self._saving is not None and self._saving[1].done():
+      self._settle()
+
+  def wait(self) -> None:
+    """Waits for the save under way.
+
+    Raises:
+      errors.CheckpointError: if the last save has failed.
+    """
+    self._settle()
+    if self._num_failed:
+      raise errors.CheckpointError(
+        "The last save of this run failed.",
+        where=str(self._directory),
+        why="See the error above. The newest step on disk is "
+        f"{max(self.steps(), default='none')}.",
+        fix="Make room or mend the disk, then run the same command again.",
+      )
 
   def is_best(self, metrics: Mapping[str, float | jax.Array]) -> bool:
     """Tells whether an evaluation is better than that of any saved step.
@@ -124,64 +174,58 @@ class Checkpointer:
         fix="Name one of these, or none to keep the newest steps alone.",
       )
     value = float(metrics[self._best_metric])
-    best = max(self._evaluations().values(), default=-math.inf)
+    best = max(self._scores.values(), default=-math.inf)
     return math.isfinite(value) and self._sign * value > best
 
   def best_step(self) -> int | None:
     """The step on disk whose evaluation was the best; None if none had one."""
-    evaluations = self._evaluations()
-    return max(evaluations, key=evaluations.__getitem__, default=None)
-
-  def _evaluations(self) -> dict[int, float]:
-    """What each step on disk is judged by, so that more is better."""
-    found = {}
-    for step in self.steps():
-      about = _read_json(self._directory / str(step) / _ABOUT)
-      if about and self._best_metric in about["metrics"]:
-        found[step] = self._sign * about["metrics"][self._best_metric]
-    return found
+    scores = {s: self._scores[s] for s in self.steps() if s in self._scores}
+    return max(scores, key=scores.__getitem__, default=None)
 
   def steps(self) -> list[int]:
     """Steps on disk, oldest first."""
-    names = (path.name for path in self._directory.iterdir())
+    names = (path.name for path in self._directory.glob("*"))
     return sorted(int(name) for name in names if name.isdecimal())
 
-  def restore_latest(self, state: _State) -> _State:
+  def restore_latest(self, state: _State) -> tuple[_State, HostState]:
     """Restores the newest sound step into the shape of `state`.
 
     A damaged step is put aside, with a warning, for the one before it; so it
     neither counts as kept nor is in the way when its step is saved again.
 
     Args:
-      state: a pytree with the shapes, dtypes and shardings wanted. Returned as
-        it is if nothing was saved yet.
+      state: a pytree with the shapes, dtypes and shardings wanted.
+
+    Returns:
+      The state, and the host's; `state` as it is and an empty one if nothing
+      was saved yet.
 
     Raises:
       errors.CheckpointError: if there are steps but none is sound, or the
         newest was made by a run of another identity or shape.
     """
     steps = self.steps()
-    damaged = []
-    for step in reversed(steps):
-      path = self._directory / str(step)
-      about = _about_if_sound(path)
-      if about is not None:
-        self._check_identity(about["identity"], path)
-        _check_arrays(about["arrays"], _arrays(state), path)
-        restored = self._restore(path, state)
-        for other in damaged:
-          _put_aside(other)
-        return restored
-      logging.warning("Checkpoint %s is damaged; passed over.", path)
-      damaged.append(path)
-    if steps:
+    if not steps:
+      return state, {}
+    step = self._newest_sound(steps)
+    about = None if step is None else snapshot.read(self._path(step))
+    if step is None or about is None:
       raise errors.CheckpointError(
         "No checkpoint of this run is sound.",
         where=str(self._directory),
         why=f"Steps {steps} do not match the digests written with them.",
         fix="Restore the folder from a copy, or remove it to start anew.",
       )
-    return state
+    path = self._path(step)
+    self._check_identity(about["identity"], path)
+    _check_arrays(about["arrays"], snapshot.arrays(state), path)
+    restored = self._restore(path, state)
+    if _is_primary():
+      for damaged in steps[steps.index(step) + 1 :]:
+        self._scores.pop(damaged, None)
+        _put_aside(self._path(damaged))
+    _tell_resumed(step, about, snapshot.environment(state))
+    return restored, snapshot.read_host_state(path)
 
   def restore_final(self, state: _State) -> _State:
     """Gives the state to end with: the best if `load_best`, else `state`.
@@ -192,8 +236,8 @@ class Checkpointer:
     if not self._load_best:
       return state
     step = self.best_step()
-    path = self._directory / str(step)
-    if step is None or _about_if_sound(path) is None:
+    path = self._path(step or 0)
+    if step is None or snapshot.read_if_sound(path) is None:
       raise errors.CheckpointError(
         "The best checkpoint cannot be loaded.",
         where=str(self._directory),
@@ -204,117 +248,176 @@ class Checkpointer:
       )
     return self._restore(path, state)
 
+  def _path(self, step: int) -> pathlib.Path:
+    return self._directory / str(step)
+
+  def _partial(self, step: int) -> pathlib.Path:
+    return self._directory / f"{step}.tmp"
+
+  def _score(self, step: int, metrics: Mapping[str, float]) -> None:
+    if self._best_metric in metrics:
+      self._scores[step] = self._sign * metrics[self._best_metric]
+
+  def _finish(
+    self,
+    step: int,
+    about: Mapping[str, Any],  # Any: JSON.
+    host_state: HostState,
+  ) -> None:
+    """Waits for orbax, seals the step and names it; runs in a thread."""
+    self._orbax.wait_until_finished()
+    if not _is_primary():
+      return
+    snapshot.seal(self._partial(step), about, host_state)
+    self._partial(step).rename(self._path(step))
+    logging.info("Saved step %d to %s.", step, self._path(step))
+    kept = {self.best_step(), *self.steps()[-self._keep :]}
+    for old in self.steps():
+      if old not in kept:
+        # A kill half way leaves no step that lacks files.
+        self._path(old).rename(self._partial(old))
+        shutil.rmtree(self._partial(old))
+
+  def _settle(self) -> None:
+    """Waits for the save under way, and counts it if it failed."""
+    if self._saving is None:
+      return
+    (step, future), self._saving = self._saving, None
+    error = future.exception()
+    if error is None:
+      self._num_failed = 0
+    else:
+      self._fail(step, error)
+
+  def _fail(self, step: int, error: BaseException) -> None:
+    """Makes room, tells what happened, and gives up after too many."""
+    self._num_failed += 1
+    self._scores.pop(step, None)
+    partial = self._partial(step)
+    needed = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+    free = shutil.disk_usage(_existing(partial)).free
+    shutil.rmtree(partial, ignore_errors=True)
+    reason = str(error).partition("\n")[0][:_MAX_REASON]
+    newest = max(self.steps(), default="none")
+    logging.error(
+      "STEP %d WAS NOT SAVED, the %d. failure in a row (%d end the run): %s. "
+      "%.2f GB of it had been written, and %.2f GB were free then. The newest "
+      "step on disk is %s. Training goes on; the next save tries again.",
+      *(step, self._num_failed, self._max_failed, reason),
+      *(needed / 1e9, free / 1e9, newest),
+    )
+    if self._num_failed >= self._max_failed:
+      raise errors.CheckpointError(
+        f"{self._num_failed} saves in a row failed.",
+        where=str(self._directory),
+        why=f"{type(error).__name__}: {reason}. The newest step on disk is "
+        f"{newest}.",
+        fix="Make room or mend the disk, then run the same command again; "
+        "--config.checkpoint.keep tells how many steps stay.",
+      ) from error
+
+  def _newest_sound(self, steps: list[int]) -> int | None:
+    """Finds where to go on; one process reads, and tells the others."""
+    found = _NONE
+    for step in reversed(steps) if _is_primary() else ():
+      if snapshot.read_if_sound(self._path(step)) is not None:
+        found = step
+        break
+      logging.warning(
+        "Checkpoint %s is damaged; passed over.", self._path(step)
+      )
+    if jax.process_count() > 1:
+      found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return None if found == _NONE else found
+
   def _restore(self, path: pathlib.Path, state: _State) -> _State:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
-    restored = self._orbax.restore(path / STATE, abstract)
-    logging.info("Restored %s.", path)
-    return restored
+    return self._orbax.restore(path / snapshot.STATE, abstract)
 
-  def _check_identity(self, saved: dict[str, str], path: pathlib.Path) -> None:
-    changed = _changes(saved, self._identity)
+  def _check_identity(
+    self, saved: Mapping[str, str], path: pathlib.Path
+  ) -> None:
+    changed = snapshot.changes(saved, self._identity)
     if changed:
       raise errors.CheckpointError(
         f"A checkpoint was made with another {' and '.join(changed)}.",
         where=str(path),
-        why="; ".join(changed.values()),
+        why=snapshot.table(changed),
         fix="Restore what changed, or choose another --workdir.",
       )
 
 
-def write(
-  directory: pathlib.Path,
-  state: Any,  # Any: a pytree of arrays.
-  *,
-  identity: Mapping[str, str],
-  metrics: Mapping[str, float | jax.Array],
+def _check_settings(
+  keep: int, best_metric: str, best_mode: Mode, load_best: bool
 ) -> None:
-  """Writes a step and, last, the digests of all that `directory` holds.
-
-  Args:
-    directory: not yet under its final name, since a write may be interrupted.
-    state: the arrays.
-    identity: see `Checkpointer`.
-    metrics: of an evaluation at this step, if there was one.
-  """
-  with ocp.StandardCheckpointer() as orbax:
-    orbax.save(directory / STATE, state)
-  about = {
-    "identity": dict(identity),
-    "arrays": _arrays(state),
-    "metrics": {k: float(v) for k, v in metrics.items() if math.isfinite(v)},
-  }
-  _write_json(directory / _ABOUT, about)
-  _write_json(directory / _MANIFEST, _digests(directory))
-
-
-def check(path: pathlib.Path) -> None:
-  """Refuses a step of which a file is missing, or has changed.
-
-  Raises:
-    errors.CheckpointError: naming it.
-  """
-  if _about_if_sound(path) is None:
-    raise errors.CheckpointError(
-      "A checkpoint is damaged.",
-      where=str(path),
-      why="Its files do not match the digests written with them.",
-      fix="Take another step, or restore the folder from a copy.",
+  if keep < 1:
+    raise errors.ConfigError(
+      f"{keep} checkpoints are to be kept.",
+      where="--config.checkpoint.keep",
+      why="Without one, a run that is stopped starts anew.",
+      fix="Keep at least 1; with 2 a damaged one has another before it.",
+    )
+  if best_mode not in ("min", "max") or (load_best and not best_metric):
+    raise errors.ConfigError(
+      "It is not told which checkpoint is the best.",
+      where="--config.checkpoint",
+      why=f"best_metric={best_metric!r}, best_mode={best_mode!r}, "
+      f"load_best={load_best}.",
+      fix="Name a metric, such as eval/loss, and a mode, min or max.",
     )
 
 
+def _prepare(directory: pathlib.Path) -> None:
+  """Removes what killed saves left, and refuses what cannot be written."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / "probe.tmp"
+    probe.mkdir(exist_ok=True)
+    for partial in directory.glob("*.tmp"):
+      if partial != probe:
+        logging.info("Removing %s, which a killed save left.", partial)
+      shutil.rmtree(partial)
+  except OSError as error:
+    raise errors.ConfigError(
+      "Checkpoints cannot be written.",
+      where=str(directory),
+      why=str(error),
+      fix="Choose a --workdir that you may write to.",
+    ) from error
+
+
 def _check_arrays(
-  saved: dict[str, str], wanted: dict[str, str], path: pathlib.Path
+  saved: Mapping[str, str], wanted: Mapping[str, str], path: pathlib.Path
 ) -> None:
   """Compares shapes here: orbax would cast, and leave out what is None."""
-  changed = _changes(saved, wanted)
+  changed = snapshot.changes(saved, wanted)
   if changed:
-    listed = list(changed.values())[:_MAX_LISTED]
     raise errors.CheckpointError(
       "A checkpoint does not fit this model and optimizer.",
       where=str(path),
-      why=f"{len(changed)} arrays differ: {'; '.join(listed)}"
-      + (", and so on." if len(listed) < len(changed) else "."),
+      why=f"{len(changed)} arrays differ:{snapshot.table(changed)}",
       fix="Run with the config it was made with (the workdir keeps earlier "
       "ones, as config.*.json), or choose another --workdir.",
     )
 
 
-def _changes(saved: dict[str, str], wanted: dict[str, str]) -> dict[str, str]:
-  """Tells for each name that differs what was and what is."""
-  return {
-    name: f"{name}: {saved.get(name)} then, {wanted.get(name)} now"
-    for name in sorted(saved.keys() | wanted.keys())
-    if saved.get(name) != wanted.get(name)
-  }
-
-
-def _arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
-  """Names every array of a state, with its type and shape."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{leaf.dtype}{list(leaf.shape)}"
+def _tell_resumed(
+  step: int,
+  about: Mapping[str, Any],  # Any: JSON.
+  environment: Mapping[str, str],
+) -> None:
+  minutes = (time.time() - about["saved_at"]) / 60
+  logging.info("Resuming from step %d, saved %.0f minutes ago.", step, minutes)
+  changed = snapshot.changes(about["environment"], environment)
+  if changed:
+    logging.warning(
+      "This is not where the checkpoint was made, so results may differ in "
+      "their last bits:%s",
+      snapshot.table(changed),
     )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-  }
-
-
-def _about_if_sound(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads what a step holds, unless a file differs from the manifest."""
-  manifest = _read_json(path / _MANIFEST)
-  if manifest is None or manifest != _digests(path):
-    return None
-  return _read_json(path / _ABOUT)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads a file; None if it is not there, or torn."""
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError):
-    return None
 
 
 def _put_aside(path: pathlib.Path) -> None:
@@ -324,19 +427,10 @@ def _put_aside(path: pathlib.Path) -> None:
   path.rename(aside)
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:  # Any: JSON.
-  with path.open("w", encoding="utf-8") as file:
-    json.dump(value, file)
-    file.flush()
-    os.fsync(file.fileno())
+def _existing(path: pathlib.Path) -> pathlib.Path:
+  return next(p for p in (path, *path.parents) if p.exists())
 
 
-def _digests(directory: pathlib.Path) -> dict[str, str]:
-  """SHA-256 of every file, by its path inside the directory."""
-  digests = {}
-  for path in sorted(directory.rglob("*")):
-    if path.is_file() and path.name != _MANIFEST:
-      with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      digests[path.relative_to(directory).as_posix()] = digest
-  return digests
+def _is_primary() -> bool:
+  """Files are the business of one process, arrays that of all."""
+  return jax.process_index() == 0

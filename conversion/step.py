@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from atlas_jax import checkpoint, errors
+from atlas_jax import errors, snapshot
 from atlas_jax.models import decoder
 from conversion import rules
 
@@ -23,7 +23,7 @@ def find(directory: pathlib.Path) -> pathlib.Path | None:
 
   It may be a step, a folder of them or a workdir; then the newest step counts.
   """
-  if (directory / checkpoint.STATE).is_dir():
+  if (directory / snapshot.STATE).is_dir():
     return directory
   for folder in (directory / "checkpoints", directory):
     if folder.is_dir():
@@ -42,10 +42,10 @@ def headers(step: pathlib.Path) -> dict[str, Any]:  # Any: no public type.
   Raises:
     errors.CheckpointError: if there is no such list.
   """
-  if not (step / checkpoint.STATE).is_dir():
-    raise _unreadable(step, f"It has no folder {checkpoint.STATE}")
+  if not (step / snapshot.STATE).is_dir():
+    raise _unreadable(step, f"It has no folder {snapshot.STATE}")
   try:
-    found = ocp.PyTreeCheckpointer().metadata(step / checkpoint.STATE)
+    found = ocp.PyTreeCheckpointer().metadata(step / snapshot.STATE)
   except (OSError, ValueError) as error:
     raise _unreadable(step, str(error).partition("\n")[0]) from error
   if found.item_metadata is None:
@@ -132,7 +132,7 @@ def _restore(
     partial_restore=True,
   )
   restored = ocp.PyTreeCheckpointer().restore(
-    step / checkpoint.STATE, args=arguments
+    step / snapshot.STATE, args=arguments
   )
   return restored[_PARAMS]
 
@@ -142,9 +142,8 @@ def write(
 ) -> None:
   """Writes parameters, with the config of the model that they are of."""
   shutil.copyfile(source / _CONFIG, partial / _CONFIG)
-  checkpoint.write(
+  snapshot.write(
     partial,
     {_PARAMS: params},
     identity={"converted from": str(source)},
-    metrics={},
   )

@@ -7,7 +7,7 @@ import math
 import pathlib
 from typing import Literal
 
-from atlas_jax import checkpoint, errors
+from atlas_jax import errors, snapshot
 from atlas_jax.models import decoder
 from conversion import load, rules, save, shards, target, verify, weights
 from conversion import step as orbax_step
@@ -53,7 +53,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
     )
   source = load.resolve(options.source)
   model = _build(source)
-  checkpoint.check(step)
+  snapshot.check(step)
   stored = weights.of_step(step, model)
   dtype = options.dtype or weights.dtype_of(stored, step)
   num_bytes = save.num_bytes(model, dtype)
@@ -181,7 +181,7 @@ def _weights(
   step = orbax_step.find(path)
   if step is None:
     return weights.of_directory(path)
-  checkpoint.check(step)
+  snapshot.check(step)
   return weights.of_step(step, model)
 
 

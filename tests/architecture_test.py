@@ -24,13 +24,15 @@ _MAY_IMPORT = {
   "atlas_jax.errors": set(),
   "atlas_jax.chat": {"atlas_jax.types", "atlas_jax.errors"},
   **{f"atlas_jax.{sibling}": _BASE for sibling in _SIBLINGS},
+  "atlas_jax.snapshot": {"atlas_jax.errors"},
+  "atlas_jax.checkpoint": _BASE | {"atlas_jax.snapshot"},
   "atlas_jax.evaluation": _JUDGED,
   "atlas_jax.prompt_search": _JUDGED | {"atlas_jax.evaluation"},
   "atlas_jax.train": _JUDGED
   | {f"atlas_jax.{sibling}" for sibling in _SIBLINGS}
   | {"atlas_jax.evaluation"},
   "atlas_jax.agents": _JUDGED,
-  "conversion": _WEIGHTS | {"atlas_jax.checkpoint"},
+  "conversion": _WEIGHTS | {"atlas_jax.snapshot"},
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
 }

@@ -32,6 +32,8 @@ class Task:
     on_save: called after each checkpoint, with how many are done.
     row_ids: names the data of the step that `do_step` does.
     clock: splits the time of a step; `do_step` may tell it phases.
+    get_host_state: gives what else a resumed run must have, as JSON.
+    set_host_state: takes that, before the first step.
   """
 
   do_step: Callable[
@@ -41,6 +43,8 @@ class Task:
   on_save: Callable[[train_state.TrainState, int], None]
   row_ids: nonfinite.RowIds
   clock: train_clock.Clock
+  get_host_state: Callable[[], checkpoint.HostState] = dict
+  set_host_state: Callable[[checkpoint.HostState], None] = lambda _: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +103,15 @@ def run(
     errors.PreemptedError: after a save, if `should_stop` said so.
     errors.DivergedError: if too many updates in a row were not finite.
   """
-  state = checkpointer.restore_latest(state)
+  state, host_state = checkpointer.restore_latest(state)
+  task.set_host_state(host_state)
   start, end = int(state.step), settings.num_steps
   writer.begin(step=start, num_steps=end)
   watch = nonfinite.Watch(task.row_ids, workdir, settings.max_nonfinite)
   window: list[Metrics] = []
   clock = task.clock
   clock.take()  # What came before the first step is no part of it.
-  with contextlib.closing(writer):
+  with contextlib.closing(writer), checkpointer:
     for step in range(start + 1, end + 1):
       state, metrics = task.do_step(state, step - 1)
       state = state._replace(step=state.step + 1)
@@ -126,11 +131,16 @@ def run(
       stopping = should_stop() and step < end
       is_best = checkpointer.is_best(evaluated)
       if stopping or is_best or _is_due(step, settings.save_every, end):
+        if window:  # A resumed run does not know it any more.
+          writer.write(step, _summarize(window, clock))
+          window = []
         with clock.phase("save"):
           watch.settle()
-          checkpointer.save(step, state, evaluated)
+          checkpointer.save(step, state, evaluated, task.get_host_state())
           task.on_save(state, step)
+      checkpointer.poll()
       if stopping:
+        checkpointer.wait()
         raise _preempted(step, end, workdir)
   return checkpointer.restore_final(state)
 

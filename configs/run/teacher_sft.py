@@ -48,7 +48,11 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     to="none", project="atlas_jax", group="", name=""
   )
   config.checkpoint = dict(  # checkpoint.Checkpointer
-    keep=3, best_metric="eval/loss", best_mode="min", load_best=False
+    keep=3,
+    max_failed=3,
+    best_metric="eval/loss",
+    best_mode="min",
+    load_best=False,
   )
   config.export = dict(  # launch.export
     enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9

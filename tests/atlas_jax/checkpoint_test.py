@@ -2,6 +2,7 @@
 """A checkpoint is whole and unaltered, or it is not restored."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import checkpoint, errors
+from atlas_jax import checkpoint, errors, snapshot
 
 _IDENTITY = {"data": "abc"}
 
@@ -30,6 +31,7 @@ def _open(tmp_path, **changes):
   arguments = {
     "identity": _IDENTITY,
     "keep": 3,
+    "max_failed": 2,
     "best_metric": "",
     "best_mode": "min",
     "load_best": False,
@@ -38,15 +40,22 @@ def _open(tmp_path, **changes):
   return checkpoint.Checkpointer(tmp_path / "checkpoints", **arguments)
 
 
+def _save(checkpointer, step, metrics=None):
+  checkpointer.save(step, _state(step), metrics or {}, {"at": step})
+  checkpointer.wait()
+
+
 def _saved(tmp_path, *steps):
   checkpointer = _open(tmp_path)
   for step in steps:
-    checkpointer.save(step, _state(step), {})
+    _save(checkpointer, step)
   return tmp_path / "checkpoints"
 
 
 def _restored_step(tmp_path):
-  return int(_open(tmp_path).restore_latest(_state(0))["step"])
+  state, host_state = _open(tmp_path).restore_latest(_state(0))
+  assert host_state == {"at": int(state["step"])}
+  return int(state["step"])
 
 
 def _files(directory):
@@ -57,16 +66,19 @@ def test_restores_what_was_saved_with_its_sharding(tmp_path):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   weights = jax.device_put(jnp.arange(16, dtype=jnp.bfloat16), rows)
-  _open(tmp_path).save(7, {"w": weights}, {})
+  with _open(tmp_path) as checkpointer:
+    checkpointer.save(7, {"w": weights}, {}, {})
   empty = {"w": jnp.zeros_like(weights, device=rows)}
-  found = _open(tmp_path).restore_latest(empty)["w"]
+  found = _open(tmp_path).restore_latest(empty)[0]["w"]
   np.testing.assert_array_equal(found, weights)
   assert (found.dtype, found.sharding) == (weights.dtype, rows)
 
 
 def test_without_a_checkpoint_the_state_is_given_back(tmp_path):
   state = _state(5)
-  assert _open(tmp_path).restore_latest(state) is state
+  found, host_state = _open(tmp_path).restore_latest(state)
+  assert found is state
+  assert host_state == {}
 
 
 def _flip_bit(path):
@@ -93,7 +105,9 @@ def test_any_damaged_file_sends_it_to_the_step_before(
     for path in _files(pristine / "2")
     if path.stat().st_size
   ]
-  assert {"manifest.json", "about.json"} <= {str(name) for name in names}
+  assert {"manifest.json", "host_state.json", "about.json"} <= {
+    str(name) for name in names
+  }
   # The manifest is in all of them; of the rest, one of each kind will do.
   for name in [*names[:4], names[-1]]:
     directory = tmp_path / "checkpoints"
@@ -112,7 +126,7 @@ def test_a_damaged_step_is_replaced_when_it_is_reached_again(tmp_path):
   checkpointer.restore_latest(_state(0))
   assert checkpointer.steps() == [1]
   assert (directory / "2.damaged").exists()
-  checkpointer.save(2, _state(2), {})
+  _save(checkpointer, 2)
   assert checkpointer.steps() == [2]
   assert _restored_step(tmp_path) == 2
 
@@ -132,7 +146,10 @@ def test_another_identity_is_refused_with_both_values(tmp_path):
   with pytest.raises(errors.CheckpointError) as caught:
     _open(tmp_path, identity={"data": "xyz"}).restore_latest(_state(0))
   assert "another data" in caught.value.what
-  assert "abc then, xyz now" in caught.value.why
+  assert caught.value.why.split() == [
+    *("then", "now"),
+    *("data", "abc", "xyz"),
+  ]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +172,7 @@ def test_a_state_of_another_shape_is_refused(tmp_path, other):
 def test_only_the_newest_are_kept(tmp_path):
   checkpointer = _open(tmp_path, keep=2)
   for step in (1, 2, 9, 10):
-    checkpointer.save(step, _state(step), {})
+    _save(checkpointer, step)
   assert checkpointer.steps() == [9, 10]
 
 
@@ -166,7 +183,7 @@ def _saved_by_loss(tmp_path, losses, **changes):
   )
   for step, loss in enumerate(losses, start=1):
     metrics = {} if loss is None else {"loss": loss, "more": 0.0}
-    checkpointer.save(step, _state(step), metrics)
+    _save(checkpointer, step, metrics)
   return checkpointer
 
 
@@ -191,16 +208,16 @@ def test_the_best_is_known_after_a_restart(tmp_path):
   assert again.best_step() == 2
   found = [again.is_best({"loss": x}) for x in (1.5, 1.0, 0.9, float("nan"))]
   assert found == [False, False, True, False]
-  again.save(4, _state(4), {"loss": 1.5})
+  _save(again, 4, {"loss": 1.5})
   assert again.steps() == [2, 4]
-  again.save(5, _state(5), {"loss": 0.5})
+  _save(again, 5, {"loss": 0.5})
   assert again.steps() == [5]
 
 
 def test_nothing_is_the_best_of_a_metric_that_is_not_named(tmp_path):
   checkpointer = _open(tmp_path)
   assert not checkpointer.is_best({"loss": 1.0})
-  checkpointer.save(1, _state(1), {"loss": 1.0})
+  _save(checkpointer, 1, {"loss": 1.0})
   assert checkpointer.best_step() is None
 
 
@@ -239,6 +256,134 @@ def test_keeping_none_is_refused(tmp_path):
     _open(tmp_path, keep=0)
 
 
+def test_what_is_saved_may_be_donated_while_it_is_written(tmp_path):
+  update = jax.jit(lambda x: x + 1, donate_argnums=0)
+  state = jnp.zeros(1_000_000)
+  with _open(tmp_path) as checkpointer:
+    for step in (1, 2):
+      state = update(state)
+      checkpointer.save(step, {"w": state}, {}, {})
+      for _ in range(20):
+        state = update(state)
+  empty = {"w": jnp.ones(1_000_000)}
+  restored = _open(tmp_path).restore_latest(empty)[0]["w"]
+  assert set(np.asarray(restored)) == {22.0}
+
+
+def _fails(monkeypatch, *, times):
+  """Lets the disk be full for as many saves."""
+  left = [True] * times
+  seal = snapshot.seal
+
+  def full(*args):
+    if left:
+      left.pop()
+      raise OSError(28, "No space left on device")
+    seal(*args)
+
+  monkeypatch.setattr(snapshot, "seal", full)
+
+
+def test_a_failed_save_is_told_and_the_next_one_tries_again(
+  tmp_path, monkeypatch
+):
+  told = []
+  monkeypatch.setattr(logging, "error", lambda *args: told.append(args))
+  checkpointer = _open(tmp_path)
+  _save(checkpointer, 1)
+  _fails(monkeypatch, times=1)
+  checkpointer.save(2, _state(2), {}, {})
+  checkpointer._saving[1].exception()  # Waits, and takes no notice.
+  assert told == []
+  checkpointer.poll()
+  assert "No space left" in told[0][0] % told[0][1:]
+  assert checkpointer.steps() == [1]
+  _save(checkpointer, 3)
+  assert checkpointer.steps() == [1, 3]
+  assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path, monkeypatch):
+  checkpointer = _open(tmp_path, max_failed=2)
+  _save(checkpointer, 1)
+  _fails(monkeypatch, times=2)
+  checkpointer.save(2, _state(2), {}, {})
+  checkpointer.save(3, _state(3), {}, {})
+  with pytest.raises(
+    errors.CheckpointError, match="2 saves in a row"
+  ) as caught:
+    checkpointer.save(4, _state(4), {}, {})
+  assert caught.value.exit_code == 5
+  assert _restored_step(tmp_path) == 1
+
+
+def test_a_last_save_that_fails_is_no_good_end(tmp_path, monkeypatch):
+  _fails(monkeypatch, times=2)
+
+  def run(error=None):
+    with _open(tmp_path) as checkpointer:
+      checkpointer.save(1, _state(1), {}, {})
+      if error is not None:
+        raise error
+
+  with pytest.raises(errors.CheckpointError, match="last save"):
+    run()
+  # Where the run has ended by itself, that is what is told.
+  with pytest.raises(ZeroDivisionError):
+    run(ZeroDivisionError())
+
+
+def test_a_failed_save_is_not_the_best(tmp_path, monkeypatch):
+  checkpointer = _saved_by_loss(tmp_path, [2.0], max_failed=9)
+  _fails(monkeypatch, times=1)
+  checkpointer.save(2, _state(2), {"loss": 1.0}, {})
+  assert not checkpointer.is_best({"loss": 1.5})
+  checkpointer._settle()
+  assert checkpointer.is_best({"loss": 1.5})
+  assert checkpointer.best_step() == 1
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+  checkpointer = _open(tmp_path)
+  _save(checkpointer, 1)
+  shutil.rmtree(tmp_path / "checkpoints")
+  _save(checkpointer, 2)
+  assert checkpointer.steps() == [2]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(errors.ConfigError, match="cannot be written"):
+    _open(tmp_path)
+
+
+def test_another_place_is_told_and_taken(tmp_path, monkeypatch):
+  warnings = []
+  monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  spread = jax.device_put(jnp.arange(16.0), rows)
+  with _open(tmp_path) as checkpointer:
+    checkpointer.save(1, {"w": spread}, {}, {})
+  (about,) = (tmp_path / "checkpoints").glob("*/about.json")
+  assert json.loads(about.read_text())["environment"]["mesh"] == "x=8"
+  _open(tmp_path).restore_latest({"w": spread})
+  assert warnings == []
+  here = jnp.zeros(16)
+  found = _open(tmp_path).restore_latest({"w": here})[0]["w"]
+  np.testing.assert_array_equal(found, np.arange(16.0))
+  assert found.sharding == here.sharding
+  assert "x=8" in warnings[0][0] % warnings[0][1:]
+
+
+def test_another_format_is_refused(tmp_path):
+  directory = _saved(tmp_path, 1)
+  about = directory / "1/about.json"
+  about.write_text(about.read_text().replace('"format": 2', '"format": 1'))
+  with pytest.raises(errors.CheckpointError, match="another release"):
+    _open(tmp_path)
+
+
 def test_what_a_killed_save_left_behind_is_removed(tmp_path):
   directory = _saved(tmp_path, 1)
   (directory / "2.tmp/state").mkdir(parents=True)
@@ -256,14 +401,17 @@ saver = checkpoint.Checkpointer(
   pathlib.Path(sys.argv[1]),
   identity={"data": "abc"},
   keep=3,
+  max_failed=2,
   best_metric="",
   best_mode="min",
   load_best=False,
 )
-step = int(saver.restore_latest({"w": jnp.zeros(300_000)})["w"][0])
+state, _ = saver.restore_latest({"w": jnp.zeros(300_000)})
+step = int(state["w"][0])
 while True:
   step += 1
-  saver.save(step, {"w": jnp.full(300_000, float(step))}, {})
+  saver.save(step, {"w": jnp.full(300_000, float(step))}, {}, {})
+  saver.wait()
   print(step, flush=True)
 """
 
@@ -283,7 +431,8 @@ def test_a_save_killed_at_any_moment_loses_at_most_itself(tmp_path, delay_s):
   child.send_signal(signal.SIGKILL)
   more = child.communicate(timeout=30)[0].split()
   done = int(more[-1]) if more else done
-  restored = _open(tmp_path).restore_latest({"w": jnp.zeros(300_000)})["w"]
+  wanted = {"w": jnp.zeros(300_000)}
+  restored = _open(tmp_path).restore_latest(wanted)[0]["w"]
   # The kill may fall between the rename and the line that tells of it.
   assert restored[0] in (done, done + 1)
   assert (restored == restored[0]).all()

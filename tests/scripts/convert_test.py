@@ -9,7 +9,7 @@ import jax
 import optax
 import pytest
 
-from atlas_jax import checkpoint, sharding
+from atlas_jax import checkpoint, sharding, snapshot
 from atlas_jax.train import state as train_state
 from conversion import shards, verify
 from scripts import convert
@@ -35,13 +35,15 @@ def run(tmp_path):
     tmp_path / "run" / "checkpoints",
     identity={},
     keep=2,
+    max_failed=1,
     best_metric="",
     best_mode="min",
     load_best=False,
   )
   doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
-  checkpointer.save(9, _train_state(doubled), {})
-  checkpointer.save(10, _train_state(params), {})
+  with checkpointer:
+    checkpointer.save(9, _train_state(doubled), {}, {})
+    checkpointer.save(10, _train_state(params), {}, {})
   return tmp_path
 
 
@@ -65,9 +67,7 @@ def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   places = sharding.of_params(mesh, model.abstract_params)
   params = jax.device_put(tiny.params_of(model), places)
-  checkpoint.write(
-    tmp_path / "7", _train_state(params, mesh=mesh), identity={}, metrics={}
-  )
+  snapshot.write(tmp_path / "7", _train_state(params, mesh=mesh), identity={})
   assert _run("inspect", tmp_path) == 0
   out = capsys.readouterr().out
   assert f"Orbax checkpoint {tmp_path / '7'}\n" in out
@@ -118,7 +118,7 @@ def test_verify_tells_in_which_layer_models_part(run, capsys):
   kernel = params["layers"]["mlp"]["up"]["kernel"]
   params["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].add(0.25)
   state = {"params": params}
-  checkpoint.write(run / "b", state, identity={}, metrics={})
+  snapshot.write(run / "b", state, identity={})
   capsys.readouterr()
   assert _run("verify", run / "a", run / "b") == 5
   out, err = capsys.readouterr()

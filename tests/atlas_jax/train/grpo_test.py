@@ -105,6 +105,7 @@ def _config(**changes):
       },
       "checkpoint": {
         "keep": 3,
+        "max_failed": 2,
         "best_metric": "",
         "best_mode": "max",
         "load_best": False,

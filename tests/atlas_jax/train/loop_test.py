@@ -48,7 +48,13 @@ class _CrashError(Exception):
   pass
 
 
-_KEPT = {"keep": 9, "best_metric": "", "best_mode": "max", "load_best": False}
+_KEPT = {
+  "keep": 9,
+  "max_failed": 2,
+  "best_metric": "",
+  "best_mode": "max",
+  "load_best": False,
+}
 
 
 def _run(  # The loop's settings are what is left.

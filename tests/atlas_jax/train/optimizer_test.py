@@ -222,15 +222,17 @@ def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
     tmp_path,
     identity={},
     keep=1,
+    max_failed=1,
     best_metric="",
     best_mode="min",
     load_best=False,
   )
   for i in range(4):
     if i == 2:
-      checkpointer.save(2, state, {})
+      checkpointer.save(2, state, {}, {})
+      checkpointer.wait()
     state, _ = step(state, {"x": jnp.float32(1 + i)})
-  resumed = checkpointer.restore_latest(start())
+  resumed, _ = checkpointer.restore_latest(start())
   for i in (2, 3):
     resumed, _ = step(resumed, {"x": jnp.float32(1 + i)})
   assert _bits(resumed) == _bits(state)

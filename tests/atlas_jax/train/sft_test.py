@@ -97,6 +97,7 @@ def _config(**changes):
       "offload": {"optimizer": False},
       "checkpoint": {
         "keep": 2,
+        "max_failed": 2,
         "best_metric": "eval/loss",
         "best_mode": "min",
         "load_best": False,

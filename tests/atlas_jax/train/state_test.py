@@ -142,13 +142,15 @@ def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
     tmp_path,
     identity={},
     keep=1,
+    max_failed=1,
     best_metric="",
     best_mode="min",
     load_best=False,
   )
   state = _train(_start(saved), _make_step(saved), range(2))
-  checkpointer.save(2, state, {})
-  restored = checkpointer.restore_latest(_start(resumed))
+  checkpointer.save(2, state, {}, {})
+  checkpointer.wait()
+  restored, _ = checkpointer.restore_latest(_start(resumed))
   assert train_state.shardings(restored) == train_state.shardings(
     _start(resumed)
   )
