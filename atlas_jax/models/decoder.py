@@ -189,7 +189,9 @@ class Model:
   """A decoder as pure functions of its parameters.
 
   `config` is its shape, `dtype` that of activations; parameters keep theirs.
-  `block_graph` is what a layer computes, without its parameters.
+  `block_graph` is what a layer computes, without its parameters. `rows` says
+  where the rows of activations lie on a mesh: left to itself, the compiler may
+  split their width as that of the embedding is, and have all rows everywhere.
   """
 
   config: model_config.DecoderConfig
@@ -198,6 +200,7 @@ class Model:
   block_graph: nnx.GraphDef[Block]
   _remat: Remat
   _unroll: int
+  rows: jax.sharding.Sharding | None = None
 
   def init(self, key: jax.Array) -> Params:
     """Draws float32 parameters."""
@@ -408,6 +411,8 @@ class Model:
 
   def _embed(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
+    if self.rows is not None:
+      x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.rows)
     # Rounded as Gemma rounds it; times one is nothing elsewhere.
     return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
 

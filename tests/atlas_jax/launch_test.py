@@ -169,6 +169,12 @@ def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
   assert caught.value.where == "--config.model.remat=offload"
 
 
+def test_rows_of_activations_are_spread_over_the_mesh(talker):
+  mesh = _mesh()
+  opened = launch.open_model(mesh, path=str(talker[0]), **_MODEL)
+  assert opened.model.rows == sharding.of_batch(mesh)
+
+
 def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):
   tiny.write_talker(tmp_path / "same", **_SHAPE)
   tiny.write_talker(tmp_path / "more", num_hidden_layers=2)

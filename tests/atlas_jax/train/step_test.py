@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One update: the same however it is split, spread or interrupted by NaN."""
 
+import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +144,8 @@ def _sft_state(mesh, model):
   return train_state.create(params, _optimizer(), mesh=mesh)
 
 
-def _sft_batch(model, seed):
-  tokens, positions, segments = tiny.batch(model, 8, 9, seed=seed)
+def _sft_batch(model, seed, num_tokens=9):
+  tokens, positions, segments = tiny.batch(model, 8, num_tokens, seed=seed)
   mask = jax.random.bernoulli(jax.random.key(seed), 0.6, tokens.shape)
   return {
     "token_ids": tokens,
@@ -210,3 +213,34 @@ def test_moments_lie_where_their_parameters_do():
   adam = state.opt_state[1]
   for moment in (adam.mu, adam.nu):
     assert train_state.shardings(moment) == train_state.shardings(state.params)
+
+
+def test_no_device_holds_activations_of_the_rows_of_others():
+  mesh = _mesh(fsdp=8)
+  rows = sharding.of_batch(mesh)
+  num_tokens = 13  # This and the 8 rows are sizes of nothing else.
+  model = tiny.build("qwen2", **_SHAPE, head_dim=4)
+  model = dataclasses.replace(model, rows=rows)
+  state = _sft_state(mesh, model)
+  step = train_step.make_step(
+    functools.partial(sft._loss, model, z_loss_coef=1e-4, chunk_size=100),
+    _optimizer(),
+    frozen={},
+    num_microbatches=1,
+    shardings=train_state.shardings(state),
+  )
+  batch = jax.eval_shape(lambda: _sft_batch(model, 0, num_tokens=num_tokens))
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
+  )
+  program = step.func.lower({}, state, batch).compile().as_text()
+  shapes = set(re.findall(r"\b(?:f32|pred)\[([\d,]+)\]", program))
+  assert f"1,{num_tokens},24" in shapes
+  # All rows are together only where each device has an eighth of their width.
+  of_all_rows = re.compile(rf"\b(8,{num_tokens}|{8 * num_tokens})\b")
+  sizes = {
+    shape: math.prod(map(int, shape.split(",")))
+    for shape in shapes
+    if of_all_rows.search(shape)
+  }
+  assert all(size <= num_tokens * 24 for size in sizes.values()), sizes
