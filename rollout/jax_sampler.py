@@ -115,10 +115,7 @@ class JaxSampler:
 
   def update_weights(self, params: Mapping[str, Any], version: int) -> None:
     """Copies new weights, cast to the model's dtype."""
-    dtype = self._model.dtype
-    self._params = jax.tree.map(
-      lambda leaf: jnp.array(leaf, dtype=dtype, copy=True), params
-    )
+    self._params = _own(params, self._model.dtype)
     self._version = version
 
   def sample(
@@ -223,6 +220,15 @@ class JaxSampler:
       )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _own(params: decoder.Params, dtype: jnp.dtype) -> decoder.Params:
+  """Copies parameters, laid out for decoding."""
+  return jax.tree.map(
+    lambda leaf: jnp.array(leaf, dtype=dtype, copy=True),
+    decoder.unstack(params),
+  )
+
+
 def _bucket(size: int, *, smallest: int) -> int:
   """Rounds up to `smallest` times a power of two, or 1.5 times that."""
   bucket = smallest
@@ -255,16 +261,15 @@ def _generate(
 ) -> _Drawn:
   """Prefills P prompts once, then decodes C completions of each."""
   length = requests.tokens_PT.shape[1]
-  keys_B = _row_keys(key, jnp.asarray(requests.rows_P), static.group_size)
+  uniform_NB = _uniform(key, jnp.asarray(requests.rows_P), static=static)
 
   def unfinished(carry: _Carry) -> jax.Array:
     return (carry.step < static.max_new) & ~jnp.all(carry.drawn.stopped_B)
 
   def advance(carry: _Carry) -> _Carry:
     drawn, step, logits_BV, positions_B, cache = carry
-    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     token_B, logprob_B, model_logprob_B = _draw(
-      logits_BV, step_keys_B, cut, static=static
+      logits_BV, uniform_NB[step], cut, static=static
     )
     write = jax.lax.dynamic_update_index_in_dim
     drawn = _Drawn(
@@ -289,12 +294,20 @@ def _generate(
   return jax.lax.while_loop(unfinished, advance, start).drawn
 
 
-def _row_keys(key: jax.Array, rows_P: jax.Array, group_size: int) -> jax.Array:
-  """Gives every completion a key of its own, by its row and index."""
-  keys_P = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_P)
-  of_index = jax.vmap(jax.random.fold_in, (None, 0))
-  of_row = jax.vmap(of_index, (0, None))
-  return of_row(keys_P, jnp.arange(group_size)).reshape(-1)
+def _uniform(
+  key: jax.Array, rows_P: jax.Array, *, static: _Static
+) -> jax.Array:
+  """Draws [0, 1) for every token of every completion.
+
+  Each depends on the prompt's row, the completion's index and its own.
+  """
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys_P = fold(key, rows_P)
+  keys_PC = jax.vmap(fold, (0, None))(keys_P, jnp.arange(static.group_size))
+  keys_NB = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(
+    keys_PC.reshape(-1), jnp.arange(static.max_new)
+  )
+  return jax.vmap(jax.vmap(jax.random.uniform))(keys_NB)
 
 
 def _prefill(
@@ -326,10 +339,7 @@ def _prefill(
   repeat = functools.partial(
     jnp.repeat, repeats=static.group_size, total_repeat_length=batch_size
   )
-  cache = attention.Cache(
-    *(repeat(leaf, axis=1) for leaf in cache[:2]),
-    *(repeat(leaf, axis=0) for leaf in cache[2:]),
-  )
+  cache = jax.tree.map(functools.partial(repeat, axis=0), cache)
   empty_BN = jnp.zeros((batch_size, static.max_new))
   drawn = _Drawn(
     empty_BN.astype(jnp.int32),
@@ -345,12 +355,16 @@ def _prefill(
 
 def _draw(
   logits_BV: jax.Array,
-  keys_B: jax.Array,
+  uniform_B: jax.Array,
   cut: _Cut,
   *,
   static: _Static,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws one token per row, with the log-probabilities it was drawn at."""
+  """Draws one token per row, with the log-probabilities it was drawn at.
+
+  The token is where the cumulative distribution passes a uniform number: one
+  random number a token, where Gumbel's maximum needs one for each of V.
+  """
 
   def pick(logprobs_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
@@ -363,8 +377,13 @@ def _draw(
   logits_BV = logits_BV / cut.temperature
   if static.filtered:
     logits_BV = _keep_top(logits_BV, cut)
-  token_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-  logprob_B = pick(jax.nn.log_softmax(logits_BV), token_B)
+  logprobs_BV = jax.nn.log_softmax(logits_BV)
+  cumulative_BV = jnp.cumsum(jnp.exp(logprobs_BV), axis=-1)
+  # Rounding leaves the last a little off 1; below it, no token without
+  # probability is ever drawn.
+  reached_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+  token_B = jnp.sum(cumulative_BV <= reached_B1, axis=-1)
+  logprob_B = pick(logprobs_BV, token_B)
   return token_B, logprob_B, pick(model_logprobs_BV, token_B)
 
 

@@ -17,14 +17,15 @@ from atlas_jax.models import layers, rope
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers, and where each slot belongs.
+  """Keys and values [B, K, S, H] of each layer, and where slots belong.
 
   Slots are shared by the rows of a batch: every row writes the same slot in
-  the same step, whatever its own position is.
+  the same step, whatever its own position is. Layers are arrays of their own,
+  so that a step writes its slot in place and copies nothing.
   """
 
-  keys_LBSKH: jax.Array
-  values_LBSKH: jax.Array
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
   positions_BS: jax.Array
   segment_ids_BS: jax.Array
 
@@ -36,17 +37,10 @@ def empty_cache(
   dtype: jnp.dtype,
 ) -> Cache:
   """Makes a cache in which every slot is padding."""
-  shape = (
-    config.num_layers,
-    batch_size,
-    num_slots,
-    config.num_kv_heads,
-    config.head_width,
-  )
+  shape = (batch_size, config.num_kv_heads, num_slots, config.head_width)
   slots_BS = jnp.zeros((batch_size, num_slots), jnp.int32)
-  return Cache(
-    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots_BS, slots_BS
-  )
+  layers_BKSH = (jnp.zeros(shape, dtype),) * config.num_layers
+  return Cache(layers_BKSH, layers_BKSH, slots_BS, slots_BS)
 
 
 def causal_mask(
@@ -92,20 +86,46 @@ def attend(
       implementation="xla",
     )
   # jax.nn has no soft cap.
-  num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]
-  q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], -1, num_groups, q_BTNH.shape[-1])
-  scores_BKGTS = scale * jnp.einsum(
-    "BTKGH,BSKH->BKGTS",
-    q_BTKGH,
-    k_BSKH,
-    preferred_element_type=jnp.float32,
+  return attend_cached(
+    q_BTNH,
+    k_BSKH.swapaxes(1, 2),
+    v_BSKH.swapaxes(1, 2),
+    mask_BTS,
+    scale=scale,
+    soft_cap=soft_cap,
   )
-  scores_BKGTS = layers.soft_cap(scores_BKGTS, soft_cap)
+
+
+def attend_cached(
+  q_BTNH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  mask_BTS: jax.Array,
+  *,
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Does what `attend` does, with heads before slots as a cache keeps them."""
+  batch_size, num_new, _, width = q_BTNH.shape
+  num_kv_heads, num_slots = k_BKSH.shape[1:3]
+  # The queries of a group, and all new tokens, are the rows of one product.
+  q_BTKGH = q_BTNH.reshape(batch_size, num_new, num_kv_heads, -1, width)
+  q_BKMH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(
+    batch_size, num_kv_heads, -1, width
+  )
+  scores_BKMS = scale * jnp.einsum(
+    "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
+  )
+  scores_BKGTS = layers.soft_cap(scores_BKMS, soft_cap).reshape(
+    batch_size, num_kv_heads, -1, num_new, num_slots
+  )
   lowest = jnp.finfo(jnp.float32).min
   scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
-  weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BSKH.dtype)
-  mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-  return mixed_BTKGH.reshape(q_BTNH.shape)
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS).astype(v_BKSH.dtype)
+  weights_BKMS = weights_BKGTS.reshape(scores_BKMS.shape)
+  mixed_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
+  mixed_BKGTH = mixed_BKMH.reshape(batch_size, num_kv_heads, -1, num_new, width)
+  return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 class Attention(nnx.Module):
@@ -162,9 +182,16 @@ class Attention(nnx.Module):
     mask_BTS: jax.Array,
   ) -> jax.Array:
     """Mixes values, and projects them back to the residual stream."""
-    mixed_BTNH = attend(
-      *(q_BTNH, k_BSKH, v_BSKH, mask_BTS),
-      scale=self._scale,
-      soft_cap=self._soft_cap,
-    )
-    return self.o(mixed_BTNH)
+    kwargs = {"scale": self._scale, "soft_cap": self._soft_cap}
+    return self.o(attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, **kwargs))
+
+  def attend_cached(
+    self,
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BTS: jax.Array,
+  ) -> jax.Array:
+    """Does the same with what is in a cache."""
+    kwargs = {"scale": self._scale, "soft_cap": self._soft_cap}
+    return self.o(attend_cached(q_BTNH, k_BKSH, v_BKSH, mask_BTS, **kwargs))

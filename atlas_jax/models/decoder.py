@@ -87,43 +87,40 @@ class Block(nnx.Module):
     self, x_BTD: jax.Array, view: View
   ) -> tuple[jax.Array, experts.Load | None]:
     """Applies the block to whole sequences."""
-    x_BTD, load, _ = self._apply(x_BTD, view, lambda k, v: (k, v))
-    return x_BTD, load
+    qkv = self._qkv(x_BTD, view)
+    return self._finish(x_BTD, self.attention.attend(*qkv, view.mask_BTS), view)
 
   def cached(
     self,
     x_BTD: jax.Array,
     view: View,
-    keys_BSKH: jax.Array,
-    values_BSKH: jax.Array,
+    keys_BKSH: jax.Array,
+    values_BKSH: jax.Array,
     slot: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Applies the block to new tokens, their keys written from `slot` on."""
-    write = jax.lax.dynamic_update_slice_in_dim
 
-    def extend(
-      k_BTKH: jax.Array, v_BTKH: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-      return (
-        write(keys_BSKH, k_BTKH.astype(keys_BSKH.dtype), slot, axis=1),
-        write(values_BSKH, v_BTKH.astype(values_BSKH.dtype), slot, axis=1),
+    def write(seen_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+      new_BKTH = new_BTKH.swapaxes(1, 2).astype(seen_BKSH.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(
+        seen_BKSH, new_BKTH, slot, axis=2
       )
 
-    x_BTD, _, cached = self._apply(x_BTD, view, extend)
-    return x_BTD, *cached
+    q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
+    seen = write(keys_BKSH, k_BTKH), write(values_BKSH, v_BTKH)
+    added_BTD = self.attention.attend_cached(q_BTNH, *seen, view.mask_BTS)
+    x_BTD, _ = self._finish(x_BTD, added_BTD, view)
+    return x_BTD, *seen
 
-  def _apply(
-    self,
-    x_BTD: jax.Array,
-    view: View,
-    extend: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-  ) -> tuple[jax.Array, experts.Load | None, tuple[jax.Array, jax.Array]]:
-    """Applies both halves; `extend` puts new keys and values after old ones."""
-    q_BTNH, k_BTKH, v_BTKH = self.attention.project(
-      self.attention_norm(x_BTD), view.turns
-    )
-    seen = extend(k_BTKH, v_BTKH)
-    added_BTD = self.attention.attend(q_BTNH, *seen, view.mask_BTS)
+  def _qkv(
+    self, x_BTD: jax.Array, view: View
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return self.attention.project(self.attention_norm(x_BTD), view.turns)
+
+  def _finish(
+    self, x_BTD: jax.Array, added_BTD: jax.Array, view: View
+  ) -> tuple[jax.Array, experts.Load | None]:
+    """Adds what attention gave, then what the MLP makes of it."""
     if self._config.post_norms:
       added_BTD = self.attention_post_norm(added_BTD)
     x_BTD = x_BTD + added_BTD
@@ -135,7 +132,7 @@ class Block(nnx.Module):
       added_BTD = self.mlp(normed_BTD)
     if self._config.post_norms:
       added_BTD = self.mlp_post_norm(added_BTD)
-    return x_BTD + added_BTD, load, seen
+    return x_BTD + added_BTD, load
 
 
 class Embedding(nnx.Module):
@@ -284,8 +281,8 @@ class Model:
       positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
     )
     found = [self._embed(params, tokens_BT)]
-    for layer, is_local in enumerate(self.config.local):
-      block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"])
+    blocks = unstack(params)["layers"]
+    for block, is_local in zip(blocks, self.config.local, strict=True):
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
       x_BTD, _ = module(found[-1], views(jnp.asarray(is_local)))
       found.append(x_BTD)
@@ -303,7 +300,7 @@ class Model:
     """Computes hidden states of new tokens after those in the cache.
 
     Args:
-      params: as `init` makes them.
+      params: as `unstack` makes them.
       tokens_BT: the new tokens: a whole prompt, or one per row.
       positions_BT: their positions.
       segment_ids_BT: 0 is padding.
@@ -318,33 +315,20 @@ class Model:
     segments_BS = write(cache.segment_ids_BS, segment_ids_BT, slot, axis=1)
     views = self._views(positions_BT, segment_ids_BT, positions_BS, segments_BS)
 
-    # The cache is carried, not scanned over, so that it is updated in place.
-    def body(
-      carry: tuple[jax.Array, jax.Array, jax.Array],
-      block: tuple[Params, jax.Array, jax.Array],
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-      x_BTD, keys_LBSKH, values_LBSKH = carry
-      block_params, layer, is_local = block
-      module: Block = nnx.merge(self.block_graph, nnx.State(block_params))
-      x_BTD, keys_BSKH, values_BSKH = module.cached(
-        x_BTD,
-        views(is_local),
-        keys_LBSKH[layer],
-        values_LBSKH[layer],
-        slot,
+    x_BTD, keys, values = self._embed(params, tokens_BT), [], []
+    for block, is_local, *seen in zip(
+      *(params["layers"], self.config.local, cache.keys, cache.values),
+      strict=True,
+    ):
+      module: Block = nnx.merge(self.block_graph, nnx.State(block))
+      x_BTD, *seen = module.cached(
+        x_BTD, views(jnp.asarray(is_local)), *seen, slot
       )
-      keys_LBSKH = keys_LBSKH.at[layer].set(keys_BSKH)
-      values_LBSKH = values_LBSKH.at[layer].set(values_BSKH)
-      return (x_BTD, keys_LBSKH, values_LBSKH), None
-
-    local = jnp.asarray(self.config.local)
-    (x_BTD, keys, values), _ = jax.lax.scan(
-      body,
-      (self._embed(params, tokens_BT), cache.keys_LBSKH, cache.values_LBSKH),
-      (params["layers"], jnp.arange(self.config.num_layers), local),
-      unroll=self._unroll,
+      keys.append(seen[0])
+      values.append(seen[1])
+    cache = attention.Cache(
+      tuple(keys), tuple(values), positions_BS, segments_BS
     )
-    cache = attention.Cache(keys, values, positions_BS, segments_BS)
     return self._final_norm(params, x_BTD), cache
 
   def head(self, params: Params) -> jax.Array:
@@ -424,6 +408,20 @@ class Model:
       zero_centered=self.config.zero_centered_norms,
       dtype=self.dtype,
     )
+
+
+def unstack(params: Params) -> Params:
+  """Takes the layers apart, into a list of the parameters of each.
+
+  Decoding goes through them one by one: a scan would copy a layer's kernels
+  and its cache for every token.
+  """
+  stacked = params["layers"]
+  num_layers = len(jax.tree.leaves(stacked)[0])
+  layers = [
+    jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)
+  ]
+  return {**params, "layers": layers}
 
 
 def build(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Invariances of the decoder: causality, packing, caching, precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.models import attention
+from atlas_jax.models import attention, decoder
 from tests import tiny
 
 
@@ -72,19 +74,18 @@ def test_cached_decoding_equals_the_whole_sequence(family):
   slots = jnp.arange(num_prompt)[None]
   segments = (slots < lengths[:, None]).astype(jnp.int32)
   positions = jnp.broadcast_to(slots, segments.shape)
-  cached = jax.jit(model.cached)
+  cached = functools.partial(jax.jit(model.cached), decoder.unstack(params))
 
   cache = attention.empty_cache(
     model.config, 2, num_prompt + num_new, jnp.dtype("float32")
   )
   hidden, cache = cached(
-    params, tokens[:, :num_prompt], positions, segments, cache, jnp.int32(0)
+    tokens[:, :num_prompt], positions, segments, cache, jnp.int32(0)
   )
   got = [hidden[jnp.arange(2), lengths - 1]]
   for step in range(num_new):
     slot = num_prompt + step
     hidden, cache = cached(
-      params,
       tokens[:, slot : slot + 1],
       (lengths + step)[:, None],
       jnp.ones((2, 1), jnp.int32),
