@@ -6,7 +6,11 @@ the host holds the parts of one parameter at a time and reads no byte that no
 device asked for.
 """
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
+import concurrent.futures
+import functools
+import os
 import pathlib
 from typing import Any
 
@@ -18,10 +22,12 @@ import numpy as np
 from atlas_jax import errors
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import rules, shards
+from conversion import arrays, rules, shards
 
 _HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja")
 _MAX_LISTED = 8
+# Twice the cores: half of them may wait for the disk.
+_NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
 
 
 def resolve(name: str) -> pathlib.Path:
@@ -116,41 +122,64 @@ def load(
     places = [first] * structure.num_leaves
   else:
     places = structure.flatten_up_to(shardings)
-  arrays = []
+  leaves = []
   abstract = rules.flatten(model.abstract_params)
-  for (path, leaf), place in zip(abstract, places, strict=True):
-    read = _reader(parts[path], tensors, leaf.shape, np.dtype(param_dtype))
-    arrays.append(jax.make_array_from_callback(leaf.shape, place, read))
-    progress(arrays[-1].nbytes)
-  return jax.tree.unflatten(structure, arrays)
+  with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+    for (path, leaf), place in zip(abstract, places, strict=True):
+      read = _reader(parts[path], tensors, np.dtype(param_dtype), pool)
+      leaves.append(_assemble(leaf.shape, place, read))
+      progress(leaves[-1].nbytes)
+  return jax.tree.unflatten(structure, leaves)
+
+
+def _assemble(
+  shape: tuple[int, ...],
+  place: js.Sharding,
+  read: Callable[[Sequence[range]], np.ndarray],
+) -> jax.Array:
+  """Makes an array of the parts that this process's devices own."""
+  owners = collections.defaultdict(list)
+  for device, index in place.addressable_devices_indices_map(shape).items():
+    ranges = (
+      range(*part.indices(size))
+      for part, size in zip(index or (), shape, strict=True)
+    )
+    owners[tuple(ranges)].append(device)
+  owned = []
+  for ranges, devices in owners.items():
+    block = read(ranges)
+    owned += [jax.device_put(block, device) for device in devices]
+  return jax.make_array_from_single_device_arrays(shape, place, owned)
 
 
 def _reader(
   parts: Mapping[tuple[int, ...], rules.Piece],
   tensors: Mapping[str, shards.Tensor],
-  shape: tuple[int, ...],
   dtype: np.dtype,
-) -> Callable[[Any], np.ndarray]:  # Any: a slice of each axis, in a tuple.
-  """Makes the function that reads any slice of one parameter."""
-  done: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
+  pool: concurrent.futures.Executor,
+) -> Callable[[Sequence[range]], np.ndarray]:
+  """Makes the function that reads any part of one parameter."""
+  num_stacked = len(next(iter(parts)))
 
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    bounds = tuple(
-      part.indices(size) for part, size in zip(index, shape, strict=True)
-    )
-    if bounds in done:  # Replicas ask for the same slice again.
-      return done[bounds]
-    ranges = [range(*bound) for bound in bounds]
-    block = np.empty([len(each) for each in ranges], dtype)
-    num_stacked = len(next(iter(parts)))
-    for place in np.ndindex(*block.shape[:num_stacked]):
+  def read(ranges: Sequence[range]) -> np.ndarray:
+    block = arrays.empty([len(each) for each in ranges], dtype)
+    index = tuple(slice(r.start, r.stop) for r in ranges[num_stacked:])
+
+    def fill(place: tuple[int, ...]) -> None:
       stacked = zip(ranges, place, strict=False)
       piece = parts[tuple(each[i] for each, i in stacked)]
       rows = shards.read(tensors[piece.name])[piece.start : piece.stop]
-      whole = rules.from_hf(piece.rule, rows, piece.shape)
-      block[place] = whole[index[num_stacked:]]
-      shards.check_finite(piece.name, block[place])
-    done[bounds] = block
+      ours = rules.from_hf(piece.rule, rows, piece.shape)[index]
+      arrays.copy(
+        rules.to_hf(piece.rule, ours),
+        rules.to_hf(piece.rule, block[place]),
+        functools.partial(shards.check_finite, piece.name),
+      )
+      if dtype.itemsize < rows.itemsize:  # Numbers that were large overflow.
+        shards.check_finite(piece.name, block[place])
+
+    for _ in pool.map(fill, np.ndindex(*block.shape[:num_stacked])):
+      pass
     return block
 
   return read

@@ -28,6 +28,29 @@ def test_pieces_are_the_array_in_order(shape, layout, dtype):
   )
 
 
+@pytest.mark.parametrize("kinds", ["ee", "ef", "fe", "ff"])
+@pytest.mark.parametrize("layout", _LAYOUTS.values(), ids=_LAYOUTS)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (257, 65), (512, 128)])
+def test_a_copy_is_cast_and_each_piece_seen_once(shape, order, layout, kinds):
+  old, new = (
+    {"e": ml_dtypes.bfloat16, "f": np.dtype(np.float32)}[k] for k in kinds
+  )
+  values = np.arange(shape[0] * shape[1]).reshape(shape).astype(old)
+  source, target = layout(values), np.zeros(shape, new, order)
+  seen = []
+  arrays.copy(source, target, lambda piece: seen.append(piece.size))
+  np.testing.assert_array_equal(target, source.astype(new))
+  assert sum(seen) == source.size
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4), (0, 7), (7, 0)])
+def test_an_array_of_any_number_of_axes_is_copied(shape):
+  source, target = np.ones(shape, np.float16), np.zeros(shape, np.float32)
+  arrays.copy(source, target, lambda _: None)
+  np.testing.assert_array_equal(target, source)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4)])
 def test_pieces_of_any_number_of_axes_are_cast(shape):
   array = np.full(shape, 1.5, np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import load, rules, shards
+from conversion import arrays, load, rules, shards
 from tests import tiny
 
 _EVEN = {
@@ -68,20 +68,39 @@ def test_each_device_gets_its_part(tmp_path):
   assert jax.tree.map(lambda x: x.sharding, got) == shardings
 
 
-def test_each_slice_is_read_once(tmp_path, monkeypatch):
-  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2", **_EVEN)
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  shardings = sharding.of_params(mesh, model.abstract_params)
+@pytest.mark.parametrize(
+  ("sizes", "dtype"), [((2, 2, 2), "float32"), ((1, 4, 2), "bfloat16")]
+)
+def test_every_byte_is_read_once_for_the_device_that_owns_it(
+  tmp_path, monkeypatch, sizes, dtype
+):
+  model, _ = tiny.write_checkpoint(
+    tmp_path / "hf",
+    "qwen2",
+    dtype=dtype,
+    vocab_size=38,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+  )
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
   reads = []
-  read = shards.read
-  monkeypatch.setattr(
-    shards, "read", lambda tensor: reads.append(tensor) or read(tensor)
-  )
+  copy = arrays.copy
 
+  def counted(source, target, look):
+    reads.append(source.nbytes)
+    copy(source, target, look)
+
+  monkeypatch.setattr(arrays, "copy", counted)
   params = load.load(
-    tmp_path / "hf", model, param_dtype="float32", shardings=shardings
+    tmp_path / "hf",
+    model,
+    param_dtype="float32",
+    shardings=sharding.of_params(mesh, model.abstract_params),
   )
 
+  tensors = shards.open_directory(tmp_path / "hf").values()
+  assert sum(reads) == sum(tensor.end - tensor.begin for tensor in tensors)
   # Replicas share one read; a stacked parameter takes one per layer.
   expected = 0
   for path, leaf in rules.flatten(params):
@@ -89,6 +108,25 @@ def test_each_slice_is_read_once(tmp_path, monkeypatch):
     layers = model.config.num_layers if path.startswith("layers") else 1
     expected += layers * len(slices)
   assert len(reads) == expected
+
+
+def test_a_device_of_the_host_takes_what_was_read_as_it_is():
+  array = arrays.empty((3, 5), np.dtype(np.float32))
+  array[:] = 1
+  place = jax.device_put(array, jax.devices()[0]).unsafe_buffer_pointer()
+  assert place == array.ctypes.data
+
+
+def test_numbers_too_large_for_the_parameters_are_refused(tmp_path):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  tensors = _read_all(tmp_path / "hf")
+  tensors["model.norm.weight"][3] = 3.4e38
+  _rewrite(tmp_path / "hf", tensors)
+  load.load(tmp_path / "hf", model, param_dtype="float32")
+  with (
+    pytest.raises(errors.CheckpointError, match="not finite"),
+  ):
+    load.load(tmp_path / "hf", model, param_dtype="bfloat16")
 
 
 def test_parameters_take_the_dtype_asked_for(tmp_path):

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times loading and exporting against plain reads and writes of the bytes.
+
+  python -m scripts.bench_conversion --width=2048 --layers=16
+
+A plain read goes into new memory, a plain write is waited for until it is on
+disk, and transformers does what it does; all in one process, in turn. Files
+are in the page cache unless --cold, which drops them before each read. Peak
+memory is of the whole process, above what it held before and the parameters.
+"""
+
+from collections.abc import Callable
+import ctypes
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+import transformers
+
+from atlas_jax import sharding
+from atlas_jax.models import config as model_config
+from atlas_jax.models import decoder
+from conversion import load, rules, save, shards
+from scripts import program
+
+_WIDTH = flags.DEFINE_integer("width", 2048, "Of the model; the MLP's is 3x.")
+_LAYERS = flags.DEFINE_integer("layers", 16, "How many.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 16_384, "Its size.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "Of the parameters, loaded."
+)
+_DIRECTORY = flags.DEFINE_string("directory", "/tmp", "Where to.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "How often.")
+_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**28, "Of one file.")
+_COLD = flags.DEFINE_bool("cold", False, "Drops files from the page cache.")
+
+_ROW = "| {:>16} | {:>7} | {:>8} | {:>10} | {:>7} | {:>12} | {:>11} |"
+
+
+@dataclasses.dataclass
+class _Times:
+  """Of every repeat: seconds by the clock and of all cores, peak memory."""
+
+  wall: list[float] = dataclasses.field(default_factory=list)
+  cpu: list[float] = dataclasses.field(default_factory=list)
+  grown: list[int] = dataclasses.field(default_factory=list)
+
+  def take(
+    self,
+    function: Callable[..., Any],  # Any: what it takes and gives is its own.
+    *args: Any,
+  ) -> Any:
+    """Calls a function, and notes how long it takes."""
+    held = _memory("VmRSS", reset=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*args)
+    self.wall.append(time.perf_counter() - wall)
+    self.cpu.append(time.process_time() - cpu)
+    self.grown.append(_memory("VmHWM", reset=False) - held)
+    return result
+
+
+def main() -> None:
+  """Prints a table, and how much sooner than transformers it is done."""
+  transformers.utils.logging.disable_progress_bar()
+  with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
+    _measure(pathlib.Path(directory))
+
+
+def _measure(root: pathlib.Path) -> None:
+  """Moves one model in and out, again and again."""
+  source, model = _make_model(root)
+  mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+  places = sharding.of_params(mesh, model.abstract_params)
+  names = ["plain read", "load", "plain write", "export", "digests"]
+  names += ["from_pretrained", "save_pretrained"]
+  times = {name: _Times() for name in names}
+
+  def read() -> decoder.Params:
+    params = load.load(
+      source, model, param_dtype=_DTYPE.value, shardings=places
+    )
+    return jax.block_until_ready(params)
+
+  def export(params: decoder.Params) -> None:
+    _save(root / "export", params, model, root)
+
+  export(read())  # Compiles what fetches the tensors.
+  for _ in range(_REPEATS.value):
+    shutil.rmtree(root / "export")
+    _prepare(source)
+    plain = times["plain read"].take(_read_plainly, source)
+    times["plain write"].take(_write_plainly, plain, root / "plain")
+    (root / "plain").unlink()
+    del plain
+    _prepare(source)
+    params = times["load"].take(read)
+    times["export"].take(export, params)
+    times["digests"].take(_digests, root / "export")
+    del params
+    _prepare(source)
+    peer = times["from_pretrained"].take(_from_pretrained, source)
+    times["save_pretrained"].take(_save_pretrained, peer, root / "peer")
+    del peer
+    shutil.rmtree(root / "peer")
+  _report(model, times)
+
+
+def _report(model: decoder.Model, times: dict[str, _Times]) -> None:
+  """Prints a row for each thing that was timed, and the ratio."""
+  counts = [math.prod(shape) for shape in rules.shapes(model).values()]
+  size = np.dtype(_DTYPE.value).itemsize
+  held, largest = sum(counts) * size, max(counts) * size
+  print(
+    f"{os.cpu_count()} cores, {jax.device_count()} {jax.default_backend()} "
+    f"devices, {_DTYPE.value}, {'cold' if _COLD.value else 'page cache'}, "
+    f"n={_REPEATS.value}; {held / 2**20:.0f} MiB, the largest tensor "
+    f"{largest / 2**20:.0f} MiB\n"
+  )
+  header = ("", "best s", "median s", "best MiB/s", "CPU s", "x plain")
+  print(_ROW.format(*header, "MiB more"))
+  print(_ROW.format(*["---:"] * 7))
+  for name, taken in times.items():
+    plain = "plain write" if name in _WRITES else "plain read"
+    best = min(taken.wall)
+    ratios = [x / y for x, y in zip(times[plain].wall, taken.wall, strict=True)]
+    more = max(taken.grown) - (0 if name in _WRITES else held)
+    print(
+      _ROW.format(
+        name,
+        f"{best:.3f}",
+        f"{statistics.median(taken.wall):.3f}",
+        f"{held / best / 2**20:.0f}",
+        f"{min(taken.cpu):.3f}",
+        f"{min(times[plain].wall) / best:.2f} / "
+        f"{statistics.median(ratios):.2f}",
+        f"{max(more, 0) / 2**20:.0f}",
+      )
+    )
+  ours, peers = (
+    [sum(pair) for pair in zip(times[a].wall, times[b].wall, strict=True)]
+    for a, b in (("load", "export"), ("from_pretrained", "save_pretrained"))
+  )
+  print(f"\nratio: {min(peers) / min(ours):.2f}")
+
+
+_WRITES = ("plain write", "export", "digests", "save_pretrained")
+
+
+def _read_plainly(directory: pathlib.Path) -> list[np.ndarray]:
+  """Reads all weights, file after file, into new memory."""
+  read = []
+  for path in sorted(directory.glob("*.safetensors")):
+    read.append(np.empty(path.stat().st_size, np.uint8))
+    with path.open("rb", buffering=0) as file:
+      file.readinto(read[-1].data)
+  return read
+
+
+def _write_plainly(arrays: list[np.ndarray], path: pathlib.Path) -> None:
+  """Writes bytes to a file, and waits until they are on disk."""
+  with path.open("wb", buffering=0) as file:
+    for array in arrays:
+      file.write(array.data)
+    os.fsync(file.fileno())
+
+
+def _digests(directory: pathlib.Path) -> list[str]:
+  """Computes the digests that an export takes, of what it wrote."""
+  found = []
+  for path in sorted(directory.glob("*.safetensors")):
+    with path.open("rb") as file:
+      found.append(hashlib.file_digest(file, "sha256").hexdigest())
+  return found
+
+
+def _from_pretrained(
+  directory: pathlib.Path,
+) -> Any:  # Any: the peer's own type.
+  """Loads a model, and reads every value: it may only have been mapped."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=_DTYPE.value
+  )
+  for value in model.parameters():
+    value.max()
+  return model
+
+
+def _save_pretrained(
+  model: Any,  # Any: the peer's own type.
+  directory: pathlib.Path,
+) -> None:
+  """Saves, and waits until it is on disk, as the others do."""
+  model.save_pretrained(directory, max_shard_size=_SHARD_BYTES.value)
+  for path in directory.iterdir():
+    with path.open("rb") as file:
+      os.fsync(file.fileno())
+
+
+def _prepare(directory: pathlib.Path) -> None:
+  """Puts all weights in the page cache, or takes them out of it."""
+  for path in directory.glob("*.safetensors"):
+    with path.open("rb") as file:
+      if _COLD.value:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+      else:
+        hashlib.file_digest(file, "md5")
+
+
+def _make_model(root: pathlib.Path) -> tuple[pathlib.Path, decoder.Model]:
+  """Writes a model with random weights in bfloat16."""
+  width = _WIDTH.value
+  fields = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "dtype": "bfloat16",
+    "vocab_size": _VOCABULARY.value,
+    "hidden_size": width,
+    "intermediate_size": 3 * width,
+    "num_hidden_layers": _LAYERS.value,
+    "num_attention_heads": max(8, width // 128),
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+  }
+  (root / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+  (root / "tokenizer.json").write_text("{}", encoding="utf-8")
+  config = model_config.from_hf(fields)
+  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  source = root / "model"
+  source.mkdir()
+  shutil.copyfile(root / "config.json", source / "config.json")
+  draw = np.random.default_rng(0)
+  shards.write(
+    source,
+    rules.shapes(model),
+    lambda name: (
+      0.02 * draw.standard_normal(rules.shapes(model)[name], np.float32)
+    ),
+    dtype="bfloat16",
+    max_shard_bytes=_SHARD_BYTES.value,
+  )
+  return source, model
+
+
+def _save(
+  directory: pathlib.Path,
+  params: decoder.Params,
+  model: decoder.Model,
+  source: pathlib.Path,
+) -> None:
+  save.save(
+    directory,
+    params,
+    model,
+    source=source,
+    dtype="float32" if _DTYPE.value == "float32" else "bfloat16",
+    max_shard_bytes=_SHARD_BYTES.value,
+    notes={},
+    overwrite=False,
+  )
+
+
+def _memory(field: str, *, reset: bool) -> int:
+  """Reads this process's memory in bytes; `reset` forgets its peak."""
+  if reset:
+    # What was freed, but not given back, would hide what is taken next.
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+  status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+  (line,) = (x for x in status.splitlines() if x.startswith(field + ":"))
+  return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+  program.run(main)
