@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Process start, and the pieces that every main puts together."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -25,14 +25,18 @@ from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
 from atlas_jax.train import state as train_state
-from conversion import load, peft_adapters, save, verify
+from conversion import card, load, peft_adapters, save, verify
 from rollout import sampler, wire
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-  """A model directory, opened; `params` is empty if others hold them."""
+  """A model directory, opened; `params` is empty if others hold them.
 
+  `name` is what it was asked for by: a path, or an id on the Hub.
+  """
+
+  name: str
   directory: pathlib.Path
   model: decoder.Model
   params: decoder.Params
@@ -193,31 +197,53 @@ def open_model(
   tokenizer = chat.load_tokenizer(directory)
   chat.check_vocabulary(tokenizer, config.vocab_size, directory)
   if not with_params:
-    return OpenModel(directory, model, {}, tokenizer)
+    return OpenModel(path, directory, model, {}, tokenizer)
   shardings = sharding.of_params(mesh, model.abstract_params)
   params = load.load(
     directory, model, param_dtype=param_dtype, shardings=shardings
   )
-  return OpenModel(directory, model, params, tokenizer)
+  return OpenModel(path, directory, model, params, tokenizer)
 
 
 def open_policy(
   opened: OpenModel,
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  *,
+  seed: int,
+  path: str,
+  rank: int,
+  alpha: float,
+  targets: Sequence[str],
 ) -> tuple[train_policy.Policy, decoder.Params]:
-  """Splits a model into what stays and what is trained; `lora` tells.
+  """Splits a model into what stays and what is trained.
+
+  Args:
+    opened: the model.
+    mesh: where its parameters are.
+    seed: decides where adapters start.
+    path: a PEFT directory to start from instead; empty for none.
+    rank: see `lora.Lora`.
+    alpha: see `lora.Lora`.
+    targets: see `lora.Lora`.
 
   Raises:
-    errors.ConfigError: if the model cannot have such adapters.
+    errors.ConfigError: if the model cannot have such adapters, or those at
+      `path` are others.
+    errors.CheckpointError: if they cannot be used.
   """
-  return train_policy.create(
+  adapters = lora.Lora(rank=rank, alpha=alpha, targets=targets)
+  policy, trained = train_policy.create(
     opened.model,
     opened.params,
-    adapters=lora.Lora(**config.lora),
+    adapters=adapters,
     mesh=mesh,
-    key=jax.random.key(config.seed),
+    key=jax.random.key(seed),
   )
+  if path:
+    start = peft_adapters.load(pathlib.Path(path), opened.model, adapters)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    trained = jax.device_put(start, placed)
+  return policy, trained
 
 
 @contextlib.contextmanager
@@ -374,7 +400,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
   trained: decoder.Params,
   step: int | None,
   *,
-  notes: Mapping[str, str],
+  facts: Mapping[str, str],
   enabled: bool,
   keep_steps: int,
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
@@ -391,7 +417,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
     policy: what of it.
     trained: its weights now.
     step: how many steps are done; None at the end of the run.
-    notes: for the model card.
+    facts: for the model card, beside the run's last metrics.
     enabled: whether to write `export`; the last checkpoint has its weights too.
     keep_steps: how many of the newest `export-STEP` to keep; 0 to write none.
     dtype: of the weights.
@@ -403,6 +429,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
   if not (enabled if step is None else keep_steps):
     return
   params = policy.merged(trained)
+  about = card.Card(base=opened.name, facts=facts, metrics=writer.last(workdir))
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
     directory,
@@ -411,7 +438,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
     source=opened.directory,
     dtype=dtype,
     max_shard_bytes=max_shard_bytes,
-    notes=notes,
+    about=about,
     overwrite=True,
   )
   # Its few rows need not divide over the mesh.
@@ -421,7 +448,9 @@ def export(  # noqa: PLR0913 - one argument per config key.
     "Exported to %s; logits differ by %.1e at most.", directory, difference
   )
   if step is None and policy.adapters is not None:
-    _export_adapters(workdir / "adapter", opened, policy.adapters, trained)
+    _export_adapters(
+      workdir / "adapter", opened, policy.adapters, trained, about
+    )
   if step is not None:
     numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
     steps = sorted(int(number) for number in numbers if number.isdecimal())
@@ -434,16 +463,18 @@ def _export_adapters(
   opened: OpenModel,
   adapters: lora.Lora,
   trained: decoder.Params,
+  about: card.Card,
 ) -> None:
   """Writes a PEFT directory, unless the family's files leave no names."""
   if not peft_adapters.has_names(opened.model):
     logging.warning("PEFT has no names for these adapters; only merged.")
     return
-  peft_adapters.save(
+  peft_adapters.save_directory(
     directory,
     trained,
     opened.model,
     settings=adapters,
-    base=str(opened.directory),
+    source=opened.directory,
+    about=about,
   )
   logging.info("Wrote the adapters to %s.", directory)

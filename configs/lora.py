@@ -6,7 +6,8 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
-    dict(  # models.lora.Lora
+    dict(  # launch.open_policy
+      path="",
       rank=0,
       alpha=32.0,
       targets=("attention/[qkvo]", "mlp/(gate|up|down)"),

@@ -111,8 +111,7 @@ def load(
   """
   if param_dtype not in ("float32", "bfloat16"):
     raise ValueError(f"Got param_dtype={param_dtype!r}.")
-  tensors = shards.open_directory(directory)
-  _check_names(directory, model, tensors)
+  tensors = open_tensors(directory, model)
   parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
   for piece in rules.pieces(model):
     parts.setdefault(piece.rule.path, {})[piece.index] = piece
@@ -185,12 +184,16 @@ def _reader(
   return read
 
 
-def _check_names(
-  directory: pathlib.Path,
-  model: decoder.Model,
-  tensors: Mapping[str, shards.Tensor],
-) -> None:
-  """Refuses missing, unexpected and misshapen tensors, all at once."""
+def open_tensors(
+  directory: pathlib.Path, model: decoder.Model
+) -> dict[str, shards.Tensor]:
+  """Finds the tensors of a model; reads headers only.
+
+  Raises:
+    errors.CheckpointError: if a file is malformed, or tensors are missing,
+      unexpected or of another shape; all in one list.
+  """
+  tensors = shards.open_directory(directory)
   expected = rules.shapes(model)
   missing = [name for name in expected if name not in tensors]
   unexpected = [
@@ -215,6 +218,7 @@ def _check_names(
       fix="Fetch the model again; config.json and weights must belong "
       "together.",
     )
+  return tensors
 
 
 def _check_tied(

@@ -16,7 +16,7 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import load, rules, shards, target
+from conversion import card, load, rules, shards, target
 
 # Gives a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
@@ -29,16 +29,6 @@ _CARRIED = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_CARD_HEAD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# Model card
-
-Weights written by atlas_jax, read back and compared.
-"""
 
 
 def save(  # noqa: PLR0913 - what is written, where, and how it looks.
@@ -49,7 +39,36 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   source: pathlib.Path,
   dtype: Literal["float32", "bfloat16"],
   max_shard_bytes: int,
-  notes: Mapping[str, str],
+  about: card.Card,
+  overwrite: bool,
+  progress: Callable[[int], None] = lambda _: None,
+) -> None:
+  """Writes the parameters of `model`, on any devices this process reaches.
+
+  All else is as in `write`.
+  """
+  write(
+    directory,
+    fetcher(params, model, dtype),
+    model,
+    source=source,
+    dtype=dtype,
+    max_shard_bytes=max_shard_bytes,
+    about=about,
+    overwrite=overwrite,
+    progress=progress,
+  )
+
+
+def write(  # noqa: PLR0913 - what is written, where, and how it looks.
+  directory: pathlib.Path,
+  fetch: Fetch,
+  model: decoder.Model,
+  *,
+  source: pathlib.Path,
+  dtype: Literal["float32", "bfloat16"],
+  max_shard_bytes: int,
+  about: card.Card,
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -57,13 +76,13 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
 
   Args:
     directory: the target.
-    params: of `model`, on any devices this process reaches.
-    model: what they are the parameters of.
+    fetch: gives every tensor that the model's files have.
+    model: what they are tensors of.
     source: the directory in Hugging Face format that the model came from; its
       config, tokenizer and generation settings are carried over.
     dtype: of the tensors written.
     max_shard_bytes: see `shards.write`.
-    notes: go into the model card, one line each.
+    about: goes into the model card.
     overwrite: replaces what is at `directory`, once the new one is complete.
     progress: told the bytes of each tensor before it is written.
 
@@ -75,7 +94,6 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   fields = check(
     directory, model, source=source, dtype=dtype, overwrite=overwrite
   )
-  fetch = fetcher(params, model, dtype)
 
   def fetch_and_tell(name: str) -> np.ndarray:
     array = fetch(name)
@@ -83,13 +101,16 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
     return array
 
   with target.writing(directory) as partial:
-    _write_texts(partial, source, _updated(fields, model, dtype), notes)
-    shards.write(
+    _write_texts(partial, source, _updated(fields, model, dtype))
+    digests = shards.write(
       partial,
       rules.shapes(model),
       fetch_and_tell,
       dtype=dtype,
       max_shard_bytes=max_shard_bytes,
+    )
+    card.write(
+      partial, about, source=source, library="transformers", digests=digests
     )
 
 
@@ -101,13 +122,13 @@ def check(
   dtype: str,
   overwrite: bool,
 ) -> dict[str, Any]:  # Any: JSON.
-  """Refuses what `save` would, as far as it is known before writing.
+  """Refuses what `write` would, as far as it is known before writing.
 
   Returns:
     The fields of the source's config.
 
   Raises:
-    errors.AtlasError: see `save`.
+    errors.AtlasError: see `write`.
   """
   if dtype not in ("float32", "bfloat16"):
     raise ValueError(f"Got dtype={dtype!r}, expected float32 or bfloat16.")
@@ -196,9 +217,8 @@ def _write_texts(
   partial: pathlib.Path,
   source: pathlib.Path,
   fields: Mapping[str, Any],  # Any: JSON.
-  notes: Mapping[str, str],
 ) -> None:
-  """Writes everything besides the weights."""
+  """Writes what goes along with weights and card."""
   for pattern in _CARRIED:
     for path in source.glob(pattern):
       if path.is_file():
@@ -210,8 +230,3 @@ def _write_texts(
     shards.write_json(
       generation, {key: ids[key] for key in ids if ids[key] is not None}
     )
-  lines = [
-    f"- {name}: {' '.join(text.split())}" for name, text in notes.items()
-  ]
-  card = "\n".join([_CARD_HEAD, *lines, ""])
-  (partial / "README.md").write_text(card, encoding="utf-8")

@@ -176,7 +176,7 @@ def write(
   *,
   dtype: str,
   max_shard_bytes: int,
-) -> None:
+) -> dict[str, str]:
   """Writes tensors one at a time, reads all back and compares.
 
   This is the only writer of safetensors in the project: it makes every array
@@ -190,6 +190,9 @@ def write(
     dtype: "float32", "float16" or "bfloat16"; arrays are cast to it.
     max_shard_bytes: a file closes before it grows past this, unless one
       tensor alone is larger.
+
+  Returns:
+    The SHA-256 of each file.
 
   Raises:
     errors.CheckpointError: if a value is not finite, or a tensor read back
@@ -212,6 +215,7 @@ def write(
     with (directory / file).open("rb") as written:
       if hashlib.file_digest(written, "sha256").hexdigest() != expected:
         raise _refuse(directory, f"{file} read back is not what was written")
+  return digests
 
 
 def layout(

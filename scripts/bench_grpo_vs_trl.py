@@ -175,7 +175,7 @@ def _ours(directory: pathlib.Path) -> None:
     rollouts.run = timed
     clock.wait()
     grpo.train(
-      *launch.open_policy(policy, mesh, config),
+      *launch.open_policy(policy, mesh, seed=config.seed, **config.lora),
       protocol=rollouts,
       reward_fn=reward_fn,
       questions=questions,

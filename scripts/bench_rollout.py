@@ -27,7 +27,7 @@ import transformers
 from atlas_jax import errors, types
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import save
+from conversion import card, save
 from rollout import client, fleet, http_sampler, manifest, wire
 from scripts import program
 
@@ -255,7 +255,7 @@ def _write_model(directory: pathlib.Path) -> None:
     source=source,
     dtype="float32",
     max_shard_bytes=10**9,
-    notes={},
+    about=card.Card(base="test"),
     overwrite=False,
   )
 

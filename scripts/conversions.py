@@ -3,13 +3,26 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Literal
 
+import numpy as np
+
 from atlas_jax import errors, snapshot
 from atlas_jax.models import decoder
-from conversion import load, rules, save, shards, target, verify, weights
+from conversion import (
+  card,
+  load,
+  peft_adapters,
+  rules,
+  save,
+  shards,
+  target,
+  verify,
+  weights,
+)
 from conversion import step as orbax_step
 from scripts import progress
 
@@ -80,13 +93,63 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
       source=source,
       dtype=dtype,
       max_shard_bytes=options.max_shard_bytes,
-      notes={"Base model": options.source, "Checkpoint": str(step)},
+      about=card.Card(base=options.source, facts={"Checkpoint": str(step)}),
       overwrite=options.overwrite,
       progress=advance,
     )
   if options.with_logits:
     gap = verify.logits_equal(out, params, model, tolerance=_TOLERANCE)
     print(f"Logits differ by {gap:.1e} at most.")
+  print(f"Done: {out}")
+
+
+def merge(
+  base: str, adapter: pathlib.Path, out: pathlib.Path, options: Options
+) -> None:
+  """Adds a PEFT adapter to its base, one tensor in memory at a time.
+
+  Raises:
+    errors.AtlasError: if an input or the target cannot be used, or what is
+      read back differs.
+  """
+  source = load.resolve(base)
+  model = _build(source)
+  tensors = load.open_tensors(source, model)
+  opened = peft_adapters.open_directory(adapter)
+  peft_adapters.check_shapes(opened, model)
+  held = weights.of_directory(source)
+  dtype = options.dtype or weights.dtype_of(held, source)
+  num_bytes = save.num_bytes(model, dtype)
+  files = shards.layout(
+    rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
+  )
+  _tell_plan(f"{source} and {adapter}", out, f"{len(files)} files", num_bytes)
+  fetch = peft_adapters.merging(opened, tensors, dtype)
+  wanted = {
+    name: weights.Weight(np.dtype(dtype), shape, functools.partial(fetch, name))
+    for name, shape in rules.shapes(model).items()
+  }
+  if not options.overwrite and _is_done(
+    out, model, weights.cast(wanted, dtype)
+  ):
+    return
+  save.check(
+    out, model, source=source, dtype=dtype, overwrite=options.overwrite
+  )
+  if options.is_dry_run:
+    return
+  with progress.telling("Wrote and read back", num_bytes) as advance:
+    save.write(
+      out,
+      fetch,
+      model,
+      source=source,
+      dtype=dtype,
+      max_shard_bytes=options.max_shard_bytes,
+      about=card.Card(base=base, facts={"Adapter": str(adapter)}),
+      overwrite=options.overwrite,
+      progress=advance,
+    )
   print(f"Done: {out}")
 
 

@@ -5,6 +5,7 @@
   python -m scripts.convert verify A B          equal, or which layers differ?
   python -m scripts.convert to_hf A OUT --source=MODEL
   python -m scripts.convert from_hf A OUT
+  python -m scripts.convert merge --base=MODEL --adapter=PEFT --output=OUT
 
 A and B are directories in Hugging Face format or orbax checkpoints: a step, a
 folder of steps or a workdir, whose newest step counts. --source=MODEL is the
@@ -25,6 +26,11 @@ from scripts import conversions
 # Its own: in a test, other scripts define and require others.
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string("source", "", "The model trained.", flag_values=_FLAGS)
+flags.DEFINE_string("base", "", "The model below.", flag_values=_FLAGS)
+flags.DEFINE_string(
+  "adapter", "", "A PEFT directory to merge into it.", flag_values=_FLAGS
+)
+flags.DEFINE_string("output", "", "Where to.", flag_values=_FLAGS)
 flags.DEFINE_enum(
   "dtype",
   "",
@@ -91,6 +97,13 @@ def _run(words: Sequence[str]) -> None:
       conversions.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
     case ["from_hf", origin, out]:
       conversions.from_hf(origin, pathlib.Path(out), _options())
+    case ["merge"] if _FLAGS.base and _FLAGS.adapter and _FLAGS.output:
+      conversions.merge(
+        _FLAGS.base,
+        pathlib.Path(_FLAGS.adapter),
+        pathlib.Path(_FLAGS.output),
+        _options(),
+      )
     case _:
       raise _misused(f"Got {' '.join(words) or 'nothing'}.")
 

@@ -16,7 +16,7 @@ from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from atlas_jax.teaching import templates
 from configs.data import world
-from conversion import save
+from conversion import card, save
 
 SIZES = {"train": 3000, "teacher": 2500, "questions": 1000}
 HELD_OUT = {"validation": 100, "test": 400}
@@ -144,6 +144,6 @@ def write_model(
     source=source,
     dtype="float32",
     max_shard_bytes=10**9,
-    notes={"Weights": "drawn at random"},
+    about=card.Card(base="", facts={"Weights": "drawn at random"}),
     overwrite=True,
   )

@@ -38,7 +38,9 @@ def main() -> None:
     )
     held_out = held_out[: config.evaluation.num_questions]
     base = launch.open_model(mesh, **config.model)
-    policy, params = launch.open_policy(base, mesh, config)
+    policy, params = launch.open_policy(
+      base, mesh, seed=config.seed, **config.lora
+    )
     if "student" in config:
       student = launch.open_model(
         mesh,
@@ -62,9 +64,10 @@ def main() -> None:
       workdir,
       base,
       policy,
-      notes={
+      facts={
         "Recipe": "GRPO",
-        "Base model": config.model.path,
+        "Data": config.data.path,
+        "Data fingerprint": questions.fingerprint(),
         "Student": config.student.path if "student" in config else "none",
         "Reward": combine.describe(config.reward.weights, functions),
       },

@@ -28,7 +28,9 @@ def main() -> None:
     packing.check_context(
       config.packing.length, base.model.config.max_positions
     )
-    policy, params = launch.open_policy(base, mesh, config)
+    policy, params = launch.open_policy(
+      base, mesh, seed=config.seed, **config.lora
+    )
     train_set, eval_set = sets.conversations(
       base.tokenizer,
       data=sets.Selection(**config.data),
@@ -43,7 +45,11 @@ def main() -> None:
       workdir,
       base,
       policy,
-      notes={"Recipe": "SFT", "Base model": config.model.path},
+      facts={
+        "Recipe": "SFT",
+        "Data": config.data.path,
+        "Data fingerprint": train_set.fingerprint(),
+      },
       **config.export,
     )
     params = sft.train(

@@ -14,7 +14,6 @@ import pytest
 from atlas_jax import checkpoint, launch, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
-from atlas_jax.models import lora
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
@@ -67,7 +66,7 @@ _FUNCTIONS = {
   "correction": (correction.sampler_weights, ()),
   "score": (score.token_stats, ("temperature",)),
   "schedule": (schedule.make, ("num_updates",)),
-  "lora": (lora.Lora, ()),
+  "lora": (launch.open_policy, ("seed",)),
   "optimizer": (optimizer.make_optimizer, ()),
   "offload": (state.Offload, ()),
   "optimizer.adamw": (optimizer._adamw, ()),
@@ -78,7 +77,7 @@ _FUNCTIONS = {
   "artefacts": (artefacts.Artefacts, ("writer", "tokenizer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
-  "export": (launch.export, ("notes",)),
+  "export": (launch.export, ("facts",)),
 }
 _SFT = _FUNCTIONS | {
   "batch": (sharding.num_microbatches, ()),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import rules, save
+from conversion import card, rules, save
 from tests import fakes
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -146,7 +146,7 @@ def write_checkpoint(
     source=source,
     dtype=dtype,
     max_shard_bytes=shard,
-    notes={},
+    about=card.Card(base="test"),
     overwrite=False,
   )
   return model, params
@@ -176,7 +176,7 @@ def write_talker(directory: pathlib.Path, family="qwen2", **changes):
     source=source,
     dtype="float32",
     max_shard_bytes=10**9,
-    notes={},
+    about=card.Card(base="test"),
     overwrite=False,
   )
   return model, params

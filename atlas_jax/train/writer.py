@@ -96,6 +96,23 @@ def write_whole(path: pathlib.Path, text: str) -> None:
   partial.replace(path)
 
 
+def last(workdir: pathlib.Path) -> dict[str, tuple[int, float]]:
+  """Reads the last finite value of what tells how good a run's weights are.
+
+  Returns:
+    The loss, the reward and all of the last evaluation, each with its step.
+  """
+  path = workdir / "metrics.jsonl"
+  found: dict[str, tuple[int, float]] = {}
+  for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    row = json.loads(line)
+    for name, value in row.items():
+      is_told = name in ("loss", "reward") or name.startswith("eval/")
+      if is_told and value is not None:
+        found[name] = (row["step"], value)
+  return found
+
+
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
   """Reads whole lines of steps that stay; a torn last line is dropped."""
   kept = []

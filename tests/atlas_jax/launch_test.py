@@ -179,7 +179,7 @@ def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):
   tiny.write_talker(tmp_path / "same", **_SHAPE)
   tiny.write_talker(tmp_path / "more", num_hidden_layers=2)
   prints = [
-    launch.fingerprint(launch.OpenModel(path, *talker[1:], tokenizer=None))
+    launch.fingerprint(launch.OpenModel("", path, *talker[1:], tokenizer=None))
     for path in (talker[0], tmp_path / "same", tmp_path / "more")
   ]
   assert prints[0] == prints[1] != prints[2]

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters against PEFT: logits, gradients and the directory it opens."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atlas_jax import errors
 from atlas_jax.models import decoder, lora
-from conversion import load, peft_adapters
+from conversion import card, load, peft_adapters, shards
+from scripts import convert
 from tests import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+# Of PEFT, which calls what transformers is about to remove.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 _LORA = lora.Lora(
   rank=3, alpha=7.0, targets=("attention/[qkvo]", "mlp/(gate|up|down)")
 )
@@ -28,7 +35,6 @@ def _draw(model):
   )
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
 def test_logits_and_gradients_equal_those_of_peft(tmp_path, family):
   torch.set_num_threads(1)
@@ -41,7 +47,7 @@ def test_logits_and_gradients_equal_those_of_peft(tmp_path, family):
   params = load.load(tmp_path / "base", model, param_dtype="float32")
   adapters = _draw(model)
   target = tmp_path / "adapter"
-  peft_adapters.save(target, adapters, model, settings=_LORA, base="base")
+  _save(target, adapters, model, tmp_path / "base")
   theirs = peft.PeftModel.from_pretrained(reference, target, is_trainable=True)
   batch = tiny.batch(model)
 
@@ -69,9 +75,99 @@ def test_logits_and_gradients_equal_those_of_peft(tmp_path, family):
     np.testing.assert_allclose(grad, expected[name], atol=1e-5, rtol=1e-3)
 
 
+def _save(directory, adapters, model, source):
+  peft_adapters.save_directory(
+    directory,
+    adapters,
+    model,
+    settings=_LORA,
+    source=source,
+    about=card.Card(base="base"),
+  )
+
+
+def _write_theirs(directory, family, *, dtype="float32", **changes):
+  """Writes a base and an adapter as PEFT does; gives the adapted model."""
+  torch.set_num_threads(1)
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(**tiny.fields(family))
+  base = transformers.AutoModelForCausalLM.from_config(config)
+  base = base.to(getattr(torch, dtype))
+  base.save_pretrained(directory / "base")
+  (directory / "base" / "tokenizer.json").write_text("{}")
+  settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}
+  settings = peft.LoraConfig(**settings, task_type="CAUSAL_LM", **changes)
+  theirs = peft.get_peft_model(base, settings)
+  with torch.no_grad():
+    for name, parameter in theirs.named_parameters():
+      if "lora_" in name:
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+  theirs.save_pretrained(directory / "adapter")
+  return theirs
+
+
+@pytest.mark.parametrize(
+  ("family", "dtype", "rslora"),
+  [
+    ("qwen3", "float32", False),
+    ("qwen3", "bfloat16", False),
+    ("gemma2", "float32", True),
+    ("phi3", "float32", False),
+  ],
+)
+def test_merging_gives_what_peft_merges(tmp_path, family, dtype, rslora):
+  theirs = _write_theirs(tmp_path, family, dtype=dtype, use_rslora=rslora)
+  flags = (f"--{n}={tmp_path / n}" for n in ("base", "adapter", "output"))
+
+  assert convert.main(["merge", *flags]) == 0
+
+  expected = theirs.merge_and_unload().state_dict()
+  got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+  changed = shards.open_directory(tmp_path / "base")
+  for name, tensor in got.state_dict().items():
+    # PEFT rounds the product before it adds it; that is of bfloat16 alone.
+    atol, rtol = (1e-6, 0) if dtype == "float32" else (2e-2, 2e-2)
+    np.testing.assert_allclose(
+      tensor.float(), expected[name].float(), atol=atol, rtol=rtol
+    )
+    if "_proj" in name:
+      before = shards.read(changed[name]).astype(np.float32)
+      assert np.abs(tensor.float().numpy() - before).max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_adapters_of_peft_are_what_training_starts_from(tmp_path, family):
+  theirs = _write_theirs(tmp_path, family, use_rslora=True)
+  shape, _ = load.read_config(tmp_path / "base")
+  model = decoder.build(shape, dtype="float32", remat="none", unroll=1)
+  params = load.load(tmp_path / "base", model, param_dtype="float32")
+  settings = dataclasses.replace(_LORA, alpha=7 * math.sqrt(3))
+  batch = tiny.batch(model)
+
+  adapters = peft_adapters.load(tmp_path / "adapter", model, settings)
+
+  got = lora.adapt(model, settings).logits(lora.join(params, adapters), *batch)
+  expected = theirs(torch.tensor(np.asarray(batch[0]))).logits
+  np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+  ("changes", "told"),
+  [
+    ({"use_dora": True}, "use_dora=True"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+    ({"bias": "all"}, "bias='all'"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+  ],
+)
+def test_what_would_not_be_honoured_is_refused(tmp_path, changes, told):
+  _write_theirs(tmp_path, "llama", **changes)
+  with pytest.raises(errors.CheckpointError, match=told):
+    peft_adapters.open_directory(tmp_path / "adapter")
+
+
 def test_adapters_of_fused_projections_are_refused(tmp_path):
   model = tiny.build("phi3")
   with pytest.raises(ValueError, match="no names for phi3"):
-    peft_adapters.save(
-      tmp_path / "a", _draw(model), model, settings=_LORA, base=""
-    )
+    _save(tmp_path / "a", _draw(model), model, tmp_path)

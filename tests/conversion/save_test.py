@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import load, save, shards, verify
+from conversion import card, load, save, shards, verify
 from tests import tiny
 
 
@@ -19,7 +19,7 @@ def _save(directory, params, model, source, **changes):
     "source": source,
     "dtype": "float32",
     "max_shard_bytes": 10**9,
-    "notes": {},
+    "about": card.Card(base="test"),
     "overwrite": False,
     **changes,
   }
@@ -36,7 +36,13 @@ def job(tmp_path):
 
 def test_everything_a_server_needs_is_there(tmp_path, job):
   params, model, source = job
-  _save(tmp_path / "out", params, model, source, notes={"step": "7\n# x"})
+  _save(
+    tmp_path / "out",
+    params,
+    model,
+    source,
+    about=card.Card(base="b", facts={"step": "7\n# x"}),
+  )
 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {
     *("config.json", "generation_config.json", "model.safetensors"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.models import decoder
-from conversion import load, save, shards, verify
+from conversion import card, load, save, shards, verify
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -53,7 +53,7 @@ def _export(directory, source, model, params, dtype="float32", shard=10**9):
     source=source,
     dtype=dtype,
     max_shard_bytes=shard,
-    notes={"step": "1"},
+    about=card.Card(base="test"),
     overwrite=False,
   )
   return directory

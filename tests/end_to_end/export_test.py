@@ -60,7 +60,7 @@ def _train(tmp_path, family, **changes):
   config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(**config.mesh)
   base = launch.open_model(mesh, **config.model)
-  policy, params = launch.open_policy(base, mesh, config)
+  policy, params = launch.open_policy(base, mesh, seed=0, **config.lora)
   train_set, eval_set = sets.conversations(
     base.tokenizer,
     data=sets.Selection(**config.data),
@@ -83,7 +83,7 @@ def _train(tmp_path, family, **changes):
     writer=launch.open_writer(tmp_path, config),
     should_stop=lambda: False,
   )
-  launch.export(tmp_path, base, policy, params, None, notes={}, **config.export)
+  launch.export(tmp_path, base, policy, params, None, facts={}, **config.export)
   return base, policy.merged(params), mesh
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
-from conversion import save
+from conversion import card, save
 from rollout import client, sampler, weight_sync
 from tests import fakes, tiny
 
@@ -83,7 +83,7 @@ def opened(tmp_path_factory):
     source=source,
     dtype="float32",
     max_shard_bytes=10**9,
-    notes={},
+    about=card.Card(base="test"),
     overwrite=False,
   )
   return {

@@ -83,3 +83,13 @@ def test_a_table_is_a_file_that_the_same_step_replaces(tmp_path):
     assert tracker.given[-1][:2] == (3, "completions")
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   log.close()
+
+
+def test_the_last_of_each_is_found_with_its_step(tmp_path):
+  assert writer.last(tmp_path) == {}
+  log = _open(tmp_path)
+  log.write(1, {"loss": 3.0, "eval/loss": 2.5, "step_s": 1.0})
+  log.write(2, {"loss": 2.0})
+  log.write(3, {"loss": float("nan")})
+  log.close()
+  assert writer.last(tmp_path) == {"loss": (2, 2.0), "eval/loss": (1, 2.5)}
