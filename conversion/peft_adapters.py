@@ -74,7 +74,7 @@ def save_directory(
     about: goes into the model card.
 
   Raises:
-    ValueError: if PEFT has no names for them.
+    errors.ConfigError: if PEFT has no names for them.
     errors.CheckpointError: if a weight is not finite, the disk is full, or the
       file read back differs.
   """
@@ -251,10 +251,15 @@ def tensors(
   """Gives every layer's adapters by the names that PEFT has for them.
 
   Raises:
-    ValueError: if it has none.
+    errors.ConfigError: if it has none.
   """
   if not has_names(model):
-    raise ValueError(f"PEFT has no names for {model.config.family}.")
+    raise errors.ConfigError(
+      f"PEFT has no names for adapters of {model.config.family}.",
+      where="the family of the model",
+      why="Its files hold several projections in one tensor.",
+      fix="Write the merged model.",
+    )
   found = {}
   arrays = dict(rules.flatten(adapters))
   for name, (path, layer) in _names(adapters, model).items():

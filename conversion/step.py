@@ -7,11 +7,12 @@ import shutil
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
 from atlas_jax import errors, snapshot
-from atlas_jax.models import decoder
+from atlas_jax.models import decoder, lora
 from conversion import rules
 
 _CONFIG = "config.json"
@@ -102,11 +103,59 @@ def check_model(step: pathlib.Path, model: decoder.Model) -> None:
     )
 
 
+def adapters(step: pathlib.Path) -> lora.Lora | None:
+  """Tells what adapters a sound checkpoint holds; None if all parameters."""
+  ranks = {
+    path.removesuffix("/lora_a").removeprefix("layers/"): leaf.shape[-1]
+    for path, leaf in param_headers(step).items()
+    if path.endswith("/lora_a")
+  }
+  if not ranks:
+    return None
+  about = snapshot.read(step) or {}
+  return lora.Lora(
+    rank=next(iter(ranks.values())),
+    alpha=float(about["identity"]["lora.alpha"]),
+    targets=tuple(ranks),
+  )
+
+
+def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
+  """Refuses a base that the adapters of a checkpoint were not trained over.
+
+  Args:
+    step: holds adapters.
+    params: of the base, in float32.
+
+  Returns:
+    The parameters in the precision that they had in training.
+
+  Raises:
+    errors.CheckpointError: if their values were others.
+  """
+  about = snapshot.read(step) or {}
+  for dtype in (np.float32, ml_dtypes.bfloat16):
+    held = jax.tree.map(lambda leaf, to=dtype: leaf.astype(to), params)
+    if lora.fingerprint(lora.checksums(held)) == about["identity"]["base"]:
+      return held
+  raise errors.CheckpointError(
+    "These adapters were trained over another base.",
+    where=str(step),
+    why="The base's weights are not those that the checkpoint names.",
+    fix="Give the directory of the model that was trained as --source.",
+  )
+
+
 def read(step: pathlib.Path, model: decoder.Model) -> decoder.Params:
   """Reads a sound checkpoint's parameters as float32, on the first device."""
+  return read_tree(step, model.abstract_params)
+
+
+def read_tree(step: pathlib.Path, abstract: decoder.Params) -> decoder.Params:
+  """Reads what has these paths, as `read` does."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   how = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
-  return _restore(step, model.abstract_params, how)
+  return _restore(step, abstract, how)
 
 
 def read_one(step: pathlib.Path, path: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from atlas_jax import errors, snapshot
-from atlas_jax.models import decoder
+from atlas_jax.models import decoder, lora
 from conversion import (
   card,
   load,
@@ -38,12 +38,15 @@ class Options:
   dtype: Literal["", "float32", "bfloat16"]
   max_shard_bytes: int
   overwrite: bool
+  merge: bool
   is_dry_run: bool
   with_logits: bool
 
 
 def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   """Writes the parameters of a checkpoint in Hugging Face format.
+
+  Adapters are merged into their base, or written as PEFT has them.
 
   Raises:
     errors.AtlasError: if an input or the target cannot be used, or what is
@@ -67,6 +70,9 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   source = load.resolve(options.source)
   model = _build(source)
   snapshot.check(step)
+  if settings := orbax_step.adapters(step):
+    _adapters_to_hf(step, settings, source, model, out, options)
+    return
   stored = weights.of_step(step, model)
   dtype = options.dtype or weights.dtype_of(stored, step)
   num_bytes = save.num_bytes(model, dtype)
@@ -85,6 +91,56 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   with progress.telling("Read", _size(stored)) as advance:
     params = orbax_step.read(step, model)
     advance(_size(stored))
+  _write(step, params, source, model, out, options, dtype)
+
+
+def _adapters_to_hf(
+  step: pathlib.Path,
+  settings: lora.Lora,
+  source: pathlib.Path,
+  model: decoder.Model,
+  out: pathlib.Path,
+  options: Options,
+) -> None:
+  """Does what `to_hf` does, for a run that trained adapters."""
+  abstract = lora.only(lora.adapt(model, settings).abstract_params)
+  dtype = options.dtype or weights.dtype_of(
+    weights.of_directory(source), source
+  )
+  num_bytes = save.num_bytes(model, dtype) if options.merge else 0
+  _tell_plan(f"{step} over {source}", out, f"rank {settings.rank}", num_bytes)
+  target.check(out, source, num_bytes=num_bytes, overwrite=options.overwrite)
+  if options.is_dry_run:
+    return
+  adapters = orbax_step.read_tree(step, abstract)
+  params = load.load(source, model, param_dtype="float32")
+  params = orbax_step.check_base(step, params)
+  if options.merge:
+    merged = lora.merge(params, adapters, settings.scale)
+    _write(step, merged, source, model, out, options, dtype)
+    return
+  peft_adapters.save_directory(
+    out,
+    adapters,
+    model,
+    settings=settings,
+    source=source,
+    about=_about(step, options),
+  )
+  print(f"Done: {out}")
+
+
+def _write(
+  step: pathlib.Path,
+  params: decoder.Params,
+  source: pathlib.Path,
+  model: decoder.Model,
+  out: pathlib.Path,
+  options: Options,
+  dtype: Literal["float32", "bfloat16"],
+) -> None:
+  """Writes a directory, and compares its logits with the parameters'."""
+  num_bytes = save.num_bytes(model, dtype)
   with progress.telling("Wrote and read back", num_bytes) as advance:
     save.save(
       out,
@@ -93,7 +149,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
       source=source,
       dtype=dtype,
       max_shard_bytes=options.max_shard_bytes,
-      about=card.Card(base=options.source, facts={"Checkpoint": str(step)}),
+      about=_about(step, options),
       overwrite=options.overwrite,
       progress=advance,
     )
@@ -101,6 +157,17 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
     gap = verify.logits_equal(out, params, model, tolerance=_TOLERANCE)
     print(f"Logits differ by {gap:.1e} at most.")
   print(f"Done: {out}")
+
+
+def _about(step: pathlib.Path, options: Options) -> card.Card:
+  """Tells what is known of a checkpoint."""
+  held = (snapshot.read(step) or {})["metrics"]
+  number = int(step.name) if step.name.isdecimal() else 0
+  return card.Card(
+    base=options.source,
+    facts={"Checkpoint": str(step)},
+    metrics={name: (number, value) for name, value in held.items()},
+  )
 
 
 def merge(

@@ -47,6 +47,13 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("overwrite", False, "Replaces OUT.", flag_values=_FLAGS)
 flags.DEFINE_bool(
+  "merge",
+  True,
+  "Of a run that trained adapters: merges them into --source, or else writes "
+  "what PEFT opens.",
+  flag_values=_FLAGS,
+)
+flags.DEFINE_bool(
   "dry_run", False, "Tells what would be written.", flag_values=_FLAGS
 )
 flags.DEFINE_bool(
@@ -114,6 +121,7 @@ def _options() -> conversions.Options:
     dtype=_FLAGS.dtype,
     max_shard_bytes=_FLAGS.max_shard_bytes,
     overwrite=_FLAGS.overwrite,
+    merge=_FLAGS.merge,
     is_dry_run=_FLAGS.dry_run,
     with_logits=_FLAGS.logits,
   )

@@ -169,5 +169,5 @@ def test_what_would_not_be_honoured_is_refused(tmp_path, changes, told):
 
 def test_adapters_of_fused_projections_are_refused(tmp_path):
   model = tiny.build("phi3")
-  with pytest.raises(ValueError, match="no names for phi3"):
+  with pytest.raises(errors.ConfigError, match="adapters of phi3"):
     _save(tmp_path / "a", _draw(model), model, tmp_path)

@@ -6,12 +6,15 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from atlas_jax import checkpoint, sharding, snapshot
+from atlas_jax.models import decoder, lora
 from atlas_jax.train import state as train_state
-from conversion import shards, verify
+from conversion import load, peft_adapters, shards, verify
 from scripts import convert
 from tests import tiny
 
@@ -111,6 +114,65 @@ def test_a_dtype_is_written_as_told(run):
   assert _run("to_hf", run / "o", run / "hf", source) == 0
   tensors = shards.open_directory(run / "hf")
   assert {t.dtype.name for t in tensors.values()} == {"bfloat16"}
+
+
+_LORA = lora.Lora(rank=2, alpha=3.0, targets=("attention/q", "mlp/up"))
+
+
+def _write_adapters(directory, family):
+  """Writes a base, and a checkpoint of adapters over it in bfloat16."""
+  model, params = tiny.write_checkpoint(
+    directory / "base", family, dtype="bfloat16"
+  )
+  held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+  base = lora.fingerprint(lora.checksums(held))
+  adapters = jax.tree.map(
+    lambda leaf: jnp.full(leaf.shape, 0.1),
+    lora.only(lora.adapt(model, _LORA).abstract_params),
+  )
+  identity = {"base": base, "lora.alpha": "3.0"}
+  state = _train_state(adapters)
+  snapshot.write(directory / "7", state, identity=identity)
+  return model, held, adapters
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_adapters_become_a_merged_model(tmp_path, family):
+  _, held, adapters = _write_adapters(tmp_path, family)
+  source = f"--source={tmp_path / 'base'}"
+  assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 0
+  built, _ = load.read_config(tmp_path / "hf")
+  model = decoder.build(built, dtype="float32", remat="none", unroll=1)
+  got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
+  merged = lora.merge(held, adapters, _LORA.scale)
+  jax.tree.map(np.testing.assert_array_equal, got, merged)
+
+
+def test_adapters_become_a_directory_of_peft(tmp_path, capsys):
+  model, _, adapters = _write_adapters(tmp_path, "qwen3")
+  source = f"--source={tmp_path / 'base'}"
+  out = tmp_path / "adapter"
+  assert _run("to_hf", tmp_path, out, source, "--nomerge") == 0
+  found = peft_adapters.load(out, model, _LORA)
+  jax.tree.map(np.testing.assert_array_equal, found, adapters)
+  assert _run("to_hf", tmp_path, out, source, "--nomerge") == 2
+  capsys.readouterr()
+
+  _write_adapters(tmp_path / "phi", "phi3")
+  source = f"--source={tmp_path / 'phi/base'}"
+  assert _run("to_hf", tmp_path / "phi", out / "x", source, "--nomerge") == 2
+  assert "PEFT has no names for adapters of phi3" in capsys.readouterr().err
+
+
+def test_adapters_over_another_base_are_refused(tmp_path, capsys):
+  _write_adapters(tmp_path, "qwen3")
+  path = tmp_path / "base/model.safetensors"
+  raw = bytearray(path.read_bytes())
+  raw[-1] ^= 0x80  # The sign of the last value.
+  path.write_bytes(raw)
+  source = f"--source={tmp_path / 'base'}"
+  assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 5
+  assert "trained over another base" in capsys.readouterr().err
 
 
 def test_verify_tells_in_which_layer_models_part(run, capsys):
