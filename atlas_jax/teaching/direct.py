@@ -8,6 +8,7 @@ and evaluation are the same. What the policy wrote is the answer that is judged.
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
+from typing import Any
 
 from atlas_jax import chat, types
 from atlas_jax.teaching import protocol
@@ -75,6 +76,13 @@ class Direct:
       )
       for completion in group
     ]
+
+  def get_state(self) -> dict[str, Any]:  # Any: JSON.
+    """Gives nothing; see `protocol.Rollouts`."""
+    return {}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
+    """Takes nothing."""
 
   def _record(
     self, question: types.Question, rollout: types.Rollout

@@ -11,6 +11,9 @@ import contextlib
 import dataclasses
 import time
 import typing
+from typing import Any
+
+from absl import logging
 
 from atlas_jax import chat, errors, types
 from atlas_jax.teaching import templates as teaching_templates
@@ -49,6 +52,14 @@ class Rollouts(typing.Protocol):
 
     None for a question of which a sampler gave up a prompt.
     """
+    ...
+
+  def get_state(self) -> dict[str, Any]:  # Any: JSON.
+    """Gives what a later `run` depends on, besides weights and seed."""
+    ...
+
+  def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
+    """Takes what `get_state` gave, in a process before this one."""
     ...
 
 
@@ -167,6 +178,29 @@ class Protocol:
       for i, question in enumerate(asked)
       if question not in given_up
     ]
+
+  def get_state(self) -> dict[str, Any]:  # Any: JSON.
+    """Gives the baseline answers; see `Rollouts`."""
+    return {
+      "asked": self._baseline_settings(),
+      "baselines": [
+        [*key, [dataclasses.asdict(answer) for answer in answers]]
+        for key, answers in self._baselines.items()
+      ],
+    }
+
+  def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
+    """Takes baseline answers, if they would be asked for alike today."""
+    if state["asked"] != self._baseline_settings():
+      logging.warning("Baselines are sampled anew: they are asked otherwise.")
+      return
+    for version, row_id, question, answers in state["baselines"]:
+      drawn = tuple(types.Attempt(**answer) for answer in answers)
+      self._baselines[version, row_id, question] = drawn
+
+  def _baseline_settings(self) -> list[Any]:  # Any: JSON.
+    params = dataclasses.asdict(self.baseline_params)
+    return [self.templates.baseline, params]
 
   def baseline_prompt(self, question: types.Question) -> types.Prompt:
     """Asks the student for an answer without any teaching."""

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from atlas_jax import errors, types
+from atlas_jax import checkpoint, errors, types
 from atlas_jax.data import loader
 from atlas_jax.models import decoder
 from atlas_jax.teaching import protocol as teaching_protocol
@@ -28,10 +28,9 @@ _Sampled = tuple[list[types.TeachingRecord], dict[str, float]]
 class Collector:
   """Samples the batch of each step; at most one of the next is under way.
 
-  What a step samples depends on the seed, the step and the weights alone. So
-  without staleness a resumed run repeats the one that was not interrupted. With
-  it, the first step after a resume has no batch from before, and samples in
-  time: the same questions and seeds, by weights one step newer.
+  What a step samples depends on the seed, the step, the weights and the state
+  that `get_state` gives alone. So a resumed run repeats the one that was not
+  interrupted, the batch included that was under way.
   """
 
   def __init__(
@@ -89,6 +88,27 @@ class Collector:
   def settle(self) -> None:
     """Waits until no batch is under way; a failure shows when it is taken."""
     futures.wait(self._ahead.values())
+
+  def get_state(self) -> checkpoint.HostState:
+    """Gives what a resumed run must have; waits for the batch under way.
+
+    A batch that failed is no part of it, and is sampled again.
+    """
+    self.settle()
+    ahead = []
+    for step, future in self._ahead.items():
+      if future.exception() is None:
+        records, metrics = future.result()
+        ahead.append([step, list(map(dataclasses.asdict, records)), metrics])
+    return {"ahead": ahead, "protocol": self._protocol.get_state()}
+
+  def set_state(self, state: checkpoint.HostState) -> None:
+    """Takes what `get_state` gave, in a process before this one."""
+    self._protocol.set_state(state["protocol"])
+    for step, records, metrics in state["ahead"]:
+      self._ahead[step] = futures.Future()
+      taken = list(map(types.teaching_record, records))
+      self._ahead[step].set_result((taken, metrics))
 
   def push(self, params: decoder.Params, step: int) -> None:
     """Gives the weights of `step` to the policy's sampler, once."""

@@ -112,6 +112,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
         on_save=lambda state, step: on_save(state.params, step),
         row_ids=collector.row_ids,
         clock=clock,
+        get_host_state=collector.get_state,
+        set_host_state=collector.set_state,
       ),
       loop.Settings(**config.loop),
       checkpointer=checkpointer,

@@ -104,7 +104,8 @@ def run(
     errors.DivergedError: if too many updates in a row were not finite.
   """
   state, host_state = checkpointer.restore_latest(state)
-  task.set_host_state(host_state)
+  if host_state:
+    task.set_host_state(host_state)
   start, end = int(state.step), settings.num_steps
   writer.begin(step=start, num_steps=end)
   watch = nonfinite.Watch(task.row_ids, workdir, settings.max_nonfinite)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 
+from absl import logging
 import jax
 
 from atlas_jax.train import console, sinks
@@ -31,7 +32,11 @@ class Writer:
   def begin(self, *, step: int, num_steps: int) -> None:
     """Opens everything, and keeps the lines up to `step`, the steps done."""
     path = self.workdir / "metrics.jsonl"
-    kept = _lines_up_to(path, step) if path.exists() else []
+    lines = _lines(path) if path.exists() else []
+    kept = [line for number, line in lines if number <= step]
+    last = max((number for number, _ in lines), default=step)
+    if last > step:
+      logging.info("Lost, and done again: steps %d to %d.", step + 1, last)
     write_whole(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._console = console.Console(step=step, num_steps=num_steps)
@@ -113,14 +118,13 @@ def last(workdir: pathlib.Path) -> dict[str, tuple[int, float]]:
   return found
 
 
-def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
-  """Reads whole lines of steps that stay; a torn last line is dropped."""
-  kept = []
+def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
+  """Reads whole lines with their steps; a torn last line is dropped."""
+  lines = []
   for line in path.read_text("utf-8").splitlines(keepends=True):
     try:
-      row = json.loads(line)
+      step = json.loads(line)["step"]
     except json.JSONDecodeError:
       continue
-    if row["step"] <= step:
-      kept.append(line.rstrip("\n") + "\n")
-  return kept
+    lines.append((step, line.rstrip("\n") + "\n"))
+  return lines

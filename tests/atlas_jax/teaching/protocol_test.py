@@ -2,6 +2,7 @@
 """The protocol asks each role the right thing, once, in order."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -263,3 +264,21 @@ def test_what_is_missing_is_counted_and_bounded(tokenizer):
   assert caught.value.exit_code == errors.Exit.ROLLOUT
   with pytest.raises(errors.RolloutError, match="rows a, b, c"):
     fraction([], 0.99)
+
+
+def test_baselines_outlive_the_process_if_they_are_asked_for_alike(tokenizer):
+  first = _protocol(tokenizer)
+  records = first.run(_QUESTIONS[:1], seed=7)
+  state = json.loads(json.dumps(first.get_state()))
+
+  def num_asked(**changes):
+    resumed = _protocol(tokenizer, **changes)
+    resumed.set_state(state)
+    again = resumed.run(_QUESTIONS, seed=8)
+    assert again[0].baseline == records[0].baseline
+    return len(resumed.student.sampler.calls[0][0])
+
+  assert num_asked() == 1
+  assert num_asked(teach_params=_params(2)) == 1
+  other = dataclasses.replace(_params(2, seed=70), top_p=0.5)
+  assert num_asked(baseline_params=other) == 2

@@ -2,6 +2,7 @@
 """Which weights wrote a step's batch, and when it was sampled."""
 
 import dataclasses
+import json
 import threading
 
 import pytest
@@ -98,6 +99,33 @@ def test_resumed_run_samples_the_same_questions_in_time(tokenizer):
   assert _versions(taken[2]) == {2}
   assert _what(taken[2]) == _what(expected[2])
   assert _what(taken[3]) == _what(expected[3])
+
+
+def test_resumed_run_has_the_batch_that_was_under_way(tokenizer):
+  collector, _ = _collector(tokenizer)
+  with collector:
+    collector.push({}, 1)
+    collector.take(1, clock.Clock())
+    state = json.loads(json.dumps(collector.get_state()))
+    collector.push({}, 2)
+    expected = collector.take(2, clock.Clock())
+  resumed, sampler = _collector(tokenizer)
+  resumed.set_state(state)
+  with resumed:
+    resumed.push({}, 2)
+    assert resumed.take(2, clock.Clock()) == expected
+    resumed.settle()
+  assert _versions(expected[0]) == {1}
+  assert [params.seed for _, params in sampler.calls] == [3]
+
+
+def test_a_batch_that_failed_is_no_part_of_the_state(tokenizer):
+  collector, policy = _collector(tokenizer, max_dropped_fraction=0.0)
+  with collector:
+    collector.push({}, 1)
+    policy.given_up = {f"{row_id}/teach" for row_id in collector.row_ids(2)}
+    collector.take(1, clock.Clock())
+    assert collector.get_state()["ahead"] == []
 
 
 def test_next_batch_is_sampled_while_this_one_trains(tokenizer):
