@@ -82,7 +82,7 @@ _FUNCTIONS = {
 _SFT = _FUNCTIONS | {
   "batch": (sharding.num_microbatches, ()),
   "packing": (sets.Layout, ()),
-  "loss": (train_sft._loss, ()),
+  "loss": (train_sft.packed_loss, ()),
 }
 _GRPO = _FUNCTIONS | {"loss": (grpo.Objective, ("max_tokens",))}
 _GRPO_READERS = (

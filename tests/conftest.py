@@ -12,3 +12,5 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A program that an older version compiled would hide what this one compiles.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -37,6 +37,11 @@ class Clock:
     taken, self._seconds = self._seconds, collections.defaultdict(float)
     return dict(taken)
 
+  def move(self, seconds: float, to: str) -> None:
+    """Counts seconds of the present phase, just over, as those of `to`."""
+    self._seconds[self._phase] -= seconds
+    self._seconds[to] += seconds
+
   def _switch(self, phase: str) -> str:
     now = self._now()
     self._seconds[self._phase] += now - self._last

@@ -8,6 +8,8 @@ rotations and the softmax. A multiplication and an addition are two.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from atlas_jax.models import config as model_config
 
 # Dense bfloat16 FLOP/s of one JAX device, by how its `device_kind` begins; of
@@ -84,6 +86,12 @@ def of_update(
   kernel_passes = 2 if is_base_frozen else 3
   kernels = kernel_passes * _kernels(config, lengths)
   return kernels + 3 * _scores(config, lengths)
+
+
+def lengths(segment_ids_BT: np.ndarray) -> list[int]:
+  """Counts the tokens of each sequence of a packed batch; 0 is padding."""
+  counts = [np.bincount(ids_T)[1:] for ids_T in segment_ids_BT]
+  return [int(n) for n in np.concatenate(counts) if n]
 
 
 def peak(device_kind: str) -> float | None:

@@ -13,7 +13,7 @@ import optax
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
-from atlas_jax.train import agreement, rows, score
+from atlas_jax.train import agreement, flops, rows, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
@@ -117,9 +117,16 @@ class Learner:
     keep = self._kept(records, rewards_PC, valid_PC)
     varied_P1 = advantages.has_variance(rewards_PC, valid_PC)
     rollouts = [records[i].teacher_rollout for i in keep]
+    lengths = [*map(_num_tokens, rollouts)]
     metrics: dict[str, Any] = {
       "groups/used_fraction": float(jnp.mean(varied_P1)),
-      "num_tokens": sum(map(_num_tokens, rollouts)),
+      "num_tokens": sum(lengths),
+      "num_flops": self._batch.num_iterations
+      * flops.of_update(
+        self._policy.model.config,
+        lengths,
+        is_base_frozen=self._policy.adapters is not None,
+      ),
     }
     if keep:
       batch = rows.make_batch(rollouts, multiple=self._multiple)

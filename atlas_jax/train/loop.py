@@ -13,7 +13,8 @@ import jax
 
 from atlas_jax import checkpoint, errors
 from atlas_jax.train import clock as train_clock
-from atlas_jax.train import nonfinite
+from atlas_jax.train import nonfinite, profile
+from atlas_jax.train import speed as train_speed
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 
@@ -58,6 +59,7 @@ class Settings:
     save_every: steps between checkpoints. One is saved at the end anyway, and
       one whenever an evaluation is the best so far.
     max_nonfinite: updates in a row that may be skipped as not finite.
+    profile_steps: those to trace, such as "3:5"; "" for none.
   """
 
   num_steps: int
@@ -65,9 +67,10 @@ class Settings:
   eval_every: int
   save_every: int
   max_nonfinite: int
+  profile_steps: str
 
   def __post_init__(self) -> None:
-    """Refuses rhythms of less than a step."""
+    """Refuses rhythms of less than a step, and a trace of none."""
     for name in ("num_steps", "log_every", "save_every"):
       if getattr(self, name) < 1:
         raise errors.ConfigError(
@@ -76,6 +79,7 @@ class Settings:
           why="It counts steps, and there is at least one.",
           fix="Set it to 1 or more.",
         )
+    profile.parse(self.profile_steps, self.num_steps)
 
 
 def run(
@@ -111,18 +115,26 @@ def run(
   watch = nonfinite.Watch(task.row_ids, workdir, settings.max_nonfinite)
   window: list[Metrics] = []
   clock = task.clock
-  clock.take()  # What came before the first step is no part of it.
-  with contextlib.closing(writer), checkpointer:
+  with (
+    contextlib.closing(writer),
+    checkpointer,
+    train_speed.Speed(clock) as speed,
+    profile.Profile(
+      profile.parse(settings.profile_steps, end), workdir
+    ) as trace,
+  ):
     for step in range(start + 1, end + 1):
+      trace.before(step)
       state, metrics = task.do_step(state, step - 1)
       state = state._replace(step=state.step + 1)
       window.append(metrics)
       with clock.phase("train"):
         watch.add(step, metrics)
+      trace.after(step, (state, metrics))
       writer.advance(step)
       evaluated: Metrics = {}
       if _is_due(step, settings.log_every, end):
-        writer.write(step, _summarize(window, clock))
+        writer.write(step, _summarize(window, clock, speed))
         window = []
       if _is_due(step, settings.eval_every, end):
         with clock.phase("eval"):
@@ -160,7 +172,7 @@ def _preempted(step: int, end: int, workdir: pathlib.Path) -> Exception:
 
 
 def _summarize(
-  window: list[Metrics], clock: train_clock.Clock
+  window: list[Metrics], clock: train_clock.Clock, speed: train_speed.Speed
 ) -> dict[str, float]:
   """Averages each metric over the steps that reported it, and tells times."""
   with clock.phase("train"):  # The devices may still be at work.
@@ -169,20 +181,4 @@ def _summarize(
   for name in dict.fromkeys(name for metrics in window for name in metrics):
     values = [float(m[name]) for m in window if name in m]
     means[name] = sum(values) / len(values)
-  return {**means, **_times(clock, means, len(window))}
-
-
-def _times(
-  clock: train_clock.Clock, mean: Mapping[str, float], num_steps: int
-) -> dict[str, float]:
-  """Splits the time since the last line: seconds per step, and speed.
-
-  Evaluations and checkpoints since then are in `step_s`, but slow no token.
-  """
-  taken = {phase: s / num_steps for phase, s in clock.take().items()}
-  times = {f"seconds/{phase}": s for phase, s in taken.items()}
-  times["step_s"] = sum(taken.values())
-  if "num_tokens" in mean:
-    apart = taken.get("eval", 0.0) + taken.get("save", 0.0)
-    times["tokens_per_s"] = mean["num_tokens"] / (times["step_s"] - apart)
-  return times
+  return {**means, **speed.take(means, len(window))}

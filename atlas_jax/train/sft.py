@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning on the assistant's part of conversations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import pathlib
@@ -17,7 +17,7 @@ from atlas_jax.data import loader
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
 from atlas_jax.train import clock as train_clock
-from atlas_jax.train import loop, schedule, score
+from atlas_jax.train import flops, loop, schedule, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
@@ -60,7 +60,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
   offload = train_state.Offload(**config.offload)
   state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
-  loss_fn = functools.partial(_loss, policy.model, **config.loss)
+  loss_fn = functools.partial(packed_loss, policy.model, **config.loss)
   step_fn = train_step.make_step(
     train_optimizer.freeze(loss_fn, config.optimizer.frozen),
     optimizer,
@@ -70,8 +70,15 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   )
   rows = sharding.of_batch(mesh)
   clock = train_clock.Clock()
+  count_flops = functools.partial(
+    flops.of_update,
+    policy.model.config,
+    is_base_frozen=policy.adapters is not None,
+  )
   task = loop.Task(
-    functools.partial(_do_step, step_fn, train_set, rows, jax.jit(rate), clock),
+    functools.partial(
+      _do_step, step_fn, train_set, rows, jax.jit(rate), clock, count_flops
+    ),
     functools.partial(_evaluate, jax.jit(loss_fn), policy, eval_set, rows),
     on_save=lambda state, step: on_save(state.params, step),
     row_ids=train_set.row_names,
@@ -113,6 +120,7 @@ def _do_step(
   rows: jax.sharding.Sharding,
   rate: optax.Schedule,
   clock: train_clock.Clock,
+  count_flops: Callable[[Sequence[int]], float],
   state: train_state.TrainState,
   step: int,
 ) -> tuple[train_state.TrainState, loop.Metrics]:
@@ -122,8 +130,12 @@ def _do_step(
     arrays = _on_mesh(rows, batch)
   with clock.phase("train"):
     state, metrics = step_fn(state, arrays)
-  num_tokens = int((batch["segment_ids"] > 0).sum())
-  more = {"num_tokens": num_tokens, "learning_rate": rate(step)}
+  lengths = flops.lengths(batch["segment_ids"])
+  more = {
+    "num_tokens": sum(lengths),
+    "num_flops": count_flops(lengths),
+    "learning_rate": rate(step),
+  }
   return state, {**metrics, **more}
 
 
@@ -158,7 +170,7 @@ def _on_mesh(
   return jax.tree.map(place, batch)
 
 
-def _loss(
+def packed_loss(
   model: decoder.Model,
   params: decoder.Params,
   batch: train_step.Batch,

@@ -78,7 +78,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   config.optimizer = optimizer.get_config()
   config.loop = dict(  # train.loop.Settings
-    num_steps=250, log_every=1, eval_every=10, save_every=10, max_nonfinite=5
+    num_steps=250,
+    log_every=1,
+    eval_every=10,
+    save_every=10,
+    max_nonfinite=5,
+    profile_steps="",  # Those to trace: "3:5".
   )
   config.evaluation = dict(num_questions=64, num_bootstrap=1000)
   config.report = dict(  # train.sinks.open_sinks

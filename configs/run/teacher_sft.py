@@ -42,7 +42,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.optimizer.adamw.beta2 = 0.95
   config.offload = dict(optimizer=False)  # train.state.Offload
   config.loop = dict(  # train.loop.Settings
-    num_steps=0, log_every=1, eval_every=100, save_every=100, max_nonfinite=5
+    num_steps=0,
+    log_every=1,
+    eval_every=100,
+    save_every=100,
+    max_nonfinite=5,
+    profile_steps="",  # Those to trace: "3:5".
   )
   config.report = dict(  # train.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""

@@ -58,3 +58,13 @@ def test_a_phase_that_fails_is_over():
     fail()
   now.seconds += 2.0
   assert watch.take() == {"idle": 2.0, "train": 1.0}
+
+
+def test_seconds_may_be_moved_to_another_phase():
+  now = _Now()
+  watch = clock.Clock(now)
+  with watch.phase("train"):
+    now.seconds += 5.0
+    watch.move(2.0, "compile")
+    now.seconds += 1.0
+  assert watch.take() == {"idle": 0.0, "train": 4.0, "compile": 2.0}

@@ -61,6 +61,11 @@ def test_packed_sequences_cost_what_they_cost_alone():
   assert flops.of_forward(config, []) == 0
 
 
+def test_lengths_are_of_segments_without_padding():
+  segment_ids_BT = np.array([[1, 1, 2, 0], [1, 2, 2, 3], [0, 0, 0, 0]])
+  assert flops.lengths(segment_ids_BT) == [2, 1, 1, 2, 1]
+
+
 def test_a_window_bounds_what_a_token_sees():
   config = tiny.build("gemma2").config  # One local layer, window 5; one not.
   kernels = flops.of_forward(config, [1]) - 2 * 4 * 3 * 8

@@ -102,6 +102,7 @@ def _config(**changes):
         "eval_every": 0,
         "save_every": 2,
         "max_nonfinite": 1,
+        "profile_steps": "",
       },
       "checkpoint": {
         "keep": 3,

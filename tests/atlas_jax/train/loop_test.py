@@ -90,6 +90,7 @@ def _run(  # The loop's settings are what is left.
     "eval_every": 0,
     "save_every": 2,
     "max_nonfinite": 2,
+    "profile_steps": "",
     **changes,
   }
   final = loop.run(
@@ -217,6 +218,24 @@ def test_the_recipe_is_told_of_every_save(tmp_path):
     tmp_path, on_save=lambda state, step: told.append((step, int(state.step)))
   )
   assert told == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_some_steps_can_be_traced(tmp_path):
+  _run(tmp_path, profile_steps="2:3")
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 0
+
+
+def test_a_trace_ends_with_its_run(tmp_path):
+  with pytest.raises(_CrashError):
+    _run(tmp_path, profile_steps="2:5", crash_at=3)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", ["0:1", "3:2", "5:7", "3", "a:b"])
+def test_a_trace_of_no_steps_is_refused(tmp_path, steps):
+  with pytest.raises(errors.ConfigError, match="steps can be profiled"):
+    _run(tmp_path, profile_steps=steps)
 
 
 @pytest.mark.parametrize("name", ["num_steps", "log_every", "save_every"])

@@ -93,6 +93,7 @@ def _config(**changes):
         "eval_every": 6,
         "save_every": 6,
         "max_nonfinite": 1,
+        "profile_steps": "",
       },
       "offload": {"optimizer": False},
       "checkpoint": {
