@@ -145,7 +145,7 @@ def run(
       is_best = checkpointer.is_best(evaluated)
       if stopping or is_best or _is_due(step, settings.save_every, end):
         if window:  # A resumed run does not know it any more.
-          writer.write(step, _summarize(window, clock))
+          writer.write(step, _summarize(window, clock, speed))
           window = []
         with clock.phase("save"):
           watch.settle()
