@@ -82,8 +82,9 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
   model = decoder.build(
     config, dtype="bfloat16", remat=remat, unroll=_UNROLL.value
   )
+  settings: Any = optimizer.get_config()  # Any: a ConfigDict.
   update = train_optimizer.make_optimizer(
-    lambda _: jnp.float32(1e-3), **optimizer.get_config()
+    lambda _: jnp.float32(1e-3), **settings
   )
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   params = jax.jit(
@@ -102,7 +103,7 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
   rows = jnp.ones((_BATCH, _LENGTH), jnp.int32, device=sharding.of_batch(mesh))
   names = ("token_ids", "positions", "segment_ids")
   batch = {**dict.fromkeys(names, rows), "loss_mask": rows > 0}
-  return functools.partial(step.func.lower, *step.args, state, batch)
+  return functools.partial(jax.jit(step).lower, state, batch)
 
 
 if __name__ == "__main__":
