@@ -124,13 +124,12 @@ def run(
     ) as trace,
   ):
     for step in range(start + 1, end + 1):
-      trace.before(step)
+      trace.before(step, state)
       state, metrics = task.do_step(state, step - 1)
       state = state._replace(step=state.step + 1)
       window.append(metrics)
       with clock.phase("train"):
         watch.add(step, metrics)
-      trace.after(step, (state, metrics))
       writer.advance(step)
       evaluated: Metrics = {}
       if _is_due(step, settings.log_every, end):

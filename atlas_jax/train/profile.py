@@ -46,17 +46,17 @@ class Profile:
     """Ends the trace of a run that ended before the last of them."""
     self._stop()
 
-  def before(self, step: int) -> None:
-    """Begins the trace, if `step` is one to trace."""
-    if step in self._steps and not self._is_tracing:
+  def before(self, step: int, queued: object) -> None:
+    """Begins the trace before its first step, and ends it after its last.
+
+    Devices may still be at work for the step before, on what is `queued`.
+    """
+    if self._is_tracing and step not in self._steps:
+      jax.block_until_ready(queued)
+      self._stop()
+    elif step in self._steps and not self._is_tracing:
       jax.profiler.start_trace(self._directory)
       self._is_tracing = True
-
-  def after(self, step: int, results: object) -> None:
-    """Ends the trace after its last step, once `results` are computed."""
-    if self._is_tracing and step == self._steps[-1]:
-      jax.block_until_ready(results)
-      self._stop()
 
   def _stop(self) -> None:
     if self._is_tracing:
