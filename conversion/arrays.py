@@ -12,6 +12,8 @@ import math
 import ml_dtypes
 import numpy as np
 
+from atlas_jax import errors
+
 _PIECE = 2**18
 _TILE_ROWS, _TILE_COLUMNS = 256, 64
 _ALIGNMENT = 64  # XLA on a CPU takes what is aligned so as it is.
@@ -90,7 +92,8 @@ def pieces(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
   Pieces may share their memory: one is good until the next is asked for.
   """
-  array = array.astype(dtype, copy=False)
+  with np.errstate(over="ignore"):  # An infinity is for the caller to find.
+    array = array.astype(dtype, copy=False)
   if array.ndim != 2 or array.flags.c_contiguous:
     flat = np.ascontiguousarray(array).reshape(-1)
     for start in range(0, flat.size, _PIECE):
@@ -125,3 +128,19 @@ def is_finite(array: np.ndarray) -> bool:
     array.view(f"i{size}").max() < infinity
     and array.view(f"u{size}").max() < infinity | sign
   )
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+  """Refuses a tensor, or part of one, that holds an infinity or a NaN.
+
+  Raises:
+    errors.CheckpointError: naming the tensor.
+  """
+  if not is_finite(array):
+    count = int(array.size - np.isfinite(array).sum())
+    raise errors.CheckpointError(
+      "A weight is not finite.",
+      where=name,
+      why=f"At least {count} of its values are infinite or NaN.",
+      fix="Go back to a checkpoint from before training diverged.",
+    )

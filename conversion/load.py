@@ -22,7 +22,7 @@ import numpy as np
 from atlas_jax import errors
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import arrays, rules, shards
+from conversion import arrays, header, rules, shards
 
 _HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja")
 _MAX_LISTED = 8
@@ -153,7 +153,7 @@ def _assemble(
 
 def _reader(
   parts: Mapping[tuple[int, ...], rules.Piece],
-  tensors: Mapping[str, shards.Tensor],
+  tensors: Mapping[str, header.Tensor],
   dtype: np.dtype,
   pool: concurrent.futures.Executor,
 ) -> Callable[[Sequence[range]], np.ndarray]:
@@ -172,10 +172,10 @@ def _reader(
       arrays.copy(
         rules.to_hf(piece.rule, ours),
         rules.to_hf(piece.rule, block[place]),
-        functools.partial(shards.check_finite, piece.name),
+        functools.partial(arrays.check_finite, piece.name),
       )
       if dtype.itemsize < rows.itemsize:  # Numbers that were large overflow.
-        shards.check_finite(piece.name, block[place])
+        arrays.check_finite(piece.name, block[place])
 
     for _ in pool.map(fill, np.ndindex(*block.shape[:num_stacked])):
       pass
@@ -186,7 +186,7 @@ def _reader(
 
 def open_tensors(
   directory: pathlib.Path, model: decoder.Model
-) -> dict[str, shards.Tensor]:
+) -> dict[str, header.Tensor]:
   """Finds the tensors of a model; reads headers only.
 
   Raises:
@@ -222,7 +222,7 @@ def open_tensors(
 
 
 def _check_tied(
-  directory: pathlib.Path, tensors: Mapping[str, shards.Tensor]
+  directory: pathlib.Path, tensors: Mapping[str, header.Tensor]
 ) -> None:
   """Refuses a head that differs from the embedding it is tied to."""
   head, embedding = (

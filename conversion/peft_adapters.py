@@ -13,7 +13,7 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder, lora
-from conversion import card, rules, save, shards, target
+from conversion import arrays, card, header, rules, save, shards, target
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -51,7 +51,7 @@ class Adapter:
   directory: pathlib.Path
   rank: int
   scale: float
-  pairs: Mapping[str, tuple[shards.Tensor, shards.Tensor]]
+  pairs: Mapping[str, tuple[header.Tensor, header.Tensor]]
 
 
 def save_directory(
@@ -78,14 +78,14 @@ def save_directory(
     errors.CheckpointError: if a weight is not finite, the disk is full, or the
       file read back differs.
   """
-  arrays = tensors(adapters, model)
+  named = tensors(adapters, model)
   fields = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": str(source),
     "r": settings.rank,
     "lora_alpha": settings.alpha,
-    "target_modules": sorted({name.split(".")[-3] for name in arrays}),
+    "target_modules": sorted({name.split(".")[-3] for name in named}),
     "lora_dropout": 0.0,
     "bias": "none",
     "inference_mode": True,
@@ -93,8 +93,8 @@ def save_directory(
   with target.writing(directory) as partial:
     digest = shards.write_file(
       partial / _WEIGHTS,
-      {name: array.shape for name, array in arrays.items()},
-      arrays.__getitem__,
+      {name: array.shape for name, array in named.items()},
+      named.__getitem__,
       dtype="float32",
       digest=hashlib.sha256(),
     )
@@ -121,7 +121,7 @@ def open_directory(directory: pathlib.Path) -> Adapter:
       f"It has no {_WEIGHTS}",
       "Save it again with safe_serialization=True; pickled files are not read.",
     )
-  found = shards.read_header(directory / _WEIGHTS)
+  found = header.read(directory / _WEIGHTS)
   stems = {
     name.removeprefix(_PREFIX).removesuffix(_A)
     for name in found
@@ -177,7 +177,7 @@ def load(
     )
   check_shapes(adapter, model)
   leaves = dict(rules.flatten(abstract))
-  arrays = {
+  filled = {
     path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()
   }
   for name, (path, layer) in wanted.items():
@@ -185,16 +185,16 @@ def load(
       ("lora_a", "lora_b"), adapter.pairs[name], strict=True
     ):
       values = shards.read(tensor).astype(np.float32)
-      shards.check_finite(name, values)
-      into = arrays[f"{path}/{end}"]
+      arrays.check_finite(name, values)
+      into = filled[f"{path}/{end}"]
       into[layer] = values.T.reshape(into.shape[1:])
   return jax.tree.unflatten(
-    jax.tree.structure(abstract), [arrays[path] for path in leaves]
+    jax.tree.structure(abstract), [filled[path] for path in leaves]
   )
 
 
 def merging(
-  adapter: Adapter, base: Mapping[str, shards.Tensor], dtype: str
+  adapter: Adapter, base: Mapping[str, header.Tensor], dtype: str
 ) -> save.Fetch:
   """Makes the function that reads a tensor of the base with its adapter added.
 
@@ -261,10 +261,10 @@ def tensors(
       fix="Write the merged model.",
     )
   found = {}
-  arrays = dict(rules.flatten(adapters))
+  flat = dict(rules.flatten(adapters))
   for name, (path, layer) in _names(adapters, model).items():
-    a = np.asarray(arrays[f"{path}/lora_a"][layer], np.float32)
-    b = np.asarray(arrays[f"{path}/lora_b"][layer], np.float32)
+    a = np.asarray(flat[f"{path}/lora_a"][layer], np.float32)
+    b = np.asarray(flat[f"{path}/lora_b"][layer], np.float32)
     rank, prefix = a.shape[-1], _PREFIX + name.removesuffix("weight")
     found[prefix + _A] = a.reshape(-1, rank).T
     found[prefix + _B] = b.reshape(rank, -1).T

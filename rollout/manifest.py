@@ -25,7 +25,7 @@ import pydantic
 import xxhash
 
 from atlas_jax import errors
-from conversion import arrays, shards
+from conversion import arrays, header, shards
 
 NAME = "manifest.json"
 
@@ -159,7 +159,7 @@ def verify(
   tensors = _check_tensors(directory, manifest)
   for name, tensor in tensors.items():
     if tensor.file.name in suspects:
-      shards.check_finite(name, shards.read(tensor))
+      arrays.check_finite(name, shards.read(tensor))
   return directory
 
 
@@ -296,7 +296,7 @@ def _scan(path: pathlib.Path, kinds: Collection[str]) -> tuple[File, bool]:
 
 def _check_tensors(
   directory: pathlib.Path, manifest: Manifest
-) -> dict[str, shards.Tensor]:
+) -> dict[str, header.Tensor]:
   """Holds the files' headers to the manifest."""
   tensors = shards.open_directory(directory)
   written = {

@@ -6,25 +6,19 @@ renamed when every byte is on disk. So a server sees a version whole or not at
 all, wherever the trainer is killed.
 """
 
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
 import re
 import shutil
-import threading
 import time
 from typing import Literal
-
-import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
 from conversion import rules, save, shards
 from rollout import manifest
 
-# More writers gain nothing: memory is the limit. Each holds one tensor.
-_MAX_WRITERS = 8
 _OURS = re.compile(r"(\d+)(\.tmp-\d+)?")
 Dtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[Dtype, Literal["F32", "BF16"]] = {
@@ -161,40 +155,29 @@ def _write_weights(
   dtype: str,
   max_shard_bytes: int,
 ) -> dict[str, manifest.File]:
-  """Writes the files of tensors in parallel, and their index."""
+  """Writes the files of tensors, and their index."""
   layout = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  # Devices must see the programs of one thread before those of another.
-  turn = threading.Lock()
-
-  def fetch_in_turn(name: str) -> np.ndarray:
-    with turn:
-      return fetch(name)
-
-  def write(file: str) -> manifest.File:
-    path = directory / file
-    part = {name: shapes[name] for name in layout[file]}
-    try:
-      digest = shards.write_file(
-        path,
-        part,
-        fetch_in_turn,
-        dtype=dtype,
-        digest=manifest.new_digest(),
-      )
-    except errors.CheckpointError as error:
-      raise errors.DivergedError(
-        "The policy's weights are not finite; they are not handed on.",
-        where=error.where,
-        why=error.why,
-        fix="Lower the learning rate and go on from the last checkpoint.",
-      ) from error
-    return manifest.File(size=path.stat().st_size, digest=digest)
-
-  workers = min(len(layout), _MAX_WRITERS, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    files = dict(zip(layout, pool.map(write, layout), strict=True))
+  try:
+    digests = shards.write_files(
+      directory,
+      layout,
+      shapes,
+      fetch,
+      dtype=dtype,
+      new_digest=manifest.new_digest,
+    )
+  except errors.CheckpointError as error:
+    raise errors.DivergedError(
+      "The policy's weights are not finite; they are not handed on.",
+      where=error.where,
+      why=error.why,
+      fix="Lower the learning rate and go on from the last checkpoint.",
+    ) from error
   shards.write_index(directory, layout, shapes, dtype)
-  return files
+  return {
+    file: manifest.File(size=(directory / file).stat().st_size, digest=digest)
+    for file, digest in digests.items()
+  }
 
 
 def _seal(

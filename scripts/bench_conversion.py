@@ -31,7 +31,7 @@ import transformers
 from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import load, rules, save, shards
+from conversion import card, load, rules, save, shards
 from scripts import program
 
 _WIDTH = flags.DEFINE_integer("width", 2048, "Of the model; the MLP's is 3x.")
@@ -271,7 +271,7 @@ def _save(
     source=source,
     dtype="float32" if _DTYPE.value == "float32" else "bfloat16",
     max_shard_bytes=_SHARD_BYTES.value,
-    notes={},
+    about=card.Card(base=""),
     overwrite=False,
   )
 

@@ -123,9 +123,7 @@ def test_numbers_too_large_for_the_parameters_are_refused(tmp_path):
   tensors["model.norm.weight"][3] = 3.4e38
   _rewrite(tmp_path / "hf", tensors)
   load.load(tmp_path / "hf", model, param_dtype="float32")
-  with (
-    pytest.raises(errors.CheckpointError, match="not finite"),
-  ):
+  with pytest.raises(errors.CheckpointError, match="not finite"):
     load.load(tmp_path / "hf", model, param_dtype="bfloat16")
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import card, load, save, shards, verify
+from conversion import arrays, card, load, save, shards, verify
 from tests import tiny
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_export_leaves_nothing_new(
     if len(calls) == 2:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(shards, "check_finite", stop_at_the_second)
+  monkeypatch.setattr(arrays, "check_finite", stop_at_the_second)
   with pytest.raises(KeyboardInterrupt):
     _save(tmp_path / "out", params, model, source, overwrite=overwrite)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors
-from conversion import shards
+from conversion import arrays, shards
 from rollout import manifest
 from tests import fakes
 
@@ -164,7 +164,7 @@ def test_tensors_of_another_model_are_refused_in_a_table(tmp_path):
 def test_values_that_are_not_finite_are_refused(
   tmp_path, dtype, value, monkeypatch
 ):
-  monkeypatch.setattr(shards, "check_finite", lambda *_: None)
+  monkeypatch.setattr(arrays, "check_finite", lambda *_: None)
   _, digest = _push(tmp_path, dtype=dtype, fill=value)
   monkeypatch.undo()
   with pytest.raises(errors.CheckpointError, match="not finite"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import load, rules
+from conversion import load, rules, shards
 from rollout import manifest, weight_sync
 from tests import tiny
 
@@ -269,7 +269,7 @@ def test_neither_side_ever_holds_a_second_copy_of_the_weights(
   large, tmp_path, monkeypatch
 ):
   model, params, source = large
-  monkeypatch.setattr(weight_sync, "_MAX_WRITERS", 2)
+  monkeypatch.setattr(shards, "_MAX_WRITERS", 2)
 
   def publish():
     return weight_sync.publish(
