@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from atlas_jax import errors
 from atlas_jax.losses import reduce
 
+METRICS = ("rollout/logprob_gap", "rollout/prob_error", "rollout/kl")
+
 
 def measure(
   old_logprobs_BT: jax.Array,

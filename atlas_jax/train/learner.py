@@ -53,6 +53,9 @@ class Learner:
     self._objective = grpo.Objective(
       **config.loss, max_tokens=sampling.max_completion_tokens
     )
+    self._is_penalised = (
+      self._objective.kl_coef > 0 and self._objective.kl_in == "reward"
+    )
     self._batch, self._reference = config.batch, config.reference
     self._filter_equal = config.groups.filter_equal
     self._group_size = sampling.group_size
@@ -74,7 +77,10 @@ class Learner:
     if policy.frozen:
       base_fn = functools.partial(token_stats, policy.base)
       self._score_reference = jax.jit(functools.partial(_logprobs, base_fn))
-    loss_fn = functools.partial(_loss, stats_fn, objective=self._objective)
+    correct = functools.partial(correction.sampler_weights, **config.correction)
+    loss_fn = functools.partial(
+      _loss, stats_fn, objective=self._objective, correct=correct
+    )
     self._step = train_step.make_step(
       train_optimizer.freeze(loss_fn, config.optimizer.frozen),
       optimizer,
@@ -85,14 +91,10 @@ class Learner:
     self._advantages = jax.jit(
       functools.partial(advantages.group_advantages, **config.advantages)
     )
-    self._correct = jax.jit(
-      functools.partial(correction.sampler_weights, **config.correction)
-    )
-    self._measure = jax.jit(agreement.measure)
     # Refuses their settings now, not after the first batch was sampled.
     number, flag = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
     jax.eval_shape(self._advantages, number, flag)
-    jax.eval_shape(self._correct, number, number, flag)
+    jax.eval_shape(correct, number, number, flag)
 
   def update(
     self,
@@ -135,12 +137,17 @@ class Learner:
       batch["advantages"] = self._advantages_of(
         batch, keep, rewards_PC, valid_PC
       )
-      metrics["rollout/weight"] = reduce.token_mean(
-        batch["rollout_weights"], batch["loss_mask"][:, 1:]
-      )
-      if {r.completion.version for r in rollouts} == {int(state.step)}:
-        metrics |= self._compare(batch, int(state.step), is_compared)
+      step, versions = int(state.step), {r.completion.version for r in rollouts}
       state, updated = self._fit(state, batch, num_rows=len(keep))
+      measured = {k: updated.pop(k) for k in agreement.METRICS}
+      if versions == {step}:
+        metrics |= measured
+        if is_compared:
+          agreement.check(
+            float(measured["rollout/prob_error"]),
+            step=step,
+            max_prob_error=self._max_prob_error,
+          )
       metrics |= updated
     return self._sync_reference(state), metrics
 
@@ -171,20 +178,21 @@ class Learner:
   def _scores(
     self, state: train_state.TrainState, batch: train_step.Batch
   ) -> dict[str, jax.Array]:
-    """Computes what stays as it is through a step's updates."""
-    old_BT = self._score(self._policy.whole(state.params), batch)
-    ref_BT, reference = old_BT, state.reference
+    """Computes what stays as it is through a step's updates.
+
+    With one update a step the policy that is trained is the old one itself, and
+    the update scores it.
+    """
+    scores, reference = {}, state.reference
+    num_updates = self._batch.num_minibatches * self._batch.num_iterations
+    if num_updates > 1 or self._is_penalised:
+      params = self._policy.whole(state.params)
+      scores["old_logprobs"] = self._score(params, batch)
     if self._policy.frozen and self._objective.kl_coef:
       reference = self._policy.frozen  # The adapters are switched off.
     if reference is not None:
-      ref_BT = self._score_reference(reference, batch)
-    return {
-      "old_logprobs": old_BT,
-      "ref_logprobs": ref_BT,
-      "rollout_weights": self._correct(
-        old_BT, batch["rollout_logprobs"][:, 1:], batch["loss_mask"][:, 1:]
-      ),
-    }
+      scores["ref_logprobs"] = self._score_reference(reference, batch)
+    return scores
 
   def _advantages_of(
     self,
@@ -198,38 +206,20 @@ class Learner:
     Where the divergence counts in the reward, that of records which are not
     trained on is taken as 0.
     """
-    objective = self._objective
-    if objective.kl_coef and objective.kl_in == "reward":
+    if self._is_penalised:
       penalty_B = kl.of_sequences(
         batch["old_logprobs"],
         batch["ref_logprobs"],
         batch["loss_mask"][:, 1:],
-        estimator=objective.kl_estimator,
+        estimator=self._objective.kl_estimator,
       )
       penalty_PC = np.zeros_like(rewards_PC)
       np.put(penalty_PC, keep, np.asarray(penalty_B)[: len(keep)])
-      rewards_PC = rewards_PC - objective.kl_coef * penalty_PC
+      rewards_PC = rewards_PC - self._objective.kl_coef * penalty_PC
     advantages_PC = np.asarray(self._advantages(rewards_PC, valid_PC))
     advantages_B = np.zeros(len(batch["token_ids"]), np.float32)
     advantages_B[: len(keep)] = advantages_PC.reshape(-1)[keep]
     return jax.device_put(advantages_B, self._rows)
-
-  def _compare(
-    self, batch: train_step.Batch, step: int, is_compared: bool
-  ) -> dict[str, jax.Array]:
-    """Measures trainer against sampler, before an update makes them differ."""
-    measured = self._measure(
-      batch["old_logprobs"],
-      batch["rollout_logprobs"][:, 1:],
-      batch["loss_mask"][:, 1:],
-    )
-    if is_compared:
-      agreement.check(
-        float(measured["rollout/prob_error"]),
-        step=step,
-        max_prob_error=self._max_prob_error,
-      )
-    return measured
 
   def _fit(
     self,
@@ -332,21 +322,33 @@ def _loss(
   batch: train_step.Batch,
   *,
   objective: grpo.Objective,
+  correct: Callable[..., jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
-  """Computes the surrogate of a scored batch; see `step.LossFn`."""
+  """Computes the surrogate of a batch; see `step.LossFn`.
+
+  What is not scored yet is the policy's own, without a gradient.
+  """
   stats = stats_fn(params, batch)
-  loss_mask_BT = batch["loss_mask"][:, 1:]
+  own_BT = jax.lax.stop_gradient(stats.logprobs)
+  old_BT = batch.get("old_logprobs", own_BT)
+  rollout_BT, mask_BT = (
+    batch["rollout_logprobs"][:, 1:],
+    batch["loss_mask"][:, 1:],
+  )
+  weights_BT = correct(old_BT, rollout_BT, mask_BT)
   loss, metrics = grpo.surrogate(
     stats.logprobs,
-    batch["old_logprobs"],
-    batch["ref_logprobs"],
+    old_BT,
+    batch.get("ref_logprobs", old_BT),
     stats.entropy,
     batch["advantages"],
-    loss_mask_BT,
-    rollout_weights_BT=batch["rollout_weights"],
+    mask_BT,
+    rollout_weights_BT=weights_BT,
     objective=objective,
   )
-  weight = reduce.count(loss_mask_BT, aggregate=objective.aggregate)
+  metrics |= agreement.measure(old_BT, rollout_BT, mask_BT)
+  metrics["rollout/weight"] = reduce.token_mean(weights_BT, mask_BT)
+  weight = reduce.count(mask_BT, aggregate=objective.aggregate)
   return loss, (weight, metrics)
 
 

@@ -151,6 +151,26 @@ def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
   assert optax.tree.get(state, "count") == 2
 
 
+@pytest.mark.parametrize("loss", ["rcl", "gspo"])
+def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
+  config, plain = _config(loss), learning.Learner._scores
+
+  def scored(learner, state, batch):
+    scores = plain(learner, state, batch)
+    assert "old_logprobs" not in scores
+    return {**scores, "old_logprobs": learner._score(state.params, batch)}
+
+  alone, metrics, _ = _update(config)
+  monkeypatch.setattr(learning.Learner, "_scores", scored)
+  apart, expected, _ = _update(config)
+  assert _distance(alone, apart) < 1e-5
+  assert metrics.keys() == expected.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(
+      value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+
+
 def test_groups_of_equal_rewards_count_or_do_not_by_choice():
   records, rewarded = _records()
   rewarded[:_SIZE] = [types.Reward(0.5)] * _SIZE
@@ -213,7 +233,8 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
 
 
 def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
-  mesh, config = _mesh(), _config("grpo", **{"loss.kl_coef": 0.1})
+  changes = {"loss.kl_coef": 0.1, "batch.num_iterations": 2}
+  mesh, config = _mesh(), _config("grpo", **changes)
   policy, adapters = train_policy.create(
     _MODEL,
     tiny.params_of(_MODEL),
