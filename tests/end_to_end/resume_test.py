@@ -67,7 +67,9 @@ def _opened(config, workdir):
     devices=jax.devices()[:1],
   )
   base = launch.open_model(mesh, **config.model)
-  policy, params = launch.open_policy(base, mesh, config)
+  policy, params = launch.open_policy(
+    base, mesh, seed=config.seed, **config.lora
+  )
   common = {
     "on_save": lambda *_: None,
     "mesh": mesh,
