@@ -13,7 +13,7 @@ import jax
 
 from atlas_jax import checkpoint, errors
 from atlas_jax.train import clock as train_clock
-from atlas_jax.train import nonfinite, profile
+from atlas_jax.train import nonfinite, profile, watchdog
 from atlas_jax.train import speed as train_speed
 from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
@@ -60,6 +60,8 @@ class Settings:
       one whenever an evaluation is the best so far.
     max_nonfinite: updates in a row that may be skipped as not finite.
     profile_steps: those to trace, such as "3:5"; "" for none.
+    watchdog_s: what a step, with its evaluation and save, may take before the
+      process is given up as hanging; 0.0 for ever.
   """
 
   num_steps: int
@@ -68,6 +70,7 @@ class Settings:
   save_every: int
   max_nonfinite: int
   profile_steps: str
+  watchdog_s: float
 
   def __post_init__(self) -> None:
     """Refuses rhythms of less than a step, and a trace of none."""
@@ -80,6 +83,13 @@ class Settings:
           fix="Set it to 1 or more.",
         )
     profile.parse(self.profile_steps, self.num_steps)
+    if self.watchdog_s < 0.0:
+      raise errors.ConfigError(
+        "The watchdog would bark before it is there.",
+        where=f"--config.loop.watchdog_s={self.watchdog_s}",
+        why="It is what a step may take, in seconds.",
+        fix="Set it well above the slowest step, or to 0 for no watchdog.",
+      )
 
 
 def run(
@@ -122,6 +132,7 @@ def run(
     profile.Profile(
       profile.parse(settings.profile_steps, end), workdir
     ) as trace,
+    watchdog.Watchdog(settings.watchdog_s, checkpointer.steps) as dog,
   ):
     for step in range(start + 1, end + 1):
       trace.before(step, state)
@@ -133,8 +144,7 @@ def run(
       writer.advance(step)
       evaluated: Metrics = {}
       if _is_due(step, settings.log_every, end):
-        writer.write(step, _summarize(window, clock, speed))
-        window = []
+        _tell(step, window, writer, clock, speed)
       if _is_due(step, settings.eval_every, end):
         with clock.phase("eval"):
           evaluated = task.evaluate(state, step)
@@ -143,14 +153,14 @@ def run(
       stopping = should_stop() and step < end
       is_best = checkpointer.is_best(evaluated)
       if stopping or is_best or _is_due(step, settings.save_every, end):
-        if window:  # A resumed run does not know it any more.
-          writer.write(step, _summarize(window, clock, speed))
-          window = []
+        # A resumed run does not know them any more.
+        _tell(step, window, writer, clock, speed)
         with clock.phase("save"):
           watch.settle()
           checkpointer.save(step, state, evaluated, task.get_host_state())
           task.on_save(state, step)
       checkpointer.poll()
+      dog.beat(step)
       if stopping:
         checkpointer.wait()
         raise _preempted(step, end, workdir)
@@ -168,6 +178,19 @@ def _preempted(step: int, end: int, workdir: pathlib.Path) -> Exception:
     why="The process was asked to stop; the state is saved.",
     fix="Run the same command again: it goes on from this step.",
   )
+
+
+def _tell(
+  step: int,
+  window: list[Metrics],
+  writer: train_writer.Writer,
+  clock: train_clock.Clock,
+  speed: train_speed.Speed,
+) -> None:
+  """Writes the metrics of the steps since the last line, if there are any."""
+  if window:
+    writer.write(step, _summarize(window, clock, speed))
+    window.clear()
 
 
 def _summarize(

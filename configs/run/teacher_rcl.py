@@ -84,6 +84,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     save_every=10,
     max_nonfinite=5,
     profile_steps="",  # Those to trace: "3:5".
+    watchdog_s=3600.0,
   )
   config.evaluation = dict(num_questions=64, num_bootstrap=1000)
   config.report = dict(  # train.sinks.open_sinks

@@ -48,6 +48,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     save_every=100,
     max_nonfinite=5,
     profile_steps="",  # Those to trace: "3:5".
+    watchdog_s=3600.0,
   )
   config.report = dict(  # train.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""

@@ -103,6 +103,7 @@ def _config(**changes):
         "save_every": 2,
         "max_nonfinite": 1,
         "profile_steps": "",
+        "watchdog_s": 0.0,
       },
       "checkpoint": {
         "keep": 3,

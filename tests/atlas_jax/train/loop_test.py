@@ -91,6 +91,7 @@ def _run(  # The loop's settings are what is left.
     "save_every": 2,
     "max_nonfinite": 2,
     "profile_steps": "",
+    "watchdog_s": 0.0,
     **changes,
   }
   final = loop.run(

@@ -94,6 +94,7 @@ def _config(**changes):
         "save_every": 6,
         "max_nonfinite": 1,
         "profile_steps": "",
+        "watchdog_s": 0.0,
       },
       "offload": {"optimizer": False},
       "checkpoint": {
