@@ -76,15 +76,37 @@ def create(
   Raises:
     errors.ConfigError: see `lora.adapt`.
   """
-  if not adapters.rank:
-    return whole(model), params
-  adapted = lora.adapt(model, adapters)
-  abstract = lora.only(adapted.abstract_params)
+  policy, abstract = split(model, params, adapters)
+  if policy.adapters is None:
+    return policy, params
   trained = jax.jit(
     functools.partial(lora.init, abstract_adapters=abstract),
     out_shardings=sharding.of_params(mesh, abstract),
   )(key)
-  return Policy(adapted, model, params, adapters), trained
+  return policy, trained
+
+
+def split(
+  model: decoder.Model, params: decoder.Params, adapters: lora.Lora
+) -> tuple[Policy, decoder.Params]:
+  """Tells what of a model is trained; computes nothing.
+
+  Args:
+    model: without adapters.
+    params: its own, or what describes them.
+    adapters: of rank 0 to train the parameters themselves.
+
+  Returns:
+    The policy, and the trained parameters as `jax.ShapeDtypeStruct`.
+
+  Raises:
+    errors.ConfigError: see `lora.adapt`.
+  """
+  if not adapters.rank:
+    return whole(model), model.abstract_params
+  adapted = lora.adapt(model, adapters)
+  policy = Policy(adapted, model, params, adapters)
+  return policy, lora.only(adapted.abstract_params)
 
 
 # What comes out as it went in is not copied.

@@ -57,6 +57,38 @@ def create(
     errors.ConfigError: if something is to be offloaded that is not there, or
       the devices cannot reach the host's memory.
   """
+  abstract = describe(
+    params, optimizer, mesh=mesh, reference=reference, offload=offload
+  )
+
+  # Two arrays, not one: a step donates both.
+  def zero() -> jax.Array:
+    return jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+
+  # Moments are zeros, which know nothing of the parameters they belong to:
+  # without this they would all lie on the first device.
+  places = shardings(abstract)
+  opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
+  reference = jax.tree.map(jax.device_put, reference, places.reference)
+  return TrainState(zero(), zero(), params, opt_state, reference)
+
+
+def describe(
+  params: Mapping[str, Any],
+  optimizer: optax.GradientTransformation,
+  *,
+  mesh: jax.sharding.Mesh,
+  reference: Mapping[str, Any] | None = None,
+  offload: Offload = Offload(),
+) -> TrainState:
+  """Tells what `create` would make, of arrays or of what describes them.
+
+  Returns:
+    The state, with `jax.ShapeDtypeStruct` as leaves that know their sharding.
+
+  Raises:
+    errors.ConfigError: see `create`.
+  """
   if offload.reference and reference is None:
     raise errors.ConfigError(
       "There is no reference to offload.",
@@ -68,26 +100,38 @@ def create(
   if offload.optimizer or offload.reference:
     check_host_memory(mesh, where="--config.offload")
   everywhere = sharding.replicated(mesh)
-
-  # Two arrays, not one: a step donates both.
-  def zero() -> jax.Array:
-    return jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-
-  shardings = _of_moments(optimizer, params, everywhere, offload.optimizer)
-  # Moments are zeros, which know nothing of the parameters they belong to:
-  # without this they would all lie on the first device.
-  opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-  if reference is not None:
-    reference = jax.tree.map(
-      lambda leaf: jax.device_put(leaf, _placed(leaf, offload.reference)),
+  zero: Any = jax.ShapeDtypeStruct(  # Any: it stands for an array.
+    (), jnp.int32, sharding=everywhere
+  )
+  return TrainState(
+    step=zero,
+    num_nonfinite=zero,
+    params=placed(params, shardings(params)),
+    opt_state=placed(
+      jax.eval_shape(optimizer.init, params),
+      _of_moments(optimizer, params, everywhere, offload.optimizer),
+    ),
+    reference=placed(
       reference,
-    )
-  return TrainState(zero(), zero(), params, opt_state, reference)
+      jax.tree.map(lambda leaf: _place_of(leaf, offload.reference), reference),
+    ),
+  )
 
 
-def shardings(state: TrainState) -> Any:  # Any: mirrors the tree.
-  """Tells where each array of the state lies."""
-  return jax.tree.map(lambda leaf: leaf.sharding, state)
+def placed(tree: Any, places: Any) -> Any:  # Any: a pytree, and its like.
+  """Describes arrays as they would be on their shardings."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    tree,
+    places,
+  )
+
+
+def shardings(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
+  """Tells where each array lies, of a state or a part of it."""
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def on_device(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
@@ -131,7 +175,7 @@ def _of_moments(
     # A factored moment is called like its parameter, but is a row of it.
     if param is None or param.shape != moment.shape:
       return everywhere
-    return _placed(param, is_offloaded)
+    return _place_of(param, is_offloaded)
 
   return jax.tree.map_with_path(of, jax.eval_shape(optimizer.init, params))
 
@@ -145,6 +189,6 @@ def _name(path: Sequence[Any]) -> tuple[Any, ...]:
   return tuple(itertools.takewhile(is_key, reversed(path)))
 
 
-def _placed(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
+def _place_of(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
   place = array.sharding
   return place.with_memory_kind(_HOST) if is_offloaded else place
