@@ -19,7 +19,7 @@ from absl import logging
 import jax
 
 from atlas_jax import chat, errors, sharding, types
-from atlas_jax.models import decoder, lora
+from atlas_jax.models import decoder, kernels, lora
 from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
@@ -168,6 +168,7 @@ def open_model(
   path: str,
   dtype: str,
   param_dtype: str,
+  attention: kernels.Backend,
   remat: decoder.Remat,
   unroll: int,
   with_params: bool = True,
@@ -179,6 +180,7 @@ def open_model(
     path: a directory, or `owner/name`.
     dtype: of activations.
     param_dtype: of parameters; float32 for masters that are trained.
+    attention: see `decoder.build`.
     remat: see `decoder.build`.
     unroll: see `decoder.build`.
     with_params: whether to load any; a student on servers needs none here.
@@ -191,7 +193,9 @@ def open_model(
   directory = load.resolve(path)
   config, _ = load.read_config(directory)
   model = dataclasses.replace(
-    decoder.build(config, dtype=dtype, remat=remat, unroll=unroll),
+    decoder.build(
+      config, dtype=dtype, attention=attention, remat=remat, unroll=unroll
+    ),
     rows=sharding.of_batch(mesh),
   )
   tokenizer = chat.load_tokenizer(directory)

@@ -56,7 +56,9 @@ class JaxEngine:
       )
     self.last_progress_s = time.monotonic()
     self._tokenizer = chat.load_tokenizer(directory)
-    self._model = decoder.build(config, dtype=dtype, remat="none", unroll=1)
+    self._model = decoder.build(
+      config, dtype=dtype, attention="xla", remat="none", unroll=1
+    )
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
     self.facts = engine.Facts(
       name="jax",

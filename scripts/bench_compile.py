@@ -80,7 +80,7 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
   )
   remat: Any = _REMAT.value  # Any: `build` refuses what it does not know.
   model = decoder.build(
-    config, dtype="bfloat16", remat=remat, unroll=_UNROLL.value
+    config, dtype="bfloat16", attention="xla", remat=remat, unroll=_UNROLL.value
   )
   settings: Any = optimizer.get_config()  # Any: a ConfigDict.
   update = train_optimizer.make_optimizer(

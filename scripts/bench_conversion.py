@@ -241,7 +241,9 @@ def _make_model(root: pathlib.Path) -> tuple[pathlib.Path, decoder.Model]:
   (root / "config.json").write_text(json.dumps(fields), encoding="utf-8")
   (root / "tokenizer.json").write_text("{}", encoding="utf-8")
   config = model_config.from_hf(fields)
-  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   source = root / "model"
   source.mkdir()
   shutil.copyfile(root / "config.json", source / "config.json")

@@ -246,7 +246,11 @@ def _write_model(directory: pathlib.Path) -> None:
   }
   (source / "config.json").write_text(json.dumps(fields), encoding="utf-8")
   model = decoder.build(
-    model_config.from_hf(fields), dtype="float32", remat="none", unroll=1
+    model_config.from_hf(fields),
+    dtype="float32",
+    attention="xla",
+    remat="none",
+    unroll=1,
   )
   save.save(
     directory,

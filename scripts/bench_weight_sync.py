@@ -186,7 +186,9 @@ def _make_model(
   }
   (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
   config = model_config.from_hf(fields)
-  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   params = jax.tree.map(
     lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape),
     model.abstract_params,

@@ -292,7 +292,9 @@ def verify_pair(
 
 def _build(directory: pathlib.Path) -> decoder.Model:
   config, _ = load.read_config(directory)
-  return decoder.build(config, dtype="float32", remat="none", unroll=1)
+  return decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
 
 
 def _build_if_computed(path: pathlib.Path) -> decoder.Model | None:

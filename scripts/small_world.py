@@ -135,7 +135,11 @@ def write_model(
   }
   (source / "config.json").write_text(json.dumps(fields, indent=2))
   model = decoder.build(
-    model_config.from_hf(fields), dtype="float32", remat="none", unroll=1
+    model_config.from_hf(fields),
+    dtype="float32",
+    attention="xla",
+    remat="none",
+    unroll=1,
   )
   save.save(
     directory,

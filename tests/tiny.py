@@ -89,10 +89,20 @@ def fields(family, **changes):
   }
 
 
-def build(family, *, dtype="float32", remat="none", unroll=1, **changes):
+def build(
+  family,
+  *,
+  dtype="float32",
+  attention="xla",
+  remat="none",
+  unroll=1,
+  **changes,
+):
   """Builds the model of `fields`."""
   config = model_config.from_hf(fields(family, **changes))
-  return decoder.build(config, dtype=dtype, remat=remat, unroll=unroll)
+  return decoder.build(
+    config, dtype=dtype, attention=attention, remat=remat, unroll=unroll
+  )
 
 
 def params_of(model, seed=0):

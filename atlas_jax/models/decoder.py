@@ -16,7 +16,7 @@ import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-from atlas_jax.models import attention, experts, layers
+from atlas_jax.models import attention, experts, kernels, layers
 from atlas_jax.models import config as model_config
 from atlas_jax.models import rope as rope_lib
 
@@ -40,7 +40,7 @@ class View(NamedTuple):
   """Where tokens are and what they see, the same in all layers of a kind."""
 
   turns: rope_lib.Turns
-  mask_BTS: jax.Array
+  attend: kernels.Attend
   counted_BT: jax.Array  # False on padding.
 
 
@@ -87,8 +87,11 @@ class Block(nnx.Module):
     self, x_BTD: jax.Array, view: View
   ) -> tuple[jax.Array, experts.Load | None]:
     """Applies the block to whole sequences."""
-    qkv = self._qkv(x_BTD, view)
-    return self._finish(x_BTD, self.attention.attend(*qkv, view.mask_BTS), view)
+    q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
+    mixed_BTNH = view.attend(
+      q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    )
+    return self._finish(x_BTD, mixed_BTNH, view)
 
   def cached(
     self,
@@ -108,8 +111,7 @@ class Block(nnx.Module):
 
     q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
     seen = write(keys_BKSH, k_BTKH), write(values_BKSH, v_BTKH)
-    added_BTD = self.attention.attend_cached(q_BTNH, *seen, view.mask_BTS)
-    x_BTD, _ = self._finish(x_BTD, added_BTD, view)
+    x_BTD, _ = self._finish(x_BTD, view.attend(q_BTNH, *seen), view)
     return x_BTD, *seen
 
   def _qkv(
@@ -118,9 +120,10 @@ class Block(nnx.Module):
     return self.attention.project(self.attention_norm(x_BTD), view.turns)
 
   def _finish(
-    self, x_BTD: jax.Array, added_BTD: jax.Array, view: View
+    self, x_BTD: jax.Array, mixed_BTNH: jax.Array, view: View
   ) -> tuple[jax.Array, experts.Load | None]:
     """Adds what attention gave, then what the MLP makes of it."""
+    added_BTD = self.attention.o(mixed_BTNH)
     if self._config.post_norms:
       added_BTD = self.attention_post_norm(added_BTD)
     x_BTD = x_BTD + added_BTD
@@ -186,18 +189,20 @@ class Model:
   """A decoder as pure functions of its parameters.
 
   `config` is its shape, `dtype` that of activations; parameters keep theirs.
-  `block_graph` is what a layer computes, without its parameters. `rows` says
-  where the rows of activations lie on a mesh: left to itself, the compiler may
-  split their width as that of the embedding is, and have all rows everywhere.
+  `kernel` computes attention over whole sequences. `block_graph` is what a
+  layer computes, without its parameters. `rows` says where the rows of
+  activations lie on a mesh: left to itself, the compiler may split their width
+  as that of the embedding is, and have all rows everywhere.
   """
 
   config: model_config.DecoderConfig
   dtype: jnp.dtype
+  kernel: kernels.Kernel
   abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
   block_graph: nnx.GraphDef[Block]
   _remat: Remat
   _unroll: int
-  rows: jax.sharding.Sharding | None = None
+  rows: jax.sharding.NamedSharding | None = None
 
   def init(self, key: jax.Array) -> Params:
     """Draws float32 parameters."""
@@ -234,9 +239,8 @@ class Model:
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """Computes `hidden`, and `experts.balance_loss`: 0 where there are none."""
-    views = self._views(
-      positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
-    )
+    tokens = kernels.Tokens(positions_BT, segment_ids_BT)
+    views = self._views(tokens, tokens, self.kernel)
 
     def body(
       x_BTD: jax.Array, layer: tuple[Params, jax.Array]
@@ -277,14 +281,13 @@ class Model:
 
     For reports on where two models part; `hidden` keeps the last one only.
     """
-    views = self._views(
-      positions_BT, segment_ids_BT, positions_BT, segment_ids_BT
-    )
+    tokens = kernels.Tokens(positions_BT, segment_ids_BT)
+    views = self._views(tokens, tokens, self.kernel)
     found = [self._embed(params, tokens_BT)]
     blocks = unstack(params)["layers"]
     for block, is_local in zip(blocks, self.config.local, strict=True):
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
-      x_BTD, _ = module(found[-1], views(jnp.asarray(is_local)))
+      x_BTD, _ = module(found[-1], views(is_local))
       found.append(x_BTD)
     return found
 
@@ -313,19 +316,23 @@ class Model:
     write = jax.lax.dynamic_update_slice_in_dim
     positions_BS = write(cache.positions_BS, positions_BT, slot, axis=1)
     segments_BS = write(cache.segment_ids_BS, segment_ids_BT, slot, axis=1)
-    views = self._views(positions_BT, segment_ids_BT, positions_BS, segments_BS)
+    views = self._views(
+      kernels.Tokens(positions_BT, segment_ids_BT),
+      kernels.Tokens(positions_BS, segments_BS),
+      "xla",  # Slots are in no order that another one could read.
+    )
 
     x_BTD, keys, values = self._embed(params, tokens_BT), [], []
-    for block, is_local, *seen in zip(
+    for block, is_local, keys_BKSH, values_BKSH in zip(
       *(params["layers"], self.config.local, cache.keys, cache.values),
       strict=True,
     ):
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
-      x_BTD, *seen = module.cached(
-        x_BTD, views(jnp.asarray(is_local)), *seen, slot
+      x_BTD, keys_BKSH, values_BKSH = module.cached(
+        x_BTD, views(is_local), keys_BKSH, values_BKSH, slot
       )
-      keys.append(seen[0])
-      values.append(seen[1])
+      keys.append(keys_BKSH)
+      values.append(values_BKSH)
     cache = attention.Cache(
       tuple(keys), tuple(values), positions_BS, segments_BS
     )
@@ -359,25 +366,21 @@ class Model:
     return layers.soft_cap(logits_BTV, self.config.logit_soft_cap)
 
   def _views(
-    self,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    key_positions_BS: jax.Array,
-    key_segment_ids_BS: jax.Array,
-  ) -> Callable[[jax.Array], View]:
+    self, queries: kernels.Tokens, keys: kernels.Tokens, kernel: kernels.Kernel
+  ) -> Callable[[jax.Array | bool], View]:
     """Makes the function from whether a layer is local to what it sees."""
+    config = self.config
 
     def view(rope: rope_lib.Rope, window: int | None) -> View:
-      mask_BTS = attention.causal_mask(
-        positions_BT,
-        segment_ids_BT,
-        key_positions_BS,
-        key_segment_ids_BS,
-        window=window,
+      mask = kernels.Mask(
+        window, config.attention_scale, config.attention_soft_cap
       )
-      return View(rope.turns(positions_BT), mask_BTS, segment_ids_BT > 0)
+      return View(
+        rope.turns(queries.positions_BT),
+        kernels.make(kernel, mask, queries, keys, rows=self.rows),
+        queries.segment_ids_BT > 0,
+      )
 
-    config = self.config
     if not any(config.local):
       everything = view(config.rope, None)
       return lambda _: everything
@@ -386,10 +389,23 @@ class Model:
       return lambda _: near
     everything = view(config.rope, None)
 
-    def choose(is_local: jax.Array) -> View:
-      return jax.tree.map(
-        lambda a, b: jnp.where(is_local, a, b), near, everything
+    def choose(is_local: jax.Array | bool) -> View:
+      if isinstance(is_local, bool):
+        return near if is_local else everything
+      turns = jax.tree.map(
+        lambda a, b: jnp.where(is_local, a, b), near.turns, everything.turns
       )
+
+      def attend(
+        q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
+      ) -> jax.Array:
+        # Both are compiled, as a window is a part of some kernels.
+        return jax.lax.cond(
+          *(is_local, near.attend, everything.attend),
+          *(q_BTNH, k_BKSH, v_BKSH),
+        )
+
+      return View(turns, attend, near.counted_BT)
 
     return choose
 
@@ -428,6 +444,7 @@ def build(
   config: model_config.DecoderConfig,
   *,
   dtype: str,
+  attention: kernels.Backend,
   remat: Remat,
   unroll: int,
 ) -> Model:
@@ -436,6 +453,7 @@ def build(
   Args:
     config: its shape.
     dtype: of activations and matrix products, such as "bfloat16".
+    attention: the kernel, or "auto"; see `kernels.choose`.
     remat: what the backward pass computes again. "none" keeps everything,
       "dots" only the projections, "block" only each block's input. "offload"
       is "block" with these inputs waiting in the host's memory.
@@ -444,12 +462,22 @@ def build(
 
   Returns:
     The model; no parameter is allocated.
+
+  Raises:
+    errors.ConfigError: if the kernel cannot compute this model here.
   """
   if remat not in ("none", *_POLICIES):
     raise ValueError(
       f"Got remat={remat!r}, expected one of 'none', {str([*_POLICIES])[1:-1]}."
     )
   activation = jnp.dtype(dtype)
+  kernel = kernels.choose(
+    attention,
+    platform=jax.default_backend(),
+    head_width=config.head_width,
+    dtype=activation,
+    soft_cap=config.attention_soft_cap,
+  )
 
   def decoder() -> Decoder:
     rngs = nnx.Rngs(params=jax.random.key(0))
@@ -461,4 +489,4 @@ def build(
 
   abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(decoder)))
   block_graph = nnx.graphdef(nnx.eval_shape(block))
-  return Model(config, activation, abstract, block_graph, remat, unroll)
+  return Model(config, activation, kernel, abstract, block_graph, remat, unroll)

@@ -10,6 +10,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
       path=path,
       dtype="bfloat16",
       param_dtype="float32",
+      attention="auto",
       remat="block",
       unroll=1,
     )

@@ -43,7 +43,9 @@ def test_logits_and_gradients_equal_those_of_peft(tmp_path, family):
   reference = transformers.AutoModelForCausalLM.from_config(config)
   reference.save_pretrained(tmp_path / "base")
   shape, _ = load.read_config(tmp_path / "base")
-  model = decoder.build(shape, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    shape, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   params = load.load(tmp_path / "base", model, param_dtype="float32")
   adapters = _draw(model)
   target = tmp_path / "adapter"
@@ -139,7 +141,9 @@ def test_merging_gives_what_peft_merges(tmp_path, family, dtype, rslora):
 def test_adapters_of_peft_are_what_training_starts_from(tmp_path, family):
   theirs = _write_theirs(tmp_path, family, use_rslora=True)
   shape, _ = load.read_config(tmp_path / "base")
-  model = decoder.build(shape, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    shape, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   params = load.load(tmp_path / "base", model, param_dtype="float32")
   settings = dataclasses.replace(_LORA, alpha=7 * math.sqrt(3))
   batch = tiny.batch(model)

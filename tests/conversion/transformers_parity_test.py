@@ -41,7 +41,9 @@ def _write(reference, directory, **kwargs):
 
 def _load(directory, param_dtype="float32"):
   config, _ = load.read_config(directory)
-  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   return model, load.load(directory, model, param_dtype=param_dtype)
 
 

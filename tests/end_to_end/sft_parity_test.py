@@ -47,7 +47,9 @@ def _batch(vocab_size):
 def test_loss_and_gradient_equal_those_of_transformers(tmp_path, family):
   reference = _reference(tmp_path / "hf", family)
   config, _ = load.read_config(tmp_path / "hf")
-  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   params = load.load(tmp_path / "hf", model, param_dtype="float32")
   batch = _batch(config.vocab_size)
   labels_BT = np.where(batch["loss_mask"], batch["token_ids"], -100)

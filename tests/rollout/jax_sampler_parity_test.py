@@ -51,7 +51,9 @@ def _generate(reference, token_ids, stop_token_ids):
 
 def _sample(directory, prompts, stop_token_ids):
   config, _ = load.read_config(directory)
-  model = decoder.build(config, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   params = load.load(
     directory,

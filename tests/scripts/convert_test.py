@@ -142,7 +142,9 @@ def test_adapters_become_a_merged_model(tmp_path, family):
   source = f"--source={tmp_path / 'base'}"
   assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 0
   built, _ = load.read_config(tmp_path / "hf")
-  model = decoder.build(built, dtype="float32", remat="none", unroll=1)
+  model = decoder.build(
+    built, dtype="float32", attention="xla", remat="none", unroll=1
+  )
   got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
   merged = lora.merge(held, adapters, _LORA.scale)
   jax.tree.map(np.testing.assert_array_equal, got, merged)
