@@ -19,6 +19,7 @@ _SHAPE = {"num_hidden_layers": 1}
 _MODEL = {
   "dtype": "float32",
   "param_dtype": "float32",
+  "attention": "xla",
   "remat": "none",
   "unroll": 1,
 }

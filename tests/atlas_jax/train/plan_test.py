@@ -34,7 +34,11 @@ _STATE = ("parameters", "frozen base", "optimizer", "reference")
 
 def _build(remat="block"):
   return functools.partial(
-    decoder.build, dtype="float32", remat=remat, unroll=1
+    decoder.build,
+    dtype="float32",
+    attention="xla",
+    remat=remat,
+    unroll=1,
   )
 
 
