@@ -37,7 +37,8 @@ _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
 _QUESTIONS = flags.DEFINE_integer("questions", 8, "Prompts in a step.")
 _GROUP = flags.DEFINE_integer("group_size", 8, "Completions of a prompt.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Of a completion at most.")
-_LAYERS = flags.DEFINE_integer("layers", 3, "Of the model, 128 wide.")
+_LAYERS = flags.DEFINE_integer("layers", 3, "Of the model.")
+_WIDTH = flags.DEFINE_integer("width", 128, "Of the model.")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "trl"], "Set by the parent.")
 _DIRECTORY = flags.DEFINE_string("directory", "", "Set by the parent.")
 
@@ -70,7 +71,12 @@ def _make(directory: pathlib.Path) -> None:
   texts = small_world.write_data(directory, 0)
   tokenizer = small_world.make_tokenizer(texts)
   small_world.write_model(
-    directory / "model", tokenizer, "qwen3", num_layers=_LAYERS.value, seed=0
+    directory / "model",
+    tokenizer,
+    "qwen3",
+    num_layers=_LAYERS.value,
+    width=_WIDTH.value,
+    seed=0,
   )
 
 
@@ -115,7 +121,7 @@ class _Side:
         raise RuntimeError(f"{self.name} ended with {process.wait()}.")
 
 
-_SHARED = (_ROUNDS, _STEPS, _QUESTIONS, _GROUP, _TOKENS, _LAYERS)
+_SHARED = (_ROUNDS, _STEPS, _QUESTIONS, _GROUP, _TOKENS, _LAYERS, _WIDTH)
 
 
 def _num_steps() -> int:
@@ -291,8 +297,8 @@ def _report(ours: _Side, trl: _Side) -> None:
   """Prints the table; the last line is the ratio of the medians."""
   print(
     f"{_QUESTIONS.value} prompts x {_GROUP.value} completions of at most "
-    f"{_TOKENS.value} tokens, {_LAYERS.value} layers 128 wide, float32; "
-    f"{os.cpu_count()} cores; {len(ours.steps)} steps of each, in turn"
+    f"{_TOKENS.value} tokens, {_LAYERS.value} layers {_WIDTH.value} wide, "
+    f"float32; {os.cpu_count()} cores; {len(ours.steps)} steps of each, in turn"
   )
   print(f"{'':>10} {'ours':>10} {'TRL':>10} {'TRL/ours':>10}")
   for name in ("step", "generate", "rest"):

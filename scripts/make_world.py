@@ -44,6 +44,7 @@ def _make(directory: pathlib.Path) -> None:
     tokenizer,
     "qwen2",
     num_layers=2,
+    width=128,
     seed=_SEED.value,
   )
   small_world.write_model(
@@ -51,6 +52,7 @@ def _make(directory: pathlib.Path) -> None:
     tokenizer,
     "qwen3",
     num_layers=3,
+    width=128,
     seed=_SEED.value,
   )
   _train(directory, "world_student.py", "student")

@@ -112,20 +112,21 @@ def write_model(
   family: str,
   *,
   num_layers: int,
+  width: int,
   seed: int,
 ) -> None:
-  """Writes an untrained checkpoint, 128 units wide."""
+  """Writes an untrained checkpoint of four heads."""
   source = directory.with_name(f"{directory.name}.source")
   tokenizer.save_pretrained(source)
   fields = {
     "model_type": family,
     "vocab_size": len(tokenizer),
-    "hidden_size": 128,
-    "intermediate_size": 384,
+    "hidden_size": width,
+    "intermediate_size": 3 * width,
     "num_hidden_layers": num_layers,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
+    "head_dim": width // 4,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
