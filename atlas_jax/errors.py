@@ -73,3 +73,7 @@ class PreemptedError(AtlasError):
   """Stopped on request, with the state saved."""
 
   exit_code = Exit.PREEMPTED
+
+
+class OutOfMemoryError(AtlasError):
+  """A device, or the host, that has no room left."""

@@ -4,13 +4,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from atlas_jax import chat, errors, sharding, types
+from atlas_jax import chat, errors, preemption, sharding, types, workdirs
 from atlas_jax.models import decoder, kernels, lora
 from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
@@ -54,11 +51,12 @@ def start(
   world that does not exist yet, it is made first.
 
   Yields:
-    A function that tells whether SIGINT or SIGTERM asked the run to stop.
+    A function that tells whether a signal asked the run to stop.
 
   Raises:
     errors.ConfigError: if the workdir cannot be used, another run uses it, or
       the config names no data.
+    errors.OutOfMemoryError: with advice, in place of XLA's error.
   """
   if config.data.path is None:
     raise errors.ConfigError(
@@ -67,77 +65,44 @@ def start(
       why="This recipe leaves it to you.",
       fix="Set --config.data.path to a file, a folder or a Hub dataset.",
     )
-  stopping: list[int] = []
-
-  def on_signal(number: int, frame: object) -> None:
-    del frame
-    if stopping:
-      raise KeyboardInterrupt  # Asked twice: do not wait for the step.
-    stopping.append(number)
-    logging.warning(
-      "Got %s; saving after this step.", signal.Signals(number).name
-    )
-
-  with _lock(workdir):
-    _write_config(workdir / "config.json", config)
+  with workdirs.lock(workdir), _out_of_memory_told():
+    workdirs.write_config(workdir, config)
     if config.world.directory:
       ensure_world(**config.world)
     logging.info("Devices: %s", jax.devices())
-    old = {n: signal.signal(n, on_signal) for n in _SIGNALS}
-    try:
-      yield lambda: bool(stopping)
-    except KeyboardInterrupt as error:
-      raise errors.PreemptedError(
-        "Interrupted before the step was done.",
-        where=str(workdir),
-        why="The process was asked to stop twice.",
-        fix="Run the same command again: it goes on from the last checkpoint.",
-      ) from error
-    finally:
-      for number, handler in old.items():
-        signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _write_config(path: pathlib.Path, config: Any) -> None:  # Any: as in start.
-  """Writes the resolved config; another that it replaces stays beside it."""
-  text = config.to_json_best_effort(indent=2) + "\n"
-  if path.exists() and path.read_text("utf-8") != text:
-    number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
-    path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
-  path.write_text(text, encoding="utf-8")
+    with preemption.listen() as should_stop:
+      yield should_stop
 
 
 @contextlib.contextmanager
-def _lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the workdir; the lock dies with the process."""
+def _out_of_memory_told() -> Iterator[None]:
+  """Turns what XLA says of memory into advice."""
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / "lock").open("a+", encoding="utf-8")
-  except OSError as error:
-    raise errors.ConfigError(
-      "The workdir cannot be written.",
-      where=f"--workdir={workdir}",
-      why=str(error),
-      fix="Choose a folder that you may write to.",
-    ) from error
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.seek(0)
-      raise errors.ConfigError(
-        "Another run uses this workdir.",
-        where=f"--workdir={workdir}",
-        why=f"It is held by {file.read().strip() or 'another process'}.",
-        fix="Wait for that run, stop it, or choose another --workdir.",
-      ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
     yield
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    is_host = isinstance(error, MemoryError)
+    if not is_host and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise errors.OutOfMemoryError(
+      f"The {'host' if is_host else 'device'} is out of memory.",
+      where=_memory_in_use(),
+      why=str(error).partition("\n")[0] or "It could not be allocated.",
+      fix="Make the batch smaller, or split it into more microbatches "
+      "(--config.batch); recompute more (--config.model.remat); or split the "
+      "model over more devices (--config.mesh). The last checkpoint is kept.",
+    ) from error
+
+
+def _memory_in_use() -> str:
+  """Tells what the devices say of themselves; those of a CPU say nothing."""
+  stats = [(d, d.memory_stats() or {}) for d in jax.local_devices()]
+  told = [
+    f"{device}: {s['peak_bytes_in_use'] / 1e9:.2f} GB at its peak, of "
+    f"{s['bytes_limit'] / 1e9:.2f} GB"
+    for device, s in stats
+    if "bytes_limit" in s and "peak_bytes_in_use" in s
+  ]
+  return "; ".join(told) or "this process"
 
 
 def ensure_world(*, directory: str, with_teacher: bool) -> None:

@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
   """
 
   def guarded(argv: list[str]) -> None:
-    code = errors.Exit.INTERNAL
+    code = None
     try:
       if len(argv) > 1:
         raise errors.ConfigError(
@@ -46,7 +46,8 @@ def run(main: Callable[[], None]) -> None:
         )
       )
     finally:
-      if code == errors.Exit.INTERNAL:
+      if code is None:  # Unknown to us.
+        code = errors.Exit.INTERNAL
         with contextlib.suppress(OSError):
           traceback.print_exc()
       sys.exit(int(code))

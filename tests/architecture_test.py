@@ -10,6 +10,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _OURS = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 
 _BASE = {"atlas_jax.types", "atlas_jax.chat", "atlas_jax.errors"}
+_ERRORS = {"atlas_jax.errors"}
+_STARTING = ("snapshot", "workdirs", "preemption")
 _SIBLINGS = (
   *("models", "sharding", "checkpoint", "losses"),
   *("data", "traces", "rewards", "teaching"),
@@ -24,7 +26,7 @@ _MAY_IMPORT = {
   "atlas_jax.errors": set(),
   "atlas_jax.chat": {"atlas_jax.types", "atlas_jax.errors"},
   **{f"atlas_jax.{sibling}": _BASE for sibling in _SIBLINGS},
-  "atlas_jax.snapshot": {"atlas_jax.errors"},
+  **{f"atlas_jax.{part}": _ERRORS for part in _STARTING},
   "atlas_jax.checkpoint": _BASE | {"atlas_jax.snapshot"},
   "atlas_jax.evaluation": _JUDGED,
   "atlas_jax.prompt_search": _JUDGED | {"atlas_jax.evaluation"},

@@ -92,24 +92,37 @@ def test_the_config_is_on_disk_and_so_are_those_before_it(tmp_path):
   assert seeds == {"config.0.json": 1, "config.1.json": 2, "config.json": 3}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_signal_asks_to_stop_and_a_second_does_not_wait(tmp_path, number):
-  before = signal.getsignal(number)
+def test_a_signal_asks_to_stop(tmp_path):
   with launch.start(tmp_path, _config()) as should_stop:
     assert not should_stop()
-    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGTERM)
     assert should_stop()
-  assert signal.getsignal(number) is before
 
-  def ask_twice():
-    with launch.start(tmp_path, _config()):
-      os.kill(os.getpid(), number)
-      os.kill(os.getpid(), number)
 
-  with pytest.raises(errors.PreemptedError, match="twice") as caught:
-    ask_twice()
-  assert caught.value.exit_code == 75
-  assert signal.getsignal(number) is before
+@pytest.mark.parametrize(
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+    MemoryError("Unable to allocate 4. TiB"),
+  ],
+)
+def test_no_more_memory_is_told_with_advice(tmp_path, error):
+  with (
+    pytest.raises(errors.OutOfMemoryError, match="out of memory") as caught,
+    launch.start(tmp_path, _config()),
+  ):
+    raise error
+  assert caught.value.exit_code == 70
+  assert str(error).partition(":")[0] in caught.value.why
+
+
+def test_another_failure_of_a_device_stays_what_it_is(tmp_path):
+  error = jax.errors.JaxRuntimeError("INTERNAL: lost")
+  with (
+    pytest.raises(jax.errors.JaxRuntimeError, match="lost"),
+    launch.start(tmp_path, _config()),
+  ):
+    raise error
 
 
 def test_a_model_is_opened_onto_the_mesh(talker):
