@@ -93,7 +93,11 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
   state = train_state.create(params, update, mesh=mesh)
   step = train_step.make_step(
     functools.partial(
-      sft.packed_loss, model, z_loss_coef=0.0, chunk_size=_LENGTH
+      sft.packed_loss,
+      model,
+      z_loss_coef=0.0,
+      chunk_size=_LENGTH,
+      router_aux_coef=0.0,
     ),
     update,
     frozen={},

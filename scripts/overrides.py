@@ -20,6 +20,7 @@ from atlas_jax import errors
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
 _OFFLOAD, _ZERO1 = "offload", "zero1"  # The original's words for DeepSpeed.
+_STRATEGIES = ("save_strategy", "eval_strategy")
 _ANSWERS = ("teach", "baseline", "solve")
 
 
@@ -61,6 +62,10 @@ TABLE: Mapping[str, Row] = {
   "logging_steps": Row("steps between metrics", ("loop.log_every",)),
   "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
   "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
+  "save_strategy": Row(
+    "`steps`, or `no` for the end alone", ("loop.save_every",), {"no": "0"}
+  ),
+  "eval_strategy": Row("likewise", ("loop.eval_every",), {"no": "0"}),
   "save_total_limit": Row("checkpoints kept", ("checkpoint.keep",)),
   "metric_for_best_model": Row(
     "its best checkpoint is kept too; `eval_x` is `eval/x`",
@@ -263,9 +268,12 @@ def _direct(
   if name == "vllm_port" and not (value.isdigit() and 0 < int(value) < 65536):
     raise _unfit(name, value, "a port is a number", "8765")
   if name == "max_steps" and "num_epochs" in base:
-    if value == "-1":
-      return []
-    return [f"--config.loop.num_steps={value}", "--config.num_epochs=0"]
+    steps = [f"--config.loop.num_steps={value}", "--config.num_epochs=0"]
+    return steps if value != "-1" else []
+  if name in _STRATEGIES and value not in ("no", "steps"):
+    raise _unfit(name, value, "how often is told in steps", "steps")
+  if name in _STRATEGIES and value == "steps":
+    return []
   paths = ("loop.num_steps",) if name == "max_steps" else TABLE[name].paths
   present = [path for path in paths if has(base, path)]
   if paths and not present:

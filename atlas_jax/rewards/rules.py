@@ -38,31 +38,32 @@ def exact(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
 
 
 def soft_overlong(
-  num_tokens: int, *, max_tokens: int, soft_tokens: int
+  num_tokens: int, *, max_tokens: int, soft_fraction: float
 ) -> float:
-  """Gives 0 up to `soft_tokens` before the limit, then down to -1 at it.
+  """Gives 0 up to the last part before the limit, then down to -1 at it.
 
   Source: Yu et al., DAPO, arXiv:2503.14476, equation 13, in tokens.
   """
-  return -min(1.0, max(0.0, 1.0 - (max_tokens - num_tokens) / soft_tokens))
+  left = 1.0 - num_tokens / max_tokens
+  return -min(1.0, max(0.0, 1.0 - left / soft_fraction))
 
 
-def overlong(*, soft_tokens: int, max_tokens: int) -> types.RewardFn:
+def overlong(*, soft_fraction: float, max_tokens: int) -> types.RewardFn:
   """Makes the reward of a whole completion's length, see `soft_overlong`.
 
   Args:
-    soft_tokens: before the limit, over which the penalty grows.
+    soft_fraction: the part of the limit over which the penalty grows.
     max_tokens: how long a completion can be.
 
   Raises:
-    errors.ConfigError: if there are not so many tokens before the limit.
+    errors.ConfigError: if there is no such part.
   """
-  if not 0 < soft_tokens <= max_tokens:
+  if not 0.0 < soft_fraction <= 1.0:
     raise errors.ConfigError(
-      f"A penalty cannot grow over {soft_tokens} tokens.",
-      where="--config.reward.overlong.soft_tokens",
-      why=f"A completion has 1 to {max_tokens}.",
-      fix="Set it within these, for example to a fifth of the most.",
+      "A penalty cannot grow over such a part of the limit.",
+      where=f"--config.reward.overlong.soft_fraction={soft_fraction}",
+      why="It is above 0, and at most 1 for all of it.",
+      fix="Set it to 0.2, as DAPO does.",
     )
 
   def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
@@ -71,7 +72,7 @@ def overlong(*, soft_tokens: int, max_tokens: int) -> types.RewardFn:
         soft_overlong(
           len(record.teacher_rollout.completion.token_ids),
           max_tokens=max_tokens,
-          soft_tokens=soft_tokens,
+          soft_fraction=soft_fraction,
         )
       )
       for record in records

@@ -78,6 +78,7 @@ class Collector:
     self._executor = futures.ThreadPoolExecutor(1, "collect")
     self._ahead: dict[int, futures.Future[_Sampled]] = {}
     self._first_step: int | None = None
+    self._refilled: dict[int, list[str]] = {}
 
   def __enter__(self) -> "Collector":
     return self
@@ -133,6 +134,8 @@ class Collector:
     """
     if self._first_step is None:
       self._first_step = step
+    # The step before may still be asked for.
+    self._refilled = {step - 1: self._refilled.get(step - 1, [])}
     ready = self._ahead.pop(step, None)
     sampled = self._sample(step, clock) if ready is None else ready.result()
     upcoming = step + 1
@@ -175,6 +178,7 @@ class Collector:
     questions = self._questions.questions
     others = (questions[i] for i in order.permutation(len(questions)))
     fresh = [q for q in others if q.row_id not in asked][:num_questions]
+    self._refilled.setdefault(step, []).extend(q.row_id for q in fresh)
     # After the batch that is being sampled ahead: one sampler, one at a time.
     return self._executor.submit(
       self._protocol.run,
@@ -230,8 +234,9 @@ class Collector:
     }
 
   def row_ids(self, step: int) -> list[str]:
-    """Names the questions a step begins with; refills are others."""
-    return [question.row_id for question in self._questions.batch(step)]
+    """Names the questions of a step: its batch, then those asked beside it."""
+    batch = [question.row_id for question in self._questions.batch(step)]
+    return batch + self._refilled.get(step, [])
 
   def _sample_ahead(self, step: int) -> _Sampled:
     clock = train_clock.Clock()

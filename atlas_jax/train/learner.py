@@ -19,8 +19,10 @@ from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
 
-# `score.token_stats` as it is configured here.
-_StatsFn = Callable[[decoder.Params, train_step.Batch], logprobs.TokenStats]
+# `score.token_stats_and_balance` as it is configured here.
+_StatsFn = Callable[
+  [decoder.Params, train_step.Batch], tuple[logprobs.TokenStats, jax.Array]
+]
 
 
 class Learner:
@@ -43,13 +45,14 @@ class Learner:
       shardings: where the state stays, as `state.shardings` tells.
       mesh: as `sharding.make_mesh` makes it.
       config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
-        `reference`, `agreement`, `score` and `sampling`.
+        `reference`, `agreement`, `score`, `experts` and `sampling`.
 
     Raises:
       errors.ConfigError: if nothing could be learnt with them.
     """
     sampling = config.sampling.teach
     _check_sampling(sampling)
+    score.check_balance(policy.model, **config.experts)
     self._objective = grpo.Objective(
       **config.loss, max_tokens=sampling.max_completion_tokens
     )
@@ -65,7 +68,7 @@ class Learner:
     self._multiple = mesh.shape["data"] * mesh.shape["fsdp"] * num_parts
     cut = sampling.top_p < 1.0 or sampling.top_k > 0
     token_stats = functools.partial(
-      score.token_stats,
+      score.token_stats_and_balance,
       temperature=sampling.temperature,
       chunk_size=config.score.chunk_size,
       support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
@@ -79,7 +82,12 @@ class Learner:
       self._score_reference = jax.jit(functools.partial(_logprobs, base_fn))
     correct = functools.partial(correction.sampler_weights, **config.correction)
     loss_fn = functools.partial(
-      _loss, stats_fn, objective=self._objective, correct=correct
+      _loss,
+      policy.model,
+      stats_fn,
+      objective=self._objective,
+      correct=correct,
+      **config.experts,
     )
     self._step = train_step.make_step(
       train_optimizer.freeze(loss_fn, config.optimizer.frozen),
@@ -313,22 +321,24 @@ def _logprobs(
 ) -> jax.Array:
   """Scores a batch [B, T - 1] by the policy, or by the reference."""
   params = train_state.on_device(params)  # A reference may be offloaded.
-  return stats_fn(params, batch).logprobs
+  return stats_fn(params, batch)[0].logprobs
 
 
 def _loss(
+  model: decoder.Model,
   stats_fn: _StatsFn,
   params: decoder.Params,
   batch: train_step.Batch,
   *,
   objective: grpo.Objective,
   correct: Callable[..., jax.Array],
+  router_aux_coef: float,
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
   """Computes the surrogate of a batch; see `step.LossFn`.
 
   What is not scored yet is the policy's own, without a gradient.
   """
-  stats = stats_fn(params, batch)
+  stats, balance = stats_fn(params, batch)
   own_BT = jax.lax.stop_gradient(stats.logprobs)
   old_BT = batch.get("old_logprobs", own_BT)
   rollout_BT, mask_BT = (
@@ -348,6 +358,9 @@ def _loss(
   )
   metrics |= agreement.measure(old_BT, rollout_BT, mask_BT)
   metrics["rollout/weight"] = reduce.token_mean(weights_BT, mask_BT)
+  loss, metrics = score.add_balance(
+    model, loss, metrics, balance, router_aux_coef=router_aux_coef
+  )
   weight = reduce.count(mask_BT, aggregate=objective.aggregate)
   return loss, (weight, metrics)
 

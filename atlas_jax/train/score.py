@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from atlas_jax import sharding, types
+from atlas_jax import errors, sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
 from atlas_jax.train import rows
@@ -36,10 +36,30 @@ def token_stats(
   Returns:
     Statistics [B, T - 1] of `token_ids[:, 1:]`.
   """
-  hidden_BTD = model.hidden(
+  return token_stats_and_balance(
+    model,
+    params,
+    batch,
+    temperature=temperature,
+    chunk_size=chunk_size,
+    support=support,
+  )[0]
+
+
+def token_stats_and_balance(
+  model: decoder.Model,
+  params: decoder.Params,
+  batch: Mapping[str, jax.Array],
+  *,
+  temperature: float,
+  chunk_size: int,
+  support: logprobs.Support | None = None,
+) -> tuple[logprobs.TokenStats, jax.Array]:
+  """Computes `token_stats`, and the balance that `add_balance` takes."""
+  hidden_BTD, balance = model.hidden_and_balance(
     params, batch["token_ids"], batch["positions"], batch["segment_ids"]
   )
-  return logprobs.of_targets(
+  stats = logprobs.of_targets(
     hidden_BTD[:, :-1],
     model.head(params),
     batch["token_ids"][:, 1:],
@@ -48,6 +68,41 @@ def token_stats(
     support=support,
     soft_cap=model.config.logit_soft_cap,
   )
+  return stats, balance
+
+
+def add_balance(
+  model: decoder.Model,
+  loss: jax.Array,
+  metrics: dict[str, jax.Array],
+  balance: jax.Array,
+  *,
+  router_aux_coef: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Adds what keeps experts evenly used to a loss, and to its metrics.
+
+  Of a model without experts both stay as they are.
+  """
+  if not model.config.experts:
+    return loss, metrics
+  loss = loss + router_aux_coef * balance
+  return loss, {**metrics, "loss": loss, "router_aux_loss": balance}
+
+
+def check_balance(model: decoder.Model, *, router_aux_coef: float) -> None:
+  """Refuses a weight of the balance that would be ignored, or do harm.
+
+  Raises:
+    errors.ConfigError: naming it.
+  """
+  has_none = router_aux_coef and not model.config.experts
+  if has_none or router_aux_coef < 0.0:
+    raise errors.ConfigError(
+      "Experts cannot be balanced so.",
+      where=f"--config.experts.router_aux_coef={router_aux_coef}",
+      why="The model has none." if has_none else "Below 0 it would unbalance.",
+      fix="Set it to 0.0.",
+    )
 
 
 class Scorer:

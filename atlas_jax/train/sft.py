@@ -55,12 +55,15 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   Raises:
     errors.AtlasError: see `loop.run`.
   """
+  score.check_balance(policy.model, **config.experts)
   num_steps = _num_steps(config, train_set)
   rate = schedule.make(**config.schedule, num_updates=num_steps)
   optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
   offload = train_state.Offload(**config.offload)
   state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
-  loss_fn = functools.partial(packed_loss, policy.model, **config.loss)
+  loss_fn = functools.partial(
+    packed_loss, policy.model, **config.loss, **config.experts
+  )
   step_fn = train_step.make_step(
     train_optimizer.freeze(loss_fn, config.optimizer.frozen),
     optimizer,
@@ -177,9 +180,10 @@ def packed_loss(
   *,
   z_loss_coef: float,
   chunk_size: int,
+  router_aux_coef: float,
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
   """Computes the cross entropy of a packed batch; see `step.LossFn`."""
-  stats = score.token_stats(
+  stats, balance = score.token_stats_and_balance(
     model, params, batch, temperature=1.0, chunk_size=chunk_size
   )
   loss_mask_BT = batch["loss_mask"][:, 1:]
@@ -192,5 +196,8 @@ def packed_loss(
   kept = {k: metrics[k] for k in ("loss", "cross_entropy")}
   kept["token_accuracy"] = reduce.token_mean(
     stats.is_likeliest.astype(jnp.float32), loss_mask_BT
+  )
+  loss, kept = score.add_balance(
+    model, loss, kept, balance, router_aux_coef=router_aux_coef
   )
   return loss, (jnp.sum(loss_mask_BT), kept)

@@ -2,9 +2,8 @@
 """DAPO: Yu et al., arXiv:2503.14476.
 
 Long completions are penalized by a part of the reward (section 3.4) instead of
-being masked. The penalty grows over the last fifth of the most tokens that a
-recipe allows, as over 4096 of 20480 there: with other limits, set
-`--config.reward.overlong.soft_tokens`.
+being masked. The penalty grows over the last fifth of the limit, whatever that
+is, as over 4096 of 20480 there.
 """
 
 import ml_collections
@@ -20,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.groups.filter_equal = True
   config.groups.max_refills = 3
   config.reward = dict(
-    weights=dict(overlong=1.0), overlong=dict(soft_tokens=204)
+    weights=dict(overlong=1.0), overlong=dict(soft_fraction=0.2)
   )
   config.batch = dict(mask_truncated=False)
   return config

@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
           unclosed_penalty=1.0,
         ),
       ),
-      overlong=dict(soft_tokens=128),  # rewards.rules.overlong
+      overlong=dict(soft_fraction=0.2),  # rewards.rules.overlong
       math_verify=dict(
         timeout_s=10.0, num_workers=2
       ),  # rewards.rules.open_math

@@ -30,5 +30,4 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.model = tiny.get_config(world.STUDENT)
     config.template = world.get_templates().baseline
     config.sampling.teach.max_completion_tokens = 40
-    config.reward.overlong.soft_tokens = 8
   return config

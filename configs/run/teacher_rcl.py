@@ -58,6 +58,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.agreement = dict(max_prob_error=1.02, every=1)  # train.agreement.check
   config.overlap = dict(max_staleness=0)  # train.collect.Collector
   config.score = dict(chunk_size=512)  # train.score.token_stats
+  config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.reference = dict(sync_every=64, mix=0.6)
   config.offload = dict(optimizer=False, reference=False)  # train.state.Offload
   config.batch = dict(
@@ -120,7 +121,6 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.agreement.max_prob_error = 1.0005  # In float32.
   # Where every teaching does equally well, scaling would teach brevity alone.
   config.advantages.scale = "none"
-  config.reward.overlong.soft_tokens = 13
   config.batch.num_questions = 16
   config.batch.num_microbatches = 1
   config.sampling.teach.group_size = 8

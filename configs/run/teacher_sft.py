@@ -30,6 +30,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
   config.num_epochs = 10.0  # 0: as many steps as `loop.num_steps` says.
   config.loss = dict(z_loss_coef=0.0, chunk_size=512)
+  config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.schedule = dict(  # train.schedule.make
     learning_rate=1e-5,
     schedule="cosine",

@@ -43,8 +43,13 @@ def _batch(vocab_size):
   }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_loss_and_gradient_equal_those_of_transformers(tmp_path, family):
+@pytest.mark.parametrize(
+  ("family", "router_aux_coef"),
+  [*((family, 0.0) for family in tiny.FAMILIES), ("qwen3_moe", 0.5)],
+)
+def test_loss_and_gradient_equal_those_of_transformers(
+  tmp_path, family, router_aux_coef
+):
   reference = _reference(tmp_path / "hf", family)
   config, _ = load.read_config(tmp_path / "hf")
   model = decoder.build(
@@ -54,10 +59,21 @@ def test_loss_and_gradient_equal_those_of_transformers(tmp_path, family):
   batch = _batch(config.vocab_size)
   labels_BT = np.where(batch["loss_mask"], batch["token_ids"], -100)
 
-  loss_fn = functools.partial(sft._loss, model, z_loss_coef=0.0, chunk_size=4)
+  loss_fn = functools.partial(
+    sft.packed_loss,
+    model,
+    z_loss_coef=0.0,
+    chunk_size=4,
+    router_aux_coef=router_aux_coef,
+  )
   (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
 
+  balanced = {}
+  if router_aux_coef:
+    reference.router_aux_loss_coef = router_aux_coef
+    balanced = {"output_router_logits": True}
   expected = reference(
+    **balanced,
     input_ids=torch.tensor(batch["token_ids"]),
     attention_mask=torch.tensor(batch["segment_ids"]),
     labels=torch.tensor(labels_BT),

@@ -58,7 +58,7 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
     "--config.sampling.teach.group_size=2",
     "--config.reward.weights.rlt=0.1",
     "--config.reward.weights.overlong=0.5",
-    "--config.reward.overlong.soft_tokens=4",
+    "--config.reward.overlong.soft_fraction=0.5",
     "--reward_fn=tests.reward_functions:count_words=0.1",
     "--config.loop.num_steps=2",
     "--config.loop.log_every=1",

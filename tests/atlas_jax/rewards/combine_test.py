@@ -85,7 +85,7 @@ def test_the_student_must_be_there_to_score():
 
 def test_a_reward_without_weight_is_not_even_made():
   config = teaching.get_config()
-  config.overlong.soft_tokens = 10**9
+  config.overlong.soft_fraction = 10.0
   with combine.open_reward(
     **config, functions=_NONE, student=None, max_tokens=200
   ) as reward_fn:

@@ -46,15 +46,16 @@ def test_exact_needs_answers_and_grades():
   [(0, 0.0), (60, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0)],
 )
 def test_overlong_grows_in_tokens_up_to_the_limit(num_tokens, expected):
-  reward_fn = rules.overlong(soft_tokens=20, max_tokens=100)
+  reward_fn = rules.overlong(soft_fraction=0.2, max_tokens=100)
   (reward,) = reward_fn([_record(num_tokens=num_tokens)])
   assert reward.value == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("soft_tokens", [0, -1, 101])
-def test_overlong_needs_tokens_to_grow_over(soft_tokens):
-  with pytest.raises(errors.ConfigError, match="soft_tokens"):
-    rules.overlong(soft_tokens=soft_tokens, max_tokens=100)
+@pytest.mark.parametrize("soft_fraction", [0.0, -0.1, 1.1])
+def test_overlong_needs_tokens_to_grow_over(soft_fraction):
+  with pytest.raises(errors.ConfigError, match="above 0") as caught:
+    rules.overlong(soft_fraction=soft_fraction, max_tokens=100)
+  assert "soft_fraction" in caught.value.where
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from atlas_jax import sharding, types
+from atlas_jax import errors, sharding, types
 from atlas_jax.losses import kl
 from atlas_jax.models import lora
 from atlas_jax.train import learner as learning
@@ -65,14 +65,14 @@ def _records():
   return records, rewarded
 
 
-def _update(config, *, mesh=None, optimizer=None, records=None):
+def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
   """Does one step by plain gradient descent; gives gradient and metrics."""
   mesh = mesh or _mesh()
   optimizer = optimizer or optax.sgd(1.0)
   params, reference = (
     jax.device_put(
-      tiny.params_of(_MODEL, seed),
-      sharding.of_params(mesh, _MODEL.abstract_params),
+      tiny.params_of(model, seed),
+      sharding.of_params(mesh, model.abstract_params),
     )
     for seed in range(2)
   )
@@ -84,7 +84,7 @@ def _update(config, *, mesh=None, optimizer=None, records=None):
     reference=reference if config.loss.kl_coef else None,
   )
   learner = learning.Learner(
-    train_policy.whole(_MODEL),
+    train_policy.whole(model),
     optimizer,
     shardings=train_state.shardings(state),
     mesh=mesh,
@@ -123,6 +123,24 @@ def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
         split_metrics[name], metrics[name], rtol=1e-5, atol=1e-7
       )
     assert _distance(split, whole) < 1e-5
+
+
+def test_experts_are_balanced_by_as_much_as_is_asked_for():
+  model = tiny.build("qwen3_moe", **_SHAPE)
+  plain, before, _ = _update(_config("grpo"), model=model)
+  config = _config("grpo", **{"experts.router_aux_coef": 0.5})
+  moved, after, _ = _update(config, model=model)
+  balance = before["router_aux_loss"]
+  assert balance > 1.0
+  np.testing.assert_allclose(
+    after["loss"], before["loss"] + 0.5 * balance, rtol=1e-5
+  )
+  router = ("layers", "mixture", "router", "kernel")
+  for key in router:
+    plain, moved = plain[key], moved[key]
+  assert np.abs(moved - plain).max() > 1e-3
+  with pytest.raises(errors.ConfigError, match="The model has none"):
+    _update(config)
 
 
 @pytest.mark.parametrize("loss", _LOSSES)

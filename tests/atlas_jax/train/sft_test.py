@@ -51,7 +51,9 @@ def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
   ]
   model = tiny.build("qwen2", vocab_size=len(tokenizer))
   params = tiny.params_of(model)
-  loss_fn = functools.partial(sft._loss, model, z_loss_coef=1e-3, chunk_size=16)
+  loss_fn = functools.partial(
+    sft.packed_loss, model, z_loss_coef=1e-3, chunk_size=16, router_aux_coef=0.0
+  )
 
   def of(layout):
     arrays = layout(examples, 128, too_long="error").arrays
@@ -79,6 +81,7 @@ def _config(**changes):
       "num_epochs": 0,
       "batch": {"size": 8, "per_device": 1},
       "loss": {"z_loss_coef": 0.0, "chunk_size": 32},
+      "experts": {"router_aux_coef": 0.0},
       "schedule": {
         "learning_rate": 0.02,
         "schedule": "cosine",

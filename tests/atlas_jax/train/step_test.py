@@ -159,7 +159,13 @@ def _three_steps(mesh, *, num_microbatches):
   model = tiny.build("qwen2", **_SHAPE)
   state = _sft_state(mesh, model)
   step = train_step.make_step(
-    functools.partial(sft._loss, model, z_loss_coef=1e-4, chunk_size=4),
+    functools.partial(
+      sft.packed_loss,
+      model,
+      z_loss_coef=1e-4,
+      chunk_size=4,
+      router_aux_coef=0.0,
+    ),
     _optimizer(),
     frozen={},
     num_microbatches=num_microbatches,
@@ -223,7 +229,13 @@ def test_no_device_holds_activations_of_the_rows_of_others():
   model = dataclasses.replace(model, rows=rows)
   state = _sft_state(mesh, model)
   step = train_step.make_step(
-    functools.partial(sft._loss, model, z_loss_coef=1e-4, chunk_size=100),
+    functools.partial(
+      sft.packed_loss,
+      model,
+      z_loss_coef=1e-4,
+      chunk_size=100,
+      router_aux_coef=0.0,
+    ),
     _optimizer(),
     frozen={},
     num_microbatches=1,
