@@ -78,8 +78,7 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_RCL, "eval_steps=1", "loop.eval_every", 1),
     (_RCL, "save_steps=5", "loop.save_every", 5),
     (_RCL, "save_strategy=no", "loop.save_every", 0),
-    (_RCL, "save_strategy=steps", "loop.save_every", 10),
-    (_SFT, "eval_strategy=no", "loop.eval_every", 0),
+    (_RCL, "eval_strategy=no", "loop.eval_every", 0),
     (_RCL, "logging_steps=2", "loop.log_every", 2),
     (_RCL, "save_final_model=false", "export.enabled", False),
     (_RCL, "learning_rate=5e-7", "schedule.learning_rate", 5e-7),
@@ -150,6 +149,10 @@ def test_a_name_sets_its_config_value(recipe, word, path, value):
   assert _get(_resolve(recipe).config, path) != value or path == "num_epochs"
 
 
+def test_a_strategy_of_steps_leaves_them_as_they_are():
+  assert _resolve(_RCL, "save_strategy=steps").settings == ()
+
+
 def test_no_tracker_is_what_null_asks_for():
   for word in ("report_to=null", "report_to=none", "report_to=[]"):
     assert _resolve(_RCL, "report_to=wandb", word).config.report.to == "none"
@@ -190,6 +193,7 @@ def test_rows_of_a_device_decide_the_microbatches(words, num_devices, parts):
     (_RCL, "per_device_train_batch_size=5", "128 sequences do not divide by 5"),
     (_RCL, "train_batch_size=0", "at least 1"),
     (_RCL, "vllm_port=http", "a port is a number"),
+    (_RCL, "save_strategy=epoch", "told in steps"),
     (_RCL, "--config.loop.num_step=4", 'Did you mean "num_steps"'),
   ],
 )
