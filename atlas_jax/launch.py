@@ -157,11 +157,13 @@ def open_model(
     train_state.check_host_memory(mesh, where="--config.model.remat=offload")
   directory = load.resolve(path)
   config, _ = load.read_config(directory)
-  model = dataclasses.replace(
-    decoder.build(
-      config, dtype=dtype, attention=attention, remat=remat, unroll=unroll
-    ),
-    rows=sharding.of_batch(mesh),
+  model = decoder.build(
+    config,
+    dtype=dtype,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    layout=sharding.of_activations(mesh),
   )
   tokenizer = chat.load_tokenizer(directory)
   chat.check_vocabulary(tokenizer, config.vocab_size, directory)
@@ -411,7 +413,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
     overwrite=True,
   )
   # Its few rows need not divide over the mesh.
-  model = dataclasses.replace(opened.model, rows=None)
+  model = dataclasses.replace(opened.model, layout=None)
   difference = verify.logits_equal(directory, params, model, tolerance=1e-4)
   logging.info(
     "Exported to %s; logits differ by %.1e at most.", directory, difference

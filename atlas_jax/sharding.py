@@ -5,76 +5,136 @@ Rules are data: a pattern over a parameter's path, and the mesh axis of each of
 its dimensions. The first pattern that matches decides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+from jax.experimental import mesh_utils
 import jax.sharding as js
+import numpy as np
 
 from atlas_jax import errors
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+# Devices along these see rows of their own.
+ROWS = ("data", "fsdp", "expert")
+
+_Axes: TypeAlias = str | tuple[str, ...] | None
+# Along these, devices would hold the same weights: they hold a part each.
+_SPLIT = ("fsdp", "expert", "context")
+_EXPERT_SPLIT = ("fsdp", "context")
 
 # Stacked layers have a leading axis, which is never sharded.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"embed/embedding", ("tensor", "fsdp")),
-  (r"head/kernel", ("fsdp", "tensor")),
-  (r"layers/attention/[qkv]/kernel", (None, "fsdp", "tensor", None)),
+RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
+  (r"embed/embedding", ("tensor", _SPLIT)),
+  (r"head/kernel", (_SPLIT, "tensor")),
+  (r"layers/attention/[qkv]/kernel", (None, _SPLIT, "tensor", None)),
   (r"layers/attention/[qkv]/bias", (None, "tensor", None)),
-  (r"layers/attention/o/kernel", (None, "tensor", None, "fsdp")),
-  (r"layers/attention/o/bias", (None, "fsdp")),
-  (r"layers/mixture/router/kernel", (None, "fsdp", None)),
-  (r"layers/mixture/(gate|up)", (None, None, "fsdp", "tensor")),
-  (r"layers/mixture/down", (None, None, "tensor", "fsdp")),
-  (r"layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
-  (r"layers/mlp/down/kernel", (None, "tensor", "fsdp")),
+  (r"layers/attention/o/kernel", (None, "tensor", None, _SPLIT)),
+  (r"layers/attention/o/bias", (None, _SPLIT)),
+  (r"layers/mixture/router/kernel", (None, _SPLIT, None)),
+  (r"layers/mixture/(gate|up)", (None, "expert", _EXPERT_SPLIT, "tensor")),
+  (r"layers/mixture/down", (None, "expert", "tensor", _EXPERT_SPLIT)),
+  (r"layers/mlp/(gate|up)/kernel", (None, _SPLIT, "tensor")),
+  (r"layers/mlp/down/kernel", (None, "tensor", _SPLIT)),
   # An adapter's long axis is split as the kernel's is; its rank is short.
-  (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", (None, "fsdp")),
+  (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", (None, _SPLIT)),
   (r"layers/(attention/o|mlp/down)/lora_a", (None, "tensor")),
   (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b", (None, None, "tensor")),
-  (r"layers/(attention/o|mlp/down)/lora_b", (None, None, "fsdp")),
+  (r"layers/(attention/o|mlp/down)/lora_b", (None, None, _SPLIT)),
   (r".*scale", ()),
 )
-# What each axis of a kernel counts, for messages only.
-_BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> js.Mesh:
-  """Arranges all devices in a mesh of the three axes.
+def make_mesh(
+  *,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  context: int = 1,
+  expert: int = 1,
+  devices: Sequence[Any] | None = None,  # Any: JAX names no type for them.
+) -> js.Mesh:
+  """Arranges devices in a mesh; one size may be -1, for what remains.
+
+  Where devices come in slices with slow links between (TPU slices, GPU nodes),
+  the first axes of `AXES` are the ones that cross them.
 
   Args:
     data: replicas that see different rows.
     fsdp: devices that share one copy of the parameters, and see different rows.
     tensor: devices that share each row's matrix products.
-
-  Returns:
-    The mesh. One size may be -1 and is then what remains.
+    context: devices that share each row's tokens. They hold a part of the
+      parameters each, as along `fsdp`; keys and values are gathered in every
+      layer.
+    expert: devices that share the experts of a mixture. They see different
+      rows, and share the other parameters as along `fsdp`.
+    devices: to use; all there are if None.
 
   Raises:
     errors.ConfigError: if the sizes do not multiply to the devices there are.
   """
-  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  num_devices = jax.device_count()
-  free = [name for name, size in sizes.items() if size == -1]
-  known = math.prod(size for size in sizes.values() if size != -1)
-  valid = all(size == -1 or size > 0 for size in sizes.values())
+  devices = jax.devices() if devices is None else devices
+  found = sizes(
+    len(devices),
+    data=data,
+    fsdp=fsdp,
+    tensor=tensor,
+    context=context,
+    expert=expert,
+  )
+  shape, auto = tuple(found.values()), (js.AxisType.Auto,) * len(AXES)
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if num_slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+  return js.Mesh(arrange(shape, devices, num_slices), AXES, axis_types=auto)
+
+
+def sizes(num_devices: int, **asked: int) -> dict[str, int]:
+  """Tells the size of every axis of a mesh, as `make_mesh` is asked for it.
+
+  Raises:
+    errors.ConfigError: see `make_mesh`.
+  """
+  found = {axis: asked.get(axis, 1) for axis in AXES}
+  free = [axis for axis, size in found.items() if size == -1]
+  known = math.prod(size for size in found.values() if size != -1)
+  valid = all(size == -1 or size > 0 for size in found.values())
   if valid and len(free) == 1 and num_devices % known == 0:
-    sizes[free[0]] = num_devices // known
-  if not valid or math.prod(sizes.values()) != num_devices:
+    found[free[0]] = num_devices // known
+  if not valid or math.prod(found.values()) != num_devices:
     raise errors.ConfigError(
-      f"Mesh {sizes} does not cover the devices.",
+      f"Mesh {found} does not cover the devices.",
       where="--config.mesh",
-      why=f"JAX sees {num_devices} devices; sizes multiply to {known}.",
+      why=f"There are {num_devices} devices; sizes multiply to {known}.",
       fix="Set one axis to -1 to fill what is left, "
       "e.g. --config.mesh.fsdp=-1.",
     )
-  auto = (js.AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto)
+  return found
 
 
-def of_params(mesh: js.Mesh, abstract_params: Mapping[str, Any]) -> Any:
+def arrange(
+  shape: Sequence[int],
+  devices: Sequence[Any],  # Any: as in `make_mesh`.
+  num_slices: int,
+) -> np.ndarray:
+  """Lays devices of several slices out, so that few axes leave a slice.
+
+  Each axis, the outermost first, takes as many slices as divide it.
+  """
+  outer = []
+  for size in shape:
+    outer.append(math.gcd(size, num_slices // math.prod(outer)))
+  inner = [size // count for size, count in zip(shape, outer, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+
+
+def of_params(
+  mesh: js.Mesh | js.AbstractMesh, abstract_params: Mapping[str, Any]
+) -> Any:
   """Gives each parameter its sharding.
 
   Args:
@@ -99,9 +159,14 @@ def of_params(mesh: js.Mesh, abstract_params: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(rule, abstract_params)
 
 
-def of_batch(mesh: js.Mesh) -> js.NamedSharding:
+def of_batch(mesh: js.Mesh | js.AbstractMesh) -> js.NamedSharding:
   """Rows spread over the axes that see different rows."""
-  return js.NamedSharding(mesh, js.PartitionSpec(_BATCH_AXES))
+  return js.NamedSharding(mesh, js.PartitionSpec(ROWS))
+
+
+def of_activations(mesh: js.Mesh | js.AbstractMesh) -> js.NamedSharding:
+  """Rows spread as in a batch, and the tokens of each over `context`."""
+  return js.NamedSharding(mesh, js.PartitionSpec(ROWS, "context"))
 
 
 def replicated(mesh: js.Mesh) -> js.NamedSharding:
@@ -109,24 +174,49 @@ def replicated(mesh: js.Mesh) -> js.NamedSharding:
   return js.NamedSharding(mesh, js.PartitionSpec())
 
 
-def num_microbatches(mesh: js.Mesh, *, size: int, per_device: int) -> int:
+def num_row_shards(mesh: js.Mesh | js.AbstractMesh) -> int:
+  """Counts the parts that rows are spread in."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_length(
+  mesh: js.Mesh | js.AbstractMesh, length: int, *, where: str
+) -> None:
+  """Refuses rows whose tokens cannot be spread evenly; `where` set the length.
+
+  Raises:
+    errors.ConfigError: see above.
+  """
+  context = mesh.shape["context"]
+  if length % context:
+    raise errors.ConfigError(
+      f"A row of {length} tokens does not divide over the mesh.",
+      where=f"{where}, --config.mesh.context={context}",
+      why="Each device along context takes the same number of tokens.",
+      fix=f"Set --config.mesh.context to {math.gcd(length, context)}, or the "
+      f"length to {math.ceil(length / context) * context}.",
+    )
+
+
+def num_microbatches(
+  mesh: js.Mesh | js.AbstractMesh, *, size: int, per_device: int
+) -> int:
   """Tells in how many parts a batch goes through the devices.
 
   Args:
-    mesh: as made by `make_mesh`. The devices along its axes `data` and `fsdp`
-      see different rows.
+    mesh: as made by `make_mesh`. The devices along `ROWS` see different rows.
     size: rows of a batch.
     per_device: rows that a device sees at once; 0 for all it has.
 
   Raises:
     errors.ConfigError: if the rows cannot be spread evenly.
   """
-  num_shards = math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+  num_shards, axes = num_row_shards(mesh), " x ".join(ROWS)
   if size < 1 or size % num_shards:
     raise errors.ConfigError(
       f"A batch of {size} rows does not divide over the mesh.",
       where=f"--config.batch.size={size}",
-      why=f"data x fsdp is {num_shards} devices, each takes the same number.",
+      why=f"{axes} is {num_shards} devices, each takes the same number.",
       fix=f"Set it to a multiple of {num_shards}, or choose a smaller mesh.",
     )
   rows = size // num_shards
@@ -134,21 +224,33 @@ def num_microbatches(mesh: js.Mesh, *, size: int, per_device: int) -> int:
     raise errors.ConfigError(
       f"A device's {rows} rows of a batch do not divide by {per_device}.",
       where=f"--config.batch.per_device={per_device}",
-      why=f"A batch has {size} rows, for {num_shards} devices along data x "
-      "fsdp; each goes through them in parts of the same size.",
+      why=f"A batch has {size} rows, for {num_shards} devices along {axes}; "
+      "each goes through them in parts of the same size.",
       fix=f"Set it to a divisor of {rows}, or to 0 for all at once.",
     )
   return rows // (per_device or rows)
 
 
 def _check_divides(
-  mesh: js.Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
+  mesh: js.Mesh | js.AbstractMesh,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[_Axes, ...],
 ) -> None:
-  for size, axis in zip(shape, axes, strict=False):
-    if axis is not None and size % mesh.shape[axis]:
+  for i, (size, over) in enumerate(zip(shape, axes, strict=False)):
+    split = {
+      axis: mesh.shape[axis]
+      for axis in ((over,) if isinstance(over, str) else over or ())
+      if mesh.shape[axis] > 1
+    }
+    total = math.prod(split.values())
+    if size % total:
+      product = " x ".join(split)
       raise errors.ConfigError(
         f"Parameter {name} of shape {shape} does not divide over the mesh.",
-        where=f"--config.mesh.{axis}={mesh.shape[axis]}",
-        why=f"Its axis of size {size} is sharded over {axis!r}.",
-        fix=f"Set --config.mesh.{axis} to a divisor of {size}.",
+        where=" ".join(f"--config.mesh.{k}={v}" for k, v in split.items()),
+        why=f"Its dimension {i}, of size {size}, is split over {product}: "
+        f"{total} devices.",
+        fix=f"Make {product} a divisor of {size}; "
+        f"{math.gcd(size, total)} is one. --config.mesh.data takes the rest.",
       )

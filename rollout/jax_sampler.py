@@ -86,14 +86,14 @@ class JaxSampler:
     Args:
       model: what is sampled from.
       params: its parameters.
-      mesh: rows are spread over its `data` and `fsdp` axes.
+      mesh: rows are spread over it as in any batch.
       stop_token_ids: each ends a completion, and is its last token.
       max_rows: completions decoded at once, or one group on each device that
         sees rows of its own, if that is more; bounds the KV cache.
     """
     self._model = model
     self._batch = sharding.of_batch(mesh)
-    self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._num_shards = sharding.num_row_shards(mesh)
     self._stop_token_ids = np.asarray(sorted(stop_token_ids), np.int32)
     self._max_rows = max_rows
     self._tally = tally.Tally()

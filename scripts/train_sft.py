@@ -24,6 +24,9 @@ def main() -> None:
     writer = launch.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
+    sharding.check_length(
+      mesh, config.packing.length, where="--config.packing.length"
+    )
     base = launch.open_model(mesh, **config.model)
     packing.check_context(
       config.packing.length, base.model.config.max_positions

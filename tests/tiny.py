@@ -2,11 +2,13 @@
 """Tiny decoders of awkward shapes, and their Hugging Face directories."""
 
 import json
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 
+from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from conversion import card, rules, save
@@ -96,13 +98,26 @@ def build(
   attention="xla",
   remat="none",
   unroll=1,
+  layout=None,
   **changes,
 ):
   """Builds the model of `fields`."""
   config = model_config.from_hf(fields(family, **changes))
   return decoder.build(
-    config, dtype=dtype, attention=attention, remat=remat, unroll=unroll
+    config,
+    dtype=dtype,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    layout=layout,
   )
+
+
+def mesh(**sizes):
+  """Makes a mesh of as many of the eight devices as it takes."""
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+  devices = jax.devices()[: math.prod(sizes.values())]
+  return sharding.make_mesh(**sizes, devices=devices)
 
 
 def params_of(model, seed=0):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from atlas_jax.models import attention, experts, kernels, layers
 from atlas_jax.models import config as model_config
+from atlas_jax.models import layout as layouts
 from atlas_jax.models import rope as rope_lib
 
 Params = Mapping[str, Any]  # Any: nested dicts with arrays as leaves.
@@ -84,14 +85,17 @@ class Block(nnx.Module):
     self._config = config
 
   def __call__(
-    self, x_BTD: jax.Array, view: View
+    self, x_BTD: jax.Array, view: View, layout: layouts.Layout | None
   ) -> tuple[jax.Array, experts.Load | None]:
-    """Applies the block to whole sequences."""
+    """Applies the block to whole sequences, which lie as `layout` says."""
     q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
+    k_BTKH = layouts.gather_tokens(k_BTKH, layout)
+    v_BTKH = layouts.gather_tokens(v_BTKH, layout)
     mixed_BTNH = view.attend(
       q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     )
-    return self._finish(x_BTD, mixed_BTNH, view)
+    x_BTD, load = self._finish(x_BTD, mixed_BTNH, view, layout)
+    return layouts.spread(x_BTD, layout), load
 
   def cached(
     self,
@@ -111,7 +115,7 @@ class Block(nnx.Module):
 
     q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
     seen = write(keys_BKSH, k_BTKH), write(values_BKSH, v_BTKH)
-    x_BTD, _ = self._finish(x_BTD, view.attend(q_BTNH, *seen), view)
+    x_BTD, _ = self._finish(x_BTD, view.attend(q_BTNH, *seen), view, None)
     return x_BTD, *seen
 
   def _qkv(
@@ -120,7 +124,11 @@ class Block(nnx.Module):
     return self.attention.project(self.attention_norm(x_BTD), view.turns)
 
   def _finish(
-    self, x_BTD: jax.Array, mixed_BTNH: jax.Array, view: View
+    self,
+    x_BTD: jax.Array,
+    mixed_BTNH: jax.Array,
+    view: View,
+    layout: layouts.Layout | None,
   ) -> tuple[jax.Array, experts.Load | None]:
     """Adds what attention gave, then what the MLP makes of it."""
     added_BTD = self.attention.o(mixed_BTNH)
@@ -130,7 +138,7 @@ class Block(nnx.Module):
 
     normed_BTD, load = self.mlp_norm(x_BTD), None
     if self._config.experts:
-      added_BTD, load = self.mixture(normed_BTD, view.counted_BT)
+      added_BTD, load = self.mixture(normed_BTD, view.counted_BT, layout)
     else:
       added_BTD = self.mlp(normed_BTD)
     if self._config.post_norms:
@@ -190,9 +198,9 @@ class Model:
 
   `config` is its shape, `dtype` that of activations; parameters keep theirs.
   `kernel` computes attention over whole sequences. `block_graph` is what a
-  layer computes, without its parameters. `rows` says where the rows of
-  activations lie on a mesh: left to itself, the compiler may split their width
-  as that of the embedding is, and have all rows everywhere.
+  layer computes, without its parameters. `layout` says where activations lie on
+  a mesh: left to itself, the compiler may split their width as that of the
+  embedding is, and have all rows everywhere.
   """
 
   config: model_config.DecoderConfig
@@ -202,7 +210,7 @@ class Model:
   block_graph: nnx.GraphDef[Block]
   _remat: Remat
   _unroll: int
-  rows: jax.sharding.NamedSharding | None = None
+  layout: layouts.Layout | None
 
   def init(self, key: jax.Array) -> Params:
     """Draws float32 parameters."""
@@ -248,7 +256,7 @@ class Model:
       block, is_local = layer
       x_BTD = ad_checkpoint.checkpoint_name(x_BTD, _INPUT)
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
-      return module(x_BTD, views(is_local))
+      return module(x_BTD, views(is_local), self.layout)
 
     if self._remat != "none":
       # Where no loop is left between a block and its copy in the backward
@@ -287,7 +295,7 @@ class Model:
     blocks = unstack(params)["layers"]
     for block, is_local in zip(blocks, self.config.local, strict=True):
       module: Block = nnx.merge(self.block_graph, nnx.State(block))
-      x_BTD, _ = module(found[-1], views(is_local))
+      x_BTD, _ = module(found[-1], views(is_local), self.layout)
       found.append(x_BTD)
     return found
 
@@ -377,7 +385,7 @@ class Model:
       )
       return View(
         rope.turns(queries.positions_BT),
-        kernels.make(kernel, mask, queries, keys, rows=self.rows),
+        kernels.make(kernel, mask, queries, keys, layout=self.layout),
         queries.segment_ids_BT > 0,
       )
 
@@ -411,8 +419,7 @@ class Model:
 
   def _embed(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
-    if self.rows is not None:
-      x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.rows)
+    x_BTD = layouts.spread(x_BTD, self.layout)
     # Rounded as Gemma rounds it; times one is nothing elsewhere.
     return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
 
@@ -447,6 +454,7 @@ def build(
   attention: kernels.Backend,
   remat: Remat,
   unroll: int,
+  layout: layouts.Layout | None = None,
 ) -> Model:
   """Makes the pure functions of a decoder.
 
@@ -459,6 +467,7 @@ def build(
       is "block" with these inputs waiting in the host's memory.
     unroll: layers per scan step; more compiles longer and, on a CPU, runs
       faster.
+    layout: where activations lie on a mesh; None leaves it to the compiler.
 
   Returns:
     The model; no parameter is allocated.
@@ -489,4 +498,6 @@ def build(
 
   abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(decoder)))
   block_graph = nnx.graphdef(nnx.eval_shape(block))
-  return Model(config, activation, kernel, abstract, block_graph, remat, unroll)
+  return Model(
+    *(config, activation, kernel, abstract, block_graph, remat, unroll, layout)
+  )

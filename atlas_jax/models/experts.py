@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of experts in place of the MLP, without dropped tokens."""
 
+from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 
 from atlas_jax.models import config as model_config
 from atlas_jax.models import layers
+from atlas_jax.models import layout as layouts
 
 
 class Load(NamedTuple):
@@ -42,7 +45,10 @@ def balance_loss(load: Load, num_tokens: jax.Array) -> jax.Array:
 class Mixture(nnx.Module):
   """sum over chosen experts e of p_e down_e(silu(gate_e(x)) * up_e(x)).
 
-  Tokens are sorted by expert, so that each expert's are one product.
+  Where the mesh has an axis `expert`, a device holds some of the experts and
+  answers for the tokens of all devices along that axis: these are gathered
+  before, and the answers are added up and scattered after. So nothing is
+  dropped, however uneven the experts' shares are.
   """
 
   def __init__(
@@ -71,39 +77,108 @@ class Mixture(nnx.Module):
     self._dtype = dtype
 
   def __call__(
-    self, x_BTD: jax.Array, counted_BT: jax.Array
+    self,
+    x_BTD: jax.Array,
+    counted_BT: jax.Array,
+    layout: layouts.Layout | None,
   ) -> tuple[jax.Array, Load]:
     """Applies the mixture; tokens that are not `counted` make no load."""
-    x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    probs_XE = jax.nn.softmax(self.router(x_XD).astype(jnp.float32))
-    weights_XC, chosen_XC = jax.lax.top_k(probs_XE, self._experts.num_chosen)
+    probs_BTE = jax.nn.softmax(self.router(x_BTD).astype(jnp.float32))
+    weights_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self._experts.num_chosen)
     if self._experts.normalise:
-      weights_XC /= jnp.sum(weights_XC, axis=-1, keepdims=True)
-    mixed_XD = self._apply(x_XD, weights_XC.astype(self._dtype), chosen_XC)
-    counted_X1 = counted_BT.reshape(-1, 1)
-    one_hot_XE = jax.nn.one_hot(chosen_XC, self._experts.count).sum(axis=1)
-    load = Load(
-      jnp.sum(one_hot_XE, axis=0, where=counted_X1),
-      jnp.sum(probs_XE, axis=0, where=counted_X1),
+      weights_BTC /= jnp.sum(weights_BTC, axis=-1, keepdims=True)
+    mixed_BTD = self._mix(
+      *(x_BTD, weights_BTC.astype(self._dtype), chosen_BTC), layout=layout
     )
-    return mixed_XD.reshape(x_BTD.shape), load
+    one_hot_BTE = jax.nn.one_hot(chosen_BTC, self._experts.count).sum(axis=2)
+    counted_BT1 = counted_BT[..., None]
+    load = Load(
+      jnp.sum(one_hot_BTE, axis=(0, 1), where=counted_BT1),
+      jnp.sum(probs_BTE, axis=(0, 1), where=counted_BT1),
+    )
+    return mixed_BTD, load
 
-  def _apply(
-    self, x_XD: jax.Array, weights_XC: jax.Array, chosen_XC: jax.Array
+  def _mix(
+    self,
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    *,
+    layout: layouts.Layout | None,
   ) -> jax.Array:
-    """Sends every token to its experts and adds up what they answer."""
-    num_chosen = chosen_XC.shape[1]
-    order_Y = jnp.argsort(chosen_XC.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(
-      chosen_XC.reshape(-1), length=self._experts.count
-    ).astype(jnp.int32)
-    token_Y = order_Y // num_chosen
+    """Sends every token to its experts, on whatever devices they are."""
+    answer = functools.partial(_answer, activation=self._activation)
+    kernels = [
+      kernel[...].astype(self._dtype)
+      for kernel in (self.gate, self.up, self.down)
+    ]
+    if layout is None or not layouts.divides(x_BTD, layout):
+      return answer(x_BTD, weights_BTC, chosen_BTC, kernels, first=0)
 
-    def product(y_YD: jax.Array, kernel: nnx.Param) -> jax.Array:
-      return jax.lax.ragged_dot(y_YD, kernel[...].astype(self._dtype), sizes_E)
+    def on_device(
+      x_BTD: jax.Array,
+      weights_BTC: jax.Array,
+      chosen_BTC: jax.Array,
+      kernels: Sequence[jax.Array],
+    ) -> jax.Array:
+      gather = functools.partial(
+        jax.lax.all_gather, axis_name="expert", tiled=True
+      )
+      first = jax.lax.axis_index("expert") * len(kernels[0])
+      mixed_BTD = answer(
+        *(gather(x_BTD), gather(weights_BTC), gather(chosen_BTC)),
+        kernels,
+        first=first,
+      )
+      mixed_BTD = jax.lax.psum(mixed_BTD, "tensor")
+      return jax.lax.psum_scatter(mixed_BTD, "expert", tiled=True)
 
-    y_YD = x_XD[token_Y]
-    gate_YF = layers.activate(product(y_YD, self.gate), self._activation)
-    y_YD = product(gate_YF * product(y_YD, self.up), self.down)
-    y_YD = y_YD * weights_XC.reshape(-1)[order_Y][:, None]
-    return jnp.zeros_like(x_XD).at[token_Y].add(y_YD)
+    wide, narrow = jax.P("expert", None, "tensor"), jax.P("expert", "tensor")
+    return jax.shard_map(
+      on_device,
+      mesh=layout.mesh,
+      in_specs=(*(layout.spec,) * 3, [wide, wide, narrow]),
+      out_specs=layout.spec,
+    )(x_BTD, weights_BTC, chosen_BTC, kernels)
+
+
+def _answer(
+  x_BTD: jax.Array,
+  weights_BTC: jax.Array,
+  chosen_BTC: jax.Array,
+  kernels: Sequence[jax.Array],
+  *,
+  first: jax.typing.ArrayLike,
+  activation: model_config.Activation,
+) -> jax.Array:
+  """Adds up what some experts answer to the tokens which chose them.
+
+  Tokens are sorted by expert, so that each expert's are one product.
+
+  Args:
+    x_BTD: what they are asked.
+    weights_BTC: of the answers.
+    chosen_BTC: the experts that each token chose.
+    kernels: gate, up and down, stacked for the experts at hand.
+    first: the number of the first of these; others answer elsewhere.
+    activation: of the gate.
+  """
+  gate, up, down = kernels
+  x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
+  chosen_Y = chosen_BTC.reshape(-1) - first
+  is_here_Y = (chosen_Y >= 0) & (chosen_Y < len(gate))
+  chosen_Y = jnp.where(is_here_Y, chosen_Y, len(gate))
+  order_Y = jnp.argsort(chosen_Y, stable=True)
+  token_Y = order_Y // chosen_BTC.shape[-1]
+  sizes_E = jnp.bincount(chosen_Y, length=len(gate)).astype(jnp.int32)
+  # Those of other experts come last, in no group; what a product makes of them
+  # is not defined, so they are masked before and after.
+  is_here_Y1 = is_here_Y[order_Y][:, None]
+  y_YD = jnp.where(is_here_Y1, x_XD[token_Y], 0)
+  gate_YF = jax.lax.ragged_dot(y_YD, gate, sizes_E)
+  gate_YF = layers.activate(gate_YF, activation)
+  y_YF = gate_YF * jax.lax.ragged_dot(y_YD, up, sizes_E)
+  y_YD = jax.lax.ragged_dot(y_YF, down, sizes_E)
+  y_YD = y_YD * weights_BTC.reshape(-1)[order_Y][:, None]
+  y_YD = jnp.where(is_here_Y1, y_YD, 0)
+  return jnp.zeros_like(x_XD).at[token_Y].add(y_YD).reshape(x_BTD.shape)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from atlas_jax import errors
 from atlas_jax.models import layers
+from atlas_jax.models import layout as layouts
 
 Kernel = Literal["reference", "xla", "cudnn", "splash"]
 Backend = Literal["auto", Kernel]
@@ -114,7 +115,7 @@ def make(
   queries: Tokens,
   keys: Tokens,
   *,
-  rows: jax.sharding.NamedSharding | None = None,
+  layout: layouts.Layout | None = None,
 ) -> Attend:
   """Makes the function from queries, keys and values to mixed values.
 
@@ -128,7 +129,7 @@ def make(
     mask: what is seen.
     queries: where they are.
     keys: the same for them.
-    rows: how rows are spread over a mesh, if there is one.
+    layout: how rows are spread over a mesh, if there is one.
   """
   match kernel:
     case "reference":
@@ -140,7 +141,7 @@ def make(
     case "cudnn":
       return _cudnn(mask, queries)
     case "splash":
-      return splash(mask, queries, rows=rows, interpret=False)
+      return splash(mask, queries, layout=layout, interpret=False)
 
 
 def _mix(
@@ -188,13 +189,16 @@ def _xla(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
     return functools.partial(
       _mix, mask=mask, seen_BTS=mask.dense(queries, keys)
     )
-  size = -(-num_tokens // num_blocks)
 
   def split(x: jax.Array) -> jax.Array:
-    """Moves blocks of tokens in front, the last one filled with padding."""
-    x = _pad(x, size)
-    x = x.reshape(x.shape[0], num_blocks, size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    """Moves blocks of tokens in front, filled with padding.
+
+    They are dealt out in turn, so that a device which has some tokens of each
+    row has some of each block.
+    """
+    x = _pad(x, num_blocks)
+    x = x.reshape(x.shape[0], -1, num_blocks, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0)
 
   def attend(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
@@ -214,7 +218,7 @@ def _xla(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
       )
 
     parts = (split(q_BTNH), Tokens(*map(split, queries)))
-    mixed_BTNH = jnp.moveaxis(jax.lax.map(block, parts), 0, 1)
+    mixed_BTNH = jnp.moveaxis(jax.lax.map(block, parts), 0, 2)
     mixed_BTNH = mixed_BTNH.reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
     return mixed_BTNH[:, :num_tokens]
 
@@ -252,7 +256,7 @@ def splash(
   mask: Mask,
   tokens: Tokens,
   *,
-  rows: jax.sharding.NamedSharding | None,
+  layout: layouts.Layout | None,
   interpret: bool,
 ) -> Attend:
   """Makes the TPU's kernel; see `make`.
@@ -262,7 +266,7 @@ def splash(
   Args:
     mask: what is seen.
     tokens: queries and keys.
-    rows: how rows are spread over a mesh, whose axis "tensor" splits heads.
+    layout: how rows are spread over a mesh, whose axis "tensor" splits heads.
     interpret: runs it on any platform, slowly, for tests.
   """
   num_tokens = tokens.positions_BT.shape[1]
@@ -300,13 +304,13 @@ def splash(
     mixed = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
     return mixed  # type: ignore[return-value] - a pair only if asked for.
 
-  if rows is not None:
+  if layout is not None:
     # The compiler cannot split a kernel by itself.
-    heads = jax.sharding.PartitionSpec(*rows.spec[:1], "tensor")
-    ids = jax.sharding.PartitionSpec(*rows.spec[:1])
+    heads = jax.sharding.PartitionSpec(*layout.spec[:1], "tensor")
+    ids = jax.sharding.PartitionSpec(*layout.spec[:1])
     on_device = jax.shard_map(
       on_device,
-      mesh=rows.mesh,
+      mesh=layout.mesh,
       in_specs=(heads, heads, heads, ids),
       out_specs=heads,
       check_vma=False,

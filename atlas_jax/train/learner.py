@@ -65,7 +65,7 @@ class Learner:
     self._max_prob_error = config.agreement.max_prob_error
     self._rows = sharding.of_batch(mesh)
     num_parts = config.batch.num_minibatches * config.batch.num_microbatches
-    self._multiple = mesh.shape["data"] * mesh.shape["fsdp"] * num_parts
+    self._multiple = sharding.num_row_shards(mesh) * num_parts
     cut = sampling.top_p < 1.0 or sampling.top_k > 0
     token_stats = functools.partial(
       score.token_stats_and_balance,

@@ -80,12 +80,6 @@ def num_global_bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def num_row_shards(mesh: jax.sharding.Mesh) -> int:
-  """Counts the parts in which the rows of a batch lie on a mesh."""
-  (rows_of_one,) = sharding.of_batch(mesh).shard_shape((mesh.size,))
-  return mesh.size // rows_of_one
-
-
 def of_update(
   policy: train_policy.Policy,
   state: train_state.TrainState,
@@ -177,7 +171,7 @@ def of_cache(
       model.config, num_rows, num_slots, model.dtype
     )
   )
-  return -(-num_global_bytes(cache) // num_row_shards(mesh))
+  return -(-num_global_bytes(cache) // sharding.num_row_shards(mesh))
 
 
 def compile_update(
@@ -205,7 +199,7 @@ def compile_update(
     num_microbatches=rows.num_parts,
     shardings=train_state.shardings(state),
   )
-  num_rows = rows.per_device * rows.num_parts * num_row_shards(mesh)
+  num_rows = rows.per_device * rows.num_parts * sharding.num_row_shards(mesh)
   batch = _batch(num_rows, rows.length)
   place = sharding.of_batch(mesh)
   batch = train_state.placed(batch, dict.fromkeys(batch, place))

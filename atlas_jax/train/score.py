@@ -122,13 +122,13 @@ class Scorer:
     Args:
       model: the decoder.
       params: its parameters, which nobody may donate.
-      mesh: where they are; rows are spread over its `data` and `fsdp` axes.
+      mesh: where they are; rows are spread as in any batch.
       max_rows: completions scored at once.
       chunk_size: see `token_stats`.
     """
     self._model, self._params, self._max_rows = model, params, max_rows
     self._batch = sharding.of_batch(mesh)
-    self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._multiple = sharding.num_row_shards(mesh)
     self._stats = jax.jit(
       functools.partial(token_stats, model, chunk_size=chunk_size),
       static_argnames="temperature",

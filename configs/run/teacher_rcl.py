@@ -11,7 +11,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
 
 import ml_collections
 
-from configs import lora, optimizer, rollout
+from configs import lora, mesh, optimizer, rollout
 from configs.data import prompts, selection, world
 from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
@@ -43,7 +43,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.lora = lora.get_config()
-  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.held_out = dict(path="", fraction=0.0)  # data.sets.HeldOut
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler

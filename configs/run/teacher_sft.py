@@ -9,7 +9,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 
 import ml_collections
 
-from configs import lora, optimizer
+from configs import lora, mesh, optimizer
 from configs.data import arc_atlas, selection, world
 from configs.model import hf, tiny
 
@@ -20,7 +20,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.lora = lora.get_config()
-  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.data.formats = arc_atlas.get_formats()
   config.held_out = dict(path="", fraction=0.05)  # data.sets.HeldOut

@@ -10,7 +10,7 @@
 
 import ml_collections
 
-from configs import rollout
+from configs import mesh, rollout
 from configs.data import prompts, selection, world
 from configs.model import frozen, tiny
 from configs.run import teacher_rcl
@@ -22,7 +22,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
-  config.mesh = dict(data=1, fsdp=-1, tensor=1)  # sharding.make_mesh
+  config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
   config.rollout = rollout.get_config()

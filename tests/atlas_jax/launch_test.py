@@ -186,7 +186,7 @@ def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
 def test_rows_of_activations_are_spread_over_the_mesh(talker):
   mesh = _mesh()
   opened = launch.open_model(mesh, path=str(talker[0]), **_MODEL)
-  assert opened.model.rows == sharding.of_batch(mesh)
+  assert opened.model.layout == sharding.of_activations(mesh)
 
 
 def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh: it changes no value, and refuses what does not divide."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -48,8 +50,41 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 
 def test_one_axis_takes_what_is_left():
-  mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=1, context=2)
+  sizes = {"data": 2, "fsdp": 2, "expert": 1, "context": 2, "tensor": 1}
+  assert dict(mesh.shape) == sizes
+  assert sharding.sizes(8, data=2, fsdp=-1, context=2) == sizes
+
+
+def test_the_outer_axes_are_those_that_cross_slices():
+  devices = [_Device(i, slice_index=i // 4) for i in range(16)]
+  grid = sharding.arrange((2, 4, 1, 1, 2), devices, 4)
+  slices = np.vectorize(lambda device: device.slice_index)(grid)
+  # `data` takes two, `fsdp` the other two; `tensor` stays inside of one.
+  np.testing.assert_array_equal(
+    slices[:, :, 0, 0, 0], [[0, 0, 1, 1], [2, 2, 3, 3]]
+  )
+  np.testing.assert_array_equal(slices[..., 0], slices[..., 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """What the arrangement looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "none"
+
+
+def test_rows_of_a_length_that_does_not_divide_are_refused():
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1, context=4)
+  sharding.check_length(mesh, 64, where="--config.packing.length")
+  with pytest.raises(errors.ConfigError, match="66 tokens") as caught:
+    sharding.check_length(mesh, 66, where="--config.packing.length")
+  assert "--config.mesh.context=4" in caught.value.where
+  assert "context to 2, or the length to 68" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -68,6 +103,18 @@ def test_an_axis_that_does_not_divide_is_named():
   with pytest.raises(errors.ConfigError, match="embed/embedding") as caught:
     sharding.of_params(mesh, model.abstract_params)
   assert caught.value.where == "--config.mesh.tensor=2"
+  assert "dimension 0, of size 37" in caught.value.why
+
+
+def test_axes_that_split_a_dimension_together_are_named_together():
+  model = tiny.build("qwen2", **_EVEN)
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, context=2)
+  sharding.of_params(mesh, model.abstract_params)
+  model = tiny.build("qwen2", **{**_EVEN, "hidden_size": 20})
+  with pytest.raises(errors.ConfigError, match="does not divide") as caught:
+    sharding.of_params(mesh, model.abstract_params)
+  assert caught.value.where == "--config.mesh.fsdp=4 --config.mesh.context=2"
+  assert "fsdp x context a divisor of 20; 4 is one" in caught.value.fix
 
 
 @pytest.mark.parametrize(

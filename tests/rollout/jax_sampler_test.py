@@ -40,23 +40,11 @@ def _world():
   return model, tiny.params_of(model)
 
 
-def _mesh(**sizes):
-  """Makes a mesh of as many of the eight devices as it takes."""
-  sizes = _ONE_PER_AXIS | sizes
-  num_devices = int(np.prod(list(sizes.values())))
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    devices=jax.devices()[:num_devices],
-  )
-
-
 def _open(model, params, *, mesh=None, stop_token_ids=(), max_rows=64):
   return jax_sampler.JaxSampler(
     model,
     params,
-    mesh=mesh or _mesh(),
+    mesh=mesh or tiny.mesh(),
     stop_token_ids=stop_token_ids,
     max_rows=max_rows,
   )
@@ -357,7 +345,7 @@ def test_nobody_waits_for_rows_that_only_fill_a_bucket():
   sampler = _open(
     spied,
     params,
-    mesh=_mesh(data=4),
+    mesh=tiny.mesh(data=4),
     stop_token_ids=endless.token_ids[:1],
   )
 
@@ -376,7 +364,7 @@ def test_nobody_waits_for_rows_that_only_fill_a_bucket():
 def test_no_more_rows_are_decoded_at_once_than_asked_for(sizes, max_rows, most):
   model, params = _world()
   spied = _spied(model)
-  sampler = _open(spied, params, mesh=_mesh(**sizes), max_rows=max_rows)
+  sampler = _open(spied, params, mesh=tiny.mesh(**sizes), max_rows=max_rows)
   params = dataclasses.replace(_SAMPLING, max_completion_tokens=1)
 
   sampler.sample([_prompt(5, str(i)) for i in range(11)], params)
@@ -391,7 +379,7 @@ def test_the_mesh_changes_no_token():
   prompts = _prompts()
   expected = _sampler().sample(prompts, _SAMPLING)
   for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
-    mesh = sharding.make_mesh(**_ONE_PER_AXIS | sizes)
+    mesh = sharding.maketiny.mesh(**_ONE_PER_AXIS | sizes)
     sharded = jax.device_put(
       params, sharding.of_params(mesh, model.abstract_params)
     )
@@ -437,7 +425,7 @@ def test_weights_are_copied_so_their_owner_may_donate_them():
 
 def test_copies_lie_where_the_weights_lay():
   model, params = _world()
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  mesh = sharding.maketiny.mesh(data=2, fsdp=2, tensor=2)
   shardings = sharding.of_params(mesh, model.abstract_params)
   spied = _spied(model)
   sampler = _open(spied, jax.device_put(params, shardings), mesh=mesh)

@@ -24,7 +24,7 @@ def test_every_token_gets_the_sum_over_its_experts(normalise):
   module, sizes = _mixture(norm_topk_prob=normalise, initializer_range=1.0)
   x = jax.random.normal(jax.random.key(1), (2, 3, 21))
 
-  got, _ = module(x, jnp.ones((2, 3), bool))
+  got, _ = module(x, jnp.ones((2, 3), bool), None)
 
   gate, up, down = (np.asarray(k[...]) for k in _kernels(module))
   logits = np.asarray(x) @ np.asarray(module.router.kernel[...])
@@ -52,7 +52,7 @@ def test_load_counts_choices_of_counted_tokens():
   x = jax.random.normal(jax.random.key(1), (2, 4, 21))
   counted = jnp.array([[True, True, False, False], [True, False, False, False]])
 
-  _, load = module(x, counted)
+  _, load = module(x, counted, None)
 
   assert float(load.counts.sum()) == 3 * sizes.num_chosen
   assert float(load.probs.sum()) == pytest.approx(3.0, rel=1e-5)

@@ -18,7 +18,7 @@ _KERNELS = {
   "reference": functools.partial(kernels.make, "reference"),
   "xla": functools.partial(kernels.make, "xla"),
   "splash": lambda mask, tokens, _: kernels.splash(
-    mask, tokens, rows=None, interpret=True
+    mask, tokens, layout=None, interpret=True
   ),
 }
 
@@ -136,7 +136,7 @@ def test_the_kernel_of_tpus_is_split_over_a_mesh():
   def value_and_grad(rows, tokens, *qkv):
     def loss(q, k, v):
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-      attend = kernels.splash(mask, tokens, rows=rows, interpret=True)
+      attend = kernels.splash(mask, tokens, layout=rows, interpret=True)
       return jnp.sum(
         (tokens.segment_ids_BT > 0) * jnp.sum(weights * attend(q, k, v), (2, 3))
       )

@@ -31,13 +31,6 @@ _MAX_NEW = 8
 _SYNC_EVERY, _MIX = 3, 0.25
 
 
-def _mesh():
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(
-    (1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1]
-  )
-
-
 def _config(**changes):
   teach = {
     "group_size": 8,
@@ -132,7 +125,7 @@ class _World:
 
   def params(self, seed=0):
     params = tiny.params_of(self.model, seed)
-    mesh = _mesh()
+    mesh = tiny.mesh()
     return jax.device_put(
       params, sharding.of_params(mesh, self.model.abstract_params)
     )
@@ -203,7 +196,11 @@ class _Liar(_Policy):
 
 def _protocol(world, kind):
   sampler = kind(
-    world.model, world.params(), mesh=_mesh(), stop_token_ids=(2,), max_rows=64
+    world.model,
+    world.params(),
+    mesh=tiny.mesh(),
+    stop_token_ids=(2,),
+    max_rows=64,
   )
   text, token_ids = chat.render(
     world.tokenizer, [types.Message("user", "Teach.")]
@@ -260,7 +257,7 @@ def _train(
     world.model,
     world.params(),
     adapters=lora.Lora(**config.lora),
-    mesh=_mesh(),
+    mesh=tiny.mesh(),
     key=jax.random.key(config.seed),
   )
   params = grpo.train(
@@ -275,7 +272,7 @@ def _train(
     ),
     on_save=lambda *_: None,
     held_out=_QUESTIONS[:held_out],
-    mesh=_mesh(),
+    mesh=tiny.mesh(),
     config=config,
     workdir=workdir,
     writer=train_writer.Writer(workdir, ()),
@@ -546,7 +543,7 @@ def update(world):
         train_policy.whole(world.model),
         _optimizer(config),
         shardings=train_state.shardings(state),
-        mesh=_mesh(),
+        mesh=tiny.mesh(),
         config=config,
       )
     return learners[key]
@@ -555,7 +552,7 @@ def update(world):
     state = train_state.create(
       world.params(),
       _optimizer(_config()),
-      mesh=_mesh(),
+      mesh=tiny.mesh(),
       reference=world.params(seed=1),
     )
     state = state._replace(step=state.step + step)

@@ -29,17 +29,6 @@ _SHAPE = {
 _MODEL = tiny.build("qwen2", **_SHAPE)
 
 
-def _mesh(**sizes):
-  sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    sharding.AXES,
-    axis_types=auto,
-    devices=jax.devices()[: np.prod(list(sizes.values()))],
-  )
-
-
 def _config(loss, **changes):
   config = teacher_rcl.get_config(f"smoke,{loss}")
   config.sampling.teach.group_size = _SIZE
@@ -67,7 +56,7 @@ def _records():
 
 def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
   """Does one step by plain gradient descent; gives gradient and metrics."""
-  mesh = mesh or _mesh()
+  mesh = mesh or tiny.mesh()
   optimizer = optimizer or optax.sgd(1.0)
   params, reference = (
     jax.device_put(
@@ -117,7 +106,7 @@ def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
     (2, {"data": 2, "fsdp": 2, "tensor": 2}),
   ]:
     config = _config(loss, **{"batch.num_microbatches": num_microbatches})
-    split, split_metrics, _ = _update(config, mesh=_mesh(**sizes))
+    split, split_metrics, _ = _update(config, mesh=tiny.mesh(**sizes))
     for name in ("loss", "grad_norm"):
       np.testing.assert_allclose(
         split_metrics[name], metrics[name], rtol=1e-5, atol=1e-7
@@ -205,7 +194,7 @@ def test_groups_of_equal_rewards_count_or_do_not_by_choice():
 
 def test_the_divergence_in_the_reward_is_part_of_the_advantage():
   config = _config("rloo", **{"loss.kl_coef": 0.5})
-  mesh = _mesh()
+  mesh = tiny.mesh()
   params, reference = (tiny.params_of(_MODEL, seed) for seed in range(2))
   state = train_state.create(
     params, optax.sgd(1.0), mesh=mesh, reference=reference
@@ -252,7 +241,7 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
 
 def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
   changes = {"loss.kl_coef": 0.1, "batch.num_iterations": 2}
-  mesh, config = _mesh(), _config("grpo", **changes)
+  mesh, config = tiny.mesh(), _config("grpo", **changes)
   policy, adapters = train_policy.create(
     _MODEL,
     tiny.params_of(_MODEL),

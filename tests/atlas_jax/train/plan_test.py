@@ -52,7 +52,7 @@ def _describe(mesh, *, remat="block", adapters=_NO_ADAPTERS, **more):
   """Describes a policy and its state, with no array anywhere."""
   fields = tiny.fields("qwen3", **_FIELDS)
   model = _build(remat)(model_config.from_hf(fields))
-  model = dataclasses.replace(model, rows=sharding.of_batch(mesh))
+  model = dataclasses.replace(model, layout=sharding.of_activations(mesh))
   params = train_state.placed(
     model.abstract_params, sharding.of_params(mesh, model.abstract_params)
   )
@@ -90,7 +90,7 @@ def test_the_state_takes_exactly_what_is_planned(adapters, is_offloaded):
   policy, described = _describe(mesh, adapters=adapters, offload=offload)
   planned = plan.of_update(policy, described, _build(), _ROWS, mesh=mesh)
 
-  model = dataclasses.replace(policy.base, rows=None)
+  model = dataclasses.replace(policy.base, layout=None)
   params = jax.device_put(
     tiny.params_of(model), sharding.of_params(mesh, model.abstract_params)
   )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One update: the same however it is split, spread or interrupted by NaN."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -27,17 +26,18 @@ _SHAPE = {
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
 }
-
-
-def _mesh(**sizes):
-  return sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+_OF_FAMILY = {
+  "qwen2": {},
+  "gemma2": {},
+  "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3},
+}
 
 
 def _optimizer():
   config = optimizers.get_config()
   config.weight_decay = 0.1
   config.adamw = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-3}
-  return train_optimizer.make_optimizer(lambda _: 0.05, **config)
+  return train_optimizer.make_optimizer(lambda _: 0.005, **config)
 
 
 def _regression(aggregate):
@@ -67,7 +67,7 @@ def _data(seed=0):
 
 def _start(loss_fn, *, num_microbatches=1):
   params = {"kernel": jnp.linspace(-1.0, 1.0, _WIDTH)}
-  mesh = _mesh(fsdp=8)
+  mesh = tiny.mesh(fsdp=8)
   params = jax.device_put(params, sharding.replicated(mesh))
   state = train_state.create(params, _optimizer(), mesh=mesh)
   step = train_step.make_step(
@@ -137,6 +137,11 @@ def test_the_state_is_donated():
   assert not new.params["kernel"].is_deleted()
 
 
+def _model(family, mesh):
+  layout = sharding.of_activations(mesh)
+  return tiny.build(family, **_SHAPE, **_OF_FAMILY[family], layout=layout)
+
+
 def _sft_state(mesh, model):
   params = jax.device_put(
     tiny.params_of(model), sharding.of_params(mesh, model.abstract_params)
@@ -144,19 +149,23 @@ def _sft_state(mesh, model):
   return train_state.create(params, _optimizer(), mesh=mesh)
 
 
-def _sft_batch(model, seed, num_tokens=9):
-  tokens, positions, segments = tiny.batch(model, 8, num_tokens, seed=seed)
+def _sft_batch(model, seed, num_tokens=16):
+  """Two segments to a row, of which the last tokens are padding."""
+  tokens, _, _ = tiny.batch(model, 8, num_tokens, seed=seed)
+  lengths = [num_tokens - 9, 6, 3]
+  segments = np.repeat([1, 2, 0], lengths)
+  positions = np.concatenate([np.arange(n) for n in lengths])
   mask = jax.random.bernoulli(jax.random.key(seed), 0.6, tokens.shape)
   return {
     "token_ids": tokens,
-    "positions": positions,
-    "segment_ids": segments,
-    "loss_mask": mask,
+    "positions": jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32),
+    "segment_ids": jnp.broadcast_to(segments, tokens.shape),
+    "loss_mask": mask & (segments > 0) & (positions > 0),
   }
 
 
-def _three_steps(mesh, *, num_microbatches):
-  model = tiny.build("qwen2", **_SHAPE)
+def _ten_steps(family, mesh, *, num_microbatches):
+  model = _model(family, mesh)
   state = _sft_state(mesh, model)
   step = train_step.make_step(
     functools.partial(
@@ -172,11 +181,17 @@ def _three_steps(mesh, *, num_microbatches):
     shardings=train_state.shardings(state),
   )
   losses = []
-  for seed in range(3):
+  for seed in range(10):
     batch = jax.device_put(_sft_batch(model, seed), sharding.of_batch(mesh))
     state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
   return state, losses, step
+
+
+@functools.cache
+def _ten_steps_of_one(family):
+  state, losses, _ = _ten_steps(family, tiny.mesh(), num_microbatches=1)
+  return state, losses
 
 
 def _distance(left, right):
@@ -189,32 +204,36 @@ def _distance(left, right):
   return max(jax.tree.leaves(distances))
 
 
-def _one_device_mesh():
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(
-    (1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1]
-  )
+_MESHES = [
+  ("qwen2", {"fsdp": 8}),
+  ("qwen2", {"data": 4, "tensor": 2}),
+  ("qwen2", {"context": 8}),
+  ("gemma2", {"fsdp": 2, "context": 2, "tensor": 2}),
+  ("qwen3_moe", {"data": 2, "expert": 4}),
+  ("qwen3_moe", {"expert": 2, "context": 2, "tensor": 2}),
+]
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does():
-  one, one_losses, _ = _three_steps(_one_device_mesh(), num_microbatches=1)
-  mesh = _mesh(data=2, fsdp=2, tensor=2)
-  eight, eight_losses, step = _three_steps(mesh, num_microbatches=2)
+@pytest.mark.parametrize(("family", "sizes"), _MESHES, ids=str)
+def test_eight_devices_train_as_one_does(family, sizes):
+  one, one_losses = _ten_steps_of_one(family)
+  mesh = tiny.mesh(**sizes)
+  parts = 1 if sharding.num_row_shards(mesh) == 8 else 2
+  eight, eight_losses, step = _ten_steps(family, mesh, num_microbatches=parts)
   np.testing.assert_allclose(eight_losses, one_losses, rtol=1e-6)
   # In the norm: Adam divides by small moments, so single elements differ more.
   assert _distance(eight.params, one.params) <= 1e-6
   assert _distance(eight.opt_state, one.opt_state) <= 1e-5
   # Where the state lies is where it began: one program, and none more.
-  model = tiny.build("qwen2", **_SHAPE)
-  start = train_state.shardings(_sft_state(mesh, model))
+  start = train_state.shardings(_sft_state(mesh, _model(family, mesh)))
   assert train_state.shardings(eight) == start
   assert step.func._cache_size() == 1
 
 
 def test_moments_lie_where_their_parameters_do():
-  mesh = _mesh(data=2, fsdp=2, tensor=2)
-  model = tiny.build("qwen2", **_SHAPE)
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+  model = _model("qwen2", mesh)
   state = _sft_state(mesh, model)
   adam = state.opt_state[1]
   for moment in (adam.mu, adam.nu):
@@ -222,11 +241,11 @@ def test_moments_lie_where_their_parameters_do():
 
 
 def test_no_device_holds_activations_of_the_rows_of_others():
-  mesh = _mesh(fsdp=8)
+  mesh = tiny.mesh(fsdp=8)
   rows = sharding.of_batch(mesh)
   num_tokens = 13  # This and the 8 rows are sizes of nothing else.
-  model = tiny.build("qwen2", **_SHAPE, head_dim=4)
-  model = dataclasses.replace(model, rows=rows)
+  layout = sharding.of_activations(mesh)
+  model = tiny.build("qwen2", **_SHAPE, head_dim=4, layout=layout)
   state = _sft_state(mesh, model)
   step = train_step.make_step(
     functools.partial(
