@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -54,6 +55,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         "that is in the vocabulary.",
       )
   return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+  """Names a tokenizer by its vocabulary and its chat template."""
+  parts = (sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def check_vocabulary(

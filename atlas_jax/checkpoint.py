@@ -5,7 +5,7 @@ A step is written to `N.tmp` while training goes on, sealed with its digests,
 and then given its name, `N`. What has another name is never restored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent import futures
 import math
 import pathlib
@@ -26,6 +26,9 @@ HostState = Mapping[str, Any]  # Any: JSON.
 _State = TypeVar("_State")
 _MAX_REASON = 300  # TensorStore tells pages.
 _NONE = -1
+# What a run may go on with although it has changed, and what of its state is
+# then begun anew.
+_MAY_CHANGE = {"data": "", "student": "", "optimizer": "opt_state"}
 
 
 class Checkpointer:
@@ -44,6 +47,7 @@ class Checkpointer:
     identity: Mapping[str, str],
     keep: int,
     max_failed: int,
+    allow_changed: str,
     best_metric: str,
     best_mode: Mode,
     load_best: bool,
@@ -55,6 +59,9 @@ class Checkpointer:
       identity: names and digests of what the run depends on.
       keep: how many of the newest steps stay on disk.
       max_failed: saves in a row that may fail before the run ends.
+      allow_changed: parts of the identity that may have changed, separated by
+        commas: "data", "student" or "optimizer". With another optimizer, its
+        moments and schedule begin anew.
       best_metric: the step at which it was best stays too; empty for none.
       best_mode: whether the least or the greatest is the best.
       load_best: whether a run ends with that step, not with its last.
@@ -64,6 +71,7 @@ class Checkpointer:
         the directory cannot be written.
     """
     _check_settings(keep, best_metric, best_mode, load_best)
+    self._allowed = _parse_allowed(allow_changed)
     self._directory = directory.absolute()
     self._identity = identity
     self._keep, self._max_failed = keep, max_failed
@@ -217,9 +225,11 @@ class Checkpointer:
         fix="Restore the folder from a copy, or remove it to start anew.",
       )
     path = self._path(step)
-    self._check_identity(about["identity"], path)
-    _check_arrays(about["arrays"], snapshot.arrays(state), path)
-    restored = self._restore(path, state)
+    changed = snapshot.changes(about["identity"], self._identity)
+    self._check_changed(changed, path)
+    anew = {_MAY_CHANGE[name] for name in changed} - {""}
+    _check_arrays(about["arrays"], snapshot.arrays(state), path, anew)
+    restored = self._restore(path, state, anew)
     if _is_primary():
       for damaged in steps[steps.index(step) + 1 :]:
         self._scores.pop(damaged, None)
@@ -246,7 +256,7 @@ class Checkpointer:
         else f"No step on disk was evaluated by {self._best_metric}.",
         fix="Set --config.checkpoint.load_best=False to end with the last.",
       )
-    return self._restore(path, state)
+    return self._restore(path, state, set())
 
   def _path(self, step: int) -> pathlib.Path:
     return self._directory / str(step)
@@ -330,24 +340,52 @@ class Checkpointer:
       found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     return None if found == _NONE else found
 
-  def _restore(self, path: pathlib.Path, state: _State) -> _State:
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
+  def _restore(
+    self, path: pathlib.Path, state: _State, anew: Collection[str]
+  ) -> _State:
+    """Restores the fields of a state, but for those that begin anew."""
+    fields, structure = jax.tree.flatten_with_path(
+      state, is_leaf=lambda node: node is not state
     )
-    return self._orbax.restore(path / snapshot.STATE, abstract)
+    named = {snapshot.name(key): field for key, field in fields}
+    wanted = {name: field for name, field in named.items() if name not in anew}
+    restored = ocp.PyTreeCheckpointer().restore(
+      path / snapshot.STATE,
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=bool(anew),
+      ),
+    )
+    return jax.tree.unflatten(structure, {**named, **restored}.values())
 
-  def _check_identity(
-    self, saved: Mapping[str, str], path: pathlib.Path
+  def _check_changed(
+    self, changed: Mapping[str, tuple[str, str]], path: pathlib.Path
   ) -> None:
-    changed = snapshot.changes(saved, self._identity)
-    if changed:
+    if not changed.keys() <= self._allowed:
+      may = ",".join(name for name in changed if name in _MAY_CHANGE)
       raise errors.CheckpointError(
         f"A checkpoint was made with another {' and '.join(changed)}.",
         where=str(path),
         why=snapshot.table(changed),
-        fix="Restore what changed, or choose another --workdir.",
+        fix="Restore what changed, or choose another --workdir"
+        + f"; or allow it: --config.checkpoint.allow_changed={may}."
+        * bool(may),
       )
+    if changed:
+      logging.warning("Going on with what changed:%s", snapshot.table(changed))
+
+
+def _parse_allowed(allow_changed: str) -> set[str]:
+  allowed = {name.strip() for name in allow_changed.split(",")} - {""}
+  if not allowed <= _MAY_CHANGE.keys():
+    raise errors.ConfigError(
+      "A run cannot go on with that changed.",
+      where=f"--config.checkpoint.allow_changed={allow_changed}",
+      why=f"What may change is {', '.join(_MAY_CHANGE)}.",
+      fix="Name some of these, with commas between, or choose a new --workdir.",
+    )
+  return allowed
 
 
 def _check_settings(
@@ -390,10 +428,17 @@ def _prepare(directory: pathlib.Path) -> None:
 
 
 def _check_arrays(
-  saved: Mapping[str, str], wanted: Mapping[str, str], path: pathlib.Path
+  saved: Mapping[str, str],
+  wanted: Mapping[str, str],
+  path: pathlib.Path,
+  anew: Collection[str],
 ) -> None:
   """Compares shapes here: orbax would cast, and leave out what is None."""
-  changed = snapshot.changes(saved, wanted)
+  changed = {
+    name: values
+    for name, values in snapshot.changes(saved, wanted).items()
+    if name.partition("/")[0] not in anew
+  }
   if changed:
     raise errors.CheckpointError(
       "A checkpoint does not fit this model and optimizer.",

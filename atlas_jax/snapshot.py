@@ -10,7 +10,7 @@ Orbax restores a flipped bit without a word. So a directory without a manifest,
 or that does not match it, is not restored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 import importlib.metadata
 import json
@@ -128,11 +128,14 @@ def check(path: pathlib.Path) -> None:
 def arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
   """Names every array of a state, with its type and shape."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{leaf.dtype}{list(leaf.shape)}"
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    name(path): f"{leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in jax.tree.leaves_with_path(state)
   }
+
+
+def name(path: Sequence[Any]) -> str:  # Any: JAX's kinds of keys.
+  """Joins the keys of a path into a name."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def environment(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from atlas_jax import checkpoint, errors, types
+from atlas_jax import chat, checkpoint, errors, types
 from atlas_jax.data import loader
 from atlas_jax.evaluation import held_out as evaluation
 from atlas_jax.evaluation import metrics
@@ -85,7 +85,13 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   collector = _make_collector(protocol, questions, config)
   checkpointer = checkpoint.Checkpointer(
     workdir / "checkpoints",
-    identity={"questions": questions.fingerprint(), **policy.identity()},
+    identity={
+      "data": questions.fingerprint(),
+      "tokenizer": chat.fingerprint(protocol.policy.tokenizer),
+      "student": config.student.path if "student" in config else "none",
+      "optimizer": config.optimizer.name,
+      **policy.identity(),
+    },
     **config.checkpoint,
   )
   artefacts = train_artefacts.Artefacts(

@@ -42,10 +42,16 @@ class Policy:
 
   def identity(self) -> dict[str, str]:
     """Names what a checkpoint of the trained part belongs to."""
+    config = self.base.config
+    model = {
+      f"model.{field.name}": str(getattr(config, field.name))
+      for field in dataclasses.fields(config)
+    }
     if self.adapters is None:
-      return {}
+      return model
     sums = jax.jit(lora.checksums)(self.frozen)
     return {
+      **model,
       "base": lora.fingerprint(sums),
       "lora.alpha": str(self.adapters.alpha),
     }

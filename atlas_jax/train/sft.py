@@ -93,7 +93,11 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     loop.Settings(**{**config.loop, "num_steps": num_steps}),
     checkpointer=checkpoint.Checkpointer(
       workdir / "checkpoints",
-      identity={"data": train_set.fingerprint(), **policy.identity()},
+      identity={
+        "data": train_set.fingerprint(),
+        "optimizer": config.optimizer.name,
+        **policy.identity(),
+      },
       **config.checkpoint,
     ),
     workdir=workdir,

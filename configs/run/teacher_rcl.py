@@ -98,7 +98,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     successful_reward=1.0,
   )
   config.checkpoint = dict(  # checkpoint.Checkpointer
-    keep=3, max_failed=3, best_metric="", best_mode="max", load_best=False
+    keep=3,
+    max_failed=3,
+    allow_changed="",
+    best_metric="",
+    best_mode="max",
+    load_best=False,
   )
   config.export = dict(  # launch.export
     enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9

@@ -57,6 +57,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.checkpoint = dict(  # checkpoint.Checkpointer
     keep=3,
     max_failed=3,
+    allow_changed="",
     best_metric="eval/loss",
     best_mode="min",
     load_best=False,

@@ -32,6 +32,7 @@ def _open(tmp_path, **changes):
     "identity": _IDENTITY,
     "keep": 3,
     "max_failed": 2,
+    "allow_changed": "",
     "best_metric": "",
     "best_mode": "min",
     "load_best": False,
@@ -150,6 +151,46 @@ def test_another_identity_is_refused_with_both_values(tmp_path):
     *("then", "now"),
     *("data", "abc", "xyz"),
   ]
+
+
+def test_another_optimizer_begins_anew_if_that_is_allowed(tmp_path):
+  def state(value, moments):
+    params = {"w": jnp.full((4, 3), value)}
+    reference = None
+    return {"opt_state": moments, "params": params, "reference": reference}
+
+  adam = {"mu": {"w": jnp.ones((4, 3))}, "count": jnp.int32(7)}
+  sgd = (jnp.int32(0), None)
+  with _open(tmp_path, identity={"optimizer": "adamw"}) as checkpointer:
+    checkpointer.save(1, state(1.0, adam), {}, {})
+
+  other = {"identity": {"optimizer": "sgd"}}
+  with pytest.raises(errors.CheckpointError) as caught:
+    _open(tmp_path, **other).restore_latest(state(0.0, sgd))
+  assert "allow_changed=optimizer" in caught.value.fix
+  other["allow_changed"] = "optimizer, data"
+  with _open(tmp_path, **other) as checkpointer:
+    found, _ = checkpointer.restore_latest(state(0.0, sgd))
+    assert found["params"]["w"][0, 0] == 1.0
+    assert found["opt_state"] == sgd
+    checkpointer.save(2, state(2.0, (jnp.int32(5), None)), {}, {})
+  # Now it is the optimizer of the run, and goes on.
+  found, _ = _open(tmp_path, **other).restore_latest(state(0.0, sgd))
+  assert found["opt_state"][0] == 5
+
+
+def test_what_is_allowed_is_allowed_alone(tmp_path):
+  _saved(tmp_path, 1)
+  allowed = {"allow_changed": "data"}
+  state, _ = _open(
+    tmp_path, identity={"data": "xyz"}, **allowed
+  ).restore_latest(_state(0))
+  assert state["step"] == 1
+  both = {"data": "xyz", "model.width": "7"}
+  with pytest.raises(errors.CheckpointError, match=r"data and model\.width"):
+    _open(tmp_path, identity=both, **allowed).restore_latest(_state(0))
+  with pytest.raises(errors.ConfigError, match="allow_changed=model"):
+    _open(tmp_path, allow_changed="model")
 
 
 @pytest.mark.parametrize(
@@ -402,6 +443,7 @@ saver = checkpoint.Checkpointer(
   identity={"data": "abc"},
   keep=3,
   max_failed=2,
+  allow_changed="",
   best_metric="",
   best_mode="min",
   load_best=False,

@@ -39,6 +39,7 @@ def run(tmp_path):
     identity={},
     keep=2,
     max_failed=1,
+    allow_changed="",
     best_metric="",
     best_mode="min",
     load_best=False,

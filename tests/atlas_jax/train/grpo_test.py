@@ -101,6 +101,7 @@ def _config(**changes):
       "checkpoint": {
         "keep": 3,
         "max_failed": 2,
+        "allow_changed": "",
         "best_metric": "",
         "best_mode": "max",
         "load_best": False,

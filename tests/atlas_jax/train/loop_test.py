@@ -51,6 +51,7 @@ class _CrashError(Exception):
 _KEPT = {
   "keep": 9,
   "max_failed": 2,
+  "allow_changed": "",
   "best_metric": "",
   "best_mode": "max",
   "load_best": False,

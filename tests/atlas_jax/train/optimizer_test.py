@@ -223,6 +223,7 @@ def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
     identity={},
     keep=1,
     max_failed=1,
+    allow_changed="",
     best_metric="",
     best_mode="min",
     load_best=False,

@@ -35,7 +35,8 @@ def test_without_adapters_everything_is_trained_as_it_is():
   assert trained is params
   assert policy.model is policy.base
   assert policy.merged(trained) is params
-  assert policy.identity() == {}
+  assert policy.identity()["model.num_layers"] == "2"
+  assert "base" not in policy.identity()
   same = jax.tree.map(lambda a, b: a is b, policy.whole(trained), params)
   assert all(jax.tree.leaves(same))
 

@@ -103,6 +103,7 @@ def _config(**changes):
       "checkpoint": {
         "keep": 2,
         "max_failed": 2,
+        "allow_changed": "",
         "best_metric": "eval/loss",
         "best_mode": "min",
         "load_best": False,

@@ -143,6 +143,7 @@ def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
     identity={},
     keep=1,
     max_failed=1,
+    allow_changed="",
     best_metric="",
     best_mode="min",
     load_best=False,
