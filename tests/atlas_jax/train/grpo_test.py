@@ -60,6 +60,7 @@ def _config(**changes):
         "max_ratio": 2.0,
       },
       "score": {"chunk_size": 32},
+      "experts": {"router_aux_coef": 0.0},
       "loss": {
         "ratio": "token",
         "clipping": "objective",
@@ -115,6 +116,7 @@ def _config(**changes):
       },
     }
   )
+  del config.lora.path  # That is for `launch`.
   config.update_from_flattened_dict(changes)
   return config
 

@@ -110,6 +110,7 @@ def _config(**changes):
       },
     }
   )
+  del config.lora.path  # That is for `launch`.
   config.update_from_flattened_dict(changes)
   return config
 
