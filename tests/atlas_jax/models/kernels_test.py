@@ -26,7 +26,6 @@ _KERNELS = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
   """Makes short rows several tiles long."""
-  monkeypatch.setattr(kernels, "_XLA_BLOCK", 64)
   monkeypatch.setattr(kernels, "_MAX_SPLASH_BLOCK", 128)
 
 
