@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from atlas_jax import checkpoint, errors, sharding
+from atlas_jax import checkpoint, errors, sharding, snapshot
 from atlas_jax.train import clock, loop, writer
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import state as train_state
@@ -66,6 +66,8 @@ def _run(  # The loop's settings are what is left.
   broken=(),
   kept=(),
   on_save=lambda *_: None,
+  host_state=(),
+  given=None,
   **changes,
 ):
   """Runs on data that depend on the step; `broken` steps get NaN."""
@@ -103,6 +105,8 @@ def _run(  # The loop's settings are what is left.
       on_save=on_save,
       row_ids=lambda step: [f"row {step}"],
       clock=clock.Clock(),
+      get_host_state=lambda: dict(host_state),
+      set_host_state=lambda state: given.append(state),
     ),
     loop.Settings(**arguments),
     checkpointer=checkpoint.Checkpointer(
@@ -164,6 +168,50 @@ def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):
   rows = _rows(tmp_path)
   assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
   assert [row["step"] for row in rows if "eval/norm" in row] == [3, 5]
+
+
+def test_what_is_saved_is_told_before(tmp_path):
+  with pytest.raises(_CrashError):
+    _run(tmp_path, log_every=4, save_every=2, crash_at=3)
+  assert [row["step"] for row in _rows(tmp_path)] == [2]
+  _run(tmp_path, log_every=4, save_every=2)
+  assert [r["step"] for r in _rows(tmp_path) if "loss" in r] == [2, 4, 6]
+
+
+def test_a_failed_save_is_made_up_for_by_the_next_one(tmp_path, monkeypatch):
+  seal = snapshot.seal
+
+  def fail_once(directory, *args):
+    if directory.name == "2.tmp":
+      raise OSError(28, "No space left on device")
+    seal(directory, *args)
+
+  monkeypatch.setattr(snapshot, "seal", fail_once)
+  _, done = _run(tmp_path)
+  assert len(done) == 6
+  assert _saved(tmp_path) == [4, 6]
+
+
+def test_a_run_that_cannot_save_its_end_does_not_end_well(
+  tmp_path, monkeypatch
+):
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(snapshot, "seal", fail)
+  with pytest.raises(errors.CheckpointError, match="in a row failed"):
+    _run(tmp_path, kept={"max_failed": 2})
+  with pytest.raises(errors.CheckpointError, match="last save"):
+    _run(tmp_path, kept={"max_failed": 9})
+
+
+def test_what_the_host_keeps_is_there_before_the_first_step(tmp_path):
+  given = []
+  with pytest.raises(_CrashError):
+    _run(tmp_path, crash_at=3, host_state={"seen": [1]}, given=given)
+  assert given == []
+  _run(tmp_path, host_state={"seen": [1]}, given=given)
+  assert given == [{"seen": [1]}]
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
