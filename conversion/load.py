@@ -24,17 +24,19 @@ from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from conversion import arrays, header, rules, shards
 
-_HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja")
+_HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
+_HUB_WEIGHTS = ("*.safetensors",)
 _MAX_LISTED = 8
 # Twice the cores: half of them may wait for the disk.
 _NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
 
 
-def resolve(name: str) -> pathlib.Path:
+def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
   """Finds a model directory, fetching it from the hub if it is not a path.
 
   Args:
     name: a local directory, or `owner/name` on the Hugging Face hub.
+    with_weights: whether to fetch these too.
 
   Raises:
     errors.CheckpointError: if it is neither, or cannot be fetched.
@@ -42,11 +44,10 @@ def resolve(name: str) -> pathlib.Path:
   path = pathlib.Path(name).expanduser()
   if path.exists():
     return path
+  patterns = [*_HUB_PATTERNS, *(_HUB_WEIGHTS if with_weights else ())]
   try:
     # Repositories also hold pickled and original weights; those stay there.
-    found = huggingface_hub.snapshot_download(
-      name, allow_patterns=list(_HUB_PATTERNS)
-    )
+    found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
   except (OSError, ValueError) as error:
     raise errors.CheckpointError(
       "The model can be found neither on disk nor on the hub.",

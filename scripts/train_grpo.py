@@ -14,12 +14,12 @@ from atlas_jax import launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
-from scripts import job, origins, program, reward_functions
+from scripts import job, origins, planning, program, reward_functions
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if origins.print_config():
+  if origins.print_config() or planning.print_plan():
     return
   config, workdir = job.arguments()
   functions = reward_functions.arguments()

@@ -12,12 +12,12 @@ import functools
 from atlas_jax import launch, sharding
 from atlas_jax.data import packing, sets
 from atlas_jax.train import sft
-from scripts import job, origins, program
+from scripts import job, origins, planning, program
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if origins.print_config():
+  if origins.print_config() or planning.print_plan():
     return
   config, workdir = job.arguments()
   with launch.start(workdir, config) as should_stop:

@@ -139,7 +139,7 @@ def _start(
   config: Any,  # Any: as in `train`.
 ) -> train_state.TrainState:
   """Starts at step 0, with a copy as reference if one is needed."""
-  has_copy = config.loss.kl_coef > 0 and not policy.frozen
+  has_copy = needs_copy(policy, config)
   return train_state.create(
     params,
     optimizer,
@@ -149,6 +149,14 @@ def _start(
     reference=jax.tree.map(jnp.copy, params) if has_copy else None,
     offload=train_state.Offload(**config.offload),
   )
+
+
+def needs_copy(
+  policy: train_policy.Policy,
+  config: Any,  # Any: as in `train`.
+) -> bool:
+  """Tells whether the reference is a copy of where the policy starts."""
+  return config.loss.kl_coef > 0 and not policy.frozen
 
 
 def _evaluate(

@@ -99,9 +99,10 @@ def of_update(
 
   Returns:
     By name: what is there all the time, and what is only during the update.
-    Of what is alive only while the loss or a block is differentiated, the
-    larger counts, in `logits` or in `block`.
+    Of what is alive only while the loss, or a block, is differentiated, the
+    larger counts; `logits` are 0 where it is a block.
   """
+  rows = _rows_share(rows, mesh)
   share = _share(policy, build, mesh)
   config = share[0].model.config
   one_layer = _share(policy, build, mesh, num_layers=1, remat="none")
@@ -142,7 +143,7 @@ def of_scoring(
   """Counts bytes per device while whole batches are scored, not trained on."""
   one_layer = _share(policy, build, mesh, num_layers=1, remat="none")
   rows = dataclasses.replace(
-    rows, per_device=rows.per_device * rows.num_parts, num_parts=1
+    _rows_share(rows, mesh), per_device=rows.per_device * rows.num_parts
   )
   chunk = rows.per_device * min(rows.chunk_size, rows.length)
   logits = (
@@ -261,6 +262,12 @@ def _share(
   if policy.adapters is None:
     return train_policy.whole(model), model.abstract_params
   return train_policy.split(model, model.abstract_params, policy.adapters)
+
+
+def _rows_share(rows: Rows, mesh: jax.sharding.Mesh) -> Rows:
+  """Gives a device its tokens of each row, along the axis `context`."""
+  length = -(-rows.length // mesh.shape["context"])
+  return dataclasses.replace(rows, length=length)
 
 
 def _kept(share: _Share, rows: Rows) -> int:

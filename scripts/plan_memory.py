@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe's config to the bytes that each device needs; see `train.plan`.
+
+Whatever is trained, scored or sampled is described with the functions that the
+recipe makes it with, on as many simulated devices as the run will have.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from atlas_jax import sharding
+from atlas_jax.models import config as model_config
+from atlas_jax.models import decoder, lora
+from atlas_jax.train import grpo, plan
+from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import policy as train_policy
+from atlas_jax.train import state as train_state
+from conversion import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run that was described, and not begun; see `plan.of_update`."""
+
+  policy: train_policy.Policy
+  state: train_state.TrainState
+  optimizer: optax.GradientTransformation
+  build: plan.Build
+  rows: plan.Rows
+  mesh: jax.sharding.Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """Bytes of one device, by what they are for.
+
+  Attributes:
+    resident: there all the time.
+    phases: what each phase of a step adds; they follow each other.
+    on_host: what waits in the host's memory, for each device.
+  """
+
+  resident: Mapping[str, int]
+  phases: Mapping[str, Mapping[str, int]]
+  on_host: int
+
+  @property
+  def peak(self) -> int:
+    """The most that is there at one time."""
+    most = max(sum(phase.values()) for phase in self.phases.values())
+    return sum(self.resident.values()) + most
+
+
+def describe(
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  shape: model_config.DecoderConfig,
+  *,
+  prompt_tokens: int,
+) -> Job:
+  """Describes the run of a config.
+
+  Args:
+    config: of a recipe.
+    shape: of the model that is trained.
+    prompt_tokens: of the longest question, in its template.
+
+  Raises:
+    errors.AtlasError: if the config does not fit the devices, or itself.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  settings = _settings(config.model)
+  model = decoder.build(shape, **settings, layout=sharding.of_activations(mesh))
+  params = _place(mesh, model.abstract_params, config.model.param_dtype)
+  adapters = {name: config.lora[name] for name in ("rank", "alpha", "targets")}
+  policy, trained = train_policy.split(model, params, lora.Lora(**adapters))
+  trained = _place(mesh, trained, "float32") if policy.adapters else params
+  optimizer = train_optimizer.make_optimizer(
+    optax.constant_schedule(0.0), **config.optimizer
+  )
+  is_grpo = "reward" in config
+  reference = is_grpo and grpo.needs_copy(policy, config)
+  state = train_state.describe(
+    trained,
+    optimizer,
+    mesh=mesh,
+    reference=trained if reference else None,
+    offload=train_state.Offload(**config.offload),
+  )
+  return Job(
+    policy,
+    state,
+    optimizer,
+    functools.partial(decoder.build, **settings),
+    _grpo_rows(config, mesh, prompt_tokens)
+    if is_grpo
+    else _sft_rows(config, mesh),
+    mesh,
+  )
+
+
+def need(
+  job: Job,
+  config: Any,  # Any: as in `describe`.
+  *,
+  prompt_tokens: int,
+) -> Need:
+  """Counts what each device needs; see `describe`."""
+  update = plan.of_update(
+    job.policy, job.state, job.build, job.rows, mesh=job.mesh
+  )
+  names = ("parameters", "frozen base", "optimizer", "reference")
+  resident = {name: update.pop(name) for name in names}
+  phases = {"update": update}
+  if "reward" in config:
+    phases |= _scoring(job, config)
+    resident |= _students(job, config)
+    if config.rollout.backend == "jax":
+      resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
+      phases["sampling"] = {
+        "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
+      }
+  return Need(
+    {name: size for name, size in resident.items() if size},
+    phases,
+    plan.num_bytes(job.state, on_host=True),
+  )
+
+
+def _scoring(
+  job: Job,
+  config: Any,  # Any: as in `describe`.
+) -> dict[str, dict[str, int]]:
+  """Counts what it takes to score all rows of a step at once."""
+  batch = config.batch
+  if (
+    not config.loss.kl_coef
+    and batch.num_iterations * batch.num_minibatches == 1
+  ):
+    return {}  # The update itself scores them.
+  num_parts = job.rows.num_parts * batch.num_minibatches
+  rows = dataclasses.replace(job.rows, num_parts=num_parts)
+  scored = plan.of_scoring(job.policy, job.build, rows, mesh=job.mesh)
+  return {"scoring": {"activations": scored}}
+
+
+def with_changes(
+  config: Any,  # Any: as in `describe`.
+  changes: Mapping[str, object],
+) -> Any:
+  """Gives a copy of a config with other values, by their dotted names."""
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict(changes)
+  return changed
+
+
+def _settings(section: Any) -> dict[str, Any]:  # Any: as in `describe`.
+  """Gives what `decoder.build` is asked for, on the devices at hand."""
+  settings = dict(section.items())
+  del settings["path"], settings["param_dtype"]
+  settings["attention"] = "auto"  # The kernels of a GPU are not on a CPU.
+  return settings
+
+
+def _place(mesh: jax.sharding.Mesh, params: Any, dtype: str) -> Any:
+  cast = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params
+  )
+  return train_state.placed(cast, sharding.of_params(mesh, params))
+
+
+def _cast(model: decoder.Model, job: Job, dtype: str) -> int:
+  """Counts the weights of a model in another precision."""
+  return plan.num_bytes(_place(job.mesh, model.abstract_params, dtype))
+
+
+def _sft_rows(
+  config: Any,  # Any: as in `describe`.
+  mesh: jax.sharding.Mesh,
+) -> plan.Rows:
+  num_parts = sharding.num_microbatches(mesh, **config.batch)
+  per_device = config.batch.size // sharding.num_row_shards(mesh) // num_parts
+  return plan.Rows(
+    per_device, num_parts, config.packing.length, config.loss.chunk_size
+  )
+
+
+def _grpo_rows(
+  config: Any,  # Any: as in `describe`.
+  mesh: jax.sharding.Mesh,
+  prompt_tokens: int,
+) -> plan.Rows:
+  """Counts the rows of an update as `rows.make_batch` would lay them out."""
+  batch, teach = config.batch, config.sampling.teach
+  multiple = (
+    sharding.num_row_shards(mesh)
+    * batch.num_minibatches
+    * batch.num_microbatches
+  )
+  per_device = 1
+  while per_device * multiple < batch.num_questions * teach.group_size:
+    per_device *= 2
+  return plan.Rows(
+    per_device,
+    batch.num_microbatches,
+    prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens,
+    config.score.chunk_size,
+  )
+
+
+def _probe_tokens(config: Any) -> int:  # Any: as in `describe`.
+  """Tells how much longer the teacher's prompt is than the question."""
+  if "probe" not in config.sampling:
+    return 0
+  return config.sampling.probe.max_completion_tokens
+
+
+def _students(
+  job: Job,
+  config: Any,  # Any: as in `describe`.
+) -> dict[str, int]:
+  """Counts the student's weights, where it is in this process."""
+  is_sampled = config.rollout.backend == "jax"
+  if "student" not in config or not (is_sampled or config.reward.weights.rlt):
+    return {}
+  model = _student(job.mesh, config)
+  found = {"student": _cast(model, job, config.student.param_dtype)}
+  if is_sampled:
+    found["student's sampler"] = _cast(model, job, config.student.dtype)
+  return found
+
+
+def _student(
+  mesh: jax.sharding.Mesh,
+  config: Any,  # Any: as in `describe`.
+) -> decoder.Model:
+  directory = load.resolve(config.student.path, with_weights=False)
+  shape, _ = load.read_config(pathlib.Path(directory))
+  return decoder.build(
+    shape, **_settings(config.student), layout=sharding.of_activations(mesh)
+  )
+
+
+def _cache(
+  job: Job,
+  config: Any,  # Any: as in `describe`.
+  *,
+  prompt_tokens: int,
+) -> int:
+  """Counts the larger of the policy's cache and its student's."""
+  sampling, num_questions = config.sampling, config.batch.num_questions
+  teach = sampling.teach
+  num_teachings = num_questions * teach.group_size
+  asked = [
+    (
+      job.policy.base,
+      num_teachings,
+      prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens,
+    )
+  ]
+  if "student" in config:
+    student, solve = _student(job.mesh, config), sampling.solve
+    taught = prompt_tokens + teach.max_completion_tokens
+    asked.append(
+      (
+        student,
+        num_teachings * solve.group_size,
+        taught + solve.max_completion_tokens,
+      )
+    )
+  return max(
+    plan.of_cache(
+      model,
+      num_rows=min(num_rows, config.sampler.max_rows),
+      num_slots=num_slots,
+      mesh=job.mesh,
+    )
+    for model, num_rows, num_slots in asked
+  )

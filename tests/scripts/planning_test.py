@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of real shapes, from a config.json alone; and what is refused."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_QWEN = {
+  "model_type": "qwen3",
+  "head_dim": 128,
+  "max_position_embeddings": 40960,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 1_000_000,
+  "tie_word_embeddings": False,
+}
+
+
+def _shape(model_type, vocab, width, mlp, layers, heads):
+  fields = {**_QWEN, "model_type": model_type}
+  if model_type == "llama":
+    fields["rope_theta"] = 500_000
+  return {
+    **fields,
+    "vocab_size": vocab,
+    "hidden_size": width,
+    "intermediate_size": mlp,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": 8,
+  }
+
+
+_SHAPES = {
+  "qwen3_8b": _shape("qwen3", 151936, 4096, 12288, 36, 32),
+  "qwen2.5_32b": _shape("qwen2", 152064, 5120, 27648, 64, 40),
+  "llama_70b": _shape("llama", 128256, 8192, 28672, 80, 64),
+}
+# As `main` does, on a machine with a large disk.
+_MAIN = """
+import collections, shutil, sys
+free, recipe = int(sys.argv.pop(2)), sys.argv.pop(1)
+usage = collections.namedtuple("usage", "total used free")
+shutil.disk_usage = lambda place: usage(free, 0, free)
+from scripts import program, train_grpo, train_sft
+program.run({"sft": train_sft, "grpo": train_grpo}[recipe].main)
+"""
+
+
+def _plan(recipe, *options, free=1 << 60):
+  config = {"sft": "teacher_sft", "grpo": "teacher_rcl"}[recipe]
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", _MAIN, recipe, str(free)),
+      f"--config=configs/run/{config}.py",
+      *options,
+    ],
+    cwd=_ROOT,
+    # The accelerator that is named here must not be asked for.
+    env={**os.environ, "JAX_PLATFORMS": "cuda"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def _write(directory, fields):
+  directory.mkdir()
+  (directory / "config.json").write_text(json.dumps(fields))
+  return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "devices", "parameters", "most"),
+  [
+    # Float32, over all devices: 8.19, 32.8 and 70.6 billion parameters.
+    ("qwen3_8b", "8x80GiB", 3.82, 80),
+    ("qwen2.5_32b", "64x80GiB", 1.91, 80),
+    ("llama_70b", "256x80GiB", 1.03, 80),
+  ],
+)
+def test_a_config_alone_is_enough_to_plan(
+  tmp_path, name, devices, parameters, most
+):
+  model = _write(tmp_path / "model", _SHAPES[name])
+  number = int(devices.partition("x")[0])
+  code, out, err = _plan(
+    "sft",
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.model.path={model}",
+    "--config.packing.length=4096",
+    f"--config.batch.size={number}",
+    f"--plan={devices}",
+  )
+  assert code == 0, out + err
+  sizes = {
+    line[1]: float(line[2])
+    for line in re.finditer(r"^  (.+?) +([\d.]+)  ", out, re.MULTILINE)
+  }
+  assert sizes["parameters"] == pytest.approx(parameters, abs=0.01)
+  assert sizes["optimizer"] == pytest.approx(2 * parameters, abs=0.01)
+  assert sizes["parameters"] < sizes["peak"] < most
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_ends_with_the_change_that_would(tmp_path):
+  model = _write(tmp_path / "model", _SHAPES["qwen3_8b"])
+  options = (
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.model.path={model}",
+    "--config.packing.length=2048",
+    "--config.batch.size=32",
+    "--config.batch.per_device=0",
+    "--plan=8x24GiB",
+  )
+  code, out, err = _plan("sft", *options)
+  assert code == 2
+  (change,) = re.findall(r"fix  : Set (.+)\.", err)
+  assert f"fits  {change}" in out
+  code, out, err = _plan("sft", *options, *change.split())
+  assert code == 0, out + err
