@@ -117,12 +117,10 @@ TABLE: Mapping[str, Row] = {
     "`num_generations`"
   ),
   "per_device_train_batch_size": Row(
-    "sequences on a device at once: `batch.per_device`, or for RCL it decides "
-    "`batch.num_microbatches`"
+    "rows on a device at once: `batch.per_device`"
   ),
   "gradient_accumulation_steps": Row(
-    "parts of an update: `batch.num_microbatches`, or for SFT it decides "
-    "`batch.per_device`"
+    "parts of an update, if rows are not packed: decides `batch.per_device`"
   ),
   "num_generations": Row(
     "teachings in a group", ("sampling.teach.group_size",)
@@ -335,10 +333,8 @@ def _sizes(
         str(needed),
       )
     parts = needed
-  if parts and "per_device" in config.batch:
+  if parts:
     sizes["batch.per_device"] = rows // (parts * num_devices)
-  elif parts:
-    sizes["batch.num_microbatches"] = parts
   return sizes
 
 

@@ -8,6 +8,7 @@ recipe makes it with, on as many simulated devices as the run will have.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -137,16 +138,14 @@ def _scoring(
   job: Job,
   config: Any,  # Any: as in `describe`.
 ) -> dict[str, dict[str, int]]:
-  """Counts what it takes to score all rows of a step at once."""
+  """Counts what it takes to score all rows of an update at once."""
   batch = config.batch
   if (
     not config.loss.kl_coef
     and batch.num_iterations * batch.num_minibatches == 1
   ):
     return {}  # The update itself scores them.
-  num_parts = job.rows.num_parts * batch.num_minibatches
-  rows = dataclasses.replace(job.rows, num_parts=num_parts)
-  scored = plan.of_scoring(job.policy, job.build, rows, mesh=job.mesh)
+  scored = plan.of_scoring(job.policy, job.build, job.rows, mesh=job.mesh)
   return {"scoring": {"activations": scored}}
 
 
@@ -196,20 +195,18 @@ def _grpo_rows(
   mesh: jax.sharding.Mesh,
   prompt_tokens: int,
 ) -> plan.Rows:
-  """Counts the rows of an update as `rows.make_batch` would lay them out."""
+  """Counts the rows of an update, were all completions the longest."""
   batch, teach = config.batch, config.sampling.teach
-  multiple = (
-    sharding.num_row_shards(mesh)
-    * batch.num_minibatches
-    * batch.num_microbatches
-  )
-  per_device = 1
-  while per_device * multiple < batch.num_questions * teach.group_size:
-    per_device *= 2
+  longest = prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens
+  length = max(config.packing.length, longest)
+  in_row = length // longest if config.packing.packed else 1
+  in_update = batch.num_questions * teach.group_size / batch.num_minibatches
+  at_once = sharding.num_row_shards(mesh) * max(batch.per_device, 1)
+  times = math.ceil(math.ceil(in_update / in_row) / at_once)
   return plan.Rows(
-    per_device,
-    batch.num_microbatches,
-    prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens,
+    batch.per_device or times,
+    times if batch.per_device else 1,
+    length,
     config.score.chunk_size,
   )
 

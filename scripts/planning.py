@@ -308,8 +308,6 @@ def _alternatives(
   same: list[dict[str, object]] = []
   if "per_device" in config.batch and config.batch.per_device != 1:
     same.append({"batch.per_device": 1})
-  if "num_microbatches" in config.batch:
-    same.append({"batch.num_microbatches": 4 * config.batch.num_microbatches})
   if config.model.remat not in ("block", "offload"):
     same.append({"model.remat": "block"})
   if "sampler" in config and config.rollout.backend == "jax":

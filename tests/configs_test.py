@@ -26,6 +26,7 @@ from atlas_jax.train import (
   sinks,
   state,
 )
+from atlas_jax.train import rows as train_rows
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
 from tests import fakes
@@ -85,7 +86,13 @@ _SFT = _FUNCTIONS | {
   "packing": (sets.Layout, ()),
   "loss": (train_sft.packed_loss, ("router_aux_coef",)),
 }
-_GRPO = _FUNCTIONS | {"loss": (grpo.Objective, ("max_tokens",))}
+_GRPO = _FUNCTIONS | {
+  "loss": (grpo.Objective, ("max_tokens",)),
+  "packing": (
+    train_rows.lay_out,
+    ("num_minibatches", "num_shards", "max_completion_tokens", "per_device"),
+  ),
+}
 _GRPO_READERS = (
   "scripts/train_grpo.py",
   "atlas_jax/train/grpo.py",

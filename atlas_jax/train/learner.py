@@ -45,7 +45,7 @@ class Learner:
       shardings: where the state stays, as `state.shardings` tells.
       mesh: as `sharding.make_mesh` makes it.
       config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
-        `reference`, `agreement`, `score`, `experts` and `sampling`.
+        `packing`, `reference`, `agreement`, `score`, `experts` and `sampling`.
 
     Raises:
       errors.ConfigError: if nothing could be learnt with them.
@@ -64,8 +64,14 @@ class Learner:
     self._group_size = sampling.group_size
     self._max_prob_error = config.agreement.max_prob_error
     self._rows = sharding.of_batch(mesh)
-    num_parts = config.batch.num_minibatches * config.batch.num_microbatches
-    self._multiple = sharding.num_row_shards(mesh) * num_parts
+    self._lay_out = functools.partial(
+      rows.lay_out,
+      num_minibatches=config.batch.num_minibatches,
+      num_shards=sharding.num_row_shards(mesh),
+      max_completion_tokens=sampling.max_completion_tokens,
+      per_device=config.batch.per_device,
+      **config.packing,
+    )
     cut = sampling.top_p < 1.0 or sampling.top_k > 0
     token_stats = functools.partial(
       score.token_stats_and_balance,
@@ -75,11 +81,15 @@ class Learner:
     )
     stats_fn = functools.partial(token_stats, policy.model)
     self._policy = policy
-    self._score = jax.jit(functools.partial(_logprobs, stats_fn))
+    self._score = jax.jit(
+      functools.partial(_logprobs, stats_fn), static_argnums=2
+    )
     self._score_reference = self._score
     if policy.frozen:
       base_fn = functools.partial(token_stats, policy.base)
-      self._score_reference = jax.jit(functools.partial(_logprobs, base_fn))
+      self._score_reference = jax.jit(
+        functools.partial(_logprobs, base_fn), static_argnums=2
+      )
     correct = functools.partial(correction.sampler_weights, **config.correction)
     loss_fn = functools.partial(
       _loss,
@@ -89,12 +99,15 @@ class Learner:
       correct=correct,
       **config.experts,
     )
-    self._step = train_step.make_step(
-      train_optimizer.freeze(loss_fn, config.optimizer.frozen),
-      optimizer,
-      frozen=policy.frozen,
-      num_microbatches=config.batch.num_microbatches,
-      shardings=shardings,
+    # By the number of microbatches, which is that of rows of a batch.
+    self._steps = functools.cache(
+      lambda num_microbatches: train_step.make_step(
+        train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+        optimizer,
+        frozen=policy.frozen,
+        num_microbatches=num_microbatches,
+        shardings=shardings,
+      )
     )
     self._advantages = jax.jit(
       functools.partial(advantages.group_advantages, **config.advantages)
@@ -139,14 +152,12 @@ class Learner:
       ),
     }
     if keep:
-      batch = rows.make_batch(rollouts, multiple=self._multiple)
-      batch = jax.device_put(batch, self._rows)
-      batch |= self._scores(state, batch)
-      batch["advantages"] = self._advantages_of(
-        batch, keep, rewards_PC, valid_PC
-      )
+      parts = [self._scored(state, part) for part in self._lay_out(rollouts)]
+      num_places = sum(part.batch["token_ids"].size for part in parts)
+      metrics["padding_fraction"] = 1.0 - sum(lengths) / num_places
+      self._add_advantages(parts, keep, rewards_PC, valid_PC)
       step, versions = int(state.step), {r.completion.version for r in rollouts}
-      state, updated = self._fit(state, batch, num_rows=len(keep))
+      state, updated = self._fit(state, parts)
       measured = {k: updated.pop(k) for k in agreement.METRICS}
       if versions == {step}:
         metrics |= measured
@@ -183,68 +194,66 @@ class Learner:
       )
     ]
 
-  def _scores(
-    self, state: train_state.TrainState, batch: train_step.Batch
-  ) -> dict[str, jax.Array]:
-    """Computes what stays as it is through a step's updates.
+  def _scored(
+    self, state: train_state.TrainState, part: rows.Part
+  ) -> rows.Part:
+    """Adds what stays as it is through a step's updates.
 
     With one update a step the policy that is trained is the old one itself, and
     the update scores it.
     """
-    scores, reference = {}, state.reference
+    batch, reference = jax.device_put(part.batch, self._rows), state.reference
     num_updates = self._batch.num_minibatches * self._batch.num_iterations
     if num_updates > 1 or self._is_penalised:
       params = self._policy.whole(state.params)
-      scores["old_logprobs"] = self._score(params, batch)
+      batch["old_logprobs"] = self._score(params, batch, part.num_microbatches)
     if self._policy.frozen and self._objective.kl_coef:
       reference = self._policy.frozen  # The adapters are switched off.
     if reference is not None:
-      scores["ref_logprobs"] = self._score_reference(reference, batch)
-    return scores
+      batch["ref_logprobs"] = self._score_reference(
+        reference, batch, part.num_microbatches
+      )
+    return part._replace(batch=batch)
 
-  def _advantages_of(
+  def _add_advantages(
     self,
-    batch: train_step.Batch,
+    parts: Sequence[rows.Part],
     keep: Sequence[int],
     rewards_PC: jax.Array,
     valid_PC: jax.Array,
-  ) -> jax.Array:
-    """Computes the advantages of a scored batch, 0 for rows of padding.
+  ) -> None:
+    """Adds the advantages to scored batches, 0 for rows of padding.
 
     Where the divergence counts in the reward, that of records which are not
     trained on is taken as 0.
     """
     if self._is_penalised:
-      penalty_B = kl.of_sequences(
-        batch["old_logprobs"],
-        batch["ref_logprobs"],
-        batch["loss_mask"][:, 1:],
-        estimator=self._objective.kl_estimator,
-      )
       penalty_PC = np.zeros_like(rewards_PC)
-      np.put(penalty_PC, keep, np.asarray(penalty_B)[: len(keep)])
+      for part in parts:
+        penalty_B = kl.of_sequences(
+          part.batch["old_logprobs"],
+          part.batch["ref_logprobs"],
+          part.batch["loss_mask"],
+          estimator=self._objective.kl_estimator,
+        )
+        rollouts, places = zip(*part.members, strict=True)
+        penalty_PC.flat[np.take(keep, rollouts)] = np.take(penalty_B, places)
       rewards_PC = rewards_PC - self._objective.kl_coef * penalty_PC
     advantages_PC = np.asarray(self._advantages(rewards_PC, valid_PC))
-    advantages_B = np.zeros(len(batch["token_ids"]), np.float32)
-    advantages_B[: len(keep)] = advantages_PC.reshape(-1)[keep]
-    return jax.device_put(advantages_B, self._rows)
+    for part in parts:
+      rollouts, places = zip(*part.members, strict=True)
+      advantages_B = np.zeros(len(part.batch["places"]), np.float32)
+      advantages_B[list(places)] = advantages_PC.flat[np.take(keep, rollouts)]
+      part.batch["advantages"] = jax.device_put(advantages_B, self._rows)
 
   def _fit(
-    self,
-    state: train_state.TrainState,
-    batch: train_step.Batch,
-    *,
-    num_rows: int,
+    self, state: train_state.TrainState, parts: Sequence[rows.Part]
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Updates on the minibatches of a scored batch."""
+    """Updates on scored batches, one after the other."""
     collected = []
-    num_parts = self._batch.num_minibatches
     for _ in range(self._batch.num_iterations):
-      # Rows are dealt out in turn, so these have at least one; the padding of
-      # the rest would still move the policy, by momentum.
-      for i in range(min(num_parts, num_rows)):
-        part = {k: v[i::num_parts] for k, v in batch.items()}
-        state, metrics = self._step(state, part)
+      for part in parts:
+        state, metrics = self._steps(part.num_microbatches)(state, part.batch)
         collected.append(metrics)
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
     # Its value: the next update donates the array itself.
@@ -317,11 +326,18 @@ def _check_sampling(
 
 
 def _logprobs(
-  stats_fn: _StatsFn, params: decoder.Params, batch: train_step.Batch
+  stats_fn: _StatsFn,
+  params: decoder.Params,
+  batch: train_step.Batch,
+  num_microbatches: int,
 ) -> jax.Array:
-  """Scores a batch [B, T - 1] by the policy, or by the reference."""
+  """Scores the completions of a batch by the policy, or by the reference."""
   params = train_state.on_device(params)  # A reference may be offloaded.
-  return stats_fn(params, batch)[0].logprobs
+  return rows.take(
+    stats_fn(params, batch)[0].logprobs,
+    batch["places"],
+    num_microbatches=num_microbatches,
+  )
 
 
 def _loss(
@@ -334,23 +350,23 @@ def _loss(
   correct: Callable[..., jax.Array],
   router_aux_coef: float,
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
-  """Computes the surrogate of a batch; see `step.LossFn`.
+  """Computes the surrogate of a microbatch; see `step.LossFn`.
 
   What is not scored yet is the policy's own, without a gradient.
   """
-  stats, balance = stats_fn(params, batch)
-  own_BT = jax.lax.stop_gradient(stats.logprobs)
-  old_BT = batch.get("old_logprobs", own_BT)
-  rollout_BT, mask_BT = (
-    batch["rollout_logprobs"][:, 1:],
-    batch["loss_mask"][:, 1:],
+  packed, balance = stats_fn(params, batch)
+  logprobs_BT, entropy_BT = (
+    rows.take(scores, batch["places"], num_microbatches=1)
+    for scores in (packed.logprobs, packed.entropy)
   )
+  old_BT = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs_BT))
+  rollout_BT, mask_BT = batch["rollout_logprobs"], batch["loss_mask"]
   weights_BT = correct(old_BT, rollout_BT, mask_BT)
   loss, metrics = grpo.surrogate(
-    stats.logprobs,
+    logprobs_BT,
     old_BT,
     batch.get("ref_logprobs", old_BT),
-    stats.entropy,
+    entropy_BT,
     batch["advantages"],
     mask_BT,
     rollout_weights_BT=weights_BT,

@@ -65,9 +65,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     num_questions=4,
     num_iterations=1,
     num_minibatches=1,
-    num_microbatches=16,
+    per_device=1,
     mask_truncated=True,
   )
+  config.packing = dict(length=4096, packed=True)  # train.rows.lay_out
   # loss, advantages, groups, ...: what makes GRPO, DAPO, RLOO, ... of it.
   config.update(_LOSSES[loss].get_config())
   config.schedule = dict(  # train.schedule.make
@@ -127,7 +128,8 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   # Where every teaching does equally well, scaling would teach brevity alone.
   config.advantages.scale = "none"
   config.batch.num_questions = 16
-  config.batch.num_microbatches = 1
+  config.batch.per_device = 0
+  config.packing = dict(length=0, packed=False)
   config.sampling.teach.group_size = 8
   config.schedule.learning_rate = 3e-4
   config.optimizer.adamw.beta2 = 0.99

@@ -47,7 +47,7 @@ def test_the_launcher_names_the_override_behind_a_value(capsys):
   assert rows["report.to"] == ["'none'", "report_to=null"]
   assert rows["seed"] == ["1", "command", "line"]
   assert rows["mesh.fsdp"] == ["2", "launcher"]
-  assert rows["batch.num_microbatches"] == ["4", "launcher"]
+  assert rows["batch.per_device"] == ["16", "launcher"]
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
       "reward.teaching.degradation_penalty_multiplier",
       2.0,
     ),
-    (_RCL, "gradient_accumulation_steps=4", "batch.num_microbatches", 4),
+    (_RCL, "gradient_accumulation_steps=4", "batch.per_device", 32),
     (_RCL, "train_batch_size=64", "batch.num_questions", 8),
     (_RCL, "warmup_ratio=0.5", "schedule.warmup_fraction", 0.5),
     (_RCL, "warmup_steps=5", "schedule.warmup_updates", 5),
@@ -159,22 +159,25 @@ def test_no_tracker_is_what_null_asks_for():
 
 
 @pytest.mark.parametrize(
-  ("words", "num_devices", "parts"),
+  ("words", "num_devices", "per_device"),
   [
-    (["per_device_train_batch_size=4"], 1, 32),
-    (["per_device_train_batch_size=4"], 4, 8),
+    (["per_device_train_batch_size=4"], 1, 4),
     (["per_device_train_batch_size=4", "train_batch_size=32"], 2, 4),
-    (["num_generations=4", "per_device_train_batch_size=2"], 2, 16),
+    (["gradient_accumulation_steps=16"], 1, 8),
+    (["gradient_accumulation_steps=16"], 4, 2),
+    (["num_generations=4", "gradient_accumulation_steps=16"], 2, 2),
     (
       ["per_device_train_batch_size=4", "gradient_accumulation_steps=32"],
       1,
-      32,
+      4,
     ),
   ],
 )
-def test_rows_of_a_device_decide_the_microbatches(words, num_devices, parts):
+def test_parts_of_an_update_decide_the_rows_of_a_device(
+  words, num_devices, per_device
+):
   job = _resolve(_RCL, *words, num_devices=num_devices)
-  assert job.config.batch.num_microbatches == parts
+  assert job.config.batch.per_device == per_device
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,10 @@ def _config(**changes):
         "num_questions": 2,
         "num_iterations": 1,
         "num_minibatches": 1,
-        "num_microbatches": 1,
+        "per_device": 0,
         "mask_truncated": False,
       },
+      "packing": {"length": 0, "packed": False},
       "schedule": {
         "learning_rate": 0.15,
         "schedule": "constant",
@@ -463,7 +464,7 @@ def test_what_cannot_be_learnt_is_refused_before_sampling(
 @pytest.mark.parametrize(
   "cut", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.7, "top_k": 40}]
 )
-def test_a_batch_holds_the_very_tokens_that_were_sampled(world, cut):
+def test_packed_rows_score_tokens_as_they_were_sampled(world, cut):
   sampler = _protocol(world, _Policy).policy.sampler
   prompts = [
     types.Prompt(f"p{i}", "", tuple(range(5, 9 + 3 * i))) for i in range(2)
@@ -475,17 +476,16 @@ def test_a_batch_holds_the_very_tokens_that_were_sampled(world, cut):
     for prompt, group in zip(prompts, groups, strict=True)
     for completion in group
   ]
-  batch = rows.make_batch(rollouts, multiple=3)
-  assert batch["token_ids"].shape == (6, 32)
-  for i, rollout in enumerate(rollouts):
-    real, written = batch["segment_ids"][i] == 1, batch["loss_mask"][i]
-    ids = (*rollout.prompt.token_ids, *rollout.completion.token_ids)
-    assert tuple(batch["token_ids"][i][real]) == ids
-    assert tuple(batch["positions"][i][real]) == tuple(range(len(ids)))
-    written_ids = tuple(batch["token_ids"][i][written])
-    assert written_ids == rollout.completion.token_ids
-  assert not batch["loss_mask"][4:].any()
-
+  (part,) = rows.lay_out(
+    rollouts,
+    num_minibatches=1,
+    num_shards=1,
+    max_completion_tokens=params.max_completion_tokens,
+    length=64,
+    packed=True,
+    per_device=0,
+  )
+  batch = part.batch
   support = logprobs.Support(params.top_p, params.top_k) if cut else None
   stats = jax.jit(
     lambda model_params, batch: score.token_stats(
@@ -498,11 +498,11 @@ def test_a_batch_holds_the_very_tokens_that_were_sampled(world, cut):
     )
   )(world.params(), batch)
   # What the sampler drew from is what the trainer takes for its policy.
-  mask_BT = batch["loss_mask"][:, 1:]
+  logprobs_BT = rows.take(stats.logprobs, batch["places"], num_microbatches=1)
+  mask_BT = batch["loss_mask"]
+  assert mask_BT.sum() == sum(len(r.completion.token_ids) for r in rollouts)
   np.testing.assert_allclose(
-    stats.logprobs[mask_BT],
-    batch["rollout_logprobs"][:, 1:][mask_BT],
-    atol=1e-4,
+    logprobs_BT[mask_BT], batch["rollout_logprobs"][mask_BT], atol=1e-4
   )
 
 
@@ -594,7 +594,8 @@ def test_groups_without_variance_are_left_out_and_counted(update):
 def test_a_step_in_which_nothing_is_learnt_changes_nothing(update, world):
   state, metrics = update(_group(0), [0.5] * 4)
   _assert_same(state.params, jax.device_get(world.params()))
-  assert metrics == {"groups/used_fraction": 0.0, "num_tokens": 0}
+  expected = {"groups/used_fraction": 0.0, "num_tokens": 0, "num_flops": 0.0}
+  assert metrics == expected
 
 
 def test_a_missing_reward_is_no_reward_of_zero(update):

@@ -12,7 +12,6 @@ from atlas_jax.losses import kl
 from atlas_jax.models import lora
 from atlas_jax.train import learner as learning
 from atlas_jax.train import policy as train_policy
-from atlas_jax.train import rows
 from atlas_jax.train import state as train_state
 from configs.run import teacher_rcl
 from tests import tiny
@@ -35,6 +34,7 @@ def _config(loss, **changes):
   config.score.chunk_size = 8
   config.correction.max_ratio = 1e3
   config.batch.mask_truncated = False
+  config.packing = {"length": 0, "packed": False}
   config.update_from_flattened_dict(changes)
   return ml_collections.FrozenConfigDict(config)
 
@@ -94,19 +94,58 @@ def _distance(left, right):
   return max(jax.tree.leaves(distances))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
-def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
+# A batch fills several such rows, of up to five sequences each.
+_PACKED = {"packing.length": 32, "packing.packed": True}
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_packing_changes_no_update(loss):
   # The gradient by its name: Adam would hide a factor.
   whole, metrics, _ = _update(_config(loss))
-  assert metrics["grad_norm"] > 1e-3
-  for num_microbatches, sizes in [
-    (2, {}),
-    (4, {}),
-    (2, {"data": 2, "fsdp": 2, "tensor": 2}),
+  assert metrics["grad_norm"] > 1e-4
+  packed, packed_metrics, _ = _update(_config(loss, **_PACKED))
+  assert packed_metrics.keys() == metrics.keys()
+  paddings = [m.pop("padding_fraction") for m in (packed_metrics, metrics)]
+  assert paddings[0] < paddings[1] / 2
+  for name, value in packed_metrics.items():
+    np.testing.assert_allclose(
+      value, metrics[name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  assert _distance(packed, whole) < 1e-5
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "rloo"])
+def test_packing_changes_no_later_pass_either(loss):
+  # The reward of rloo holds the divergence, which is scored in packed rows.
+  changes = {
+    "batch.num_iterations": 2,
+    "batch.num_minibatches": 2,
+    "loss.kl_coef": 0.05,
+  }
+  apart, metrics, _ = _update(_config(loss, **changes))
+  packed, packed_metrics, _ = _update(_config(loss, **changes, **_PACKED))
+  assert metrics["ratio_max"] > 1.001
+  for name in ("loss", "kl", "ratio_max", "clip_low_fraction"):
+    np.testing.assert_allclose(
+      packed_metrics[name], metrics[name], rtol=1e-4, atol=1e-6
+    )
+  assert _distance(packed, apart) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
+  whole, metrics, _ = _update(_config(loss))
+  assert metrics["grad_norm"] > 1e-4
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+  for per_device, packing, mesh in [
+    (4, {}, tiny.mesh()),
+    (1, _PACKED, tiny.mesh()),
+    (2, {}, tiny.mesh(**sizes)),
+    (1, _PACKED, tiny.mesh(**sizes)),
   ]:
-    config = _config(loss, **{"batch.num_microbatches": num_microbatches})
-    split, split_metrics, _ = _update(config, mesh=tiny.mesh(**sizes))
+    config = _config(loss, **{"batch.per_device": per_device, **packing})
+    split, split_metrics, _ = _update(config, mesh=mesh)
     for name in ("loss", "grad_norm"):
       np.testing.assert_allclose(
         split_metrics[name], metrics[name], rtol=1e-5, atol=1e-7
@@ -160,15 +199,16 @@ def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
 
 @pytest.mark.parametrize("loss", ["rcl", "gspo"])
 def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
-  config, plain = _config(loss), learning.Learner._scores
+  config, plain = _config(loss), learning.Learner._scored
 
-  def scored(learner, state, batch):
-    scores = plain(learner, state, batch)
-    assert "old_logprobs" not in scores
-    return {**scores, "old_logprobs": learner._score(state.params, batch)}
+  def scored(learner, state, part):
+    part = plain(learner, state, part)
+    assert "old_logprobs" not in part.batch
+    old = learner._score(state.params, part.batch, part.num_microbatches)
+    return part._replace(batch={**part.batch, "old_logprobs": old})
 
   alone, metrics, _ = _update(config)
-  monkeypatch.setattr(learning.Learner, "_scores", scored)
+  monkeypatch.setattr(learning.Learner, "_scored", scored)
   apart, expected, _ = _update(config)
   assert _distance(alone, apart) < 1e-5
   assert metrics.keys() == expected.keys()
@@ -211,22 +251,24 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
   rewards_PC, valid_PC = learning.group_rewards(rewarded, _SIZE)
   keep = learner._kept(records, rewards_PC, valid_PC)
   assert keep == [i for i in range(len(records)) if i != 5]
-  batch = rows.make_batch(
-    [records[i].teacher_rollout for i in keep], multiple=1
-  )
-  batch |= learner._scores(state, batch)
-  advantages_B = learner._advantages_of(batch, keep, rewards_PC, valid_PC)
+  (part,) = learner._lay_out([records[i].teacher_rollout for i in keep])
+  part = learner._scored(state, part)
+  learner._add_advantages([part], keep, rewards_PC, valid_PC)
 
+  batch, (numbers, places) = part.batch, zip(*part.members, strict=True)
+  order = np.empty(len(keep), int)
+  order[list(numbers)] = places
   penalty_B = kl.of_sequences(
     batch["old_logprobs"],
     batch["ref_logprobs"],
-    batch["loss_mask"][:, 1:],
+    batch["loss_mask"],
     estimator="k1",
-  )
+  )[order]
+  advantages_B = batch["advantages"][order]
   total_B = np.full(len(records), np.nan)
   total_B[keep] = [rewarded[i].value for i in keep]
-  total_B[keep] -= 0.5 * np.asarray(penalty_B)[: len(keep)]
-  for i, advantage in zip(keep, advantages_B, strict=False):
+  total_B[keep] -= 0.5 * np.asarray(penalty_B)
+  for i, advantage in zip(keep, advantages_B, strict=True):
     group = i // _SIZE
     others = [
       total_B[j]
@@ -236,7 +278,7 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
     np.testing.assert_allclose(
       advantage, total_B[i] - np.mean(others), atol=1e-5
     )
-  np.testing.assert_array_equal(advantages_B[len(keep) :], 0.0)
+  assert np.count_nonzero(batch["advantages"]) <= len(keep)
 
 
 def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
@@ -272,8 +314,8 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
       config=config,
     )
     rollouts = [record.teacher_rollout for record in _records()[0]]
-    batch = rows.make_batch(rollouts, multiple=1)
-    scores.append(learner._scores(state, batch))
+    (part,) = learner._lay_out(rollouts)
+    scores.append(learner._scored(state, part).batch)
   np.testing.assert_array_equal(
     scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
   )
