@@ -31,7 +31,9 @@ def run(fd: int, grace_s: float, command: list[str]) -> int:
   pending: list[int] = []
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda n, _: pending.append(n))
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)  # The pipe tells all there is.
+  # The pipe tells all there is. Slurm sends SIGUSR1 to the command as well.
+  for number in (signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
   child = subprocess.Popen(command, start_new_session=True)
   kill_at = None
   try:

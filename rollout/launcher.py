@@ -35,7 +35,7 @@ _PROBE_S = 5.0
 _PROGRESS_S = 10.0
 _CHECK_S = 10.0
 _MAX_RESTARTS = 3
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +95,9 @@ def run(
 ) -> int:
   """Starts the servers, then runs `training` to its end.
 
-  The first SIGINT, SIGTERM or SIGHUP lets training save, for which it has
-  `TRAINING_GRACE_S`; a second one it does not wait for. The servers stay until
-  it is done.
+  The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 lets training save, for which it
+  has `TRAINING_GRACE_S`; a second one it does not wait for. The servers stay
+  until it is done.
 
   Returns:
     The exit code of `training`.

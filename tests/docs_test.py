@@ -13,7 +13,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 _RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
 
-_MODULE = re.compile(r"-m (scripts\.\w+)")
+_MODULE = re.compile(r"-m ((?:scripts|atlas_jax)(?:\.\w+)+)")
 _SHELL = re.compile(r"bash (scripts/\w+\.sh)")
 _CONFIG = re.compile(r"--config=([\w/.]+?\.py)(?::(\w+))?(?![\w/])")
 # In a table `tests/` may stand in its head instead.

@@ -255,7 +255,9 @@ def _saving(stage):
   return _training(code), begun, saved
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+)
 def test_a_signal_lets_training_save_and_leaves_nothing(stage, number):
   training, begun, saved = _saving(stage)
   servers = [stage.server("policy"), stage.server("student")]
