@@ -61,6 +61,7 @@ setuptools.setup(
     "lint": ["pyright>=1.1.400", "ruff>=0.12"],
     "parity": [
       "accelerate>=1.10",
+      "lm_eval>=0.4.13",
       "peft>=0.18",
       "torch>=2.8",
       "trl>=1.0",

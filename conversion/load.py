@@ -107,11 +107,17 @@ def load(
     The parameters, as `model.init` would make them.
 
   Raises:
+    errors.ConfigError: if parameters cannot have that dtype.
     errors.CheckpointError: if a file is malformed, tensors are missing,
       unexpected or of another shape (all in one list), or not finite.
   """
   if param_dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"Got param_dtype={param_dtype!r}.")
+    raise errors.ConfigError(
+      f"Parameters are not kept as {param_dtype}.",
+      where=f"param_dtype={param_dtype}",
+      why="They are float32 or bfloat16; there are no quantized ones.",
+      fix="To train adapters in little memory, set bfloat16: docs/lora.md.",
+    )
   tensors = open_tensors(directory, model)
   parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
   for piece in rules.pieces(model):

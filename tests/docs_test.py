@@ -9,6 +9,8 @@ import re
 import ml_collections
 import pytest
 
+from tests import tiny
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 _RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
@@ -117,6 +119,32 @@ def test_every_file_that_a_page_points_at_is_there(name):
   ]
   gone += [to for to in _LINK.findall(text) if not (page / to).is_file()]
   assert gone == []
+
+
+def _families(path):
+  """Gives, of each test in a file that takes families, which it takes."""
+  name = ".".join(("tests", *pathlib.Path(path).with_suffix("").parts))
+  found = []
+  for test in vars(importlib.import_module(name)).values():
+    for mark in getattr(test, "pytestmark", ()):
+      names = mark.args[0] if mark.name == "parametrize" else ()
+      if names == "family":
+        found.append(set(mark.args[1]))
+      elif "family" in names:
+        found.append({row[names.index("family")] for row in mark.args[1]})
+  return found
+
+
+_MODELS = _TEXTS["README.md"].partition("## Models")[2].partition("##")[0]
+
+
+@pytest.mark.parametrize("row", re.findall(r"(?m)^\|.* x .*\|$", _MODELS))
+def test_every_x_of_the_table_of_models_is_a_test_of_that_family(row):
+  families = re.findall(r"\| `(\w+)`", _MODELS.partition("|---")[0])
+  assert set(families) == set(tiny.FAMILIES)
+  _, *marks, path = (cell.strip() for cell in row.strip("|").split("|"))
+  held = {f for f, mark in zip(families, marks, strict=True) if mark == "x"}
+  assert held in _families(path.strip("`"))
 
 
 def test_the_table_of_recipes_has_every_recipe():

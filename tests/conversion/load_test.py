@@ -131,8 +131,9 @@ def test_parameters_take_the_dtype_asked_for(tmp_path):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
   got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
   _assert_equal(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-  with pytest.raises(ValueError, match="float64"):
-    load.load(tmp_path / "hf", model, param_dtype="float64")
+  for other in ("float64", "int8", "nf4"):
+    with pytest.raises(errors.ConfigError, match=f"not kept as {other}"):
+      load.load(tmp_path / "hf", model, param_dtype=other)
 
 
 def test_all_that_is_wrong_is_in_one_error(tmp_path):
