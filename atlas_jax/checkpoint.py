@@ -245,18 +245,18 @@ class Checkpointer:
     """
     if not self._load_best:
       return state
-    step = self.best_step()
-    path = self._path(step or 0)
-    if step is None or snapshot.read_if_sound(path) is None:
+    best = self.best_step()
+    step = self._newest_sound([] if best is None else [best])
+    if step is None:
       raise errors.CheckpointError(
         "The best checkpoint cannot be loaded.",
         where=str(self._directory),
-        why=f"Step {step} does not match the digests written with it."
-        if step
-        else f"No step on disk was evaluated by {self._best_metric}.",
+        why=f"No step on disk was evaluated by {self._best_metric}."
+        if best is None
+        else f"Step {best} does not match the digests written with it.",
         fix="Set --config.checkpoint.load_best=False to end with the last.",
       )
-    return self._restore(path, state, set())
+    return self._restore(self._path(step), state, set())
 
   def _path(self, step: int) -> pathlib.Path:
     return self._directory / str(step)

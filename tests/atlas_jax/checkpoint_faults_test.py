@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What disks and schedulers do to a save, done to it."""
 
+from concurrent import futures
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -210,3 +212,60 @@ def test_where_the_disk_is_full_training_goes_on(tmp_path, how):
   assert "STEP 3 WAS NOT SAVED, the 1. failure in a row (3 end the run)" in told
   assert "GB were free" in told
   assert "newest step on disk is 2" in told
+
+
+_TWO = """
+import pathlib, sys
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from atlas_jax import checkpoint, preemption
+from tests.atlas_jax import checkpoint_faults_test as test
+
+rank, port, directory = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+auto = (jax.sharding.AxisType.Auto,)
+mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=auto)
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+best = {"best_metric": "loss", "load_best": True}
+
+def state(step):
+  make = jax.jit(lambda: jnp.arange(16.0) + step, out_shardings=rows)
+  return {"w": make()}
+
+def check(found, step):
+  for shard in found["w"].addressable_shards:
+    assert (shard.data == jnp.arange(16.0)[shard.index] + step).all()
+
+def open_saver():
+  return checkpoint.Checkpointer(directory, **{**test._SETTINGS, **best})
+
+with preemption.listen() as should_stop, open_saver() as saver:
+  for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+    assert not should_stop()
+    assert saver.is_best({"loss": loss}) == (step < 3)
+    saver.save(step, state(step), {"loss": loss}, {"at": step})
+check(saver.restore_final(state(0)), 2)
+if rank == 0:
+  test._biggest(directory / "3").unlink()
+multihost_utils.sync_global_devices("damaged")
+with open_saver() as saver:
+  found, host_state = saver.restore_latest(state(0))
+  check(found, 2)
+  assert host_state == {"at": 2}
+  saver.save(3, state(3), {}, {"at": 3})
+multihost_utils.sync_global_devices("saved")
+assert saver.steps() == [1, 2, 3]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_go_on_as_one(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  with futures.ThreadPoolExecutor(2) as threads:
+    ends = [threads.submit(_run, _TWO, i, port, tmp_path) for i in range(2)]
+  for end in ends:
+    end.result()
