@@ -11,6 +11,7 @@ or that does not match it, is not restored.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 import hashlib
 import importlib.metadata
 import json
@@ -197,10 +198,16 @@ def _write_json(path: pathlib.Path, value: Any) -> None:  # Any: JSON.
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:
   """SHA-256 of every file, by its path inside the directory."""
-  digests = {}
-  for path in sorted(directory.rglob("*")):
-    if path.is_file() and path.name != _MANIFEST:
-      with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      digests[path.relative_to(directory).as_posix()] = digest
-  return digests
+  paths = [
+    path
+    for path in sorted(directory.rglob("*"))
+    if path.is_file() and path.name != _MANIFEST
+  ]
+  names = [path.relative_to(directory).as_posix() for path in paths]
+  with futures.ThreadPoolExecutor() as threads:  # Hashing holds no lock.
+    return dict(zip(names, threads.map(_digest, paths), strict=True))
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,7 +54,8 @@ class Settings:
 
   Attributes:
     num_steps: steps in all, those before a resume included.
-    log_every: steps between lines of metrics.
+    log_every: steps between lines of metrics; there is one before each
+      checkpoint as well.
     eval_every: steps between evaluations; 0 for one at the end only.
     save_every: steps between checkpoints. One is saved at the end anyway, and
       one whenever an evaluation is the best so far.
@@ -127,12 +128,12 @@ def run(
   clock = task.clock
   with (
     contextlib.closing(writer),
+    watchdog.Watchdog(settings.watchdog_s, checkpointer.steps) as dog,
     checkpointer,
     train_speed.Speed(clock) as speed,
     profile.Profile(
       profile.parse(settings.profile_steps, end), workdir
     ) as trace,
-    watchdog.Watchdog(settings.watchdog_s, checkpointer.steps) as dog,
   ):
     for step in range(start + 1, end + 1):
       trace.before(step, state)
