@@ -18,6 +18,7 @@ class Exit(enum.IntEnum):
   CHECKPOINT = 5
   ROLLOUT = 6
   JUDGE = 7
+  LOST_PROCESS = 8
   INTERNAL = 70
   PREEMPTED = 75
   HANG = 124
@@ -67,6 +68,12 @@ class RolloutError(AtlasError):
   """A rollout server that cannot be reached, or does not do its work."""
 
   exit_code = Exit.ROLLOUT
+
+
+class LostProcessError(AtlasError):
+  """One of several processes that train as one is gone, or never came."""
+
+  exit_code = Exit.LOST_PROCESS
 
 
 class PreemptedError(AtlasError):

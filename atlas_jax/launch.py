@@ -15,7 +15,15 @@ from typing import Any
 from absl import logging
 import jax
 
-from atlas_jax import chat, errors, preemption, sharding, types, workdirs
+from atlas_jax import (
+  chat,
+  distributed,
+  errors,
+  preemption,
+  sharding,
+  types,
+  workdirs,
+)
 from atlas_jax.models import decoder, kernels, lora
 from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
@@ -45,17 +53,18 @@ def start(
   workdir: pathlib.Path,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
 ) -> Iterator[Callable[[], bool]]:
-  """Takes the workdir for this process alone, and listens for signals.
+  """Takes the workdir for this run alone, and listens for signals.
 
-  Writes the resolved config to `config.json`. If the config names a small
+  Of several processes the first holds it for all, once they agree on it and on
+  the config, which is written to `config.json`. If the config names a small
   world that does not exist yet, it is made first.
 
   Yields:
     A function that tells whether a signal asked the run to stop.
 
   Raises:
-    errors.ConfigError: if the workdir cannot be used, another run uses it, or
-      the config names no data.
+    errors.ConfigError: if the workdir cannot be used, another run uses it, the
+      config names no data, or that of another process differs.
     errors.OutOfMemoryError: with advice, in place of XLA's error.
   """
   if config.data.path is None:
@@ -65,10 +74,15 @@ def start(
       why="This recipe leaves it to you.",
       fix="Set --config.data.path to a file, a folder or a Hub dataset.",
     )
-  with workdirs.lock(workdir), _out_of_memory_told():
-    workdirs.write_config(workdir, config)
-    if config.world.directory:
-      ensure_world(**config.world)
+  with contextlib.ExitStack() as held, _out_of_memory_told():
+    if distributed.is_first():
+      held.enter_context(workdirs.lock(workdir))
+      workdirs.write_config(workdir, config)
+      if config.world.directory:
+        ensure_world(**config.world)
+    distributed.wait("workdir")
+    # What the first process wrote, all must see.
+    distributed.agree({**workdirs.facts(workdir), **workdirs.flat(config)})
     logging.info("Devices: %s", jax.devices())
     with preemption.listen() as should_stop:
       yield should_stop
@@ -296,6 +310,8 @@ def open_writer(
   Raises:
     errors.ConfigError: if a tracker is asked for that cannot be had.
   """
+  if not distributed.is_first():
+    return writer.Silent(workdir, ())
   resolved = json.loads(config.to_json_best_effort())
   return writer.Writer(
     workdir, sinks.open_sinks(workdir, resolved, **config.report)
@@ -399,7 +415,11 @@ def export(  # noqa: PLR0913 - one argument per config key.
   """
   if not (enabled if step is None else keep_steps):
     return
-  params = policy.merged(trained)
+  params = _on_first(policy.merged(trained), opened.model)
+  if policy.adapters is not None and jax.process_count() > 1:
+    trained = jax.tree.map(distributed.gather, trained)
+  if not distributed.is_first():
+    return
   about = card.Card(base=opened.name, facts=facts, metrics=writer.last(workdir))
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
@@ -427,6 +447,23 @@ def export(  # noqa: PLR0913 - one argument per config key.
     steps = sorted(int(number) for number in numbers if number.isdecimal())
     for old in steps[:-keep_steps]:
       shutil.rmtree(workdir / f"export-{old}")
+
+
+def _on_first(params: decoder.Params, model: decoder.Model) -> decoder.Params:
+  """Gathers parameters in the first of several processes; others get none.
+
+  Each process holds all of them in its memory for that time.
+  """
+  if jax.process_count() == 1:
+    return params
+  params = jax.tree.map(distributed.gather, params)
+  if not distributed.is_first():
+    return {}
+  # Whole copies would not fit on a device.
+  mesh = sharding.make_mesh(
+    data=1, fsdp=-1, tensor=1, devices=jax.local_devices()
+  )
+  return jax.device_put(params, sharding.of_params(mesh, model.abstract_params))
 
 
 def _export_adapters(

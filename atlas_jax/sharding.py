@@ -179,6 +179,26 @@ def num_row_shards(mesh: js.Mesh | js.AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def share_of_rows(mesh: js.Mesh) -> tuple[int, int]:
+  """Tells which of how many equal parts of a batch this process's devices see.
+
+  Raises:
+    errors.ConfigError: if they see rows that are not next to each other.
+  """
+  count = num_row_shards(mesh)
+  places = of_batch(mesh).addressable_devices_indices_map((count,)).values()
+  mine = sorted({place[0].indices(count)[0] for place in places if place})
+  first, size = mine[0], len(mine)
+  if mine[-1] != first + size - 1 or first % size or count % size:
+    raise errors.ConfigError(
+      "The mesh gives a process rows that lie apart.",
+      where=f"--config.mesh, process {jax.process_index()}",
+      why=f"Of {count} parts of a batch its devices see {mine}.",
+      fix="Make the sizes of data and fsdp powers of two.",
+    )
+  return first // size, count // size
+
+
 def check_length(
   mesh: js.Mesh | js.AbstractMesh, length: int, *, where: str
 ) -> None:

@@ -14,6 +14,7 @@ from absl import logging
 from atlas_jax import errors
 
 _CONFIG = "config.json"
+_LOCK = "lock"
 _MAX_LISTED = 12
 
 
@@ -26,7 +27,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / "lock").open("a+", encoding="utf-8")
+    file = (workdir / _LOCK).open("a+", encoding="utf-8")
   except OSError as error:
     raise errors.ConfigError(
       "The workdir cannot be written.",
@@ -68,6 +69,20 @@ def write_config(
     number = len(list(workdir.glob("config.*.json")))
     path.rename(workdir / f"config.{number}.json")
   path.write_text(text, encoding="utf-8")
+
+
+def facts(workdir: pathlib.Path) -> dict[str, str]:
+  """Tells which folder it is, and who holds it."""
+  path = workdir / _LOCK
+  holder = path.read_text("utf-8") if path.exists() else "nobody"
+  return {"workdir": str(workdir.resolve()), "held by": holder.strip()}
+
+
+def flat(
+  config: Any,  # Any: as in `write_config`.
+) -> dict[str, str]:
+  """Names every value of a config by its dotted key."""
+  return _flat(json.loads(config.to_json_best_effort()))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

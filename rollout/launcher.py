@@ -31,6 +31,7 @@ SERVER_GRACE_S = 10.0
 TRAINING_GRACE_S = 300.0
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _POLL_S = 0.2
+_GUARDED = "ATLAS_GUARDED"
 _PROBE_S = 5.0
 _PROGRESS_S = 10.0
 _CHECK_S = 10.0
@@ -56,6 +57,11 @@ class Server:
   role: wire.Role
   url: str
   command: Command
+
+
+def is_guarded() -> bool:
+  """Tells whether a launcher watches over this process."""
+  return _GUARDED in os.environ
 
 
 def check_ports(host: str, base: int, count: int) -> None:
@@ -105,7 +111,8 @@ def run(
   Raises:
     errors.RolloutError: if a server ends or is not healthy in time.
     errors.PreemptedError: if asked to stop before training began.
-    errors.AtlasError: if training was killed.
+    errors.LostProcessError: if training was aborted.
+    errors.AtlasError: if it was killed.
   """
   with _signals() as asked, _Processes() as processes:
     started = {
@@ -118,6 +125,15 @@ def run(
     raise _stopped(asked[0])
   if code < 0 or code >= guard.SIGNALLED:
     name = signal.Signals(-code if code < 0 else code - guard.SIGNALLED).name
+    if name == "SIGABRT":
+      raise errors.LostProcessError(
+        f"{training.name} was aborted by its own libraries.",
+        where=" ".join(training.argv),
+        why="The lines above tell. JAX aborts each of several processes when "
+        "another is lost, or does not come.",
+        fix="Look at the end of the other processes' logs for the cause. Then "
+        "run the same command again: it goes on from the last checkpoint.",
+      )
     raise errors.AtlasError(
       f"{training.name} was killed by {name}.",
       where=" ".join(training.argv),
@@ -155,7 +171,8 @@ class _Processes:
     self, command: Command, watched: int, held: Sequence[int]
   ) -> subprocess.Popen[bytes]:
     """Starts a command under its guard, whose signals and code are its own."""
-    env = {k: v for k, v in {**os.environ, **command.env}.items() if v}
+    env = {**os.environ, _GUARDED: "1", **command.env}
+    env = {k: v for k, v in env.items() if v}
     with contextlib.ExitStack() as stack:
       output = None
       if command.log is not None:

@@ -4,19 +4,24 @@
 from collections.abc import Callable
 import contextlib
 import logging as stdlib_logging
+import os
 import pathlib
 import sys
+import time
 import traceback
 
 from absl import app, flags, logging
 
 from atlas_jax import errors
 
+_LEAVE_S = 3.0
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], int | None]) -> None:
   """Runs a main; every way it can end has an exit code of its own.
+
+  A main may give the exit code of a child which has told all there is.
 
   Known failures are told in four lines on stderr, unknown ones with their
   traceback. See `errors.Exit` for the codes.
@@ -32,8 +37,7 @@ def run(main: Callable[[], None]) -> None:
           why="Flags start with --; config values are set by name.",
           fix="For example --config.seed=1.",
         )
-      main()
-      code = errors.Exit.DONE
+      code = main() or errors.Exit.DONE
     except errors.AtlasError as error:
       code = _tell(error)
     except KeyboardInterrupt:
@@ -50,7 +54,7 @@ def run(main: Callable[[], None]) -> None:
         code = errors.Exit.INTERNAL
         with contextlib.suppress(OSError):
           traceback.print_exc()
-      sys.exit(int(code))
+      _exit(int(code))
 
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
@@ -59,6 +63,21 @@ def run(main: Callable[[], None]) -> None:
     stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
   )
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _exit(code: int) -> None:
+  """Ends this process.
+
+  One of several that failed does not wait for the others, as JAX would: they
+  may wait for it. It only lets them fail by themselves, if they do so too.
+  """
+  jax = sys.modules.get("jax")  # Where there is none, nobody imported it.
+  if code and jax is not None and jax.distributed.is_initialized():
+    time.sleep(_LEAVE_S)
+    logging.flush()
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _tell(error: errors.AtlasError) -> errors.Exit:

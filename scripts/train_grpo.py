@@ -14,13 +14,21 @@ from atlas_jax import launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
-from scripts import job, origins, planning, program, reward_functions
+from scripts import (
+  job,
+  origins,
+  planning,
+  processes,
+  program,
+  reward_functions,
+)
 
 
 def main() -> None:
   """Runs one training job to its end."""
   if origins.print_config() or planning.print_plan():
     return
+  processes.refuse("GRPO")
   config, workdir = job.arguments()
   functions = reward_functions.arguments()
   with (

@@ -9,10 +9,10 @@ The workdir is the only state: run the same line again and it resumes.
 
 import functools
 
-from atlas_jax import launch, sharding
-from atlas_jax.data import packing, sets
+from atlas_jax import distributed, launch, sharding
+from atlas_jax.data import loader, packing, sets
 from atlas_jax.train import sft
-from scripts import job, origins, planning, program
+from scripts import job, origins, planning, processes, program
 
 
 def main() -> None:
@@ -40,8 +40,12 @@ def main() -> None:
       held_out=sets.HeldOut(**config.held_out),
       layout=sets.Layout(**config.packing),
       batch_size=config.batch.size,
+      share=loader.Share(*sharding.share_of_rows(mesh)),
       seed=config.seed,
       workdir=workdir,
+    )
+    distributed.agree(
+      {"data": train_set.fingerprint(), "held out": eval_set.fingerprint()}
     )
     export = functools.partial(
       launch.export,
@@ -71,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  program.run(functools.partial(processes.run, "scripts.train_sft", main))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number: the same step gives the same batch, on every host."""
+"""Batches by number: the same step gives the same batch, in every process."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -13,6 +13,17 @@ import numpy as np
 from atlas_jax import errors, types
 
 Remainder = Literal["drop", "pad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Which of so many equal slices of each batch a process loads."""
+
+  index: int
+  count: int
+
+
+WHOLE = Share(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,25 +111,23 @@ class Loader:
     mix: Mix,
     batch_size: int,
     remainder: Remainder,
-    process_index: int,
-    process_count: int,
+    share: Share,
   ) -> None:
     """Takes arrays which share their first axis, the rows.
 
     Args:
-      arrays: on every host the same.
+      arrays: in every process the same.
       names: of the rows, for a user to find them by.
       mix: which of the rows belong to which set, and their order.
-      batch_size: rows of a batch, over all hosts.
+      batch_size: rows of a batch, over all processes.
       remainder: the rows that fill no batch at the end of an epoch are left
         out ("drop", each epoch others), or filled up with rows of zeros ("pad",
         to see every row once).
-      process_index: which of the equal slices of a batch this host gets.
-      process_count: number of hosts.
+      share: what of a batch this process gets.
 
     Raises:
       errors.DataError: if there are too few rows to make a batch.
-      errors.ConfigError: if the hosts cannot share a batch equally.
+      errors.ConfigError: if processes cannot share a batch equally.
     """
     num_rows = {len(names), *map(len, arrays.values())}
     if num_rows != {sum(mix.sizes)}:
@@ -127,12 +136,12 @@ class Loader:
       raise ValueError(
         f'Expected remainder of "drop" or "pad", got {remainder!r}.'
       )
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1 or batch_size % share.count:
       raise errors.ConfigError(
-        "The hosts cannot share a batch.",
-        where=f"host {process_index} of {process_count}",
+        "The processes cannot share a batch.",
+        where=f"part {share.index} of {share.count}",
         why=f"A batch has {batch_size} rows, and all take the same number.",
-        fix="Make batch_size a positive multiple of the number of hosts.",
+        fix=f"Make batch_size a positive multiple of {share.count}.",
       )
     _check_enough(mix.num_rows, batch_size if remainder == "drop" else 1)
     self._arrays = dict(arrays)
@@ -140,8 +149,8 @@ class Loader:
     self._mix = mix
     self._batch_size = batch_size
     self._remainder = remainder
-    share = batch_size // process_count
-    self._mine = slice(process_index * share, (process_index + 1) * share)
+    size = batch_size // share.count
+    self._mine = slice(share.index * size, (share.index + 1) * size)
 
   @property
   def num_batches_per_epoch(self) -> int:
@@ -150,7 +159,7 @@ class Loader:
     return full + (rest > 0 and self._remainder == "pad")
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Returns this host's rows of the batch which `step` trains on."""
+    """Returns this process's rows of the batch which `step` trains on."""
     rows = self._rows(step)[self._mine]
     missing = self._mine.stop - self._mine.start - len(rows)
     return {
@@ -159,7 +168,7 @@ class Loader:
     }
 
   def row_names(self, step: int) -> list[str]:
-    """Names the rows of all hosts which `step` trains on."""
+    """Names the rows of all processes which `step` trains on."""
     return [self._names[row] for row in self._rows(step)]
 
   def _rows(self, step: int) -> np.ndarray:

@@ -89,6 +89,7 @@ def conversations(
   batch_size: int,
   seed: int,
   workdir: pathlib.Path,
+  share: loader.Share = loader.WHOLE,
 ) -> tuple[loader.Loader, loader.Loader]:
   """Reads, renders and packs the training and the held-out set.
 
@@ -100,6 +101,7 @@ def conversations(
     batch_size: rows per step.
     seed: of the order, and of what is held out.
     workdir: for the list of bad rows.
+    share: what of each batch this process loads.
 
   Raises:
     errors.ConfigError: if nothing is held out, or a format is not there.
@@ -124,7 +126,9 @@ def conversations(
 
   quarantine = _quarantine(data, workdir)
   sets, kept_out = _split(read, data, held_out, seed)
-  load = functools.partial(_load, layout=layout, batch_size=batch_size)
+  load = functools.partial(
+    _load, layout=layout, batch_size=batch_size, share=share
+  )
   return (
     load(sets, weights=tuple(data.weights), seed=seed, remainder="drop"),
     load([kept_out], weights=(), seed=seed, remainder="pad"),
@@ -320,6 +324,7 @@ def _load(
   batch_size: int,
   seed: int,
   remainder: loader.Remainder,
+  share: loader.Share,
 ) -> loader.Loader:
   """Fills rows with each set's conversations, and mixes the rows."""
   fill = packing.pack if layout.packed else packing.pad
@@ -341,6 +346,5 @@ def _load(
     mix=loader.Mix(sizes, weights, seed),
     batch_size=batch_size,
     remainder=remainder,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share=share,
   )

@@ -138,9 +138,11 @@ def _do_step(
   with clock.phase("train"):
     state, metrics = step_fn(state, arrays)
   lengths = flops.lengths(batch["segment_ids"])
+  # Other processes have as many rows, and nearly as much in them.
+  num_parts = len(arrays["segment_ids"]) // len(batch["segment_ids"])
   more = {
-    "num_tokens": sum(lengths),
-    "num_flops": count_flops(lengths),
+    "num_tokens": num_parts * sum(lengths),
+    "num_flops": num_parts * count_flops(lengths),
     "learning_rate": rate(step),
   }
   return state, {**metrics, **more}

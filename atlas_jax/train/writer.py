@@ -94,6 +94,36 @@ class Writer:
       tracker.close()
 
 
+class Silent(Writer):
+  """Takes what another process of the run tells already, and keeps nothing."""
+
+  def begin(self, *, step: int, num_steps: int) -> None:
+    """Opens nothing."""
+    del step, num_steps
+
+  def advance(self, step: int) -> None:
+    """Shows nothing."""
+    del step
+
+  def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
+    """Writes nothing."""
+    del step, metrics
+
+  def table(
+    self,
+    step: int,
+    name: str,
+    rows: Sequence[sinks.Row],
+    *,
+    shown: Sequence[str],
+  ) -> None:
+    """Writes nothing."""
+    del step, name, rows, shown
+
+  def close(self) -> None:
+    """Has nothing to close."""
+
+
 def write_whole(path: pathlib.Path, text: str) -> None:
   """Writes a file of which nobody ever sees a part."""
   partial = path.with_name(f"{path.name}.tmp")

@@ -78,6 +78,11 @@ class _Device:
   device_kind: str = "none"
 
 
+def test_one_process_loads_all_rows():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  assert sharding.share_of_rows(mesh) == (0, 1)
+
+
 def test_rows_of_a_length_that_does_not_divide_are_refused():
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1, context=4)
   sharding.check_length(mesh, 64, where="--config.packing.length")

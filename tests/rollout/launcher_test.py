@@ -163,6 +163,13 @@ def test_training_that_is_killed_is_told(stage):
   stage.check_nothing_left()
 
 
+def test_training_that_aborts_is_told_to_be_one_of_several(stage):
+  training = _training("import os; os.abort()")
+  with pytest.raises(errors.LostProcessError, match="its own libraries"):
+    launcher.run([stage.server()], training, max_wait_s=30.0)
+  stage.check_nothing_left()
+
+
 @pytest.mark.parametrize(
   ("mode", "answers_as", "told"),
   [

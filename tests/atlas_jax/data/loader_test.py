@@ -22,8 +22,7 @@ def _loader(num_rows, *, seed=0, **changes):
     "mix": loader.Mix((num_rows,), (), seed),
     "batch_size": 4,
     "remainder": "drop",
-    "process_index": 0,
-    "process_count": 1,
+    "share": loader.WHOLE,
   }
   names = [f"row {i}" for i in range(num_rows)]
   return loader.Loader(_arrays(num_rows), names=names, **settings | changes)
@@ -82,15 +81,14 @@ def test_batch_depends_on_the_step_alone():
 
 
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
-def test_hosts_share_the_global_batch(remainder):
+def test_processes_share_the_global_batch(remainder):
   whole = _loader(11, remainder=remainder)
-  hosts = [
-    _loader(11, remainder=remainder, process_index=i, process_count=2)
-    for i in range(2)
+  processes = [
+    _loader(11, remainder=remainder, share=loader.Share(i, 2)) for i in range(2)
   ]
   for step in range(5):
     np.testing.assert_array_equal(
-      np.concatenate([host.batch(step)["token_ids"] for host in hosts]),
+      np.concatenate([each.batch(step)["token_ids"] for each in processes]),
       whole.batch(step)["token_ids"],
     )
 
@@ -104,15 +102,16 @@ def test_writing_into_a_batch_changes_no_other():
 
 
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
-def test_names_are_those_of_all_hosts_rows(remainder):
-  hosts = [
-    _loader(10, remainder=remainder, process_index=i, process_count=2)
-    for i in range(2)
+def test_names_are_those_of_all_processes_rows(remainder):
+  processes = [
+    _loader(10, remainder=remainder, share=loader.Share(i, 2)) for i in range(2)
   ]
-  for step in range(2 * hosts[0].num_batches_per_epoch):
-    firsts = np.concatenate([h.batch(step)["token_ids"][:, 0] for h in hosts])
+  for step in range(2 * processes[0].num_batches_per_epoch):
+    firsts = np.concatenate(
+      [h.batch(step)["token_ids"][:, 0] for h in processes]
+    )
     names = [f"row {(first - 1) // 2}" for first in firsts if first]
-    assert sorted(names) == sorted(hosts[0].row_names(step))
+    assert sorted(names) == sorted(processes[0].row_names(step))
 
 
 def test_fingerprint_follows_contents_not_order_of_names():
@@ -120,8 +119,7 @@ def test_fingerprint_follows_contents_not_order_of_names():
   settings = {
     "batch_size": 4,
     "remainder": "drop",
-    "process_index": 0,
-    "process_count": 1,
+    "share": loader.WHOLE,
   }
 
   def digest(changed):
@@ -149,9 +147,9 @@ def test_too_few_rows_are_refused():
 
 
 @pytest.mark.parametrize("batch_size", [0, 3])
-def test_batch_that_hosts_cannot_share_is_refused(batch_size):
+def test_batch_that_processes_cannot_share_is_refused(batch_size):
   with pytest.raises(errors.ConfigError, match="multiple"):
-    _loader(8, batch_size=batch_size, process_count=2)
+    _loader(8, batch_size=batch_size, share=loader.Share(0, 2))
 
 
 def test_unequal_arrays_and_unknown_remainder_are_refused():
@@ -165,8 +163,7 @@ def test_unequal_arrays_and_unknown_remainder_are_refused():
       mix=loader.Mix((8,), (), 0),
       batch_size=1,
       remainder="drop",
-      process_index=0,
-      process_count=1,
+      share=loader.WHOLE,
     )
 
 
@@ -228,8 +225,8 @@ def test_fingerprint_covers_all_that_changes_batches(changes):
 
 
 def test_fingerprint_is_the_same_on_every_host():
-  host = _loader(8, process_index=1, process_count=2)
-  assert host.fingerprint() == _loader(8).fingerprint()
+  other = _loader(8, share=loader.Share(1, 2))
+  assert other.fingerprint() == _loader(8).fingerprint()
 
 
 @hypothesis.given(
