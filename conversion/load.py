@@ -28,7 +28,7 @@ _HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
 _MAX_LISTED = 8
 # Twice the cores: half of them may wait for the disk.
-_NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
+NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
 
 
 def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
@@ -130,7 +130,7 @@ def load(
     places = structure.flatten_up_to(shardings)
   leaves = []
   abstract = rules.flatten(model.abstract_params)
-  with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+  with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
     for (path, leaf), place in zip(abstract, places, strict=True):
       read = _reader(parts[path], tensors, np.dtype(param_dtype), pool)
       leaves.append(_assemble(leaf.shape, place, read))

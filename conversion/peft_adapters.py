@@ -91,13 +91,15 @@ def save_directory(
     "inference_mode": True,
   }
   with target.writing(directory) as partial:
-    digest = shards.write_file(
+    sha256 = hashlib.sha256()
+    shards.write_file(
       partial / _WEIGHTS,
       {name: array.shape for name, array in named.items()},
       named.__getitem__,
       dtype="float32",
-      digest=hashlib.sha256(),
+      digests=[sha256],
     )
+    digest = sha256.hexdigest()
     _check_read_back(partial / _WEIGHTS, digest)
     shards.write_json(partial / _CONFIG, fields)
     card.write(

@@ -159,7 +159,10 @@ def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
     parts.setdefault(piece.name, []).append(piece)
 
   def fetch_piece(piece: rules.Piece) -> np.ndarray:
-    layer = _layer(leaves[piece.rule.path], piece.index, dtype)
+    leaf = leaves[piece.rule.path]
+    if leaf.dtype == dtype and _is_in_reach(leaf):
+      return rules.to_hf(piece.rule, np.asarray(leaf)[piece.index])
+    layer = _layer(leaf, piece.index, dtype)
     return rules.to_hf(piece.rule, np.asarray(layer))
 
   def fetch(name: str) -> np.ndarray:
@@ -167,6 +170,12 @@ def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
     return fetched[0] if len(fetched) == 1 else np.concatenate(fetched)
 
   return fetch
+
+
+def _is_in_reach(leaf: jax.Array) -> bool:
+  """Tells whether NumPy sees a whole array without a copy."""
+  platforms = {device.platform for device in leaf.devices()}
+  return leaf.is_fully_replicated and platforms == {"cpu"}
 
 
 # One program: step by step, a copy of the layer in its old precision would be

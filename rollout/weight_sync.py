@@ -164,7 +164,7 @@ def _write_weights(
       shapes,
       fetch,
       dtype=dtype,
-      new_digest=manifest.new_digest,
+      digests=[manifest.new_digest],
     )
   except errors.CheckpointError as error:
     raise errors.DivergedError(
@@ -176,7 +176,7 @@ def _write_weights(
   shards.write_index(directory, layout, shapes, dtype)
   return {
     file: manifest.File(size=(directory / file).stat().st_size, digest=digest)
-    for file, digest in digests.items()
+    for file, (digest,) in digests.items()
   }
 
 
