@@ -45,7 +45,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "How often.")
 _SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**28, "Of one file.")
 _COLD = flags.DEFINE_bool("cold", False, "Drops files from the page cache.")
 
-_TOUCHED_BYTES = 2**32
+_TOUCHED_BYTES = 2**31
 _ROW = "| {:>16} | {:>7} | {:>8} | {:>10} | {:>7} | {:>12} | {:>11} |"
 
 
