@@ -35,7 +35,9 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
   """Finds a model directory, fetching it from the hub if it is not a path.
 
   Args:
-    name: a local directory, or `owner/name` on the Hugging Face hub.
+    name: a local directory, or `owner/name` on the Hugging Face hub, perhaps
+      with `@revision`: a branch, a tag or, to have the same ever after, a
+      commit.
     with_weights: whether to fetch these too.
 
   Raises:
@@ -47,7 +49,10 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
   patterns = [*_HUB_PATTERNS, *(_HUB_WEIGHTS if with_weights else ())]
   try:
     # Repositories also hold pickled and original weights; those stay there.
-    found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+    repository, _, revision = name.partition("@")
+    found = huggingface_hub.snapshot_download(
+      repository, revision=revision or None, allow_patterns=patterns
+    )
   except (OSError, ValueError) as error:
     raise errors.CheckpointError(
       "The model can be found neither on disk nor on the hub.",

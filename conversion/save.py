@@ -206,7 +206,25 @@ def _check_source(
       "without one cannot be served.",
       fix="Put the tokenizer's files beside config.json.",
     )
+  _check_vocabulary(source / "tokenizer.json", config.vocab_size)
   return fields
+
+
+def _check_vocabulary(path: pathlib.Path, vocab_size: int) -> None:
+  """Refuses a tokenizer with ids that the model has no embedding for."""
+  fields = shards.read_json(path) if path.exists() else {}
+  vocabulary = fields.get("model", {}).get("vocab", {})
+  added = [token["id"] for token in fields.get("added_tokens", [])]
+  by_place = isinstance(vocabulary, list)  # Unigram's; others name each id.
+  ids = range(len(vocabulary)) if by_place else vocabulary.values()
+  largest = max([*ids, *added], default=-1)
+  if largest >= vocab_size:
+    raise errors.CheckpointError(
+      "The tokenizer is of another model.",
+      where=str(path),
+      why=f"Its ids go up to {largest}, and the model has {vocab_size}.",
+      fix="Put the tokenizer that the model was trained with beside it.",
+    )
 
 
 def _updated(

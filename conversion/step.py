@@ -147,14 +147,14 @@ def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
 
 
 def read(step: pathlib.Path, model: decoder.Model) -> decoder.Params:
-  """Reads a sound checkpoint's parameters as float32, on the first device."""
+  """Reads a sound checkpoint's parameters as they are, on the first device."""
   return read_tree(step, model.abstract_params)
 
 
 def read_tree(step: pathlib.Path, abstract: decoder.Params) -> decoder.Params:
   """Reads what has these paths, as `read` does."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  how = ocp.ArrayRestoreArgs(sharding=place, dtype=np.dtype(np.float32))
+  how = ocp.ArrayRestoreArgs(sharding=place)
   return _restore(step, abstract, how)
 
 

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
+import re
 import shutil
+import socket
 
 from atlas_jax import errors
 
+_HOST = socket.gethostname()
 _SPARE_BYTES = 64 * 2**20  # For the files besides the weights.
 
 
@@ -25,6 +28,8 @@ def check(
 ) -> None:
   """Refuses a target that is in use, or too small a disk.
 
+  What killed runs left beside the target does not count: it is removed.
+
   Raises:
     errors.ConfigError: if it is in use, unless it is to be replaced.
     errors.CheckpointError: if the weights do not fit.
@@ -36,6 +41,7 @@ def check(
       why="Source and target are the same directory.",
       fix="Choose another target.",
     )
+  clean(directory)
   used = directory.exists() and not (
     directory.is_dir() and not any(directory.iterdir())
   )
@@ -62,6 +68,39 @@ def free_bytes(directory: pathlib.Path) -> int:
   return shutil.disk_usage(there).free
 
 
+def clean(directory: pathlib.Path) -> None:
+  """Removes what killed runs of this machine left beside a target.
+
+  A target that was about to be replaced gets its name back.
+  """
+  directory = directory.absolute()
+  name = re.escape(directory.name)
+  ours = re.compile(rf"{name}\.(tmp|old)-{re.escape(_HOST)}-(\d+)")
+  for path in sorted(directory.parent.glob(f"{directory.name}.*")):
+    match = ours.fullmatch(path.name)
+    if not match or _is_running(int(match[2])):
+      continue
+    if match[1] == "old" and not directory.exists():
+      path.rename(directory)
+    else:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(directory: pathlib.Path, kind: str) -> pathlib.Path:
+  # On a shared disk, other machines may have a process of the same number.
+  return directory.with_name(f"{directory.name}.{kind}-{_HOST}-{os.getpid()}")
+
+
+def _is_running(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return pid != os.getpid()  # What has our number was left by another.
+
+
 @contextlib.contextmanager
 def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   """Gives a directory to write into, which then becomes `directory`.
@@ -70,7 +109,8 @@ def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     errors.CheckpointError: if the disk refuses.
   """
   directory = directory.absolute()
-  partial = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+  clean(directory)
+  partial = _beside(directory, "tmp")
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -101,7 +141,7 @@ def _sync(directory: pathlib.Path) -> None:
 def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
   """Puts a complete directory under its final name."""
   if directory.exists() and any(directory.iterdir()):
-    old = directory.with_name(f"{directory.name}.old-{os.getpid()}")
+    old = _beside(directory, "old")
     directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old)

@@ -34,19 +34,6 @@ class Difference:
   largest: float = 0.0
 
 
-def differing_tensors(left: pathlib.Path, right: pathlib.Path) -> list[str]:
-  """Lists the tensors of two model directories that are not bit for bit equal.
-
-  A tensor in only one of them differs; how they are spread over files does not
-  matter.
-
-  Raises:
-    errors.CheckpointError: if a directory is malformed.
-  """
-  found = differences(weights.of_directory(left), weights.of_directory(right))
-  return sorted(difference.name for difference in found)
-
-
 def differences(
   left: weights.Weights,
   right: weights.Weights,

@@ -251,6 +251,7 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
     with progress.telling("Wrote", num_bytes) as advance:
       orbax_step.write(partial, params, source=source)
       advance(num_bytes)
+    del params  # What is read back may not fit beside them.
     with progress.telling("Read back", num_bytes) as advance:
       found = verify.differences(
         wanted, weights.of_step(partial, model), advance
@@ -336,8 +337,6 @@ def _tell_plan(
   print(f"From {origin}")
   print(f"to {out}: {what}, {num_bytes:,} bytes of weights;")
   print(f"{target.free_bytes(out):,} bytes are free there.")
-  if left_over := list(out.absolute().parent.glob(f"{out.name}.tmp-*")):
-    print(f"Left by a run that was killed, if none is going on: {left_over}")
 
 
 def _is_done(

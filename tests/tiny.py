@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
-from conversion import card, rules, save
+from conversion import card, rules, save, verify, weights
 from tests import fakes
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -205,3 +205,9 @@ def write_talker(directory: pathlib.Path, family="qwen2", **changes):
     overwrite=False,
   )
   return model, params
+
+
+def differing(left: pathlib.Path, right: pathlib.Path):
+  """Names the tensors of two directories that are not equal, bit for bit."""
+  sides = (weights.of_directory(directory) for directory in (left, right))
+  return sorted(each.name for each in verify.differences(*sides))

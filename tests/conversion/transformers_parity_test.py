@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.models import decoder
-from conversion import card, load, save, shards, verify
+from conversion import card, load, save, shards
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -106,7 +106,7 @@ def test_import_then_export_gives_the_same_bits(tmp_path, family, dtype):
 
   _export(tmp_path / "out", source, model, params, dtype)
 
-  assert verify.differing_tensors(source, tmp_path / "out") == []
+  assert tiny.differing(source, tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_sharded_equals_single_file(tmp_path):
   _, params = _load(single)
   _, others = _load(sharded)
 
-  assert verify.differing_tensors(single, sharded) == []
+  assert tiny.differing(single, sharded) == []
   for name in ("embed", "final_norm"):
     for key, value in params[name].items():
       np.testing.assert_array_equal(value, others[name][key])
@@ -163,4 +163,4 @@ def test_parameters_may_be_kept_in_bfloat16(tmp_path):
   _export(tmp_path / "out", source, model, params, "bfloat16")
 
   assert params["embed"]["embedding"].dtype == jnp.bfloat16
-  assert verify.differing_tensors(source, tmp_path / "out") == []
+  assert tiny.differing(source, tmp_path / "out") == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors
-from conversion import verify
+from conversion import rules, verify
 from tests import tiny
 
 
@@ -29,15 +29,29 @@ def test_other_parameters_are_told_apart(tmp_path, value):
     verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-3)
 
 
+def test_one_wrong_rule_is_found(tmp_path, monkeypatch):
+  right = rules.to_hf
+
+  def wrong(rule, array):
+    kernel = "attention/k/kernel" in rule.path
+    return right(rule, array[..., ::-1] if kernel else array)
+
+  monkeypatch.setattr(rules, "to_hf", wrong)
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
+  monkeypatch.undo()
+  with pytest.raises(errors.CheckpointError, match="first after layer 0"):
+    verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-4)
+
+
 def test_tensors_that_differ_are_listed(tmp_path):
   tiny.write_checkpoint(tmp_path / "a", "qwen2")
   tiny.write_checkpoint(tmp_path / "b", "qwen2", shard=3000)
   tiny.write_checkpoint(tmp_path / "c", "llama")
   tiny.write_checkpoint(tmp_path / "d", "qwen2", dtype="bfloat16")
-  assert verify.differing_tensors(tmp_path / "a", tmp_path / "b") == []
-  biases = verify.differing_tensors(tmp_path / "a", tmp_path / "c")
+  assert tiny.differing(tmp_path / "a", tmp_path / "b") == []
+  biases = tiny.differing(tmp_path / "a", tmp_path / "c")
   assert "model.layers.0.self_attn.q_proj.bias" in biases
-  assert len(verify.differing_tensors(tmp_path / "a", tmp_path / "d")) == 27
+  assert len(tiny.differing(tmp_path / "a", tmp_path / "d")) == 27
 
 
 def test_the_copy_is_laid_out_like_the_live_parameters(tmp_path):

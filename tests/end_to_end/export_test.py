@@ -12,7 +12,6 @@ from atlas_jax import launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.train import sft
 from configs.run import teacher_sft
-from conversion import verify
 from tests import fakes, tiny
 
 torch = pytest.importorskip("torch")
@@ -93,7 +92,7 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
   export = tmp_path / "export"
 
   # Else the export of the weights it began with would do as well.
-  assert verify.differing_tensors(tmp_path / "start", export)
+  assert tiny.differing(tmp_path / "start", export)
   opened, report = transformers.AutoModelForCausalLM.from_pretrained(
     export, output_loading_info=True
   )

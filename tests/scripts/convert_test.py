@@ -14,7 +14,7 @@ import pytest
 from atlas_jax import checkpoint, sharding, snapshot
 from atlas_jax.models import decoder, lora
 from atlas_jax.train import state as train_state
-from conversion import load, peft_adapters, shards, verify
+from conversion import load, peft_adapters, shards
 from scripts import convert
 from tests import tiny
 
@@ -88,7 +88,7 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
   assert _run(*to_hf, "--dry_run") == 0
   assert sorted(os.listdir(run)) == ["model", "model-source", "run"]
   assert _run(*to_hf) == 0
-  assert verify.differing_tensors(run / "model", run / "hf") == []
+  assert tiny.differing(run / "model", run / "hf") == []
   assert "Logits differ by 0.0e+00 at most" in capsys.readouterr().out
 
   assert _run("from_hf", run / "hf", run / "orbax", "--dry_run") == 0
@@ -230,6 +230,30 @@ def _outside(directory: pathlib.Path) -> None:
   (directory / shards.INDEX_NAME).write_text(json.dumps(index))
 
 
+def _one_missing(directory: pathlib.Path) -> None:
+  weights = directory / "model.safetensors"
+  weights.rename(directory / "model-00001-of-00002.safetensors")
+  files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+  index = {"weight_map": {file: file for file in files}}
+  (directory / shards.INDEX_NAME).write_text(json.dumps(index))
+
+
+def _replace(directory: pathlib.Path, old: bytes, new: bytes) -> None:
+  """Changes the header, and not its length."""
+  path = directory / "model.safetensors"
+  raw = path.read_bytes()
+  assert old in raw
+  path.write_bytes(raw.replace(old, new, 1))
+
+
+def _other_type(directory: pathlib.Path) -> None:
+  _replace(directory, b'"F32"', b'"I32"')
+
+
+def _renamed(directory: pathlib.Path) -> None:
+  _replace(directory, b"model.norm.weight", b"model.norm.heavy_")
+
+
 def _flipped(directory: pathlib.Path) -> None:
   path = directory / "model.safetensors"
   raw = bytearray(path.read_bytes())
@@ -241,6 +265,9 @@ def _flipped(directory: pathlib.Path) -> None:
   ("harm", "told"),
   [
     (_pickled, "save_pretrained(o)"),
+    (_one_missing, "Missing: ['model-00002-of-00002.safetensors']"),
+    (_other_type, "has dtype 'I32'; supported are"),
+    (_renamed, "Missing: model.norm.weight. Unexpected: model.norm.heavy_"),
     (_truncated, "its tensors end at byte"),
     (_header_bomb, "its header claims"),
     (_outside, "points outside of the directory"),
