@@ -60,17 +60,20 @@ def _of_step(step: pathlib.Path) -> dict[str, Header]:
 
 
 def _place(sharding: object) -> str:
-  """Says which axes of a mesh split an array, if any do."""
-  spec = getattr(sharding, "partition_spec", None)
-  if not spec or not any(spec):
-    return ""
-  mesh = zip(
-    getattr(sharding, "axis_names", ()),
-    np.ravel(getattr(sharding, "shape", ())),
-    strict=True,
+  """Says which axes of a mesh split each axis of an array, if any do."""
+  sizes = dict(
+    zip(
+      getattr(sharding, "axis_names", ()),
+      np.ravel(getattr(sharding, "shape", ())),
+      strict=True,
+    )
   )
-  sizes = ", ".join(f"{name}={size}" for name, size in mesh)
-  return f"  {tuple(spec)} of {sizes}"
+  split = []
+  for axes in getattr(sharding, "partition_spec", None) or ():
+    names = np.ravel(axes) if axes else ()
+    used = [f"{name}={sizes[name]}" for name in names if sizes[name] > 1]
+    split.append(" x ".join(used) or "whole")
+  return f"  split ({', '.join(split)})" if {*split} - {"whole"} else ""
 
 
 def _config(place: pathlib.Path) -> str:

@@ -75,10 +75,9 @@ def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
   assert _run("inspect", tmp_path) == 0
   out = capsys.readouterr().out
   assert f"Orbax checkpoint {tmp_path / '7'}\n" in out
-  assert (
-    "embedding  float32 (38, 24)  ('tensor', 'fsdp') of "
-    "data=2, fsdp=2, tensor=2\n" in out
-  )
+  assert "embedding  float32 (38, 24)  split (tensor=2, fsdp=2)\n" in out
+  assert "bias  float32 (2, 2, 8)  split (whole, tensor=2, whole)\n" in out
+  assert "step  int32 ()\n" in out
   assert "opt_state" in out
 
 
