@@ -83,7 +83,8 @@ def test_every_byte_is_read_once_for_the_device_that_owns_it(
     num_attention_heads=4,
     num_key_value_heads=2,
   )
-  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+  data, fsdp, tensor = sizes
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
   reads = []
   copy = arrays.copy
 
