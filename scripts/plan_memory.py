@@ -149,6 +149,19 @@ def _scoring(
   return {"scoring": {"activations": scored}}
 
 
+def longest_row(
+  config: Any,  # Any: as in `describe`.
+  prompt_tokens: int,
+) -> int:
+  """Counts the tokens of the longest prompt with the longest teaching.
+
+  Where there is a student, its probe is in the prompt.
+  """
+  sampling = config.sampling
+  probe = sampling.probe.max_completion_tokens if "probe" in sampling else 0
+  return prompt_tokens + probe + sampling.teach.max_completion_tokens
+
+
 def with_changes(
   config: Any,  # Any: as in `describe`.
   changes: Mapping[str, object],
@@ -197,7 +210,7 @@ def _grpo_rows(
 ) -> plan.Rows:
   """Counts the rows of an update, were all completions the longest."""
   batch, teach = config.batch, config.sampling.teach
-  longest = prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens
+  longest = longest_row(config, prompt_tokens)
   length = max(config.packing.length, longest)
   in_row = length // longest if config.packing.packed else 1
   in_update = batch.num_questions * teach.group_size / batch.num_minibatches
@@ -209,13 +222,6 @@ def _grpo_rows(
     length,
     config.score.chunk_size,
   )
-
-
-def _probe_tokens(config: Any) -> int:  # Any: as in `describe`.
-  """Tells how much longer the teacher's prompt is than the question."""
-  if "probe" not in config.sampling:
-    return 0
-  return config.sampling.probe.max_completion_tokens
 
 
 def _students(
@@ -258,7 +264,7 @@ def _cache(
     (
       job.policy.base,
       num_teachings,
-      prompt_tokens + _probe_tokens(config) + teach.max_completion_tokens,
+      longest_row(config, prompt_tokens),
     )
   ]
   if "student" in config:

@@ -168,16 +168,17 @@ def _step_flops(
   described: plan_memory.Job,
 ) -> tuple[int, float]:
   """Counts the tokens of a step, and the model FLOPs it takes to train."""
-  shape, rows = described.policy.base.config, described.rows
+  shape = described.policy.base.config
   is_base_frozen = described.policy.adapters is not None
   if "reward" not in config:
-    length = round(facts.tokens_per_row or rows.length)
+    length = round(facts.tokens_per_row or described.rows.length)
     lengths = [length] * config.batch.size
     return sum(lengths), flops.of_update(
       shape, lengths, is_base_frozen=is_base_frozen
     )
   num_rows = config.batch.num_questions * config.sampling.teach.group_size
-  lengths = [rows.length] * num_rows
+  longest = plan_memory.longest_row(config, facts.prompt_tokens)
+  lengths = [longest] * num_rows
   update = flops.of_update(shape, lengths, is_base_frozen=is_base_frozen)
   num_scored = 2 if config.loss.kl_coef else 1
   total = config.batch.num_iterations * update

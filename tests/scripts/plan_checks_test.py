@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a run's files and servers shows before it starts."""
+
+import json
+import socket
+
+import pytest
+
+from configs.run import teacher_rcl, teacher_sft
+from scripts import plan_checks
+from tests import tiny
+
+_SHAPE = {"num_hidden_layers": 1, "max_position_embeddings": 4096}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("plan")
+  tiny.write_talker(directory / "model", **_SHAPE)
+  rows = [
+    {"question": "2 + " * i + "2?", "solution": "4", "answer": "4"}
+    for i in range(1, 41)
+  ]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (directory / "rows.jsonl").write_text(text)
+  return directory
+
+
+def _sft(files):
+  config = teacher_sft.get_config()
+  config.model.path = str(files / "model")
+  config.data.path = str(files / "rows.jsonl")
+  config.packing.length = 256
+  config.batch.size = 2
+  return config
+
+
+def _grpo(files):
+  config = teacher_rcl.get_config()
+  config.model.path = config.student.path = str(files / "model")
+  config.data.path = str(files / "rows.jsonl")
+  return config
+
+
+def _status(facts):
+  return {check.name: check.status for check in facts.checks}
+
+
+def test_conversations_are_packed_as_the_run_will(files):
+  facts = plan_checks.run(_sft(files))
+  assert set(_status(facts).values()) == {"ok"}
+  assert facts.steps_per_epoch > 0
+  assert 128 < facts.tokens_per_row <= 256
+  assert list(files.rglob("quarantine.jsonl")) == []
+
+
+def test_the_longest_question_is_counted_in_its_template(files):
+  facts = plan_checks.run(_grpo(files))
+  assert set(_status(facts).values()) == {"ok"}
+  config = _grpo(files)
+  config.data.max_rows = 20
+  shorter = plan_checks.run(config)
+  assert 40 < shorter.prompt_tokens < facts.prompt_tokens
+  assert facts.steps_per_epoch is None
+
+
+def test_a_config_alone_has_all_else_absent(files, tmp_path):
+  (tmp_path / "model").mkdir()
+  source = files / "model/config.json"
+  (tmp_path / "model/config.json").write_text(source.read_text())
+  config = _sft(files)
+  config.model.path = str(tmp_path / "model")
+  facts = plan_checks.run(config)
+  assert facts.shape is not None
+  status = _status(facts)
+  assert status.pop("model") == "ok"
+  assert set(status.values()) == {"absent"}
+
+
+def _break_data(directory, config):
+  (directory / "broken.jsonl").write_text("{\n" * 20)
+  config.data.path = str(directory / "broken.jsonl")
+
+
+def _break_model(directory, config):
+  del directory
+  config.model.path = "/nowhere/at/all"
+
+
+def _break_weights(directory, config):
+  fields = tiny.fields("qwen2", **_SHAPE, hidden_size=24, vocab_size=1024)
+  (directory / "config.json").write_text(json.dumps(fields))
+  (directory / "model.safetensors").write_bytes(b"\0" * 64)
+  config.model.path = str(directory)
+
+
+def _break_length(directory, config):
+  del directory
+  config.packing.length = 8192
+
+
+@pytest.mark.parametrize(
+  ("damage", "name"),
+  [
+    (_break_data, "data"),
+    (_break_model, "model"),
+    (_break_weights, "weights of the model"),
+    (_break_length, "data"),
+  ],
+)
+def test_what_cannot_be_used_fails_with_a_fix(files, tmp_path, damage, name):
+  config = _sft(files)
+  damage(tmp_path, config)
+  failed = [c for c in plan_checks.run(config).checks if c.status == "FAIL"]
+  assert [check.name for check in failed] == [name]
+  assert failed[0].fix
+
+
+def test_a_server_that_does_not_answer_fails(files):
+  with socket.socket() as server:  # Nobody listens there afterwards.
+    server.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{server.getsockname()[1]}"
+  config = _grpo(files)
+  config.rollout.backend = "http"
+  config.rollout.policy_urls = config.rollout.student_urls = (url,)
+  status = _status(plan_checks.run(config))
+  assert status["server of the policy"] == "FAIL"
+  assert status["server of the student"] == "FAIL"
+  assert status["data"] == "ok"
+
+
+def test_a_disk_is_looked_at_where_the_workdir_will_be(tmp_path):
+  workdir = tmp_path / "not/there/yet"
+  assert plan_checks.disk(workdir, 1).status == "ok"
+  full = plan_checks.disk(workdir, 1 << 60)
+  assert full.status == "FAIL"
+  assert "--config.checkpoint.keep" in full.fix
+  assert str(tmp_path) in full.found
+  assert not workdir.exists()
