@@ -363,14 +363,15 @@ class Checkpointer:
     self, changed: Mapping[str, tuple[str, str]], path: pathlib.Path
   ) -> None:
     if not changed.keys() <= self._allowed:
-      may = ",".join(name for name in changed if name in _MAY_CHANGE)
+      fix = "Restore what changed, or choose another --workdir"
+      if changed.keys() <= _MAY_CHANGE.keys():
+        names = ",".join(changed)
+        fix += f"; or allow it: --config.checkpoint.allow_changed={names}"
       raise errors.CheckpointError(
         f"A checkpoint was made with another {' and '.join(changed)}.",
         where=str(path),
         why=snapshot.table(changed),
-        fix="Restore what changed, or choose another --workdir"
-        + f"; or allow it: --config.checkpoint.allow_changed={may}."
-        * bool(may),
+        fix=f"{fix}.",
       )
     if changed:
       logging.warning("Going on with what changed:%s", snapshot.table(changed))

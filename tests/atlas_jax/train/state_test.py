@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from atlas_jax import checkpoint, errors, sharding
@@ -158,6 +159,32 @@ def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
   _assert_same(restored, state)
   straight = _train(state, _make_step(saved), (2, 3))
   _assert_same(_train(restored, _make_step(resumed), (2, 3)), straight)
+
+
+def test_another_optimizer_begins_anew_with_the_parameters_of_the_old(tmp_path):
+  def open_saver(optimizer):
+    return checkpoint.Checkpointer(
+      tmp_path,
+      identity={"optimizer": optimizer},
+      keep=1,
+      max_failed=1,
+      allow_changed="optimizer",
+      best_metric="",
+      best_mode="min",
+      load_best=False,
+    )
+
+  off = train_state.Offload()
+  state = _train(_start(off), _make_step(off), range(2))
+  with open_saver("adamw") as checkpointer:
+    checkpointer.save(2, state, {}, {})
+  other = train_state.create(
+    _params(), optax.lion(1e-3), mesh=_mesh(), reference=_params()
+  )
+  restored, _ = open_saver("lion").restore_latest(other)
+  _assert_same(restored.params, state.params)
+  _assert_same(restored.opt_state, other.opt_state)
+  assert int(restored.step) == int(state.step)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
