@@ -11,6 +11,7 @@ import re
 import shutil
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -46,6 +47,7 @@ def home(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", str(home / "cache"))
   yield home
   jax.config.update("jax_compilation_cache_dir", old)
+  compilation_cache.reset_cache()
 
 
 def _shorten(config, home):
