@@ -82,7 +82,7 @@ def save_directory(
   fields = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": str(source),
+    "base_model_name_or_path": about.base,
     "r": settings.rank,
     "lora_alpha": settings.alpha,
     "target_modules": sorted({name.split(".")[-3] for name in named}),

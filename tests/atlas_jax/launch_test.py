@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, launch, sharding
+from atlas_jax.models import lora
 from atlas_jax.train import state as train_state
+from conversion import card, peft_adapters
 from tests import tiny
 
 _SHAPE = {"num_hidden_layers": 1}
@@ -234,3 +236,33 @@ def test_roles_share_the_seed_of_the_run(talker):
   with launch.open_protocol(opened, opened, _mesh(), config) as found:
     assert found.baseline_params.seed == found.teach_params.seed == 11
     assert found.policy.sampler is not found.student.sampler
+
+
+def test_adapters_start_from_a_directory_and_lie_where_they_are_trained(
+  talker, tmp_path
+):
+  directory, model, _ = talker
+  settings = {"rank": 2, "alpha": 4.0, "targets": ("attention/[qv]",)}
+  abstract = lora.only(lora.adapt(model, lora.Lora(**settings)).abstract_params)
+  adapters = lora.init(jax.random.key(5), abstract)
+  peft_adapters.save_directory(
+    tmp_path / "adapter",
+    adapters,
+    model,
+    settings=lora.Lora(**settings),
+    source=directory,
+    about=card.Card(base=""),
+  )
+  mesh = _mesh(data=2, fsdp=2, tensor=2)
+  opened = launch.open_model(mesh, path=str(directory), **_MODEL)
+
+  path = str(tmp_path / "adapter")
+  _, started = launch.open_policy(opened, mesh, seed=0, path=path, **settings)
+  _, drawn = launch.open_policy(opened, mesh, seed=0, path="", **settings)
+
+  jax.tree.map(np.testing.assert_array_equal, started, adapters)
+  places = [jax.tree.map(lambda x: x.sharding, t) for t in (started, drawn)]
+  assert places[0] == places[1]
+  off = {**settings, "rank": 0}
+  with pytest.raises(errors.ConfigError, match=r"lora\.rank=2"):
+    launch.open_policy(opened, mesh, seed=0, path=path, **off)
