@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel that ignores its mask is found out before training."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.models import kernel_check, kernels
+from tests import tiny
+
+
+def _blind(kernel, mask, queries, keys):
+  """Attends as cuDNN would without a mask: causally, segments or not."""
+  if kernel != "cudnn":
+    return _MAKE(kernel, mask, queries, keys)
+  one_segment = jnp.ones_like(queries.segment_ids_BT)
+  in_row = jnp.broadcast_to(jnp.arange(one_segment.shape[1]), one_segment.shape)
+  row = kernels.Tokens(in_row, one_segment)
+  return _MAKE("reference", mask, row, row)
+
+
+def _exact(kernel, mask, queries, keys):
+  del kernel
+  return _MAKE("reference", mask, queries, keys)
+
+
+_MAKE = kernels.make
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+  """Lets no test run what another has compiled of another kernel."""
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kernel_that_ignores_segments_is_refused(monkeypatch, dtype):
+  config = tiny.build("gemma2").config
+  monkeypatch.setattr(kernels, "make", _blind)
+  with pytest.raises(errors.ConfigError, match="attention=cudnn"):
+    kernel_check.require("cudnn", config, jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kernel_that_rounds_is_not_refused(monkeypatch, dtype):
+  config = tiny.build("gemma2").config
+  monkeypatch.setattr(kernels, "make", _exact)
+  kernel_check.require("cudnn", config, jnp.dtype(dtype))
