@@ -24,7 +24,7 @@ from atlas_jax import (
   types,
   workdirs,
 )
-from atlas_jax.models import decoder, kernels, lora
+from atlas_jax.models import decoder, kernel_check, kernels, lora
 from atlas_jax.rewards import combine, custom, rlt
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
@@ -183,6 +183,7 @@ def open_model(
   chat.check_vocabulary(tokenizer, config.vocab_size, directory)
   if not with_params:
     return OpenModel(path, directory, model, {}, tokenizer)
+  kernel_check.require(model.kernel, config, model.dtype)
   shardings = sharding.of_params(mesh, model.abstract_params)
   params = load.load(
     directory, model, param_dtype=param_dtype, shardings=shardings
