@@ -9,14 +9,14 @@ their first axis, and the layers run as one scan.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from flax import nnx
 import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-from atlas_jax.models import attention, experts, kernels, layers
+from atlas_jax.models import attention, blocks, experts, kernels, layers
 from atlas_jax.models import config as model_config
 from atlas_jax.models import layout as layouts
 from atlas_jax.models import rope as rope_lib
@@ -35,115 +35,6 @@ _POLICIES = {
     offload_dst="pinned_host",
   ),
 }
-
-
-class View(NamedTuple):
-  """Where tokens are and what they see, the same in all layers of a kind."""
-
-  turns: rope_lib.Turns
-  attend: kernels.Attend
-  counted_BT: jax.Array  # False on padding.
-
-
-class Block(nnx.Module):
-  """Attention and MLP, each on the normalised residual stream."""
-
-  def __init__(
-    self,
-    config: model_config.DecoderConfig,
-    *,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-  ) -> None:
-    """Makes the two halves and their norms."""
-
-    def norm() -> layers.RMSNorm:
-      return layers.RMSNorm(
-        config.width,
-        epsilon=config.norm_epsilon,
-        zero_centered=config.zero_centered_norms,
-        dtype=dtype,
-      )
-
-    self.attention_norm, self.mlp_norm = norm(), norm()
-    if config.post_norms:
-      self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-    self.attention = attention.Attention(config, dtype=dtype, rngs=rngs)
-    if config.experts:
-      self.mixture = experts.Mixture(
-        config, config.experts, dtype=dtype, rngs=rngs
-      )
-    else:
-      self.mlp = layers.GatedMLP(
-        config.width,
-        config.mlp_width,
-        activation=config.activation,
-        scale=config.initializer_range,
-        dtype=dtype,
-        rngs=rngs,
-      )
-    self._config = config
-
-  def __call__(
-    self, x_BTD: jax.Array, view: View, layout: layouts.Layout | None
-  ) -> tuple[jax.Array, experts.Load | None]:
-    """Applies the block to whole sequences, which lie as `layout` says."""
-    q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
-    k_BTKH = layouts.gather_tokens(k_BTKH, layout)
-    v_BTKH = layouts.gather_tokens(v_BTKH, layout)
-    mixed_BTNH = view.attend(
-      q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    )
-    x_BTD, load = self._finish(x_BTD, mixed_BTNH, view, layout)
-    return layouts.spread(x_BTD, layout), load
-
-  def cached(
-    self,
-    x_BTD: jax.Array,
-    view: View,
-    keys_BKSH: jax.Array,
-    values_BKSH: jax.Array,
-    slot: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Applies the block to new tokens, their keys written from `slot` on."""
-
-    def write(seen_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-      new_BKTH = new_BTKH.swapaxes(1, 2).astype(seen_BKSH.dtype)
-      return jax.lax.dynamic_update_slice_in_dim(
-        seen_BKSH, new_BKTH, slot, axis=2
-      )
-
-    q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
-    seen = write(keys_BKSH, k_BTKH), write(values_BKSH, v_BTKH)
-    x_BTD, _ = self._finish(x_BTD, view.attend(q_BTNH, *seen), view, None)
-    return x_BTD, *seen
-
-  def _qkv(
-    self, x_BTD: jax.Array, view: View
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return self.attention.project(self.attention_norm(x_BTD), view.turns)
-
-  def _finish(
-    self,
-    x_BTD: jax.Array,
-    mixed_BTNH: jax.Array,
-    view: View,
-    layout: layouts.Layout | None,
-  ) -> tuple[jax.Array, experts.Load | None]:
-    """Adds what attention gave, then what the MLP makes of it."""
-    added_BTD = self.attention.o(mixed_BTNH)
-    if self._config.post_norms:
-      added_BTD = self.attention_post_norm(added_BTD)
-    x_BTD = x_BTD + added_BTD
-
-    normed_BTD, load = self.mlp_norm(x_BTD), None
-    if self._config.experts:
-      added_BTD, load = self.mixture(normed_BTD, view.counted_BT, layout)
-    else:
-      added_BTD = self.mlp(normed_BTD)
-    if self._config.post_norms:
-      added_BTD = self.mlp_post_norm(added_BTD)
-    return x_BTD + added_BTD, load
 
 
 class Embedding(nnx.Module):
@@ -170,8 +61,8 @@ class Decoder(nnx.Module):
   ) -> None:
     """Makes the parameters, those of the blocks stacked along axis 0."""
 
-    def make_block(rngs: nnx.Rngs) -> Block:
-      return Block(config, dtype=dtype, rngs=rngs)
+    def make_block(rngs: nnx.Rngs) -> blocks.Block:
+      return blocks.Block(config, dtype=dtype, rngs=rngs)
 
     self.embed = Embedding(config, rngs=rngs)
     self.layers = nnx.vmap(make_block)(rngs.split(config.num_layers))
@@ -207,7 +98,7 @@ class Model:
   dtype: jnp.dtype
   kernel: kernels.Kernel
   abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
-  block_graph: nnx.GraphDef[Block]
+  block_graph: nnx.GraphDef[blocks.Block]
   _remat: Remat
   _unroll: int
   layout: layouts.Layout | None
@@ -255,7 +146,7 @@ class Model:
     ) -> tuple[jax.Array, experts.Load | None]:
       block, is_local = layer
       x_BTD = ad_checkpoint.checkpoint_name(x_BTD, _INPUT)
-      module: Block = nnx.merge(self.block_graph, nnx.State(block))
+      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
       return module(x_BTD, views(is_local), self.layout)
 
     if self._remat != "none":
@@ -292,9 +183,9 @@ class Model:
     tokens = kernels.Tokens(positions_BT, segment_ids_BT)
     views = self._views(tokens, tokens, self.kernel)
     found = [self._embed(params, tokens_BT)]
-    blocks = unstack(params)["layers"]
-    for block, is_local in zip(blocks, self.config.local, strict=True):
-      module: Block = nnx.merge(self.block_graph, nnx.State(block))
+    taken_apart = unstack(params)["layers"]
+    for block, is_local in zip(taken_apart, self.config.local, strict=True):
+      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
       x_BTD, _ = module(found[-1], views(is_local), self.layout)
       found.append(x_BTD)
     return found
@@ -335,7 +226,7 @@ class Model:
       *(params["layers"], self.config.local, cache.keys, cache.values),
       strict=True,
     ):
-      module: Block = nnx.merge(self.block_graph, nnx.State(block))
+      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
       x_BTD, keys_BKSH, values_BKSH = module.cached(
         x_BTD, views(is_local), keys_BKSH, values_BKSH, slot
       )
@@ -375,15 +266,15 @@ class Model:
 
   def _views(
     self, queries: kernels.Tokens, keys: kernels.Tokens, kernel: kernels.Kernel
-  ) -> Callable[[jax.Array | bool], View]:
+  ) -> Callable[[jax.Array | bool], blocks.View]:
     """Makes the function from whether a layer is local to what it sees."""
     config = self.config
 
-    def view(rope: rope_lib.Rope, window: int | None) -> View:
+    def view(rope: rope_lib.Rope, window: int | None) -> blocks.View:
       mask = kernels.Mask(
         window, config.attention_scale, config.attention_soft_cap
       )
-      return View(
+      return blocks.View(
         rope.turns(queries.positions_BT),
         kernels.make(kernel, mask, queries, keys, layout=self.layout),
         queries.segment_ids_BT > 0,
@@ -397,7 +288,7 @@ class Model:
       return lambda _: near
     everything = view(config.rope, None)
 
-    def choose(is_local: jax.Array | bool) -> View:
+    def choose(is_local: jax.Array | bool) -> blocks.View:
       if isinstance(is_local, bool):
         return near if is_local else everything
       turns = jax.tree.map(
@@ -413,7 +304,7 @@ class Model:
           *(q_BTNH, k_BKSH, v_BKSH),
         )
 
-      return View(turns, attend, near.counted_BT)
+      return blocks.View(turns, attend, near.counted_BT)
 
     return choose
 
@@ -492,9 +383,9 @@ def build(
     rngs = nnx.Rngs(params=jax.random.key(0))
     return Decoder(config, dtype=activation, rngs=rngs)
 
-  def block() -> Block:
+  def block() -> blocks.Block:
     rngs = nnx.Rngs(params=jax.random.key(0))
-    return Block(config, dtype=activation, rngs=rngs)
+    return blocks.Block(config, dtype=activation, rngs=rngs)
 
   abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(decoder)))
   block_graph = nnx.graphdef(nnx.eval_shape(block))

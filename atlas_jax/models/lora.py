@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax import errors
-from atlas_jax.models import decoder, layers
+from atlas_jax.models import blocks, decoder, layers
 
 _NAMES = ("lora_a", "lora_b")
 
@@ -63,9 +63,9 @@ def adapt(model: decoder.Model, lora: Lora) -> decoder.Model:
     errors.ConfigError: if a target matches no layer that can have one.
   """
 
-  def block() -> decoder.Block:
+  def block() -> blocks.Block:
     rngs = nnx.Rngs(params=jax.random.key(0))
-    made = decoder.Block(model.config, dtype=model.dtype, rngs=rngs)
+    made = blocks.Block(model.config, dtype=model.dtype, rngs=rngs)
     for layer in _chosen(made, lora.targets):
       layer.add_adapter(rank=lora.rank, scale=lora.scale)
     return made
@@ -173,9 +173,7 @@ def fingerprint(sums: decoder.Params) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen(
-  block: decoder.Block, targets: Sequence[str]
-) -> list[layers.Linear]:
+def _chosen(block: blocks.Block, targets: Sequence[str]) -> list[layers.Linear]:
   """Finds the layers that the targets name; each must name one."""
   linears = {
     "/".join(map(str, path)): node
