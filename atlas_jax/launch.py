@@ -103,7 +103,8 @@ def _out_of_memory_told() -> Iterator[None]:
       why=str(error).partition("\n")[0] or "It could not be allocated.",
       fix="Make the batch smaller, or split it into more microbatches "
       "(--config.batch); recompute more (--config.model.remat); or split the "
-      "model over more devices (--config.mesh). The last checkpoint is kept.",
+      "model over more devices (--config.mesh); --plan tells what each part "
+      "takes. The last checkpoint is kept.",
     ) from error
 
 
