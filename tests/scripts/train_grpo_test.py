@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,14 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   assert rows[0]["rewards/unavailable"] == 0
   assert "eval/teaching/NDR" in rows[-1]
   assert (workdir / "export/model.safetensors").exists()
+  card = (workdir / "export/README.md").read_text()
+  facts = dict(re.findall(r"(?m)^- ([\w ]+): (.+)$", card))
+  assert facts["Base model"] == f"{tmp_path}/policy"
+  assert facts["Recipe"] == "GRPO"
+  assert "rlt" in facts["Reward"]
+  assert re.fullmatch("[0-9a-f]{64}", facts["Data fingerprint"])
+  evaluated = rows[-1]["eval/teaching/NDR"]
+  assert f"| eval/teaching/NDR | 2 | {evaluated:.6g} |" in card
   assert (workdir / "checkpoints/2/manifest.json").exists()
   assert _run(command, workdir) == told
 
