@@ -52,6 +52,7 @@ class Learner:
     """
     sampling = config.sampling.teach
     _check_sampling(sampling)
+    _check_rows(config)
     score.check_balance(policy.model, **config.experts)
     self._objective = grpo.Objective(
       **config.loss, max_tokens=sampling.max_completion_tokens
@@ -303,6 +304,22 @@ def count_varied(rewarded: Sequence[types.Reward], group_size: int) -> int:
   """Counts the groups that have something to teach: rewards that differ."""
   varied_P1 = advantages.has_variance(*group_rewards(rewarded, group_size))
   return int(varied_P1.sum())
+
+
+def _check_rows(config: Any) -> None:  # Any: a ConfigDict.
+  """Refuses sizes of rows and parts that there are not."""
+  for name, value, least in (
+    ("batch.per_device", config.batch.per_device, 0),
+    ("batch.num_minibatches", config.batch.num_minibatches, 1),
+    ("packing.length", config.packing.length, 0),
+  ):
+    if value < least:
+      raise errors.ConfigError(
+        "Rows cannot be laid out like this.",
+        where=f"--config.{name}={value}",
+        why=f"It counts something, and is {least} or more.",
+        fix=f"Set it to {least}, or to more.",
+      )
 
 
 def _check_sampling(

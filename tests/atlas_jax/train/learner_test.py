@@ -326,3 +326,16 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
 def test_rewards_that_are_no_whole_groups_are_refused():
   with pytest.raises(ValueError, match="no whole groups of 4"):
     learning.group_rewards([types.Reward(1.0)] * 6, 4)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("batch.per_device", -1),
+    ("batch.num_minibatches", 0),
+    ("packing.length", -1),
+  ],
+)
+def test_rows_that_cannot_be_laid_out_are_refused(name, value):
+  with pytest.raises(errors.ConfigError, match=f"{name}={value}"):
+    _update(_config("grpo", **{name: value}))
