@@ -16,11 +16,13 @@ from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 
 from atlas_jax import errors
 
 _POLL_S = 0.2
 _SHUTDOWN_S = 60
+_MAX_FILES_S = 3600
 _MAX_SHOWN = 40
 # What is broken says so in many words; these are in all of them.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "oordination")
@@ -93,9 +95,12 @@ def is_first() -> bool:
 
 
 def wait(name: str) -> None:
-  """Waits until all processes are here; `name` says where that is."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  """Waits until all processes are here; `name` says where that is.
+
+  It is no collective: the first may be at its files for longer than those wait.
+  """
+  barrier = ocp.multihost.get_barrier_sync_fn()
+  barrier(key=name, timeout_ms=1000 * _MAX_FILES_S)
 
 
 def gather(array: jax.Array) -> np.ndarray:
@@ -130,14 +135,18 @@ def agree(facts: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def lost_told() -> Iterator[None]:
-  """Turns what a broken connection raises into advice.
+def together() -> Iterator[None]:
+  """Ends when all processes do, as the first may still be at its files.
 
   Raises:
-    errors.LostProcessError: in place of such an error.
+    errors.LostProcessError: in place of what a broken connection raises.
   """
   try:
     yield
+    wait("end")
+  except errors.PreemptedError:
+    wait("preempted")
+    raise
   except jax.errors.JaxRuntimeError as error:
     text = str(error).partition("\n")[0]
     if jax.process_count() == 1 or not any(mark in text for mark in _LOST):

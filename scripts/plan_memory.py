@@ -197,6 +197,9 @@ def _sft_rows(
   mesh: jax.sharding.Mesh,
 ) -> plan.Rows:
   num_parts = sharding.num_microbatches(mesh, **config.batch)
+  sharding.check_length(
+    mesh, config.packing.length, where="--config.packing.length"
+  )
   per_device = config.batch.size // sharding.num_row_shards(mesh) // num_parts
   return plan.Rows(
     per_device, num_parts, config.packing.length, config.loss.chunk_size

@@ -55,7 +55,7 @@ def run(module: str, main: Callable[[], None]) -> int:
     distributed.initialize(
       address, max_wait_s=_WAIT.value, max_silence_s=_SILENCE.value
     )
-    with distributed.lost_told():
+    with distributed.together():
       main()
     return errors.Exit.DONE
   command = launcher.Command(

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -49,6 +50,9 @@ def _start(home, workdir, *options, num_devices):
     "loop.log_every": 1,
     "loop.eval_every": 2,
     "loop.save_every": 2,
+    # As long a run as it may be, its first steps are the same.
+    "schedule.schedule": "constant",
+    "schedule.warmup_fraction": 0.0,
   }
   words = [f"--config.{key}={value}" for key, value in settings.items()]
   recipe = f"--config={_ROOT}/configs/run/teacher_sft.py:smoke"
@@ -103,25 +107,41 @@ def _losses(workdir):
   ]
 
 
+def _check_equal(workdir, expected):
+  """Compares losses, and the weights that were exported."""
+  losses = _losses(workdir)
+  assert losses == pytest.approx(_losses(expected), rel=1e-6)
+  got, wanted = (
+    safetensors.load_file(run / "export/model.safetensors")
+    for run in (workdir, expected)
+  )
+  for name, weights in wanted.items():
+    distance = np.linalg.norm(got[name] - weights)
+    assert distance <= 1e-6 * np.linalg.norm(weights), name
+  return losses
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(home, tmp_path):
+def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
-  code, text = _end(_start(home, tmp_path / "one", *mesh, num_devices=4))
-  assert code == 0, text
+
+  def train_alone(run, *options):
+    code, text = _end(_start(home, tmp_path / run, *options, num_devices=4))
+    assert code == 0, text
+    return text
+
+  train_alone("one", *mesh)
   with _pair(home, tmp_path / "two", *mesh) as pair:
     for process in pair:
       code, text = _end(process)
       assert code == 0, text
-  one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
-  assert len(two) == _NUM_STEPS + 2
-  assert two == pytest.approx(one, rel=1e-6)
-  exports = [
-    safetensors.load_file(tmp_path / run / "export/model.safetensors")
-    for run in ("one", "two")
-  ]
-  for name, expected in exports[0].items():
-    distance = np.linalg.norm(exports[1][name] - expected)
-    assert distance <= 1e-6 * np.linalg.norm(expected), name
+  assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 2
+
+  more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
+  train_alone("one", *mesh, more)
+  text = train_alone("two", "--config.mesh.fsdp=4", more)
+  assert f"Resuming from step {_NUM_STEPS}" in text
+  assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 5
 
 
 def _child(pid):
@@ -132,15 +152,22 @@ def _child(pid):
   return pid
 
 
-@pytest.mark.slow
-def test_one_process_does_not_outlive_the_other(home, tmp_path):
+@contextlib.contextmanager
+def _long_run(home, workdir):
+  """Starts two processes, and lets them do a few steps."""
   options = ("--config.loop.num_steps=100000", "--max_process_silence_s=10")
-  with _pair(home, tmp_path / "run", *options) as (first, second):
+  with _pair(home, workdir, *options) as pair:
     deadline = time.monotonic() + _MAX_S
-    while not (tmp_path / "run/checkpoints/2").exists():
-      assert first.poll() is None, first.stdout.read()
+    while not (workdir / "checkpoints/2").exists():
+      assert pair[0].poll() is None, pair[0].stdout.read()
       assert time.monotonic() < deadline
       time.sleep(0.2)
+    yield pair
+
+
+@pytest.mark.slow
+def test_one_process_does_not_outlive_the_other(home, tmp_path):
+  with _long_run(home, tmp_path) as (first, second):
     os.kill(_child(second.pid), signal.SIGKILL)
     killed_at = time.monotonic()
     code, text = _end(first)
@@ -151,6 +178,19 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path):
     code, text = _end(second)
     assert code == 70
     assert "killed by SIGKILL" in text
+
+
+@pytest.mark.slow
+def test_both_processes_stop_at_one_step_when_one_is_asked(home, tmp_path):
+  with _long_run(home, tmp_path) as pair:
+    pair[1].terminate()
+    ends = [_end(process) for process in pair]
+  steps = [
+    re.search(r"Stopped on request after step (\d+)", t) for _, t in ends
+  ]
+  assert [code for code, _ in ends] == [75, 75], ends
+  assert steps[0][1] == steps[1][1]
+  assert (tmp_path / "checkpoints" / steps[0][1] / "manifest.json").exists()
 
 
 @pytest.mark.slow
