@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints, as training writes them: found, listed, read, written."""
 
-from collections.abc import Mapping
 import pathlib
 import shutil
 from typing import Any
@@ -152,29 +151,23 @@ def read(step: pathlib.Path, model: decoder.Model) -> decoder.Params:
 
 
 def read_tree(step: pathlib.Path, abstract: decoder.Params) -> decoder.Params:
-  """Reads what has these paths, as `read` does."""
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  how = ocp.ArrayRestoreArgs(sharding=place)
-  return _restore(step, abstract, how)
+  """Reads what has these paths, as `read` does, one after the other.
+
+  Orbax would read all at once, and hold everything twice.
+  """
+  leaves = [
+    jax.device_put(read_one(step, path), jax.devices()[0])
+    for path, _ in rules.flatten(abstract)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def read_one(step: pathlib.Path, path: str) -> np.ndarray:
-  """Reads one parameter of a sound checkpoint, by its path."""
-  leaf: Any = jax.ShapeDtypeStruct((), np.float32)  # Any: a nested dict.
-  for key in reversed(path.split("/")):
-    leaf = {key: leaf}
+  """Reads one array of a sound checkpoint's parameters, by its path."""
+  tree: Any = jax.ShapeDtypeStruct((), np.float32)  # Any: a nested dict.
+  for key in reversed([_PARAMS, *path.split("/")]):
+    tree = {key: tree}
   how = ocp.RestoreArgs(restore_type=np.ndarray)
-  (array,) = jax.tree.leaves(_restore(step, leaf, how))
-  return array
-
-
-def _restore(
-  step: pathlib.Path,
-  wanted: Mapping[str, Any],  # Any: nested, with shapes as leaves.
-  how: ocp.RestoreArgs,
-) -> Any:  # Any: a tree like `wanted`.
-  """Reads some parameters, each as `how` says."""
-  tree = {_PARAMS: wanted}
   arguments = ocp.args.PyTreeRestore(
     item=tree,
     restore_args=jax.tree.map(lambda _: how, tree),
@@ -183,7 +176,8 @@ def _restore(
   restored = ocp.PyTreeCheckpointer().restore(
     step / snapshot.STATE, args=arguments
   )
-  return restored[_PARAMS]
+  (array,) = jax.tree.leaves(restored[_PARAMS])
+  return array
 
 
 def write(
