@@ -39,7 +39,7 @@ _MAY_IMPORT = {
   "configs": set(),
 }
 _ONLY_IN = {
-  "torch": ("rollout/engine_vllm.py",),
+  "torch": ("rollout/engine_vllm.py", "scripts/bench_train_torch.py"),
   "vllm": ("rollout/engine_vllm.py",),
   "absl.flags": ("scripts/",),
   "ml_collections": ("configs/", "scripts/", "atlas_jax/train/"),
