@@ -9,7 +9,7 @@ the same tokens: ours by the recipes' own steps, PyTorch by transformers, whose
 best attention for it is sdpa. `sft` is the cross entropy, `grpo` an update on
 completions of one batch, an even number. The layouts are `full` rows, or
 sequences of a quarter of a row on average, `packed` into rows or `padded` to
-them; PyTorch pads, and our `grpo` lays rows out as its recipe does.
+them; PyTorch pads.
 
 A case is two processes, one for each side, which do `steps` steps in turn, or
 one after the other where both do not fit (`--notogether`). The first turn, in
@@ -81,6 +81,7 @@ _SHARED = (
 
 _RATE = 1e-5
 _Turn = dict[str, Any]  # Any: JSON.
+_Sequences = Sequence[np.ndarray]
 
 
 class Side(NamedTuple):
@@ -156,11 +157,7 @@ def _sequences(length: int, layout: str, shape: str) -> list[np.ndarray]:
 
 
 def _ours(
-  what: str,
-  shape: str,
-  length: int,
-  layout: str,
-  sequences: Sequence[np.ndarray],
+  what: str, shape: str, length: int, layout: str, sequences: _Sequences
 ) -> Side:
   """Makes our side."""
   # Any: `build` refuses what it does not know.
@@ -174,9 +171,8 @@ def _ours(
     unroll=_UNROLL.value,
   )
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-  params = jax.jit(
-    model.init, out_shardings=sharding.of_params(mesh, model.abstract_params)
-  )(jax.random.key(0))
+  placed = sharding.of_params(mesh, model.abstract_params)
+  params = jax.jit(model.init, out_shardings=placed)(jax.random.key(0))
   config: Any = rlvr.get_config("smoke,grpo")  # Any: a ConfigDict.
   optimizer = train_optimizer.make_optimizer(
     lambda _: jnp.float32(_RATE), **config.optimizer
@@ -209,7 +205,8 @@ def _ours(
     config.score.chunk_size = _CHUNK.value
     config.loss.kl_coef = 0.0
     config.sampling.teach.group_size = 2
-    config.agreement.max_prob_error = float("inf")
+    config.sampling.teach.max_completion_tokens = length
+    config.packing = dict(length=length, packed=layout == "packed")
     updater = learner.Learner(
       train_policy.whole(model),
       optimizer,
@@ -217,8 +214,8 @@ def _ours(
       mesh=mesh,
       config=config,
     )
-    records = [_record(ids) for ids in sequences]
-    rewarded = [types.Reward(float(i % 2)) for i in range(len(sequences))]
+    records = [*map(_record, sequences)]
+    rewarded = [types.Reward(float(i % 2)) for i, _ in enumerate(records)]
 
     def update(state: train_state.TrainState) -> tuple[Any, Any]:
       return updater.update(state, records, rewarded, is_compared=False)
@@ -251,7 +248,7 @@ def _record(ids: np.ndarray) -> types.TeachingRecord:
   )
 
 
-def _serve(side: Side, sequences: Sequence[np.ndarray], shape: str) -> None:
+def _serve(side: Side, sequences: _Sequences, shape: str) -> None:
   """Does a turn for each line of the parent, and tells of it."""
   config = model_config.from_hf(_config(shape))
   lengths = [len(ids) for ids in sequences]
