@@ -134,7 +134,7 @@ def _ours(directory: pathlib.Path) -> None:
   config: Any = rlvr.get_config("smoke,grpo")
   config.model.path = str(directory / "model")
   config.template = _TEMPLATE
-  config.mesh = dict(data=1, fsdp=1, tensor=1)
+  config.mesh.update(data=1, fsdp=1, tensor=1)
   config.sampler.max_rows = _QUESTIONS.value * _GROUP.value
   config.sampling.teach.group_size = _GROUP.value
   config.sampling.teach.max_completion_tokens = _TOKENS.value
