@@ -120,7 +120,6 @@ def need(
   resident = {name: update.pop(name) for name in names}
   phases = {"update": update}
   if "reward" in config:
-    phases |= _scoring(job, config)
     resident |= _students(job, config)
     if config.rollout.backend == "jax":
       resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
@@ -132,21 +131,6 @@ def need(
     phases,
     plan.num_bytes(job.state, on_host=True),
   )
-
-
-def _scoring(
-  job: Job,
-  config: Any,  # Any: as in `describe`.
-) -> dict[str, dict[str, int]]:
-  """Counts what it takes to score all rows of an update at once."""
-  batch = config.batch
-  if (
-    not config.loss.kl_coef
-    and batch.num_iterations * batch.num_minibatches == 1
-  ):
-    return {}  # The update itself scores them.
-  scored = plan.of_scoring(job.policy, job.build, job.rows, mesh=job.mesh)
-  return {"scoring": {"activations": scored}}
 
 
 def longest_row(

@@ -133,25 +133,6 @@ def of_update(
   }
 
 
-def of_scoring(
-  policy: train_policy.Policy,
-  build: Build,
-  rows: Rows,
-  *,
-  mesh: jax.sharding.Mesh,
-) -> int:
-  """Counts bytes per device while whole batches are scored, not trained on."""
-  one_layer = _share(policy, build, mesh, num_layers=1, remat="none")
-  rows = dataclasses.replace(
-    _rows_share(rows, mesh), per_device=rows.per_device * rows.num_parts
-  )
-  chunk = rows.per_device * min(rows.chunk_size, rows.length)
-  logits = (
-    4 * (_LOGITS_ALIVE - 1) * chunk * one_layer[0].model.config.vocab_size
-  )
-  return max(logits, _kept(one_layer, rows))
-
-
 def of_cache(
   model: decoder.Model,
   *,

@@ -84,6 +84,19 @@ def make_step(
   return functools.partial(jitted, frozen)
 
 
+def split(batch: Batch, num_microbatches: int) -> Batch:
+  """Splits rows into microbatches, along a new first axis.
+
+  Row i goes to microbatch i % n, so that a device keeps rows of its own.
+  """
+
+  def of(x: jax.Array) -> jax.Array:
+    x = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return {name: of(x) for name, x in batch.items()}
+
+
 def _accumulate(
   grad_fn: Callable[..., Any],
   params: Any,
@@ -96,15 +109,10 @@ def _accumulate(
     grads, (weight, metrics) = grad_fn(params, microbatch)
     return grads, weight, {k: v * weight for k, v in metrics.items()}
 
-  def split(x: jax.Array) -> jax.Array:
-    # Row i goes to microbatch i % n, so a device keeps rows of its own.
-    x = x.reshape(-1, num_microbatches, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0)
-
   if num_microbatches == 1:
     grads, weight, metrics = of(batch)
   else:
-    microbatches = {k: split(v) for k, v in batch.items()}
+    microbatches = split(batch, num_microbatches)
     zeros = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
       jax.eval_shape(of, {k: v[0] for k, v in microbatches.items()}),

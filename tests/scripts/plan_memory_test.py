@@ -55,7 +55,7 @@ def test_a_sampler_holds_what_is_planned(config):
 
 def test_every_change_that_is_offered_lowers_what_it_is_for(config):
   before = _need(config)
-  assert set(before.phases) == {"update", "scoring", "sampling"}
+  assert set(before.phases) == {"update", "sampling"}
   after = _need(config, offload__optimizer=True, offload__reference=True)
   assert "reference" not in after.resident
   counts = after.resident["optimizer"]  # Of updates: they stay.
