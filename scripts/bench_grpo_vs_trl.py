@@ -7,7 +7,8 @@ Both train the same small random model from the same directory on the same
 prompts, with the same group size, lengths, temperature, optimizer and reward,
 and both sample by themselves: TRL through transformers' `generate`. Each is a
 process of its own that stays up; they do `steps` steps in turn, and the first
-turn, in which programs are compiled, does not count. The last line is
+turn, in which programs are compiled, does not count. Batch and lengths are
+TRL's defaults: eight completions of at most 256 tokens. The last line is
 `ratio: N`, TRL's time over ours. Needs requirements/parity.txt.
 """
 
@@ -34,11 +35,11 @@ from scripts import program, small_world
 
 _ROUNDS = flags.DEFINE_integer("rounds", 6, "Turns of each side that count.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
-_QUESTIONS = flags.DEFINE_integer("questions", 8, "Prompts in a step.")
+_QUESTIONS = flags.DEFINE_integer("questions", 1, "Prompts in a step.")
 _GROUP = flags.DEFINE_integer("group_size", 8, "Completions of a prompt.")
-_TOKENS = flags.DEFINE_integer("tokens", 64, "Of a completion at most.")
-_LAYERS = flags.DEFINE_integer("layers", 3, "Of the model.")
-_WIDTH = flags.DEFINE_integer("width", 128, "Of the model.")
+_TOKENS = flags.DEFINE_integer("tokens", 256, "Of a completion at most.")
+_LAYERS = flags.DEFINE_integer("layers", 4, "Of the model.")
+_WIDTH = flags.DEFINE_integer("width", 64, "Of the model.")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "trl"], "Set by the parent.")
 _DIRECTORY = flags.DEFINE_string("directory", "", "Set by the parent.")
 
@@ -142,6 +143,7 @@ def _ours(directory: pathlib.Path) -> None:
   config.advantages.scale = "group"
   config.batch.num_questions = _QUESTIONS.value
   config.batch.mask_truncated = False
+  config.score.chunk_size = 512
   config.schedule.learning_rate = _LEARNING_RATE
   config.optimizer.max_grad_norm = _MAX_GRAD_NORM
   config.optimizer.adamw.beta2 = 0.999

@@ -21,7 +21,6 @@ _EVEN = {
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
 }
-_ONE_PER_AXIS = {"data": 1, "fsdp": 1, "tensor": 1}
 _SAMPLING = types.SamplingParams(
   group_size=3,
   max_completion_tokens=8,
@@ -379,7 +378,7 @@ def test_the_mesh_changes_no_token():
   prompts = _prompts()
   expected = _sampler().sample(prompts, _SAMPLING)
   for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
-    mesh = sharding.maketiny.mesh(**_ONE_PER_AXIS | sizes)
+    mesh = tiny.mesh(**sizes)
     sharded = jax.device_put(
       params, sharding.of_params(mesh, model.abstract_params)
     )
@@ -425,7 +424,7 @@ def test_weights_are_copied_so_their_owner_may_donate_them():
 
 def test_copies_lie_where_the_weights_lay():
   model, params = _world()
-  mesh = sharding.maketiny.mesh(data=2, fsdp=2, tensor=2)
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   shardings = sharding.of_params(mesh, model.abstract_params)
   spied = _spied(model)
   sampler = _open(spied, jax.device_put(params, shardings), mesh=mesh)
