@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,11 +108,16 @@ class _Side:
 
   def __exit__(self, *error: object) -> None:
     self._process.terminate()
+    self._process.send_signal(signal.SIGCONT)
     self._process.wait()
 
   def turn(self) -> None:
-    """Has it do `steps` steps, while the other one waits."""
+    """Has it do `steps` steps, while the other one is stopped.
+
+    Threads that wait for work would take turns with those that have some.
+    """
     process = self._process
+    process.send_signal(signal.SIGCONT)
     for _ in range(_STEPS.value):
       print("go", file=process.stdin, flush=True)
       for line in process.stdout or ():
@@ -120,6 +126,7 @@ class _Side:
           break
       else:
         raise RuntimeError(f"{self.name} ended with {process.wait()}.")
+    process.send_signal(signal.SIGSTOP)
 
 
 _SHARED = (_ROUNDS, _STEPS, _QUESTIONS, _GROUP, _TOKENS, _LAYERS, _WIDTH)
