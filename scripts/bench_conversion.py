@@ -10,7 +10,6 @@ memory is of the whole process, above what it held before and the parameters.
 """
 
 from collections.abc import Callable
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -32,7 +31,7 @@ from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from conversion import card, load, rules, save, shards
-from scripts import program
+from scripts import memory, program
 
 _WIDTH = flags.DEFINE_integer("width", 2048, "Of the model; the MLP's is 3x.")
 _LAYERS = flags.DEFINE_integer("layers", 16, "How many.")
@@ -65,12 +64,12 @@ class _Times:
     """Calls a function, and notes how long it takes."""
     # A virtual machine's memory costs more when it is touched the first time.
     np.ones(_TOUCHED_BYTES, np.uint8)
-    held = _memory("VmRSS", reset=True)
+    held = memory.of_process("VmRSS", reset=True)
     wall, cpu = time.perf_counter(), time.process_time()
     result = function(*args)
     self.wall.append(time.perf_counter() - wall)
     self.cpu.append(time.process_time() - cpu)
-    self.grown.append(_memory("VmHWM", reset=False) - held)
+    self.grown.append(memory.of_process("VmHWM", reset=False) - held)
     return result
 
 
@@ -279,17 +278,6 @@ def _save(
     about=card.Card(base=""),
     overwrite=False,
   )
-
-
-def _memory(field: str, *, reset: bool) -> int:
-  """Reads this process's memory in bytes; `reset` forgets its peak."""
-  if reset:
-    # What was freed, but not given back, would hide what is taken next.
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-  status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-  (line,) = (x for x in status.splitlines() if x.startswith(field + ":"))
-  return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ other work on the machine changes them less than it changes the clock.
 """
 
 from collections.abc import Callable
-import ctypes
 import dataclasses
 import json
 import math
@@ -31,7 +30,7 @@ from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from conversion import load, rules
 from rollout import manifest, weight_sync
-from scripts import program
+from scripts import memory, program
 
 _WIDTH = flags.DEFINE_integer("width", 1024, "Of the model; the MLP's is 3x.")
 _LAYERS = flags.DEFINE_integer("layers", 8, "How many.")
@@ -119,9 +118,9 @@ def _measure(root: pathlib.Path, **sizes: int) -> None:
 
   num_bytes = publish(0).num_bytes  # Compiles what fetches the tensors.
   for version in range(1, _REPEATS.value + 1):
-    held = _memory("VmRSS", reset=True)
+    held = memory.of_process("VmRSS", reset=True)
     published = publishing.take(publish, version)
-    grown.append(_memory("VmHWM", reset=False) - held)
+    grown.append(memory.of_process("VmHWM", reset=False) - held)
     checking.take(verify, published)
     copying.take(_copy, published.path, root / "copy")
     shutil.rmtree(root / "copy")
@@ -202,17 +201,6 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
   for path in target.iterdir():
     with path.open("rb") as file:
       os.fsync(file.fileno())
-
-
-def _memory(field: str, *, reset: bool) -> int:
-  """Reads this process's memory in bytes; `reset` forgets its peak."""
-  if reset:
-    # What was freed, but not given back, would hide what is taken next.
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-  status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-  (line,) = (x for x in status.splitlines() if x.startswith(field + ":"))
-  return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
