@@ -330,11 +330,12 @@ class Checkpointer:
     """Finds where to go on; one process reads, and tells the others."""
     found = _NONE
     for step in reversed(steps) if _is_primary() else ():
-      if snapshot.read_if_sound(self._path(step)) is not None:
+      why = snapshot.damage(self._path(step))
+      if not why:
         found = step
         break
       logging.warning(
-        "Checkpoint %s is damaged; passed over.", self._path(step)
+        "Checkpoint %s is damaged, and passed over: %s.", self._path(step), why
       )
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))

@@ -32,6 +32,8 @@ _HOST_STATE = "host_state.json"
 _MANIFEST = "manifest.json"
 _FORMAT = 2
 _MAX_LISTED = 8
+_MAX_DIGEST = 12
+_NOTHING = "none"
 
 
 def write(
@@ -80,22 +82,34 @@ def seal(
   _write_json(directory / _MANIFEST, _digests(directory))
 
 
-def read_if_sound(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads what a step holds, unless a file differs from the manifest."""
-  manifest = _read_json(path / _MANIFEST)
-  if manifest is None or manifest != _digests(path):
-    return None
-  return read(path)
+def damage(path: pathlib.Path) -> str:
+  """Tells which files of a step are not what was written; "" if all are."""
+  manifest = _read_manifest(path)
+  if manifest is None:
+    return f"{_MANIFEST}, which is written last, is missing or torn"
+  changed = changes(manifest, _digests(path))
+  told = [
+    f"{name} is missing"
+    if now == _NOTHING
+    else f"{name} has SHA-256 {now[:_MAX_DIGEST]}, not {was[:_MAX_DIGEST]}"
+    for name, (was, now) in changed.items()
+  ]
+  more = f"; and {len(told) - _MAX_LISTED} more" * (len(told) > _MAX_LISTED)
+  return "; ".join(told[:_MAX_LISTED]) + more
 
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads what a step holds; looks at no digest.
+  """Reads what a step holds; None if that is damaged. Arrays may be, too.
 
   Raises:
     errors.CheckpointError: if it was written in another format.
   """
-  about = _read_json(path / _ABOUT)
-  if about is not None and about.get("format") != _FORMAT:
+  manifest, about = _read_manifest(path), _read_json(path / _ABOUT)
+  if manifest is None or about is None:
+    return None
+  if manifest.get(_ABOUT) != _digest(path / _ABOUT):
+    return None
+  if about.get("format") != _FORMAT:
     raise errors.CheckpointError(
       "A checkpoint was made by another release.",
       where=str(path),
@@ -117,11 +131,11 @@ def check(path: pathlib.Path) -> None:
   Raises:
     errors.CheckpointError: naming it.
   """
-  if read_if_sound(path) is None:
+  if why := damage(path):
     raise errors.CheckpointError(
       "A checkpoint is damaged.",
       where=str(path),
-      why="Its files do not match the digests written with them.",
+      why=f"{why}.",
       fix="Take another step, or restore the folder from a copy.",
     )
 
@@ -161,7 +175,7 @@ def changes(
 ) -> dict[str, tuple[str, str]]:
   """Gives what was and what is, for each name at which they differ."""
   return {
-    name: (saved.get(name, "none"), wanted.get(name, "none"))
+    name: (saved.get(name, _NOTHING), wanted.get(name, _NOTHING))
     for name in sorted(saved.keys() | wanted.keys())
     if saved.get(name) != wanted.get(name)
   }
@@ -187,6 +201,13 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
     return json.loads(path.read_text("utf-8"))
   except (OSError, ValueError):
     return None
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, str] | None:
+  """Reads the digests of a step; None if it has none that can be read."""
+  manifest = _read_json(path / _MANIFEST)
+  is_whole = isinstance(manifest, dict) and _ABOUT in manifest
+  return manifest if is_whole else None
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:  # Any: JSON.

@@ -163,6 +163,18 @@ def test_killed_between_its_parts_a_save_is_whole_or_not_there(tmp_path):
     assert left.name.isdecimal()
 
 
+def _mounting(directory):
+  """Gives what runs a command that may mount something there."""
+  before = ("unshare", "--map-root-user", "--mount")
+  mount = ("mount", "-t", "tmpfs", "x", directory)
+  tried = subprocess.run(
+    [*before, *mount], check=False, capture_output=True, timeout=30
+  )
+  if tried.returncode:
+    pytest.skip("a file system may not be mounted here")
+  return before
+
+
 _FULL = """
 import pathlib, resource, shutil, subprocess, sys
 from atlas_jax import checkpoint
@@ -200,18 +212,60 @@ assert test._restored_step(directory) == 4
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["limit", "tmpfs"])
 def test_where_the_disk_is_full_training_goes_on(tmp_path, how):
-  before = ("unshare", "--map-root-user", "--mount") if how == "tmpfs" else ()
-  if before:
-    mount = ("mount", "-t", "tmpfs", "x", tmp_path)
-    tried = subprocess.run(
-      [*before, *mount], check=False, capture_output=True, timeout=30
-    )
-    if tried.returncode:
-      pytest.skip("a file system may not be mounted here")
+  before = _mounting(tmp_path) if how == "tmpfs" else ()
   told = _run(_FULL, tmp_path, how, before=before)
   assert "STEP 3 WAS NOT SAVED, the 1. failure in a row (3 end the run)" in told
   assert "GB were free" in told
   assert "newest step on disk is 2" in told
+
+
+_READ_ONLY = """
+import pathlib, subprocess, sys
+from atlas_jax import checkpoint, errors, workdirs
+from tests.atlas_jax import checkpoint_faults_test as test
+
+top = pathlib.Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "x", top], check=True)
+directory = top / "checkpoints"
+
+def remount(how):
+  subprocess.run(["mount", "-o", "remount," + how, top], check=True)
+
+def save(step):
+  saver.save(step, test._state(step), {}, {"at": step})
+  saver._settle()
+
+saver = checkpoint.Checkpointer(directory, **test._SETTINGS)
+save(1)
+remount("ro")
+save(2)
+assert saver.steps() == [1], saver.steps()
+remount("rw")
+assert test._restored_step(directory) == 1
+save(3)
+saver.wait()
+assert test._restored_step(directory) == 3
+# A run that begins there is refused, before its first step.
+remount("ro")
+for begin in (
+  lambda: checkpoint.Checkpointer(directory, **test._SETTINGS),
+  lambda: workdirs.lock(top).__enter__(),
+):
+  try:
+    begin()
+  except errors.ConfigError as error:
+    assert "Read-only file system" in error.why, error
+    print(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_where_nothing_may_be_written_it_is_told_and_refused_at_the_start(
+  tmp_path,
+):
+  told = _run(_READ_ONLY, tmp_path, before=_mounting(tmp_path))
+  assert "STEP 2 WAS NOT SAVED" in told
+  assert "Read-only file system" in told
 
 
 _TWO = """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint is whole and unaltered, or it is not restored."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -115,8 +116,11 @@ def test_any_damaged_file_sends_it_to_the_step_before(
     subprocess.run(["cp", "-r", pristine, directory], check=True)
     damage(directory / "2" / name)
     assert _restored_step(tmp_path) == 1, name
-    assert len(warnings) == 1
-    assert str(directory / "2") in str(warnings.pop())
+    (told,) = (args[0] % args[1:] for args in warnings)
+    assert str(directory / "2") in told
+    # A digest that was altered accuses the file that it is of.
+    assert str(name) in told or str(name) == "manifest.json"
+    warnings.clear()
     subprocess.run(["rm", "-r", directory], check=True)
 
 
@@ -401,31 +405,86 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     _open(tmp_path)
 
 
+def _rows_over(num_devices):
+  mesh = jax.make_mesh(
+    (num_devices,),
+    ("x",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:num_devices],
+  )
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+
+
 def test_another_place_is_told_and_taken(tmp_path, monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
-  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  spread = jax.device_put(jnp.arange(16.0), rows)
+  spread = jax.device_put(jnp.arange(16.0), _rows_over(8))
   with _open(tmp_path) as checkpointer:
     checkpointer.save(1, {"w": spread}, {}, {})
   (about,) = (tmp_path / "checkpoints").glob("*/about.json")
   assert json.loads(about.read_text())["environment"]["mesh"] == "x=8"
   _open(tmp_path).restore_latest({"w": spread})
   assert warnings == []
-  here = jnp.zeros(16)
-  found = _open(tmp_path).restore_latest({"w": here})[0]["w"]
-  np.testing.assert_array_equal(found, np.arange(16.0))
-  assert found.sharding == here.sharding
-  assert "x=8" in warnings[0][0] % warnings[0][1:]
+  for here in (jnp.zeros(16, device=_rows_over(4)), jnp.zeros(16)):
+    found = _open(tmp_path).restore_latest({"w": here})[0]["w"]
+    np.testing.assert_array_equal(found, np.arange(16.0))
+    assert found.sharding == here.sharding
+    told = warnings.pop()
+    assert "x=8" in told[0] % told[1:]
 
 
-def test_another_format_is_refused(tmp_path):
+def test_other_versions_are_told_and_taken(tmp_path, monkeypatch):
+  _saved(tmp_path, 1)
+  warnings = []
+  monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
+  here = snapshot.environment(_state(0))
+  monkeypatch.setattr(
+    snapshot, "environment", lambda _: {**here, "jaxlib": "9.9"}
+  )
+  assert _restored_step(tmp_path) == 1
+  (told,) = (args[0] % args[1:] for args in warnings)
+  assert "may differ in their last bits" in told
+  assert told.split()[-3:] == ["jaxlib", here["jaxlib"], "9.9"]
+
+
+def test_the_digests_of_a_damaged_file_are_told(tmp_path):
   directory = _saved(tmp_path, 1)
-  about = directory / "1/about.json"
-  about.write_text(about.read_text().replace('"format": 2', '"format": 1'))
-  with pytest.raises(errors.CheckpointError, match="another release"):
+  path = directory / "1/host_state.json"
+  written = hashlib.sha256(path.read_bytes()).hexdigest()
+  path.write_text("{}")
+  found = hashlib.sha256(b"{}").hexdigest()
+  assert snapshot.damage(directory / "1") == (
+    f"host_state.json has SHA-256 {found[:12]}, not {written[:12]}"
+  )
+  path.unlink()
+  assert snapshot.damage(directory / "1") == "host_state.json is missing"
+
+
+def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
+  """What is no JSON any more, or is, and lacks or has another key."""
+  directory = _saved(tmp_path, 1, 2)
+  for name in ("about.json", "manifest.json"):
+    path = directory / "2" / name
+    content = path.read_bytes()
+    for offset in range(0, len(content), 5):
+      flipped = bytearray(content)
+      flipped[offset] ^= 1 << (offset % 7)
+      path.write_bytes(flipped)
+      assert snapshot.read(directory / "2") is None or name != "about.json"
+      assert snapshot.damage(directory / "2"), (name, offset)
+    assert _open(tmp_path)._newest_sound([1, 2]) == 1
+    path.write_bytes(content)
+
+
+def test_another_format_is_refused_with_what_to_do(tmp_path):
+  directory = _saved(tmp_path, 1) / "1"
+  about = json.loads((directory / "about.json").read_text())
+  snapshot.seal(directory, {**about, "format": 1}, {})
+  with pytest.raises(errors.CheckpointError, match="another release") as caught:
     _open(tmp_path)
+  assert "Its format is 1, and this is" in caught.value.why
+  assert "with the release it began with" in caught.value.fix
+  assert "--config.model.path" in caught.value.fix
 
 
 def test_what_a_killed_save_left_behind_is_removed(tmp_path):

@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_not_converted(run, capsys):
   path.write_bytes(raw)
   source = f"--source={run / 'model'}"
   assert _run("to_hf", run / "run", run / "hf", source) == 5
-  assert "do not match the digests" in capsys.readouterr().err
+  assert f"state/d/{path.name} has SHA-256" in capsys.readouterr().err
   assert not (run / "hf").exists()
 
 
