@@ -438,7 +438,8 @@ def export(  # noqa: PLR0913 - one argument per config key.
   model = dataclasses.replace(opened.model, layout=None)
   difference = verify.logits_equal(directory, params, model, tolerance=1e-4)
   logging.info(
-    "Exported to %s; logits differ by %.1e at most.", directory, difference
+    "Exported to %s; logits differ by %.1e at most. %s",
+    *(directory, difference, save.describe_carried(opened.directory)),
   )
   if step is None and policy.adapters is not None:
     _export_adapters(

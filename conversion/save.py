@@ -21,10 +21,11 @@ from conversion import card, load, rules, shards, target
 # Gives a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
 
+_GENERATION = "generation_config.json"
 # What goes along with the weights, unchanged.
 _CARRIED = (
   *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"),
-  *("added_tokens.json", "chat_template*", "generation_config.json"),
+  *("added_tokens.json", "chat_template*", _GENERATION),
   *("LICENSE*", "NOTICE*"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -186,6 +187,26 @@ def _layer(leaf: jax.Array, index: tuple[int, ...], dtype: str) -> jax.Array:
   return leaf[index].astype(dtype)
 
 
+def describe_carried(source: pathlib.Path) -> str:
+  """Tells what goes along with the weights, and what a source does not have."""
+  names = carried(source)
+  told = f"Carried over: {', '.join(names)}."
+  if _GENERATION not in names:
+    told += f" {_GENERATION} is made of {source / 'config.json'}."
+  settings = source / "tokenizer_config.json"
+  fields = shards.read_json(settings) if settings.exists() else {}
+  has_file = any(name.startswith("chat_template") for name in names)
+  if not has_file and "chat_template" not in fields:
+    told += " There is no chat template, so a server of it cannot chat."
+  return told
+
+
+def carried(source: pathlib.Path) -> list[str]:
+  """Names the files of a source that go along with the weights, unchanged."""
+  found = (path for pattern in _CARRIED for path in source.glob(pattern))
+  return sorted({path.name for path in found if path.is_file()})
+
+
 def _check_source(
   source: pathlib.Path, model: decoder.Model
 ) -> dict[str, Any]:  # Any: JSON.
@@ -246,12 +267,10 @@ def _write_texts(
   fields: Mapping[str, Any],  # Any: JSON.
 ) -> None:
   """Writes what goes along with weights and card."""
-  for pattern in _CARRIED:
-    for path in source.glob(pattern):
-      if path.is_file():
-        shutil.copyfile(path, partial / path.name)
+  for name in carried(source):
+    shutil.copyfile(source / name, partial / name)
   shards.write_json(partial / "config.json", fields)
-  generation = partial / "generation_config.json"
+  generation = partial / _GENERATION
   if not generation.exists():
     ids = {key: fields[key] for key in _TOKEN_IDS if key in fields}
     shards.write_json(

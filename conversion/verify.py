@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pathlib
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,32 +124,70 @@ def _batch(model: decoder.Model) -> tuple[jax.Array, jax.Array, jax.Array]:
   return tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
 
 
-def largest_logit_gap(
+class Gap(NamedTuple):
+  """How far two arrays of logits, or of what they come from, are apart.
+
+  `largest` is the largest difference of two values. `divergence` is the KL
+  divergence, in nats, of the right one's distributions of the next token from
+  the left one's: the mean over all tokens.
+  """
+
+  largest: float
+  divergence: float
+
+
+def logit_gap(
   left: tuple[decoder.Model, decoder.Params],
   right: tuple[decoder.Model, decoder.Params],
-) -> float:
-  """Gives the largest difference of the logits of `prompts`."""
+) -> Gap:
+  """Compares the logits of `prompts`."""
   logits = [
     model.logits(params, *_batch(model)) for model, params in (left, right)
   ]
-  return _gap(*logits)
+  return Gap(_gap(*logits), _divergence(*logits))
 
 
 def where_they_part(
   left: tuple[decoder.Model, decoder.Params],
   right: tuple[decoder.Model, decoder.Params],
 ) -> str:
-  """Tells how far hidden states differ after each layer, and where first."""
+  """Tells how far hidden states differ after each layer, and where first.
+
+  Their divergence is that of what each model would say if it ended there: a
+  final norm or a head that differs shows in it after every layer.
+  """
   states = [
     model.states(params, *_batch(model)) for model, params in (left, right)
   ]
-  gaps = [_gap(a, b) for a, b in zip(*states, strict=True)]
+  gaps = []
+  for pair in zip(*states, strict=True):
+    logits = [
+      model.read_off(params, x_BTD)
+      for (model, params), x_BTD in zip((left, right), pair, strict=True)
+    ]
+    gaps.append(Gap(_gap(*pair), _divergence(*logits)))
   names = ["the embedding", *(f"layer {i}" for i in range(len(gaps) - 1))]
   # A NaN is not zero either.
-  parted = [name for name, gap in zip(names, gaps, strict=True) if gap != 0]
+  parted = [n for n, gap in zip(names, gaps, strict=True) if gap.largest != 0]
   first = f"part first after {parted[0]}" if parted else "are the same"
-  listed = ", ".join(f"{n} {g:.3g}" for n, g in zip(names, gaps, strict=True))
-  return f"Hidden states {first} (max abs: {listed})."
+  lines = [f"Hidden states {first}.", f"{'max abs':>10} {'KL':>10}  after"]
+  lines += [
+    f"{gap.largest:>10.3g} {gap.divergence:>10.3g}  {name}"
+    for name, gap in zip(names, gaps, strict=True)
+  ]
+  return "\n    ".join(lines)
+
+
+def _divergence(a_BTV: jax.Array, b_BTV: jax.Array) -> float:
+  """Computes the mean divergence of one array's distributions from another's.
+
+  Never below zero: of equal logits rounding may make it so.
+  """
+  a_BTV, b_BTV = (
+    jax.nn.log_softmax(x.astype(jnp.float32)) for x in (a_BTV, b_BTV)
+  )
+  kl_BT = jnp.sum(jnp.exp(a_BTV) * (a_BTV - b_BTV), axis=-1)
+  return float(np.maximum(np.mean(np.asarray(kl_BT)), 0.0))
 
 
 def _gap(a: jax.Array, b: jax.Array) -> float:
@@ -197,13 +236,14 @@ def logits_equal(
     shardings=jax.tree.map(lambda x: x.sharding, params),
   )
   live, read = (model, rounded), (model, loaded)
-  difference = largest_logit_gap(live, read)
-  if not difference <= tolerance:  # A NaN fails as well.
+  gap = logit_gap(live, read)
+  if not gap.largest <= tolerance:  # A NaN fails as well.
     raise errors.CheckpointError(
       "The model written does not compute what the live one does.",
       where=str(directory),
-      why=f"Logits differ by {difference}, more than {tolerance}. "
+      why=f"Logits differ by {gap.largest:.3g}, more than {tolerance:g}, and "
+      f"by a KL divergence of {gap.divergence:.3g} nats. "
       f"{where_they_part(live, read)}",
       fix="Do not use this export; export again, and report it if it recurs.",
     )
-  return difference
+  return gap.largest

@@ -153,6 +153,7 @@ def _write(
       overwrite=options.overwrite,
       progress=advance,
     )
+  print(save.describe_carried(source))
   if options.with_logits:
     gap = verify.logits_equal(out, params, model, tolerance=_TOLERANCE)
     print(f"Logits differ by {gap:.1e} at most.")
@@ -217,6 +218,7 @@ def merge(
       overwrite=options.overwrite,
       progress=advance,
     )
+  print(save.describe_carried(source))
   print(f"Done: {out}")
 
 
@@ -286,7 +288,11 @@ def verify_pair(
   shapes = [{n: w.shape for n, w in side.items()} for side in held]
   if with_logits and a and b and shapes[0] == shapes[1]:
     sides = (a, _params(left, a)), (b, _params(right, b))
-    print(f"Logits differ by {verify.largest_logit_gap(*sides):.3g} at most.")
+    gap = verify.logit_gap(*sides)
+    print(
+      f"Logits differ by {gap.largest:.3g} at most, and by a KL divergence of "
+      f"{gap.divergence:.3g} nats."
+    )
     print(verify.where_they_part(*sides))
   raise _different(left, right, [*changed, *(each.name for each in found)])
 

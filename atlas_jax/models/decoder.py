@@ -264,6 +264,14 @@ class Model:
     )
     return layers.soft_cap(logits_BTV, self.config.logit_soft_cap)
 
+  def read_off(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Turns the residual stream after any layer into float32 logits.
+
+    After the last layer these are `logits`; before it, what the model would
+    say if it ended there.
+    """
+    return self.project(params, self._final_norm(params, x_BTD))
+
   def _views(
     self, queries: kernels.Tokens, keys: kernels.Tokens, kernel: kernels.Kernel
   ) -> Callable[[jax.Array | bool], blocks.View]:

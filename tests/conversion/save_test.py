@@ -56,6 +56,32 @@ def test_everything_a_server_needs_is_there(tmp_path, job):
   assert "- step: 7 # x\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_is_carried_over_is_listed_and_what_is_not_there_told(
+  tmp_path, job
+):
+  params, model, source = job
+  (source / "notes.txt").write_text("mine")
+  _save(tmp_path / "a", params, model, source)
+  names = save.carried(source)
+  assert names == [
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+  ]
+  for name in names:
+    copy = tmp_path / "a" / name
+    assert copy.read_bytes() == (source / name).read_bytes()
+  made = f"generation_config.json is made of {source / 'config.json'}."
+  listed = f"Carried over: {', '.join(names)}."
+  assert save.describe_carried(source) == f"{listed} {made}"
+
+  (source / "generation_config.json").write_text("{}")
+  assert "is made" not in save.describe_carried(source)
+  (source / "chat_template.jinja").unlink()
+  assert "no chat template" in save.describe_carried(source)
+  _save(tmp_path / "b", params, model, source)
+  (source / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
+  assert "no chat template" not in save.describe_carried(source)
+
+
 def test_generation_settings_of_the_source_are_kept(tmp_path, job):
   params, model, source = job
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')

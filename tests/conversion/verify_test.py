@@ -29,7 +29,13 @@ def test_other_parameters_are_told_apart(tmp_path, value):
     verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-3)
 
 
-def test_one_wrong_rule_is_found(tmp_path, monkeypatch):
+def _table(error):
+  """Reads the report by layer: largest difference and divergence."""
+  rows = [line.split(maxsplit=2) for line in error.why.splitlines()[2:]]
+  return {name: (float(gap), float(kl)) for gap, kl, name in rows}
+
+
+def test_one_wrong_rule_is_found_with_how_much_it_does(tmp_path, monkeypatch):
   right = rules.to_hf
 
   def wrong(rule, array):
@@ -39,8 +45,42 @@ def test_one_wrong_rule_is_found(tmp_path, monkeypatch):
   monkeypatch.setattr(rules, "to_hf", wrong)
   model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
   monkeypatch.undo()
-  with pytest.raises(errors.CheckpointError, match="first after layer 0"):
+  with pytest.raises(
+    errors.CheckpointError, match="first after layer 0"
+  ) as caught:
     verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-4)
+  table = _table(caught.value)
+  assert list(table) == ["the embedding", "layer 0", "layer 1"]
+  assert table["the embedding"] == (0.0, 0.0)
+  assert all(min(table[f"layer {i}"]) > 0.0 for i in range(2))
+  # After the last layer, what a model would say is what it says.
+  told = f"by a KL divergence of {table['layer 1'][1]:.3g} nats"
+  assert told in caught.value.why
+
+
+def test_a_wrong_head_shows_in_what_is_read_off_alone(tmp_path):
+  model, params = tiny.write_checkpoint(tmp_path / "hf", "gemma2")
+  scale = params["final_norm"]["scale"]
+  params["final_norm"]["scale"] = scale.at[0].add(0.5)
+  with pytest.raises(errors.CheckpointError, match="are the same") as caught:
+    verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-4)
+  gaps, divergences = zip(*_table(caught.value).values(), strict=True)
+  assert not any(gaps)
+  assert min(divergences) > 0.0
+
+
+def test_the_divergence_is_that_of_the_distributions():
+  model = tiny.build("qwen2")
+  sides = [(model, tiny.params_of(model, seed)) for seed in (0, 1)]
+  p, q = (
+    jax.nn.softmax(model.logits(params, *verify._batch(model)))
+    for model, params in sides
+  )
+  p, q = (np.asarray(each, np.float64) for each in (p, q))
+  expected = (p * np.log(p / q)).sum(-1).mean()
+  gap = verify.logit_gap(*sides)
+  np.testing.assert_allclose(gap.divergence, expected, rtol=1e-5)
+  assert verify.logit_gap(sides[0], sides[0]) == (0.0, 0.0)
 
 
 def test_tensors_that_differ_are_listed(tmp_path):

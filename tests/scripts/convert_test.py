@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,9 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
   assert sorted(os.listdir(run)) == ["model", "model-source", "run"]
   assert _run(*to_hf) == 0
   assert tiny.differing(run / "model", run / "hf") == []
-  assert "Logits differ by 0.0e+00 at most" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "Logits differ by 0.0e+00 at most" in out
+  assert "\nCarried over: chat_template.jinja, " in out
 
   assert _run("from_hf", run / "hf", run / "orbax", "--dry_run") == 0
   assert not (run / "orbax").exists()
@@ -187,7 +190,11 @@ def test_verify_tells_in_which_layer_models_part(run, capsys):
   assert _run("verify", run / "a", run / "b") == 5
   out, err = capsys.readouterr()
   assert "       1              1       0.25  layer 1: values\n" in out
-  assert "part first after layer 1 (max abs: the embedding 0, layer 0 0" in out
+  assert "Hidden states part first after layer 1.\n" in out
+  assert re.search(r" 0 +0  layer 0\n +0\.\d+ +[1-9][\d.e-]+  layer 1\n", out)
+  assert re.search(
+    r"at most, and by a KL divergence of [1-9][\d.e-]+ nats", out
+  )
   assert "1 tensors or settings differ" in err
 
 
