@@ -19,6 +19,7 @@ from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
 from atlas_jax.train import (
   artefacts,
+  drift,
   loop,
   optimizer,
   schedule,
@@ -65,6 +66,7 @@ _FUNCTIONS = {
   "reward.math_verify": (rules.open_math, ()),
   "advantages": (advantages.group_advantages, ()),
   "correction": (correction.sampler_weights, ()),
+  "alarm": (drift.Alarm, ()),
   "score": (score.token_stats, ("temperature",)),
   "experts": (score.check_balance, ()),
   "schedule": (schedule.make, ("num_updates",)),

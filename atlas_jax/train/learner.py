@@ -13,7 +13,7 @@ import optax
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
-from atlas_jax.train import agreement, flops, rows, score
+from atlas_jax.train import agreement, drift, flops, rows, score
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
@@ -45,7 +45,8 @@ class Learner:
       shardings: where the state stays, as `state.shardings` tells.
       mesh: as `sharding.make_mesh` makes it.
       config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
-        `packing`, `reference`, `agreement`, `score`, `experts` and `sampling`.
+        `packing`, `reference`, `agreement`, `alarm`, `score`, `experts` and
+        `sampling`.
 
     Raises:
       errors.ConfigError: if nothing could be learnt with them.
@@ -64,6 +65,7 @@ class Learner:
     self._filter_equal = config.groups.filter_equal
     self._group_size = sampling.group_size
     self._max_prob_error = config.agreement.max_prob_error
+    self._alarm = drift.Alarm(**config.alarm)
     self._rows = sharding.of_batch(mesh)
     self._lay_out = functools.partial(
       rows.lay_out,
@@ -169,6 +171,7 @@ class Learner:
             max_prob_error=self._max_prob_error,
           )
       metrics |= updated
+      self._alarm.check(metrics, step=step + 1)
     return self._sync_reference(state), metrics
 
   def _kept(

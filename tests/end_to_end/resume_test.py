@@ -7,6 +7,8 @@ copied after each step while it goes on, and copies are resumed.
 
 import hashlib
 import json
+import os
+import random
 import re
 import shutil
 
@@ -16,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atlas_jax import launch, sharding, types
+from atlas_jax import errors, launch, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.train import grpo, sft, writer
 from configs.run import teacher_rcl, teacher_sft
@@ -43,10 +45,20 @@ def home(tmp_path_factory):
   ]
   (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   # The resumed runs need not compile the same programs once more.
-  old = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", str(home / "cache"))
+  cached = {
+    "jax_enable_compilation_cache": True,
+    "jax_compilation_cache_dir": str(home / "cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  old = {name: getattr(jax.config, name) for name in cached}
+  _configure(cached)
   yield home
-  jax.config.update("jax_compilation_cache_dir", old)
+  _configure(old)
+
+
+def _configure(settings):
+  for name, value in settings.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 
@@ -59,6 +71,10 @@ def _shorten(config, home):
   config.loop.eval_every = 2
   config.loop.save_every = 1
   config.checkpoint.keep = 2
+  config.batch.per_device = 1  # So gradients are accumulated.
+  # Another learning rate for every update.
+  config.schedule.schedule = "cosine"
+  config.schedule.warmup_fraction = 0.5
 
 
 def _opened(config, workdir):
@@ -176,22 +192,51 @@ def _digest(workdir):
   return digest.hexdigest()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [_train_sft, _train_grpo])
-def test_killed_at_any_step_it_ends_as_if_it_were_not(home, tmp_path, train):
-  copies = []
+@pytest.fixture(scope="module", params=[_train_sft, _train_grpo])
+def straight(home, tmp_path_factory, request):
+  """Trains to the end; gives how, its workdir, and a copy after each step."""
+  workdir, copies = tmp_path_factory.mktemp("runs") / "straight", []
 
   def copy():
-    copies.append(tmp_path / f"killed-{len(copies)}")
-    shutil.copytree(tmp_path / "straight", copies[-1])
+    copies.append(workdir.with_name(f"killed-{len(copies)}"))
+    shutil.copytree(workdir, copies[-1])
     return False
 
-  train(home, tmp_path / "straight", copy)
+  request.param(home, workdir, copy)
   assert len(copies) == _NUM_STEPS
+  return request.param, workdir, copies
+
+
+def _scramble():
+  """Leaves the random state of libraries as no run before has left it."""
+  random.seed(os.urandom(8))
+  np.random.seed(random.getrandbits(32))  # noqa: NPY002 - what others may use.
+
+
+def _check_equal(workdir, expected):
+  for told, wanted in zip(_told(workdir), _told(expected), strict=True):
+    assert told == wanted
+  assert _digest(workdir) == _digest(expected)
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_ends_as_if_it_were_not(home, straight):
+  train, expected, copies = straight
   for killed in copies[1::2]:  # Before the save of their last step is whole.
+    _scramble()
     train(home, killed, lambda: False)
-    for told, expected in zip(
-      _told(killed), _told(tmp_path / "straight"), strict=True
-    ):
-      assert told == expected
-    assert _digest(killed) == _digest(tmp_path / "straight")
+    _check_equal(killed, expected)
+
+
+@pytest.mark.slow
+def test_stopped_after_every_step_it_ends_as_if_it_were_not(
+  home, straight, tmp_path
+):
+  """So do schedule, moments, accumulation, and the rhythm of the reference."""
+  train, expected, _ = straight
+  for _ in range(_NUM_STEPS - 1):
+    _scramble()
+    with pytest.raises(errors.PreemptedError):
+      train(home, tmp_path / "stopped", lambda: True)
+  train(home, tmp_path / "stopped", lambda: True)
+  _check_equal(tmp_path / "stopped", expected)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates: the same however a batch is split, for every loss by name."""
 
+from absl import logging
 import jax
 import ml_collections
 import numpy as np
@@ -216,6 +217,36 @@ def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
     np.testing.assert_allclose(
       value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name
     )
+
+
+def _runs_away(monkeypatch):
+  """Makes the policy e^50 times likelier than it was at the step's start."""
+  plain = learning.Learner._scored
+
+  def scored(learner, state, part):
+    part = plain(learner, state, part)
+    old = part.batch["old_logprobs"] - 50.0
+    return part._replace(batch={**part.batch, "old_logprobs": old})
+
+  monkeypatch.setattr(learning.Learner, "_scored", scored)
+
+
+def test_a_ratio_that_explodes_is_clipped_and_told(monkeypatch):
+  warnings = []
+  monkeypatch.setattr(
+    logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  changes = {"batch.num_minibatches": 2, "loss.max_ratio": 5.0}
+  _runs_away(monkeypatch)
+  moved, metrics, _ = _update(_config("grpo", **changes))
+  assert metrics["ratio_max"] > 1e21
+  # What both bounds leave of the ratio, completions move the policy by.
+  assert abs(metrics["loss"]) < 10.0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
+  (told,) = (line for line in warnings if line.startswith("ALARM"))
+  assert "at step 1: ratio_max is " in told
+  with pytest.raises(errors.DivergedError, match="ratio_max"):
+    _update(_config("grpo", **changes, **{"alarm.stop": True}))
 
 
 def test_groups_of_equal_rewards_count_or_do_not_by_choice():

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the policy may move before somebody is told.
+
+The loss clips what a token can do; this tells that it had to, and may stop.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+from absl import logging
+import jax
+
+from atlas_jax import errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alarm:
+  """Looks at the metrics of each update.
+
+  Attributes:
+    max_ratio: of `ratio_max`, a token's probability now over that at the start
+      of the step; 0.0 for no bound.
+    max_kl: of `kl`, from the reference, in nats per token; 0.0 for no bound.
+    stop: whether to end the run, and not only to warn.
+  """
+
+  max_ratio: float
+  max_kl: float
+  stop: bool
+
+  def __post_init__(self) -> None:
+    """Refuses bounds that every step would break, or an alarm without any."""
+    if (
+      self.max_kl < 0.0
+      or (self.max_ratio and self.max_ratio <= 1.0)
+      or (self.stop and not (self.max_ratio or self.max_kl))
+    ):
+      raise errors.ConfigError(
+        "There is no such alarm.",
+        where=f"--config.alarm: max_ratio={self.max_ratio}, "
+        f"max_kl={self.max_kl}, stop={self.stop}",
+        why="A ratio starts at 1 and a divergence at 0; without a bound on "
+        "either there is nothing to stop for.",
+        fix="For example max_ratio=100, max_kl=10; 0 is no bound.",
+      )
+
+  def check(
+    self, metrics: Mapping[str, float | jax.Array], *, step: int
+  ) -> None:
+    """Warns of what is out of bounds after `step` steps; NaN is not.
+
+    Raises:
+      errors.DivergedError: if it is to stop.
+    """
+    for name, key, bound in (
+      ("ratio_max", "max_ratio", self.max_ratio),
+      ("kl", "max_kl", self.max_kl),
+    ):
+      value = float(metrics[name])
+      if not bound or not value > bound:
+        continue
+      logging.warning(
+        "ALARM at step %d: %s is %.4g, above --config.alarm.%s=%g.",
+        *(step, name, value, key, bound),
+      )
+      if self.stop:
+        raise errors.DivergedError(
+          f"The policy moved too far: {name} is {value:.4g}.",
+          where=f"step {step}; --config.alarm.{key}={bound:g}",
+          why="Updates are too large, or there are too many of them on one "
+          "batch. This one is not saved.",
+          fix="Lower --config.schedule.learning_rate, raise "
+          "--config.loss.kl_coef, or look at the completions of the last "
+          "steps. --config.alarm.stop=False only warns.",
+        )
