@@ -7,6 +7,7 @@ lost the others cannot go on: JAX aborts them within `max_silence_s`.
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -108,6 +109,24 @@ def gather(array: jax.Array) -> np.ndarray:
   return multihost_utils.process_allgather(array, tiled=True)
 
 
+def exchange(text: str) -> list[str]:
+  """Gives a text to all processes, and gets theirs, in order.
+
+  It waits for those that are at their files. Spaces at the end may be added.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  wait(f"exchange/{next(_exchanges)}")
+  mine = text.encode()
+  longest = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
+  padded = np.frombuffer(mine.ljust(longest), np.uint8)
+  told = multihost_utils.process_allgather(padded)
+  return [row.tobytes().decode() for row in told]
+
+
+_exchanges = itertools.count()  # No two waits have one name.
+
+
 def agree(facts: Mapping[str, str]) -> None:
   """Refuses to go on where the facts of the processes differ.
 
@@ -116,14 +135,7 @@ def agree(facts: Mapping[str, str]) -> None:
   """
   if jax.process_count() == 1:
     return
-  mine = json.dumps(facts).encode()
-  longest = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
-  padded = np.frombuffer(mine.ljust(longest), np.uint8)
-  told = [
-    json.loads(row.tobytes())
-    for row in multihost_utils.process_allgather(padded)
-  ]
-  lines = _differences(told)
+  lines = _differences(list(map(json.loads, exchange(json.dumps(facts)))))
   if lines:
     raise errors.ConfigError(
       "The processes do not run the same job.",

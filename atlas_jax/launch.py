@@ -30,7 +30,7 @@ from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
 from atlas_jax.train import state as train_state
-from conversion import card, load, peft_adapters, save, verify
+from conversion import card, load, peft_adapters, save, shares, verify
 from rollout import sampler, wire
 
 
@@ -397,6 +397,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
 ) -> None:
   """Writes a Hugging Face directory, and compares its logits with the model's.
 
+  Of several processes each writes a part, and none holds all parameters.
   Adapters are merged into it, and at the end written by themselves too.
 
   Args:
@@ -417,11 +418,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
   """
   if not (enabled if step is None else keep_steps):
     return
-  params = _on_first(policy.merged(trained), opened.model)
-  if policy.adapters is not None and jax.process_count() > 1:
-    trained = jax.tree.map(distributed.gather, trained)
-  if not distributed.is_first():
-    return
+  params = policy.merged(trained)
   about = card.Card(base=opened.name, facts=facts, metrics=writer.last(workdir))
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
@@ -433,6 +430,9 @@ def export(  # noqa: PLR0913 - one argument per config key.
     max_shard_bytes=max_shard_bytes,
     about=about,
     overwrite=True,
+    share=shares.Share(
+      jax.process_index(), jax.process_count(), distributed.exchange
+    ),
   )
   # Its few rows need not divide over the mesh.
   model = dataclasses.replace(opened.model, layout=None)
@@ -441,6 +441,10 @@ def export(  # noqa: PLR0913 - one argument per config key.
     "Exported to %s; logits differ by %.1e at most. %s",
     *(directory, difference, save.describe_carried(opened.directory)),
   )
+  if policy.adapters is not None and jax.process_count() > 1:
+    trained = jax.tree.map(distributed.gather, trained)  # They are small.
+  if not distributed.is_first():
+    return
   if step is None and policy.adapters is not None:
     _export_adapters(
       workdir / "adapter", opened, policy.adapters, trained, about
@@ -450,23 +454,6 @@ def export(  # noqa: PLR0913 - one argument per config key.
     steps = sorted(int(number) for number in numbers if number.isdecimal())
     for old in steps[:-keep_steps]:
       shutil.rmtree(workdir / f"export-{old}")
-
-
-def _on_first(params: decoder.Params, model: decoder.Model) -> decoder.Params:
-  """Gathers parameters in the first of several processes; others get none.
-
-  Each process holds all of them in its memory for that time.
-  """
-  if jax.process_count() == 1:
-    return params
-  params = jax.tree.map(distributed.gather, params)
-  if not distributed.is_first():
-    return {}
-  # Whole copies would not fit on a device.
-  mesh = sharding.make_mesh(
-    data=1, fsdp=-1, tensor=1, devices=jax.local_devices()
-  )
-  return jax.device_put(params, sharding.of_params(mesh, model.abstract_params))
 
 
 def _export_adapters(

@@ -59,7 +59,7 @@ def write(
     card: see there.
     source: where the base is on disk; its card's license is handed on.
     library: that opens the directory.
-    digests: SHA-256 of the files with weights.
+    digests: of the files with weights; see `shards.new_digest`.
   """
   inherited = _read_head(source)
   head = {
@@ -94,7 +94,7 @@ def write(
         ("metric", "step", "value"),
         [(n, str(s), f"{v:.6g}") for n, (s, v) in card.metrics.items()],
       ),
-      *_table("Files", ("file", "SHA-256"), list(digests.items())),
+      *_table("Files", ("file", "XXH3, by xxhsum -H2"), list(digests.items())),
       _LIMITS,
     ]
   )

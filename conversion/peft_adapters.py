@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import hashlib
 import math
 import pathlib
 from typing import Any
@@ -91,20 +90,15 @@ def save_directory(
     "inference_mode": True,
   }
   with target.writing(directory) as partial:
-    sha256 = hashlib.sha256()
-    shards.write_file(
-      partial / _WEIGHTS,
+    digests = shards.write_files(
+      partial,
+      {_WEIGHTS: list(named)},
       {name: array.shape for name, array in named.items()},
       named.__getitem__,
       dtype="float32",
-      digests=[sha256],
     )
-    digest = sha256.hexdigest()
-    _check_read_back(partial / _WEIGHTS, digest)
     shards.write_json(partial / _CONFIG, fields)
-    card.write(
-      partial, about, source=source, library="peft", digests={_WEIGHTS: digest}
-    )
+    card.write(partial, about, source=source, library="peft", digests=digests)
 
 
 def open_directory(directory: pathlib.Path) -> Adapter:
@@ -333,14 +327,3 @@ def _refused(
   return errors.CheckpointError(
     "The adapter cannot be used.", where=str(where), why=f"{why}.", fix=fix
   )
-
-
-def _check_read_back(path: pathlib.Path, expected: str) -> None:
-  with path.open("rb") as file:
-    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-      raise errors.CheckpointError(
-        "The adapters read back are not what was written.",
-        where=str(path),
-        why="The file's digest is another.",
-        fix="Check the disk; nothing was left behind.",
-      )

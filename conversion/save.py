@@ -5,18 +5,22 @@ Everything is written aside, read back and compared before it gets its name.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import functools
+import json
 import math
 import pathlib
 import shutil
 from typing import Any, Literal
 
+from absl import logging
 import jax
+import jax.sharding as js
 import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import card, load, rules, shards, target
+from conversion import card, load, rules, shards, shares, target
 
 # Gives a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
@@ -43,14 +47,16 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   about: card.Card,
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
+  share: shares.Share = shares.ALONE,
 ) -> None:
-  """Writes the parameters of `model`, on any devices this process reaches.
+  """Writes the parameters of `model`, on the devices of all that share it.
 
   All else is as in `write`.
   """
+  tensors = Tensors(params, model, dtype)
   write(
     directory,
-    fetcher(params, model, dtype),
+    tensors.fetch,
     model,
     source=source,
     dtype=dtype,
@@ -58,6 +64,8 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
     about=about,
     overwrite=overwrite,
     progress=progress,
+    share=share,
+    elsewhere=tensors.take_part,
   )
 
 
@@ -72,6 +80,8 @@ def write(  # noqa: PLR0913 - what is written, where, and how it looks.
   about: card.Card,
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
+  share: shares.Share = shares.ALONE,
+  elsewhere: Callable[[str], object] = lambda _: None,
 ) -> None:
   """Writes a model directory, whole or not at all.
 
@@ -82,37 +92,70 @@ def write(  # noqa: PLR0913 - what is written, where, and how it looks.
     source: the directory in Hugging Face format that the model came from; its
       config, tokenizer and generation settings are carried over.
     dtype: of the tensors written.
-    max_shard_bytes: see `shards.write`.
+    max_shard_bytes: see `shards.layout`.
     about: goes into the model card.
     overwrite: replaces what is at `directory`, once the new one is complete.
     progress: told the bytes of each tensor before it is written.
+    share: which of several processes this is; all call this, and see the disk.
+    elsewhere: see `shards.write_files`.
 
   Raises:
     errors.ConfigError: if the target is in use.
     errors.CheckpointError: if `source` is incomplete or of another shape, a
-      weight is not finite, the disk is full, or the files read back differ.
+      weight is not finite, the disk is full, or the files read back differ; in
+      all processes if in one.
   """
-  fields = check(
-    directory, model, source=source, dtype=dtype, overwrite=overwrite
-  )
+  shapes = rules.shapes(model)
+  files = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  is_first = share.index == 0
+  held = contextlib.ExitStack()
+
+  def begin() -> str:
+    if not is_first:
+      return ""
+    fields = check(
+      directory, model, source=source, dtype=dtype, overwrite=overwrite
+    )
+    partial = held.enter_context(target.writing(directory))
+    _write_texts(partial, source, _updated(fields, model, dtype))
+    return str(partial)
 
   def fetch_and_tell(name: str) -> np.ndarray:
     array = fetch(name)
     progress(array.nbytes)
     return array
 
-  with target.writing(directory) as partial:
-    _write_texts(partial, source, _updated(fields, model, dtype))
-    digests = shards.write(
-      partial,
-      rules.shapes(model),
-      fetch_and_tell,
-      dtype=dtype,
-      max_shard_bytes=max_shard_bytes,
-    )
-    card.write(
-      partial, about, source=source, library="transformers", digests=digests
-    )
+  def write_part() -> str:
+    with target.disk_errors(directory):
+      digests = shards.write_files(
+        partial,
+        files,
+        shapes,
+        fetch_and_tell,
+        dtype=dtype,
+        share=share,
+        elsewhere=elsewhere,
+      )
+    if share.count > 1:
+      logging.info("Wrote %d of %d files.", len(digests), len(files))
+    return json.dumps(digests)
+
+  def end() -> str:
+    if is_first:
+      shards.write_index(partial, files, shapes, dtype)
+      shards.open_directory(partial)
+      card.write(
+        partial, about, source=source, library="transformers", digests=digests
+      )
+    held.close()  # Gives it its name.
+    return ""
+
+  with held:
+    partial = pathlib.Path(share.together(begin)[0])
+    parts = map(json.loads, share.together(write_part))
+    found = {file: digest for part in parts for file, digest in part.items()}
+    digests = {file: found[file] for file in files}
+    share.together(end)
 
 
 def check(
@@ -148,29 +191,45 @@ def num_bytes(model: decoder.Model, dtype: str) -> int:
   return np.dtype(dtype).itemsize * sum(counts)
 
 
-def fetcher(params: decoder.Params, model: decoder.Model, dtype: str) -> Fetch:
-  """Makes the function that fetches one tensor from its devices.
+class Tensors:
+  """Parameters as the tensors of their files, by Hugging Face name.
 
-  It takes a Hugging Face name. Values are cast where they lie, so that no
-  more bytes travel than are written; the array is often not contiguous.
+  Values are cast where they lie, so that no more bytes travel than are
+  written. Where several processes hold the parameters, one tensor after the
+  other is brought to all of them.
   """
-  leaves = dict(rules.flatten(params))
-  parts: dict[str, list[rules.Piece]] = {}
-  for piece in rules.pieces(model):
-    parts.setdefault(piece.name, []).append(piece)
 
-  def fetch_piece(piece: rules.Piece) -> np.ndarray:
-    leaf = leaves[piece.rule.path]
-    if leaf.dtype == dtype and _is_in_reach(leaf):
-      return rules.to_hf(piece.rule, np.asarray(leaf)[piece.index])
-    layer = _layer(leaf, piece.index, dtype)
-    return rules.to_hf(piece.rule, np.asarray(layer))
+  def __init__(
+    self, params: decoder.Params, model: decoder.Model, dtype: str
+  ) -> None:
+    self._leaves, self._dtype = dict(rules.flatten(params)), dtype
+    self._pieces: dict[str, list[rules.Piece]] = {}
+    for piece in rules.pieces(model):
+      self._pieces.setdefault(piece.name, []).append(piece)
 
-  def fetch(name: str) -> np.ndarray:
-    fetched = [fetch_piece(piece) for piece in parts[name]]
-    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched)
+  def fetch(self, name: str) -> np.ndarray:
+    """Fetches a tensor from its devices; it is often not contiguous."""
+    parts = [
+      rules.to_hf(piece.rule, np.asarray(self._layer(piece)))
+      for piece in self._pieces[name]
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-  return fetch
+  def take_part(self, name: str) -> None:
+    """Does what another process needs to fetch a tensor."""
+    for piece in self._pieces[name]:
+      layer = self._layer(piece)
+      # Else all of them would be on their way at once.
+      jax.block_until_ready(layer)
+
+  def _layer(self, piece: rules.Piece) -> jax.Array | np.ndarray:
+    leaf = self._leaves[piece.rule.path]
+    if leaf.dtype == self._dtype and _is_in_reach(leaf):
+      return np.asarray(leaf)[piece.index]
+    place = None
+    if not leaf.is_fully_addressable:
+      place = js.NamedSharding(leaf.sharding.mesh, js.PartitionSpec())
+    return _cut(place)(leaf, piece.index, self._dtype)
 
 
 def _is_in_reach(leaf: jax.Array) -> bool:
@@ -179,12 +238,24 @@ def _is_in_reach(leaf: jax.Array) -> bool:
   return leaf.is_fully_replicated and platforms == {"cpu"}
 
 
-# One program: step by step, a copy of the layer in its old precision would be
-# made first, and most of the time would go into that.
-@functools.partial(jax.jit, static_argnames="dtype")
-def _layer(leaf: jax.Array, index: tuple[int, ...], dtype: str) -> jax.Array:
-  """Cuts a layer out of a stacked parameter, and casts it."""
-  return leaf[index].astype(dtype)
+@functools.lru_cache
+def _cut(
+  place: js.Sharding | None,
+) -> Callable[[jax.Array, tuple[int, ...], str], jax.Array]:
+  """Makes the function that cuts a layer out of a parameter, and casts it.
+
+  It is one program: step by step, a copy of the layer in its old precision
+  would be made first, and most of the time would go into that.
+
+  Args:
+    place: where the layer goes; None leaves it to the compiler.
+  """
+
+  @functools.partial(jax.jit, static_argnames="dtype", out_shardings=place)
+  def cut(leaf: jax.Array, index: tuple[int, ...], dtype: str) -> jax.Array:
+    return leaf[index].astype(dtype)
+
+  return cut
 
 
 def describe_carried(source: pathlib.Path) -> str:

@@ -11,25 +11,24 @@ import json
 import math
 import os
 import pathlib
-import threading
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
 from atlas_jax import errors
-from conversion import arrays, header
+from conversion import arrays, header, shares
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _MAX_JSON_BYTES = 64 * 2**20
-# More writers gain nothing: memory is the limit. Each holds one tensor.
+# More gain nothing: memory is the limit.
 _MAX_WRITERS = 8
 
 
 class Digest(Protocol):
-  """A hash in the making, such as hashlib's."""
+  """A hash in the making."""
 
   def update(self, data: memoryview, /) -> object:
     """Takes in more bytes."""
@@ -46,9 +45,20 @@ def read(tensor: header.Tensor) -> np.ndarray:
   return np.asarray(body).view(tensor.dtype).reshape(tensor.shape)
 
 
+def new_digest() -> Digest:
+  """Begins the digest of a file: XXH3, of 128 bits.
+
+  It finds altered and torn bytes at the speed of memory; a hash that nobody
+  can forge takes 16 times as long, more than all else that a write does.
+  """
+  return xxhash.xxh3_128()
+
+
 def digest(array: np.ndarray) -> str:
-  """Computes the SHA-256 of an array's bytes in C order."""
-  return hashlib.sha256(_bytes_of(array)).hexdigest()
+  """Computes the digest of an array's bytes in C order."""
+  taken = new_digest()
+  taken.update(_bytes_of(array))
+  return taken.hexdigest()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:  # Any: a JSON object.
@@ -131,48 +141,26 @@ def write(
   dtype: str,
   max_shard_bytes: int,
 ) -> dict[str, str]:
-  """Writes tensors, reads all back and compares.
-
-  This is the only writer of safetensors in the project: it makes every array
-  contiguous first, since the public library writes the bytes of a transposed
-  view in the wrong order without a word.
+  """Writes tensors and their index, reads all back and compares.
 
   Args:
     directory: an existing one, without weights.
     shapes: the tensors in the order they are written.
-    fetch: gives a tensor by name; called once for each.
-    dtype: "float32", "float16" or "bfloat16"; arrays are cast to it.
-    max_shard_bytes: a file closes before it grows past this, unless one
-      tensor alone is larger.
+    fetch: see `write_files`.
+    dtype: see `write_files`.
+    max_shard_bytes: see `layout`.
 
   Returns:
-    The SHA-256 of each file.
+    The digest of each file.
 
   Raises:
-    errors.CheckpointError: if a value is not finite, or a tensor read back
-      differs from what was written.
+    errors.CheckpointError: see `write_files`.
   """
   files = layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  # SHA-256 is for those who open the files; reading back, xxh3 is as good
-  # against altered bytes, and 16 times faster.
-  digests = write_files(
-    directory,
-    files,
-    shapes,
-    fetch,
-    dtype=dtype,
-    digests=(hashlib.sha256, xxhash.xxh3_128),
-  )
+  digests = write_files(directory, files, shapes, fetch, dtype=dtype)
   write_index(directory, files, shapes, dtype)
   open_directory(directory)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(_digest_of_file, [directory / file for file in files])
-    for file, digest in zip(files, found, strict=True):
-      if digest != digests[file][1]:
-        raise header.refuse(
-          directory, f"{file} read back is not what was written"
-        )
-  return {file: sha256 for file, (sha256, _) in digests.items()}
+  return digests
 
 
 def write_files(
@@ -182,54 +170,194 @@ def write_files(
   fetch: Callable[[str], np.ndarray],
   *,
   dtype: str,
-  digests: Sequence[Callable[[], Digest]],
-) -> dict[str, list[str]]:
-  """Writes files of tensors, several at once; see `write`.
+  with_read_back: bool = True,
+  share: shares.Share = shares.ALONE,
+  elsewhere: Callable[[str], object] = lambda _: None,
+) -> dict[str, str]:
+  """Writes this process's share of some files of tensors, several at once.
+
+  This is the only writer of safetensors in the project: it makes every array
+  contiguous first, since the public library writes the bytes of a transposed
+  view in the wrong order without a word.
 
   Args:
     directory: an existing one.
-    files: as `layout` gives it.
+    files: as `layout` gives it; the same in every process.
     shapes: of all tensors.
-    fetch: see `write`; called by one thread at a time, with one tensor of each
-      file in memory.
-    dtype: see `write`.
-    digests: each makes what takes the bytes of a file as they are written.
+    fetch: gives a tensor by name; called once for each, by the thread that
+      called this. One tensor of each file being written is in memory, and one
+      more.
+    dtype: "float32", "float16" or "bfloat16"; arrays are cast to it.
+    with_read_back: whether to compare each file with what was written.
+    share: which of several processes this is.
+    elsewhere: called in place of `fetch` for tensors that other processes
+      write, so that all go through the tensors in the same order, even those
+      that could not write theirs.
 
   Returns:
-    The digests of each file.
+    The digest of each file of this process; see `new_digest`.
 
   Raises:
-    errors.CheckpointError: if a value is not finite.
+    errors.CheckpointError: if a value is not finite, or a file read back
+      differs from what was written.
+    OSError: if the disk refuses.
   """
-  # Devices must see the programs of one thread before those of another.
-  turn = threading.Lock()
+  mine = min(_MAX_WRITERS, os.cpu_count() or 1)
+  writers = min(map(int, share.together(lambda: str(mine))))
+  failed: errors.AtlasError | OSError | None = None
+  with _Writer(directory, files, shapes, dtype, with_read_back) as writer:
+    for lane, file, name in _in_step(files, shapes, share.count * writers):
+      if lane % share.count != share.index or failed:
+        elsewhere(name)
+        continue
+      try:
+        writer.add(lane, file, name, fetch(name))
+      except (errors.AtlasError, OSError) as error:
+        if share.count == 1:
+          raise
+        failed = error
+    if failed:
+      raise failed
+    return writer.finish()
 
-  def fetch_in_turn(name: str) -> np.ndarray:
-    with turn:
-      return fetch(name)
 
-  def write_one(file: str) -> list[str]:
-    part = {name: shapes[name] for name in files[file]}
-    taken = [new() for new in digests]
-    write_file(
-      directory / file, part, fetch_in_turn, dtype=dtype, digests=taken
-    )
-    return [digest.hexdigest() for digest in taken]
+def _in_step(
+  files: Mapping[str, Sequence[str]],
+  shapes: Mapping[str, tuple[int, ...]],
+  num_lanes: int,
+) -> list[tuple[int, str, str]]:
+  """Orders tensors so that lanes, which write files one by one, keep pace.
 
-  workers = min(_MAX_WRITERS, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    return dict(zip(files, pool.map(write_one, files), strict=True))
+  Returns:
+    Lane, file and name of each.
+  """
+  sizes = {
+    file: sum(math.prod(shapes[name]) for name in names)
+    for file, names in files.items()
+  }
+  steps = []
+  for lane, part in enumerate(shares.divide(sizes, num_lanes)):
+    done = 0
+    for file in part:
+      for name in files[file]:
+        steps.append((done, lane, file, name))
+        done += math.prod(shapes[name])
+  steps.sort(key=lambda step: step[:2])  # Stable: a file keeps its order.
+  return [step[1:] for step in steps]
+
+
+class _Writer:
+  """Writes files in threads: of each lane one tensor at a time.
+
+  Files are waited for, until they are on disk, while the next are written.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    files: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    with_read_back: bool,
+  ) -> None:
+    self._directory, self._files, self._shapes = directory, files, shapes
+    self._dtype, self._with_read_back = np.dtype(dtype), with_read_back
+    self._pool = concurrent.futures.ThreadPoolExecutor()
+    self._opened: dict[str, _File] = {}
+    self._steps: dict[int, concurrent.futures.Future[None]] = {}
+    self._ends: dict[str, concurrent.futures.Future[str]] = {}
+
+  def __enter__(self) -> "_Writer":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._pool.shutdown(cancel_futures=True)
+    for file in self._opened.values():
+      file.close()
+
+  def add(self, lane: int, file: str, name: str, array: np.ndarray) -> None:
+    """Begins to write a tensor, once the one before it is written."""
+    if lane in self._steps:
+      self._steps.pop(lane).result()
+    self._steps[lane] = self._pool.submit(self._add, file, name, array)
+
+  def _add(self, file: str, name: str, array: np.ndarray) -> None:
+    names = self._files[file]
+    if name == names[0]:
+      shapes = {name: self._shapes[name] for name in names}
+      self._opened[file] = _File(self._directory / file, shapes, self._dtype)
+    self._opened[file].add(name, array)
+    if name == names[-1]:
+      self._ends[file] = self._pool.submit(self._end, file)
+
+  def _end(self, file: str) -> str:
+    return self._opened[file].end(with_read_back=self._with_read_back)
+
+  def finish(self) -> dict[str, str]:
+    """Waits until all is on disk; gives the digest of each file."""
+    for step in self._steps.values():
+      step.result()
+    return {file: end.result() for file, end in self._ends.items()}
+
+
+class _File:
+  """A file of tensors that is being written."""
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+  ) -> None:
+    self._path, self._shapes, self._dtype = path, shapes, dtype
+    self._digest = new_digest()
+    self._file = path.open("wb", buffering=0)
+    self._write(memoryview(header.make(shapes, dtype)))
+
+  def _write(self, data: memoryview) -> None:
+    self._digest.update(data)
+    while data:  # A disk that is nearly full takes a part.
+      data = data[self._file.write(data) :]
+
+  def add(self, name: str, array: np.ndarray) -> None:
+    """Writes the next tensor."""
+    shape = self._shapes[name]
+    if array.shape != shape:
+      raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
+    # Memory is slower than all of these: each piece is read from it once.
+    for piece in arrays.pieces(array, self._dtype):
+      arrays.check_finite(name, piece)
+      self._write(_bytes_of(piece))
+
+  def end(self, *, with_read_back: bool) -> str:
+    """Waits until the file is on disk; gives its digest."""
+    os.fsync(self._file.fileno())
+    self.close()
+    digest = self._digest.hexdigest()
+    if with_read_back and _digest_of_file(self._path) != digest:
+      raise header.refuse(self._path, "read back, it is not what was written")
+    return digest
+
+  def close(self) -> None:
+    """Lets go of the file, whole or not."""
+    self._file.close()
 
 
 def _digest_of_file(path: pathlib.Path) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 def layout(
   shapes: Mapping[str, tuple[int, ...]], *, dtype: str, max_shard_bytes: int
 ) -> dict[str, list[str]]:
-  """Spreads tensors over files, in order; see `write`.
+  """Spreads tensors over files, in order.
+
+  Args:
+    shapes: of all tensors.
+    dtype: that they are written in.
+    max_shard_bytes: a file closes before it grows past this, unless one tensor
+      alone is larger.
 
   Returns:
     The names of the tensors in each file, by the file's name.
@@ -260,46 +388,6 @@ def write_index(
     directory / INDEX_NAME,
     {"metadata": {"total_size": total}, "weight_map": weight_map},
   )
-
-
-def write_file(
-  path: pathlib.Path,
-  shapes: Mapping[str, tuple[int, ...]],
-  fetch: Callable[[str], np.ndarray],
-  *,
-  dtype: str,
-  digests: Sequence[Digest],
-) -> None:
-  """Writes one file of tensors, and waits until it is on disk.
-
-  Args:
-    path: the file.
-    shapes: see `write`.
-    fetch: see `write`; one tensor is in memory at a time.
-    dtype: see `write`.
-    digests: new ones; they take the file's bytes as they are written.
-
-  Raises:
-    errors.CheckpointError: if a value is not finite.
-  """
-  as_dtype = np.dtype(dtype)
-  head = header.make(shapes, as_dtype)
-  for digest in digests:
-    digest.update(memoryview(head))
-  with path.open("wb") as file:
-    file.write(head)
-    for name, shape in shapes.items():
-      array = fetch(name)
-      if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
-      # Memory is slower than all of these: each piece is read from it once.
-      for piece in arrays.pieces(array, as_dtype):
-        arrays.check_finite(name, piece)
-        for digest in digests:
-          digest.update(_bytes_of(piece))
-        file.write(_bytes_of(piece))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_json(

@@ -112,11 +112,25 @@ def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   clean(directory)
   partial = _beside(directory, "tmp")
   try:
+    with disk_errors(directory):
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir(parents=True)
+      yield partial
+      _sync(partial)
+      _rename(partial, directory)
+  finally:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    _sync(partial)
-    _rename(partial, directory)
+
+
+@contextlib.contextmanager
+def disk_errors(directory: pathlib.Path) -> Iterator[None]:
+  """Tells what a disk says against writing `directory`.
+
+  Raises:
+    errors.CheckpointError: in place of an `OSError`.
+  """
+  try:
+    yield
   except OSError as error:
     raise errors.CheckpointError(
       "The model cannot be written.",
@@ -124,8 +138,6 @@ def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
       why=str(error),
       fix="Check the space and the permissions there; nothing was left behind.",
     ) from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(directory: pathlib.Path) -> None:

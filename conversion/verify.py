@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.sharding as js
 import numpy as np
 
 from atlas_jax import errors
@@ -192,8 +193,16 @@ def _divergence(a_BTV: jax.Array, b_BTV: jax.Array) -> float:
 
 def _gap(a: jax.Array, b: jax.Array) -> float:
   # In NumPy: XLA's maximum on a CPU may lose a NaN.
-  x, y = (np.asarray(each.astype(jnp.float32)) for each in (a, b))
+  x, y = (_fetched(each.astype(jnp.float32)) for each in (a, b))
   return float(np.max(np.abs(x - y)))
+
+
+def _fetched(array: jax.Array) -> np.ndarray:
+  """Gives the values to each of the processes that hold a part of them."""
+  if not array.is_fully_addressable:
+    everywhere = js.NamedSharding(array.sharding.mesh, js.PartitionSpec())
+    array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+  return np.asarray(array)
 
 
 def config_differences(left: decoder.Model, right: decoder.Model) -> list[str]:

@@ -22,7 +22,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
-import xxhash
 
 from atlas_jax import errors
 from conversion import arrays, header, shards
@@ -42,7 +41,10 @@ class _Record(pydantic.BaseModel):
 
 
 class File(_Record):
-  """One file by its size and the digest of its bytes; see `new_digest`."""
+  """One file by its size and digest, as `shards.new_digest` makes it.
+
+  That nobody else writes the files is up to their directory, which is private.
+  """
 
   size: Annotated[int, pydantic.Field(ge=0)]
   digest: str
@@ -66,16 +68,6 @@ class Manifest(_Record):
 def directory_of(root: pathlib.Path, version: int) -> pathlib.Path:
   """Gives the directory of a version: a name of digits, so never outside."""
   return root / str(int(version))
-
-
-def new_digest() -> shards.Digest:
-  """Begins the digest of a file that is pushed.
-
-  Servers wait while every byte is hashed, on both sides, so this is a hash at
-  the speed of memory. It finds torn, stale and altered bytes; that nobody else
-  writes them is up to the directory, which is private.
-  """
-  return xxhash.xxh3_128()
 
 
 def describe(path: pathlib.Path) -> File:
@@ -281,7 +273,7 @@ def _scan(path: pathlib.Path, kinds: Collection[str]) -> tuple[File, bool]:
   The whole file is taken for values of these kinds, which tensors are aligned
   to. What is no tensor may raise a false alarm.
   """
-  digest, size, suspect = new_digest(), 0, False
+  digest, size, suspect = shards.new_digest(), 0, False
   buffer = np.empty(_CHUNK_BYTES, np.uint8)
   with path.open("rb", buffering=0) as file:
     while length := file.readinto(buffer.data):

@@ -2,6 +2,7 @@
 """Two processes train as one does, and one does not outlive the other."""
 
 import contextlib
+import filecmp
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from conversion import card, save
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -112,9 +114,14 @@ def _check_equal(workdir, expected):
   losses = _losses(workdir)
   assert losses == pytest.approx(_losses(expected), rel=1e-6)
   got, wanted = (
-    safetensors.load_file(run / "export/model.safetensors")
+    {
+      name: weights
+      for file in (run / "export").glob("*.safetensors")
+      for name, weights in safetensors.load_file(file).items()
+    }
     for run in (workdir, expected)
   )
+  assert got.keys() == wanted.keys()
   for name, weights in wanted.items():
     distance = np.linalg.norm(got[name] - weights)
     assert distance <= 1e-6 * np.linalg.norm(weights), name
@@ -124,6 +131,7 @@ def _check_equal(workdir, expected):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
+  small = "--config.export.max_shard_bytes=20000"
 
   def train_alone(run, *options):
     code, text = _end(_start(home, tmp_path / run, *options, num_devices=4))
@@ -131,10 +139,13 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
     return text
 
   train_alone("one", *mesh)
-  with _pair(home, tmp_path / "two", *mesh) as pair:
+  with _pair(home, tmp_path / "two", *mesh, small) as pair:
     for process in pair:
       code, text = _end(process)
       assert code == 0, text
+      written, total = re.search(r"Wrote (\d+) of (\d+) files", text).groups()
+      assert 0 < int(written) < int(total)
+      assert "logits differ by" in text
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 2
 
   more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
@@ -142,6 +153,87 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   text = train_alone("two", "--config.mesh.fsdp=4", more)
   assert f"Resuming from step {_NUM_STEPS}" in text
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 5
+
+
+# Loads a model onto the devices of all processes, and exports it again.
+_EXPORTER = """
+import pathlib, sys
+from atlas_jax import distributed, launch, sharding
+from conversion import card, save, shares
+from scripts import memory
+
+model, out, address, count, index = sys.argv[1:]
+address = distributed.Address(address, int(count), int(index))
+distributed.initialize(address, max_wait_s=60, max_silence_s=60)
+opened = launch.open_model(
+  sharding.make_mesh(data=1, fsdp=-1, tensor=1),
+  path=model,
+  dtype="float32",
+  param_dtype="float32",
+  attention="xla",
+  remat="none",
+  unroll=1,
+)
+with distributed.together():
+  held = memory.of_process("VmRSS", reset=True)
+  save.save(
+    pathlib.Path(out),
+    opened.params,
+    opened.model,
+    source=opened.directory,
+    dtype="float32",
+    max_shard_bytes=3 * 10**7,
+    about=card.Card(base="test"),
+    overwrite=False,
+    share=shares.Share(int(index), int(count), distributed.exchange),
+  )
+  print("grew by", memory.of_process("VmHWM", reset=False) - held)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_holds_the_whole_of_what_they_export(tmp_path):
+  sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
+  sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+  model, params = tiny.write_talker(
+    tmp_path / "model", num_hidden_layers=24, **sizes
+  )
+  arguments = (tmp_path / "model", tmp_path / "many")
+  address = f"127.0.0.1:{_free_port()}"
+  command = [sys.executable, "-c", _EXPORTER, *arguments, address, "2"]
+  pair = [
+    subprocess.Popen(
+      [*command, str(index)],
+      cwd=_ROOT,
+      env={**os.environ, "XLA_FLAGS": ""},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  ends = [_end(process) for process in pair]
+  num_bytes = save.num_bytes(model, "float32")
+  for code, text in ends:
+    assert code == 0, text
+    assert int(re.search(r"grew by (\d+)", text)[1]) < num_bytes / 2
+
+  save.save(
+    tmp_path / "one",
+    params,
+    model,
+    source=tmp_path / "model",
+    dtype="float32",
+    max_shard_bytes=3 * 10**7,
+    about=card.Card(base="test"),
+    overwrite=False,
+  )
+  names = [path.name for path in (tmp_path / "one").iterdir()]
+  same, different, odd = filecmp.cmpfiles(
+    tmp_path / "one", tmp_path / "many", names, shallow=False
+  )
+  assert (different, odd) == ([], [])
+  assert len(same) > 10
 
 
 def _child(pid):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import load, rules, shards
+from conversion import load, rules, save, shards
 from rollout import manifest, weight_sync
 from tests import tiny
 
@@ -211,22 +211,17 @@ def test_a_root_that_cannot_be_made_is_a_config_error(tmp_path):
 
 def test_one_tensor_at_a_time_is_in_memory(publish, model, monkeypatch):
   alive, most = [], []
-  fetcher = weight_sync.save.fetcher
+  fetch = save.Tensors.fetch
 
-  def watched(*args):
-    fetch = fetcher(*args)
+  def watched(tensors, name):
+    alive[:] = [ref for ref in alive if ref() is not None]
+    most.append(len(alive))
+    # A copy of its own: on a CPU the original is the parameter's memory.
+    array = np.array(fetch(tensors, name))
+    alive.append(weakref.ref(array))
+    return array
 
-    def run(name):
-      alive[:] = [ref for ref in alive if ref() is not None]
-      most.append(len(alive))
-      # A copy of its own: on a CPU the original is the parameter's memory.
-      array = np.array(fetch(name))
-      alive.append(weakref.ref(array))
-      return array
-
-    return run
-
-  monkeypatch.setattr(weight_sync.save, "fetcher", watched)
+  monkeypatch.setattr(save.Tensors, "fetch", watched)
   publish(1)
   assert len(most) == len(rules.shapes(model))
   assert max(most) <= 2
