@@ -188,7 +188,7 @@ def _divergence(a_BTV: jax.Array, b_BTV: jax.Array) -> float:
     jax.nn.log_softmax(x.astype(jnp.float32)) for x in (a_BTV, b_BTV)
   )
   kl_BT = jnp.sum(jnp.exp(a_BTV) * (a_BTV - b_BTV), axis=-1)
-  return float(np.maximum(np.mean(np.asarray(kl_BT)), 0.0))
+  return float(np.maximum(np.mean(_fetched(kl_BT)), 0.0))
 
 
 def _gap(a: jax.Array, b: jax.Array) -> float:
@@ -199,8 +199,9 @@ def _gap(a: jax.Array, b: jax.Array) -> float:
 
 def _fetched(array: jax.Array) -> np.ndarray:
   """Gives the values to each of the processes that hold a part of them."""
-  if not array.is_fully_addressable:
-    everywhere = js.NamedSharding(array.sharding.mesh, js.PartitionSpec())
+  place = array.sharding
+  if not array.is_fully_addressable and isinstance(place, js.NamedSharding):
+    everywhere = js.NamedSharding(place.mesh, js.PartitionSpec())
     array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
   return np.asarray(array)
 
