@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probability and entropy of given tokens, chunked over the sequence.
-
-The logits of a long sequence over a large vocabulary are the biggest array of
-a training step. Here they exist for one chunk of tokens at a time, and are
-computed again on the way back instead of being kept.
-"""
+"""Log-probability and entropy of given tokens, chunked over the sequence."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from atlas_jax.losses import chunks
 
 # What a sampler cannot draw: exp() of it is 0.0, and it is finite, so that
 # nothing becomes NaN where -inf times 0.0 would.
@@ -125,17 +122,14 @@ def of_targets(
   B x T x V elements ever exists, forward or backward.
 
   Args:
-    hidden_BTD: final hidden states, after the last norm. The product with the
-      head takes its inputs in this precision and accumulates in float32.
-    head_DV: the unembedding kernel. Its gradient is summed over the chunks in
-      its own precision, so give it in float32 where it is kept so.
+    hidden_BTD: final hidden states; see `chunks.project`.
+    head_DV: the unembedding kernel; likewise.
     targets_BT: the token that each position predicts; the caller shifts.
     temperature: divides the logits, as it did when the tokens were sampled.
     chunk_size: tokens of each sequence whose logits exist at one time. T need
       not be a multiple of it.
     support: as in `from_logits`.
-    soft_cap: c makes a logit x into c tanh(x / c), as Gemma 2 does; None is
-      for models without.
+    soft_cap: of the logits; likewise.
 
   Returns:
     The statistics, with gradients through the first three.
@@ -143,38 +137,16 @@ def of_targets(
   Raises:
     ValueError: if `temperature` or `chunk_size` is not positive.
   """
-  if chunk_size < 1:
-    raise ValueError(f"Expected chunk_size >= 1, got {chunk_size}.")
-  num_tokens = targets_BT.shape[1]
-  num_chunks = -(-num_tokens // chunk_size)
-  # Even chunks: 513 tokens by 512 become 2 x 257, not 2 x 512.
-  chunk_size = -(-num_tokens // num_chunks)
 
-  def split(x: jax.Array) -> jax.Array:
-    """Moves chunks of tokens in front, the last one padded with zeros."""
-    padding = num_chunks * chunk_size - num_tokens
-    x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-    x = x.reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  def join(x: jax.Array) -> jax.Array:
-    """Undoes `split`."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :num_tokens]
-
-  @jax.checkpoint
   def stats_of_chunk(chunk: tuple[jax.Array, jax.Array]) -> TokenStats:
     hidden_BTD, targets_BT = chunk
-    logits_BTV = jnp.einsum(
-      "BTD,DV->BTV",
-      hidden_BTD,
-      head_DV.astype(hidden_BTD.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    if soft_cap is not None:
-      logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
     return from_logits(
-      logits_BTV, targets_BT, temperature=temperature, support=support
+      chunks.project(hidden_BTD, head_DV, soft_cap=soft_cap),
+      targets_BT,
+      temperature=temperature,
+      support=support,
     )
 
-  chunks = jax.lax.map(stats_of_chunk, (split(hidden_BTD), split(targets_BT)))
-  return jax.tree.map(join, chunks)
+  return chunks.map_tokens(
+    stats_of_chunk, (hidden_BTD, targets_BT), chunk_size=chunk_size
+  )

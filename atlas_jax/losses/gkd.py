@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generalized Jensen-Shannon divergence of a student from its teacher."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.losses import chunks, logprobs
+
+
+class Output(NamedTuple):
+  """What a model's logits are computed from; see `chunks.project`."""
+
+  hidden_BTD: jax.Array
+  head_DV: jax.Array
+  soft_cap: float | None
+
+
+class TokenStats(NamedTuple):
+  """What distillation knows of each token, [B, T].
+
+  `divergence` is float32, in nats, and alone has a gradient. The log-
+  probabilities are float32, of the token that follows, by the student and by
+  the teacher, at temperature 1 and over all of their vocabulary.
+  `is_likeliest` is bool: whether the student thinks no other token likelier.
+  """
+
+  divergence: jax.Array
+  logprobs: jax.Array
+  teacher_logprobs: jax.Array
+  is_likeliest: jax.Array
+
+
+def generalized_jsd(
+  student_logits_BTV: jax.Array,
+  teacher_logits_BTV: jax.Array,
+  *,
+  beta: float,
+  temperature: float,
+) -> jax.Array:
+  """Computes the generalized Jensen-Shannon divergence at every position.
+
+  With P the teacher, Q the student and M = beta P + (1 - beta) Q, it is
+  beta KL(P || M) + (1 - beta) KL(Q || M). That is 0 at both ends; there its
+  limits over beta and over 1 - beta are taken: beta = 0 is KL(P || Q), which
+  covers all that the teacher may say, and beta = 1 is KL(Q || P), which keeps
+  to what it says most.
+
+  TRL's `generalized_jsd_loss` (1.16) has the same beta and temperature, and its
+  "batchmean" is `reduce.token_mean` of this. TRL 0.14, which ATLAS trained
+  with, had P and Q the other way round in M, and no temperature: with a beta of
+  0.5 it is this at temperature 1, with others it is no such divergence.
+
+  Source: Agarwal et al., arXiv:2306.13649, equation 1 and section 3.
+
+  Args:
+    student_logits_BTV: float logits of any precision; computed in float32.
+    teacher_logits_BTV: the same, over the same vocabulary. No gradient flows
+      through it.
+    beta: weight of the teacher in the mixture, in [0, 1].
+    temperature: divides both logits; 1.0 leaves them as they are.
+
+  Returns:
+    The divergence in nats, float32[B, T].
+
+  Raises:
+    ValueError: if `beta` is outside [0, 1], `temperature` is not positive, or
+      the vocabularies differ.
+  """
+  _check(beta, temperature)
+  sizes = student_logits_BTV.shape[-1], teacher_logits_BTV.shape[-1]
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]} "
+      "tokens; there is a divergence only over one."
+    )
+  teacher_logits_BTV = jax.lax.stop_gradient(teacher_logits_BTV)
+  log_p_BTV, log_q_BTV = (
+    jax.nn.log_softmax(logits_BTV.astype(jnp.float32) / temperature)
+    for logits_BTV in (teacher_logits_BTV, student_logits_BTV)
+  )
+  if beta == 0.0:
+    return _kl(log_p_BTV, log_q_BTV)
+  if beta == 1.0:
+    return _kl(log_q_BTV, log_p_BTV)
+  log_m_BTV = jnp.logaddexp(
+    math.log(beta) + log_p_BTV, math.log1p(-beta) + log_q_BTV
+  )
+  return beta * _kl(log_p_BTV, log_m_BTV) + (1.0 - beta) * _kl(
+    log_q_BTV, log_m_BTV
+  )
+
+
+def of_outputs(
+  student: Output,
+  teacher: Output,
+  targets_BT: jax.Array,
+  *,
+  beta: float,
+  temperature: float,
+  chunk_size: int,
+) -> TokenStats:
+  """Computes the divergence, and what both think of given tokens, in chunks.
+
+  Equals `generalized_jsd` of both models' logits, but no array of B x T x V
+  elements ever exists, forward or backward.
+
+  Where one head is wider than the other, as checkpoints pad their vocabularies
+  differently, the divergence is over the tokens that both have: the first.
+
+  Args:
+    student: whose hidden states and head get gradients.
+    teacher: which gets none. Its width may be another.
+    targets_BT: the token that each position predicts, which both have; the
+      caller shifts.
+    beta: see `generalized_jsd`.
+    temperature: see `generalized_jsd`.
+    chunk_size: tokens of each sequence whose logits exist at one time.
+
+  Raises:
+    ValueError: see `generalized_jsd`, or if `chunk_size` is not positive.
+  """
+  _check(beta, temperature)
+  teacher_hidden_BTE, teacher_head_EV = jax.lax.stop_gradient(
+    (teacher.hidden_BTD, teacher.head_DV)
+  )
+  num_shared = min(student.head_DV.shape[-1], teacher.head_DV.shape[-1])
+
+  def stats_of_chunk(
+    chunk: tuple[jax.Array, jax.Array, jax.Array],
+  ) -> TokenStats:
+    hidden_BTD, hidden_BTE, targets_BT = chunk
+    student_BTV = chunks.project(
+      hidden_BTD, student.head_DV, soft_cap=student.soft_cap
+    )
+    teacher_BTV = chunks.project(
+      hidden_BTE, teacher_head_EV, soft_cap=teacher.soft_cap
+    )
+    divergence_BT = generalized_jsd(
+      student_BTV[..., :num_shared],
+      teacher_BTV[..., :num_shared],
+      beta=beta,
+      temperature=temperature,
+    )
+    student_stats, teacher_stats = (
+      logprobs.from_logits(
+        jax.lax.stop_gradient(logits_BTV), targets_BT, temperature=1.0
+      )
+      for logits_BTV in (student_BTV, teacher_BTV)
+    )
+    return TokenStats(
+      divergence=divergence_BT,
+      logprobs=student_stats.logprobs,
+      teacher_logprobs=teacher_stats.logprobs,
+      is_likeliest=student_stats.is_likeliest,
+    )
+
+  return chunks.map_tokens(
+    stats_of_chunk,
+    (student.hidden_BTD, teacher_hidden_BTE, targets_BT),
+    chunk_size=chunk_size,
+  )
+
+
+def _check(beta: float, temperature: float) -> None:
+  if not 0.0 <= beta <= 1.0:
+    raise ValueError(
+      f"Expected beta in [0, 1], got {beta}; it is the teacher's part in the "
+      "mixture."
+    )
+  if temperature <= 0.0:
+    raise ValueError(f"Expected temperature > 0, got {temperature}.")
+
+
+def _kl(log_p_BTV: jax.Array, log_q_BTV: jax.Array) -> jax.Array:
+  """Computes KL(P || Q) at every position."""
+  return jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+
