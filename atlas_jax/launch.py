@@ -253,8 +253,8 @@ def open_protocol(
     for name, section in config.sampling.items()
   }
   with (
-    _open_role("policy", policy, mesh, config) as policy_role,
-    _open_role("student", student, mesh, config) as student_role,
+    open_role("policy", policy, mesh, config) as policy_role,
+    open_role("student", student, mesh, config) as student_role,
   ):
     yield protocol.Protocol(
       policy_role,
@@ -278,18 +278,22 @@ def open_direct(
     errors.AtlasError: if rollout servers are asked for and cannot be used.
   """
   params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
-  with _open_role("policy", policy, mesh, config) as role:
+  with open_role("policy", policy, mesh, config) as role:
     yield direct.Direct(role, config.template, answer_params=params)
 
 
 @contextlib.contextmanager
-def _open_role(
+def open_role(
   role: wire.Role,
   opened: OpenModel,
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: as in `open_protocol`.
 ) -> Iterator[protocol.Role]:
-  """Opens a model's sampler."""
+  """Opens a model's sampler, as the sections `rollout` and `sampler` say.
+
+  Raises:
+    errors.AtlasError: if rollout servers are asked for and cannot be used.
+  """
   with sampler.open_sampler(
     role,
     sampler.Settings(**config.rollout),

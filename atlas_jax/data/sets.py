@@ -13,7 +13,15 @@ import jax
 import numpy as np
 
 from atlas_jax import chat, errors, types
-from atlas_jax.data import formats, loader, packing, rows, sources, splits
+from atlas_jax.data import (
+  formats,
+  loader,
+  packing,
+  pairs,
+  rows,
+  sources,
+  splits,
+)
 from atlas_jax.data import quarantine as data_quarantine
 
 T = TypeVar("T")
@@ -107,31 +115,64 @@ def conversations(
     errors.ConfigError: if nothing is held out, or a format is not there.
     errors.DataError: if the data cannot be used.
   """
-  if not held_out.path and not held_out.fraction:
-    raise errors.ConfigError(
-      "There must be a held-out set.",
-      where="--config.held_out",
-      why="It has neither a path nor a fraction.",
-      fix="Set one of them, e.g. --config.held_out.fraction=0.05.",
-    )
-
-  def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
-    messages = formats.to_messages(row, fmt)
-    token_ids, loss_mask = chat.tokenize(tokenizer, messages)
-    # Arrays: a list takes ten times the memory.
-    return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
-
-  def read(selection: Selection) -> list[list[splits.Item[packing.Example]]]:
-    return _read(tokenize, selection, lambda fmt: fmt.sft_part, quarantine)
-
-  quarantine = _quarantine(data, workdir)
-  sets, kept_out = _split(read, data, held_out, seed)
+  sets, kept_out = _read_conversations(
+    tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
+  )
   load = functools.partial(
     _load, layout=layout, batch_size=batch_size, share=share
   )
   return (
     load(sets, weights=tuple(data.weights), seed=seed, remainder="drop"),
     load([kept_out], weights=(), seed=seed, remainder="pad"),
+  )
+
+
+def completions(  # noqa: PLR0913 - what is read, and how it is cut.
+  tokenizer: chat.Tokenizer,
+  *,
+  data: Selection,
+  held_out: HeldOut,
+  length: int,
+  max_new_tokens: int,
+  too_long: packing.TooLong,
+  batch_size: int,
+  seed: int,
+  workdir: pathlib.Path,
+) -> tuple[pairs.PairLoader, pairs.PairLoader]:
+  """Reads conversations as prompts with their last completion.
+
+  Args:
+    tokenizer: with a chat template.
+    data: what is read.
+    held_out: what of it is not trained on.
+    length: see `pairs.split`; the next two likewise.
+    max_new_tokens: see above.
+    too_long: see above.
+    batch_size: pairs per step.
+    seed: of the order, and of what is held out.
+    workdir: for the list of bad rows.
+
+  Raises:
+    errors.ConfigError: if nothing is held out, or a format is not there.
+    errors.DataError: if the data cannot be used.
+  """
+  sets, kept_out = _read_conversations(
+    tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
+  )
+  load = functools.partial(
+    _load_pairs,
+    split=functools.partial(
+      pairs.split,
+      length=length,
+      max_new_tokens=max_new_tokens,
+      too_long=too_long,
+    ),
+    batch_size=batch_size,
+    seed=seed,
+  )
+  return (
+    load(sets, weights=tuple(data.weights), remainder="drop"),
+    load([kept_out], weights=(), remainder="pad"),
   )
 
 
@@ -177,6 +218,38 @@ def all_questions(
   """Reads questions in the order they are in; otherwise as `questions`."""
   sets = _read_questions(data, quarantine=_quarantine(data, workdir))
   return [item.value for items in sets for item in items]
+
+
+def _read_conversations(
+  tokenizer: chat.Tokenizer,
+  *,
+  data: Selection,
+  held_out: HeldOut,
+  seed: int,
+  workdir: pathlib.Path,
+) -> tuple[
+  list[list[splits.Item[packing.Example]]], list[splits.Item[packing.Example]]
+]:
+  """Reads and renders the training sets, and what is held out of them."""
+  if not held_out.path and not held_out.fraction:
+    raise errors.ConfigError(
+      "There must be a held-out set.",
+      where="--config.held_out",
+      why="It has neither a path nor a fraction.",
+      fix="Set one of them, e.g. --config.held_out.fraction=0.05.",
+    )
+
+  def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
+    messages = formats.to_messages(row, fmt)
+    token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+    # Arrays: a list takes ten times the memory.
+    return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
+
+  def read(selection: Selection) -> list[list[splits.Item[packing.Example]]]:
+    return _read(tokenize, selection, lambda fmt: fmt.sft_part, quarantine)
+
+  quarantine = _quarantine(data, workdir)
+  return _split(read, data, held_out, seed)
 
 
 def _quarantine(
@@ -347,4 +420,41 @@ def _load(
     batch_size=batch_size,
     remainder=remainder,
     share=share,
+  )
+
+
+def _load_pairs(
+  sets: Sequence[Sequence[splits.Item[packing.Example]]],
+  *,
+  split: Callable[[packing.Example], tuple[np.ndarray, int] | None],
+  weights: tuple[float, ...],
+  batch_size: int,
+  seed: int,
+  remainder: loader.Remainder,
+) -> pairs.PairLoader:
+  """Splits each set's conversations, and mixes the pairs."""
+  kept, names, sizes = [], [], []
+  for items in sets:
+    found = [(item.where, split(item.value)) for item in items]
+    fitting = [(where, pair) for where, pair in found if pair is not None]
+    logging.info(
+      "%d prompts with completions; %d too long.",
+      *(len(fitting), len(found) - len(fitting)),
+    )
+    if not fitting:
+      raise errors.DataError(
+        "No prompt is left to complete.",
+        where=f"{len(found)} conversations",
+        why="All are longer than a row, with what may be sampled.",
+        fix="Make --config.packing.length larger, or sample less.",
+      )
+    names += [where for where, _ in fitting]
+    kept += [pair for _, pair in fitting]
+    sizes.append(len(fitting))
+  return pairs.PairLoader(
+    kept,
+    names=names,
+    mix=loader.Mix(tuple(sizes), weights, seed),
+    batch_size=batch_size,
+    remainder=remainder,
   )

@@ -78,7 +78,5 @@ def map_tokens(
     """Undoes `split`."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :num_tokens]
 
-  chunks = jax.lax.map(
-    jax.checkpoint(function), jax.tree.map(split, arrays)
-  )
+  chunks = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
   return jax.tree.map(join, chunks)

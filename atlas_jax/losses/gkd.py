@@ -177,4 +177,3 @@ def _check(beta: float, temperature: float) -> None:
 def _kl(log_p_BTV: jax.Array, log_q_BTV: jax.Array) -> jax.Array:
   """Computes KL(P || Q) at every position."""
   return jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
-

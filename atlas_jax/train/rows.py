@@ -68,11 +68,7 @@ def lay_out(
   needed = [
     [(sizes[i] if packed else length, i) for i in members] for members in parts
   ]
-  dealt, times = None, 0
-  while dealt is None:
-    times = _next(times)
-    num_rows = num_shards * max(per_device, 1) * times
-    dealt = _deal_all(needed, num_rows, length)
+  dealt, times = _deal_parts(needed, length, num_shards * max(per_device, 1))
   num_microbatches = times if per_device else 1
   num_places = num_shards
   most = max(
@@ -140,6 +136,73 @@ def make_tokens(
   for row, pair in enumerate(pairs):
     _write(batch, row, 0, 1, *pair)
   return batch
+
+
+class Written(NamedTuple):
+  """A prompt, its completion, and the log-probabilities of the latter."""
+
+  prompt: Sequence[int] | np.ndarray
+  completion: Sequence[int] | np.ndarray
+  logprobs: Sequence[float] | np.ndarray
+
+
+def lay_out_whole(
+  written: Sequence[Written],
+  *,
+  num_shards: int,
+  length: int,
+  packed: bool,
+  per_device: int,
+) -> tuple[dict[str, np.ndarray], int]:
+  """Lays completions out as `lay_out` does, for what looks at whole rows.
+
+  Args:
+    written: at least one.
+    num_shards: see `lay_out`; the rest likewise.
+    length: see above.
+    packed: see above.
+    per_device: see above.
+
+  Returns:
+    A batch as `data.packing` has them, whose `loss_mask` is True on
+    completions, with their `rollout_logprobs`, float32[R, T]; and the number of
+    microbatches: row i is in microbatch i % it.
+  """
+  sizes = [len(w.prompt) + len(w.completion) for w in written]
+  length = -(-max(length, *sizes) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+  needed = [(size if packed else length, i) for i, size in enumerate(sizes)]
+  (dealt,), times = _deal_parts(
+    [needed], length, num_shards * max(per_device, 1)
+  )
+  batch = _empty(len(dealt), length)
+  batch["loss_mask"] = np.zeros((len(dealt), length), bool)
+  batch["rollout_logprobs"] = np.zeros((len(dealt), length), np.float32)
+  for row, indices in enumerate(dealt):
+    end = 0
+    for segment, i in enumerate(indices, start=1):
+      prompt, completion, logprobs = written[i]
+      _write(batch, row, end, segment, prompt, completion)
+      start, end = end, end + sizes[i]
+      batch["loss_mask"][row, start + len(prompt) : end] = True
+      batch["rollout_logprobs"][row, start + len(prompt) : end] = logprobs
+      # Nothing comes before the first token of a sequence, to predict it from.
+      batch["loss_mask"][row, start] = False
+  return batch, times if per_device else 1
+
+
+def _deal_parts(
+  parts: Sequence[Sequence[tuple[int, int]]], length: int, multiple: int
+) -> tuple[list[list[list[int]]], int]:
+  """Deals every part out to as few rows as it takes.
+
+  Returns:
+    The rows of each part, and by what their number is a multiple of `multiple`.
+  """
+  dealt, times = None, 0
+  while dealt is None:
+    times = _next(times)
+    dealt = _deal_all(parts, multiple * times, length)
+  return dealt, times
 
 
 def _deal_all(
@@ -223,8 +286,8 @@ def _write(
   row: int,
   start: int,
   segment: int,
-  prompt: Sequence[int],
-  completion: Sequence[int],
+  prompt: Sequence[int] | np.ndarray,
+  completion: Sequence[int] | np.ndarray,
 ) -> None:
   """Writes one sequence into a row, from `start` on."""
   size = len(prompt) + len(completion)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learning rate as a function of updates done."""
 
+import math
 import typing
 from typing import Literal
 
@@ -61,6 +62,25 @@ def make(
     learning_rate / max(1, num_warmup), learning_rate, max(1, num_warmup - 1)
   )
   return optax.join_schedules([warmup, rest], [num_warmup])
+
+
+def num_steps(
+  num_epochs: float, num_steps: int, *, steps_per_epoch: int
+) -> int:
+  """Reads how long to train, told in epochs or in steps.
+
+  Raises:
+    errors.ConfigError: if it is told in neither way, or in both.
+  """
+  if min(num_epochs, num_steps) < 0 or bool(num_epochs) == bool(num_steps):
+    raise errors.ConfigError(
+      "The length of the run must be told in one way.",
+      where="--config.num_epochs, --config.loop.num_steps",
+      why=f"They are {num_epochs} and {num_steps}.",
+      fix="Set one of them, and the other to 0.",
+    )
+  # A part of an epoch is rounded up, so that some step is always done.
+  return num_steps or math.ceil(num_epochs * steps_per_epoch)
 
 
 def _check(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model thinks of given tokens: where models meet losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 
 import jax
@@ -11,6 +11,7 @@ from atlas_jax import errors, sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
 from atlas_jax.train import rows
+from atlas_jax.train import step as train_step
 
 
 def token_stats(
@@ -69,6 +70,24 @@ def token_stats_and_balance(
     soft_cap=model.config.logit_soft_cap,
   )
   return stats, balance
+
+
+def by_microbatches(
+  stats_fn: Callable[
+    [decoder.Params, Mapping[str, jax.Array]], logprobs.TokenStats
+  ],
+  params: decoder.Params,
+  batch: Mapping[str, jax.Array],
+  num_microbatches: int,
+) -> jax.Array:
+  """Computes log-probabilities [B, T - 1] of one microbatch after the other.
+
+  So that it takes less memory than an update does.
+  """
+  names = ("token_ids", "positions", "segment_ids")
+  parts = train_step.split({n: batch[n] for n in names}, num_microbatches)
+  scores_XBT = jax.lax.map(lambda part: stats_fn(params, part).logprobs, parts)
+  return scores_XBT.swapaxes(0, 1).reshape(-1, scores_XBT.shape[-1])
 
 
 def add_balance(

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-import math
 import pathlib
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from atlas_jax import checkpoint, errors, sharding
+from atlas_jax import checkpoint, sharding
 from atlas_jax.data import loader
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
@@ -56,7 +55,11 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     errors.AtlasError: see `loop.run`.
   """
   score.check_balance(policy.model, **config.experts)
-  num_steps = _num_steps(config, train_set)
+  num_steps = schedule.num_steps(
+    config.num_epochs,
+    config.loop.num_steps,
+    steps_per_epoch=train_set.num_batches_per_epoch,
+  )
   rate = schedule.make(**config.schedule, num_updates=num_steps)
   optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
   offload = train_state.Offload(**config.offload)
@@ -107,20 +110,6 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   return state.params
 
 
-def _num_steps(config: Any, train_set: loader.Loader) -> int:  # Any: as above.
-  """Reads how long to train, told in epochs or in steps."""
-  num_epochs, num_steps = config.num_epochs, config.loop.num_steps
-  if min(num_epochs, num_steps) < 0 or bool(num_epochs) == bool(num_steps):
-    raise errors.ConfigError(
-      "The length of the run must be told in one way.",
-      where="--config.num_epochs, --config.loop.num_steps",
-      why=f"They are {num_epochs} and {num_steps}.",
-      fix="Set one of them, and the other to 0.",
-    )
-  # A part of an epoch is rounded up, so that some step is always done.
-  return num_steps or math.ceil(num_epochs * train_set.num_batches_per_epoch)
-
-
 def _do_step(
   step_fn: train_step.Step,
   train_set: loader.Loader,
@@ -159,16 +148,10 @@ def _evaluate(
   """Averages metrics over all held-out tokens; see `loop.Task`."""
   del step
   params = policy.whole(state.params)
-  queued = [
-    loss_fn(params, _on_mesh(rows, eval_set.batch(i)))[1]
-    for i in range(eval_set.num_batches_per_epoch)
-  ]
-  weights, means = zip(*jax.device_get(queued), strict=True)
-  total = max(float(sum(weights)), 1.0)
-  return {
-    f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
-    for name in means[0]
-  }
+  batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
+  return train_step.held_out(
+    loss_fn, params, (_on_mesh(rows, batch) for batch in batches)
+  )
 
 
 def _on_mesh(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One update: gradient over microbatches, clip, apply."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from atlas_jax.models import lora
@@ -95,6 +96,28 @@ def split(batch: Batch, num_microbatches: int) -> Batch:
     return jnp.moveaxis(x, 1, 0)
 
   return {name: of(x) for name, x in batch.items()}
+
+
+def held_out(
+  loss_fn: LossFn, params: Any, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """Averages the metrics of a loss over batches, by the weight of each.
+
+  Args:
+    loss_fn: jitted.
+    params: all that it takes.
+    batches: of held-out data.
+
+  Returns:
+    The means, with `eval/` before their names.
+  """
+  queued = [loss_fn(params, batch)[1] for batch in batches]
+  weights, means = zip(*jax.device_get(queued), strict=True)
+  total = max(float(sum(weights)), 1.0)
+  return {
+    f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
+    for name in means[0]
+  }
 
 
 def _accumulate(

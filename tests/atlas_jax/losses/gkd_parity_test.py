@@ -19,8 +19,8 @@ _IGNORED = -100
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_loss_and_gradient_are_theirs(beta, temperature):
   rng = np.random.default_rng(0)
-  student_BTV, teacher_BTV = (
-    2.0 * rng.normal(size=(2, _B, _T, _V)).astype(np.float32)
+  student_BTV, teacher_BTV = 2.0 * rng.normal(size=(2, _B, _T, _V)).astype(
+    np.float32
   )
   mask_BT = rng.random((_B, _T)) < 0.6
   logits = torch.tensor(student_BTV, requires_grad=True)

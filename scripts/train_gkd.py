@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distils a teacher into a policy, by GKD.
+
+  python -m scripts.train_gkd --config=configs/run/teacher_gkd.py:smoke \
+    --workdir=results/gkd
+
+The workdir is the only state: run the same line again and it resumes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+from atlas_jax import launch, sharding
+from atlas_jax.data import packing, sets
+from atlas_jax.train import completions, gkd
+from scripts import job, origins, planning, processes, program
+
+
+def main() -> None:
+  """Runs one training job to its end."""
+  if origins.print_config() or planning.print_plan():
+    return
+  processes.refuse("GKD")
+  config, workdir = job.arguments()
+  with (
+    launch.start(workdir, config) as should_stop,
+    contextlib.ExitStack() as opened,
+  ):
+    writer = launch.open_writer(workdir, config)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_length(
+      mesh, config.packing.length, where="--config.packing.length"
+    )
+    base = launch.open_model(mesh, **config.model)
+    teacher = launch.open_model(mesh, **config.teacher)
+    gkd.check_tokenizers(
+      base.tokenizer,
+      teacher.tokenizer,
+      where=f"{base.directory}, {teacher.directory}",
+    )
+    for model in (base.model, teacher.model):
+      packing.check_context(config.packing.length, model.config.max_positions)
+    policy, params = launch.open_policy(
+      base, mesh, seed=config.seed, **config.lora
+    )
+    max_new_tokens = completions.max_new_tokens(config)
+    train_set, eval_set = sets.completions(
+      base.tokenizer,
+      data=sets.Selection(**config.data),
+      held_out=sets.HeldOut(**config.held_out),
+      length=config.packing.length,
+      max_new_tokens=max_new_tokens,
+      too_long=config.packing.too_long,
+      batch_size=config.batch.num_prompts,
+      seed=config.seed,
+      workdir=workdir,
+    )
+    role = None
+    if max_new_tokens:
+      # Adapters that were trained before are in no file of the base.
+      start = policy.merged(params) if config.lora.path else base.params
+      role = opened.enter_context(
+        launch.open_role(
+          "policy", dataclasses.replace(base, params=start), mesh, config
+        )
+      )
+    export = functools.partial(
+      launch.export,
+      workdir,
+      base,
+      policy,
+      facts={
+        "Recipe": "GKD",
+        "Data": config.data.path,
+        "Data fingerprint": train_set.fingerprint(),
+        "Teacher": config.teacher.path,
+      },
+      **config.export,
+    )
+    params = gkd.train(
+      policy,
+      params,
+      teacher=gkd.Teacher(teacher.model, teacher.params),
+      tokenizer=base.tokenizer,
+      sampler=role and role.sampler,
+      train_set=train_set,
+      eval_set=eval_set,
+      on_save=export,
+      mesh=mesh,
+      config=config,
+      workdir=workdir,
+      writer=writer,
+      should_stop=should_stop,
+    )
+    export(params, None)
+
+
+if __name__ == "__main__":
+  program.run(main)
