@@ -68,6 +68,8 @@ def _launch(argv: Sequence[str]) -> int:
     if code := launcher.run([], world, max_wait_s=0.0):
       return code
   module = "train_grpo" if "reward" in job.config else "train_sft"
+  if "teacher" in job.config:
+    module = "train_gkd"
   command = (sys.executable, "-m", f"scripts.{module}", *settings)
   training = launcher.Command(
     "Training",

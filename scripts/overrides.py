@@ -21,7 +21,7 @@ _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
 _OFFLOAD, _ZERO1 = "offload", "zero1"  # The original's words for DeepSpeed.
 _STRATEGIES = ("save_strategy", "eval_strategy")
-_ANSWERS = ("teach", "baseline", "solve")
+_ANSWERS = ("teach", "baseline", "solve", "complete")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Row:
 TABLE: Mapping[str, Row] = {
   "model_name_or_path": Row("model to train", ("model.path",)),
   "student_model": Row("the student", ("student.path",)),
+  "teacher_model_name_or_path": Row(
+    "the model that GKD distils", ("teacher.path",)
+  ),
   "dataset_id_or_path": Row("data to train on", ("data.path",)),
   "dataset_max_samples": Row("rows of each dataset", ("data.max_rows",)),
   "eval_split_ratio": Row(
@@ -57,8 +60,10 @@ TABLE: Mapping[str, Row] = {
   "wandb_group_name": Row("likewise, within it", ("report.group",)),
   "wandb_run_name": Row("the run's name there", ("report.name",)),
   "save_final_model": Row("write `export/` at the end", ("export.enabled",)),
-  "max_steps": Row("steps; for SFT, -1 leaves it to `num_train_epochs`"),
-  "num_train_epochs": Row("passes over the data; SFT alone", ("num_epochs",)),
+  "max_steps": Row(
+    "steps; for SFT and GKD, -1 leaves it to `num_train_epochs`"
+  ),
+  "num_train_epochs": Row("passes over the data; SFT and GKD", ("num_epochs",)),
   "logging_steps": Row("steps between metrics", ("loop.log_every",)),
   "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
   "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
@@ -110,11 +115,11 @@ TABLE: Mapping[str, Row] = {
   "adam_beta2": Row("of AdamW", ("optimizer.adamw.beta2",)),
   "adam_epsilon": Row("of AdamW", ("optimizer.adamw.epsilon",)),
   "max_grad_norm": Row("clips the gradient", ("optimizer.max_grad_norm",)),
-  "max_seq_length": Row("tokens of a row; SFT", ("packing.length",)),
-  "packing": Row("several examples in a row; SFT", ("packing.packed",)),
+  "max_seq_length": Row("tokens of a row", ("packing.length",)),
+  "packing": Row("several examples in a row", ("packing.packed",)),
   "train_batch_size": Row(
-    "sequences in a step: `batch.size`, or for RCL `batch.num_questions` times "
-    "`num_generations`"
+    "sequences in a step: `batch.size`, for GKD `batch.num_prompts`, for RCL "
+    "`batch.num_questions` times `num_generations`"
   ),
   "per_device_train_batch_size": Row(
     "rows on a device at once: `batch.per_device`"
@@ -126,17 +131,27 @@ TABLE: Mapping[str, Row] = {
     "teachings in a group", ("sampling.teach.group_size",)
   ),
   "temperature": Row(
-    "of all four kinds of sampling",
+    "of all kinds of sampling",
     tuple(f"sampling.{kind}.temperature" for kind in ("probe", *_ANSWERS)),
   ),
   "max_completion_length": Row(
-    "tokens of teachings and of answers",
+    "tokens of teachings and answers, or of completions",
     tuple(f"sampling.{kind}.max_completion_tokens" for kind in _ANSWERS),
+  ),
+  "max_new_tokens": Row(
+    "the same, in GKD", ("sampling.complete.max_completion_tokens",)
   ),
   "max_probe_tokens": Row(
     "tokens of a probe", ("sampling.probe.max_completion_tokens",)
   ),
-  "beta": Row("weight of the KL term", ("loss.kl_coef",)),
+  "beta": Row(
+    "weight of the KL term; in GKD, of the teacher in the mixture",
+    ("loss.kl_coef", "loss.beta"),
+  ),
+  "lmbda": Row(
+    "the part of GKD's steps whose completions the policy writes",
+    ("completions.on_policy_fraction",),
+  ),
   "ref_model_sync_steps": Row(
     "steps between syncs of the reference", ("reference.sync_every",)
   ),
@@ -312,8 +327,10 @@ def _sizes(
   if has(config, "sampling.teach"):
     group_size = config.sampling.teach.group_size
     num_minibatches = config.batch.num_minibatches
-  of_rows = "batch.size" if "size" in config.batch else "batch.num_questions"
-  rows = group_size * config.batch[of_rows.split(".")[1]]
+  counts = ("size", "num_questions", "num_prompts")
+  (count,) = (name for name in counts if name in config.batch)
+  of_rows = f"batch.{count}"
+  rows = group_size * config.batch[count]
   if (name := "train_batch_size") in given:
     rows = _number(name, given[name])
     sizes[of_rows] = _divide(name, given[name], rows, group_size)

@@ -10,11 +10,14 @@ import shutil
 import tempfile
 from typing import Any, Literal
 
+import numpy as np
+
 from atlas_jax import chat, errors, types
 from atlas_jax.data import packing, sets
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder
 from atlas_jax.teaching import templates
+from atlas_jax.train import completions, gkd
 from conversion import load
 from rollout import client, wire
 
@@ -46,7 +49,8 @@ class Facts:
     shape: of the model; None if it cannot be read.
     prompt_tokens: of the longest question, in its template.
     steps_per_epoch: None without data, and where there are no epochs.
-    tokens_per_row: mean of a packed row; None without data.
+    tokens_per_row: mean of a packed row, or in GKD of a prompt with its
+      completion; None without data.
   """
 
   checks: list[Check] = dataclasses.field(default_factory=list)
@@ -75,6 +79,13 @@ def run(config: Any) -> Facts:  # Any: a ConfigDict of anything.
   tokenizer = _model(facts, "model", config.model.path)
   if "student" in config:
     _model(facts, "student", config.student.path)
+  if "teacher" in config:
+    theirs = _model(facts, "teacher", config.teacher.path)
+    if tokenizer is not None and theirs is not None:
+      with facts.checking("one tokenizer") as ok:
+        where = f"{config.model.path}, {config.teacher.path}"
+        gkd.check_tokenizers(tokenizer, theirs, where=where)
+        ok("policy and teacher number their tokens alike")
   if config.data.path is None:
     facts.absent("data", "--config.data.path names none")
   elif tokenizer is None:
@@ -170,6 +181,8 @@ def _data(
         f"{len(questions.questions):,} questions, {len(kept_out):,} held out; "
         f"the longest has {facts.prompt_tokens:,} tokens in its template"
       )
+    if "teacher" in config:
+      return _pairs(facts, config, tokenizer, workdir)
     train_set, eval_set = sets.conversations(
       tokenizer,
       data=selection,
@@ -187,6 +200,42 @@ def _data(
   return (
     f"{facts.steps_per_epoch:,} batches of {config.batch.size} rows, filled to "
     f"{is_token_BT.mean():.0%}; {eval_set.num_batches_per_epoch:,} held out"
+  )
+
+
+def _pairs(
+  facts: Facts,
+  config: Any,  # Any: as in `run`.
+  tokenizer: chat.Tokenizer,
+  workdir: pathlib.Path,
+) -> str:
+  """Reads prompts with completions; tells of them."""
+  sampled = completions.max_new_tokens(config)
+  train_set, eval_set = sets.completions(
+    tokenizer,
+    data=sets.Selection(**config.data),
+    held_out=sets.HeldOut(**config.held_out),
+    length=config.packing.length,
+    max_new_tokens=sampled,
+    too_long=config.packing.too_long,
+    batch_size=config.batch.num_prompts,
+    seed=config.seed,
+    workdir=workdir,
+  )
+  if facts.shape is not None:
+    packing.check_context(config.packing.length, facts.shape.max_positions)
+  facts.steps_per_epoch = train_set.num_batches_per_epoch
+  prompts, written = (
+    train_set.num_prompt_tokens,
+    train_set.num_completion_tokens,
+  )
+  longer = np.maximum(written - sampled, 0)  # Than what may be sampled.
+  facts.prompt_tokens = int((prompts + longer).max())
+  facts.tokens_per_row = float((prompts + longer + sampled).mean())
+  return (
+    f"{facts.steps_per_epoch:,} batches of {config.batch.num_prompts} prompts, "
+    f"with completions {facts.tokens_per_row:,.0f} tokens at most on average; "
+    f"{eval_set.num_batches_per_epoch:,} held out"
   )
 
 

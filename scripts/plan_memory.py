@@ -19,7 +19,7 @@ import optax
 from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder, lora
-from atlas_jax.train import grpo, plan
+from atlas_jax.train import completions, gkd, grpo, plan
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
@@ -36,6 +36,7 @@ class Job:
   build: plan.Build
   rows: plan.Rows
   mesh: jax.sharding.Mesh
+  teacher: gkd.Teacher | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,7 @@ def describe(
   optimizer = train_optimizer.make_optimizer(
     optax.constant_schedule(0.0), **config.optimizer
   )
-  is_grpo = "reward" in config
-  reference = is_grpo and grpo.needs_copy(policy, config)
+  reference = "reward" in config and grpo.needs_copy(policy, config)
   state = train_state.describe(
     trained,
     optimizer,
@@ -99,10 +99,9 @@ def describe(
     state,
     optimizer,
     functools.partial(decoder.build, **settings),
-    _grpo_rows(config, mesh, prompt_tokens)
-    if is_grpo
-    else _sft_rows(config, mesh),
+    _rows(config, mesh, prompt_tokens),
     mesh,
+    _teacher(mesh, config) if "teacher" in config else None,
   )
 
 
@@ -114,18 +113,20 @@ def need(
 ) -> Need:
   """Counts what each device needs; see `describe`."""
   update = plan.of_update(
-    job.policy, job.state, job.build, job.rows, mesh=job.mesh
+    *(job.policy, job.state, job.build, job.rows),
+    mesh=job.mesh,
+    teacher=job.teacher,
   )
-  names = ("parameters", "frozen base", "optimizer", "reference")
+  names = ("parameters", "frozen base", "optimizer", "reference", "teacher")
   resident = {name: update.pop(name) for name in names}
   phases = {"update": update}
   if "reward" in config:
     resident |= _students(job, config)
-    if config.rollout.backend == "jax":
-      resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
-      phases["sampling"] = {
-        "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
-      }
+  if is_sampled(config) and config.rollout.backend == "jax":
+    resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
+    phases["sampling"] = {
+      "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
+    }
   return Need(
     {name: size for name, size in resident.items() if size},
     phases,
@@ -137,13 +138,23 @@ def longest_row(
   config: Any,  # Any: as in `describe`.
   prompt_tokens: int,
 ) -> int:
-  """Counts the tokens of the longest prompt with the longest teaching.
+  """Counts the tokens of the longest prompt with the longest completion.
 
   Where there is a student, its probe is in the prompt.
   """
+  if "teacher" in config:
+    sampled = completions.max_new_tokens(config)
+    return min(prompt_tokens + sampled, config.packing.length)
   sampling = config.sampling
   probe = sampling.probe.max_completion_tokens if "probe" in sampling else 0
   return prompt_tokens + probe + sampling.teach.max_completion_tokens
+
+
+def is_sampled(config: Any) -> bool:  # Any: as in `describe`.
+  """Tells whether the policy writes anything in training."""
+  if "teacher" in config:
+    return completions.max_new_tokens(config) > 0
+  return "reward" in config
 
 
 def with_changes(
@@ -176,6 +187,35 @@ def _cast(model: decoder.Model, job: Job, dtype: str) -> int:
   return plan.num_bytes(_place(job.mesh, model.abstract_params, dtype))
 
 
+def _rows(
+  config: Any,  # Any: as in `describe`.
+  mesh: jax.sharding.Mesh,
+  prompt_tokens: int,
+) -> plan.Rows:
+  """Counts the rows of an update."""
+  if "teacher" in config:
+    return _packed_rows(
+      config,
+      mesh,
+      longest_row(config, prompt_tokens),
+      num_sequences=config.batch.num_prompts
+      * config.sampling.complete.group_size,
+      chunk_size=config.loss.chunk_size,
+    )
+  if "reward" in config:
+    batch, teach = config.batch, config.sampling.teach
+    return _packed_rows(
+      config,
+      mesh,
+      longest_row(config, prompt_tokens),
+      num_sequences=batch.num_questions
+      * teach.group_size
+      / batch.num_minibatches,
+      chunk_size=config.score.chunk_size,
+    )
+  return _sft_rows(config, mesh)
+
+
 def _sft_rows(
   config: Any,  # Any: as in `describe`.
   mesh: jax.sharding.Mesh,
@@ -190,24 +230,22 @@ def _sft_rows(
   )
 
 
-def _grpo_rows(
+def _packed_rows(
   config: Any,  # Any: as in `describe`.
   mesh: jax.sharding.Mesh,
-  prompt_tokens: int,
+  longest: int,
+  *,
+  num_sequences: float,
+  chunk_size: int,
 ) -> plan.Rows:
-  """Counts the rows of an update, were all completions the longest."""
-  batch, teach = config.batch, config.sampling.teach
-  longest = longest_row(config, prompt_tokens)
+  """Counts the rows of an update, were all its sequences the longest."""
+  per_device = config.batch.per_device
   length = max(config.packing.length, longest)
   in_row = length // longest if config.packing.packed else 1
-  in_update = batch.num_questions * teach.group_size / batch.num_minibatches
-  at_once = sharding.num_row_shards(mesh) * max(batch.per_device, 1)
-  times = math.ceil(math.ceil(in_update / in_row) / at_once)
+  at_once = sharding.num_row_shards(mesh) * max(per_device, 1)
+  times = math.ceil(math.ceil(num_sequences / in_row) / at_once)
   return plan.Rows(
-    batch.per_device or times,
-    times if batch.per_device else 1,
-    length,
-    config.score.chunk_size,
+    per_device or times, times if per_device else 1, length, chunk_size
   )
 
 
@@ -219,21 +257,31 @@ def _students(
   is_sampled = config.rollout.backend == "jax"
   if "student" not in config or not (is_sampled or config.reward.weights.rlt):
     return {}
-  model = _student(job.mesh, config)
+  model = _frozen(job.mesh, config.student)
   found = {"student": _cast(model, job, config.student.param_dtype)}
   if is_sampled:
     found["student's sampler"] = _cast(model, job, config.student.dtype)
   return found
 
 
-def _student(
+def _teacher(
   mesh: jax.sharding.Mesh,
   config: Any,  # Any: as in `describe`.
+) -> gkd.Teacher:
+  model = _frozen(mesh, config.teacher)
+  dtype = config.teacher.param_dtype
+  return gkd.Teacher(model, _place(mesh, model.abstract_params, dtype))
+
+
+def _frozen(
+  mesh: jax.sharding.Mesh,
+  section: Any,  # Any: as in `describe`.
 ) -> decoder.Model:
-  directory = load.resolve(config.student.path, with_weights=False)
+  """Describes a model that is not trained."""
+  directory = load.resolve(section.path, with_weights=False)
   shape, _ = load.read_config(pathlib.Path(directory))
   return decoder.build(
-    shape, **_settings(config.student), layout=sharding.of_activations(mesh)
+    shape, **_settings(section), layout=sharding.of_activations(mesh)
   )
 
 
@@ -244,23 +292,20 @@ def _cache(
   prompt_tokens: int,
 ) -> int:
   """Counts the larger of the policy's cache and its student's."""
-  sampling, num_questions = config.sampling, config.batch.num_questions
-  teach = sampling.teach
-  num_teachings = num_questions * teach.group_size
-  asked = [
-    (
-      job.policy.base,
-      num_teachings,
-      longest_row(config, prompt_tokens),
-    )
-  ]
+  sampling, batch = config.sampling, config.batch
+  longest = longest_row(config, prompt_tokens)
+  if "teacher" in config:
+    num_rows = batch.num_prompts * sampling.complete.group_size
+  else:
+    num_rows = batch.num_questions * sampling.teach.group_size
+  asked = [(job.policy.base, num_rows, longest)]
   if "student" in config:
-    student, solve = _student(job.mesh, config), sampling.solve
-    taught = prompt_tokens + teach.max_completion_tokens
+    student, solve = _frozen(job.mesh, config.student), sampling.solve
+    taught = prompt_tokens + sampling.teach.max_completion_tokens
     asked.append(
       (
         student,
-        num_teachings * solve.group_size,
+        num_rows * solve.group_size,
         taught + solve.max_completion_tokens,
       )
     )

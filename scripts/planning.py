@@ -170,6 +170,13 @@ def _step_flops(
   """Counts the tokens of a step, and the model FLOPs it takes to train."""
   shape = described.policy.base.config
   is_base_frozen = described.policy.adapters is not None
+  if described.teacher is not None:
+    longest = plan_memory.longest_row(config, facts.prompt_tokens)
+    num_rows = config.batch.num_prompts * config.sampling.complete.group_size
+    lengths = [round(facts.tokens_per_row or longest)] * num_rows
+    update = flops.of_update(shape, lengths, is_base_frozen=is_base_frozen)
+    teacher = described.teacher.model.config
+    return sum(lengths), update + flops.of_forward(teacher, lengths)
   if "reward" not in config:
     length = round(facts.tokens_per_row or described.rows.length)
     lengths = [length] * config.batch.size
@@ -218,7 +225,7 @@ def _print_run(
   line = f"Time at {_MFU.value:.0%} MFU: {seconds:,.1f} s per step"
   if steps:
     line += f", {steps * seconds / 3600:,.1f} h in all"
-  if "reward" in config:
+  if plan_memory.is_sampled(config):
     line += "; sampling comes on top"
   print(line)
 
@@ -242,6 +249,7 @@ def _print_memory(
     described.optimizer,
     described.rows,
     mesh=described.mesh,
+    teacher=described.teacher,
   )
   estimated = sum(need.phases["update"].values())
   print(
@@ -311,7 +319,10 @@ def _alternatives(
     same.append({"batch.per_device": 1})
   if config.model.remat not in ("block", "offload"):
     same.append({"model.remat": "block"})
-  if "sampler" in config and config.rollout.backend == "jax":
+  is_sampled_here = (
+    plan_memory.is_sampled(config) and config.rollout.backend == "jax"
+  )
+  if is_sampled_here:
     same.append({"sampler.max_rows": max(1, config.sampler.max_rows // 4)})
   if config.offload.get("reference") is False and config.loss.kl_coef:
     same.append({"offload.reference": True})
@@ -319,7 +330,7 @@ def _alternatives(
     same.append({"offload.optimizer": True})
   yield from same
   yield {key: value for change in same for key, value in change.items()}
-  if config.get("rollout", {}).get("backend") == "jax":
+  if is_sampled_here:
     yield {"rollout.backend": "http"}
   if not config.lora.rank:
     yield {"lora.rank": 16}

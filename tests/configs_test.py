@@ -20,6 +20,7 @@ from atlas_jax.teaching import templates
 from atlas_jax.train import (
   artefacts,
   drift,
+  gkd,
   loop,
   optimizer,
   schedule,
@@ -27,6 +28,7 @@ from atlas_jax.train import (
   sinks,
   state,
 )
+from atlas_jax.train import completions as train_completions
 from atlas_jax.train import rows as train_rows
 from atlas_jax.train import sft as train_sft
 from rollout import sampler as rollout_sampler
@@ -44,6 +46,7 @@ _FUNCTIONS = {
   "world": (launch.ensure_world, ()),
   "model": (launch.open_model, ()),
   "student": (launch.open_model, ()),
+  "teacher": (launch.open_model, ()),
   "mesh": (sharding.make_mesh, ()),
   "data": (sets.Selection, ()),
   "held_out": (sets.HeldOut, ()),
@@ -95,6 +98,17 @@ _GRPO = _FUNCTIONS | {
     ("num_minibatches", "num_shards", "max_completion_tokens", "per_device"),
   ),
 }
+_GKD = _FUNCTIONS | {
+  "sampling.complete": (types.SamplingParams, ("seed",)),
+  "completions": (
+    train_completions.Completions,
+    (
+      *("params", "vocab_size", "chunk_size"),
+      *("max_prob_error", "compare_every"),
+    ),
+  ),
+  "loss": (gkd.packed_loss, ("router_aux_coef",)),
+}
 _GRPO_READERS = (
   "scripts/train_grpo.py",
   "atlas_jax/train/grpo.py",
@@ -108,6 +122,7 @@ _READERS = {
   "teacher_rcl": (_GRPO, _GRPO_READERS),
   "teacher_rlt": (_GRPO, _GRPO_READERS),
   "rlvr": (_GRPO, _GRPO_READERS),
+  "teacher_gkd": (_GKD, ("scripts/train_gkd.py", "atlas_jax/train/gkd.py")),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 

@@ -18,7 +18,7 @@ def check(recipe: str, rows: Iterable[Mapping[str, object]]) -> None:
   patterns = {
     name.strip("`"): when
     for name, of, _, when, _ in cells
-    if of in ("all", recipe)
+    if of == "all" or recipe in of.split(", ")
   }
   assert patterns
   rows = list(rows)

@@ -67,7 +67,11 @@ def split(
 
 
 class PairLoader:
-  """Shuffled batches of pairs, by the same rule as `loader.Loader`'s."""
+  """Shuffled batches of pairs, by the same rule as `loader.Loader`'s.
+
+  `num_prompt_tokens` and `num_completion_tokens` are those of every pair, one
+  set after the other.
+  """
 
   def __init__(
     self,
@@ -90,14 +94,16 @@ class PairLoader:
     Raises:
       errors.DataError: if there are too few to make a batch.
     """
-    ends = np.cumsum([len(token_ids) for token_ids, _ in pairs])
+    sizes = np.asarray([len(token_ids) for token_ids, _ in pairs])
+    self.num_prompt_tokens = np.asarray([start for _, start in pairs])
+    self.num_completion_tokens = sizes - self.num_prompt_tokens
     self._token_ids = np.concatenate([token_ids for token_ids, _ in pairs])
     self._loader = loader.Loader(
       {
         "number": np.arange(len(pairs)),
-        "end": ends,
-        "size": np.asarray([len(token_ids) for token_ids, _ in pairs]),
-        "num_prompt": np.asarray([start for _, start in pairs]),
+        "end": np.cumsum(sizes),
+        "size": sizes,
+        "num_prompt": self.num_prompt_tokens,
       },
       names=names,
       mix=mix,

@@ -98,7 +98,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     lambda num_microbatches: train_step.make_step(
       train_optimizer.freeze(loss_fn, config.optimizer.frozen),
       optimizer,
-      frozen={**policy.frozen, _TEACHER: teacher.params},
+      frozen=with_teacher(policy.frozen, teacher),
       num_microbatches=num_microbatches,
       shardings=train_state.shardings(state),
     )
@@ -182,6 +182,11 @@ def check_tokenizers(
   )
 
 
+def with_teacher(params: decoder.Params, teacher: Teacher) -> decoder.Params:
+  """Gives the teacher's parameters a place beside the policy's."""
+  return {**params, _TEACHER: teacher.params}
+
+
 def packed_loss(
   policy: decoder.Model,
   teacher: decoder.Model,
@@ -195,8 +200,8 @@ def packed_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
   """Computes the divergence of a packed batch; see `step.LossFn`.
 
-  Both models read the same rows. `params` are the policy's, with the teacher's
-  under a name of their own; these get no gradient.
+  Both models read the same rows. `params` are as `with_teacher` gives them; no
+  gradient flows to the teacher's.
   """
   tokens = batch["token_ids"], batch["positions"], batch["segment_ids"]
   hidden_BTD, balance = policy.hidden_and_balance(params, *tokens)
@@ -300,7 +305,7 @@ def _evaluate(
 ) -> loop.Metrics:
   """Averages metrics over all held-out completions; see `loop.Task`."""
   del step
-  params = {**policy.whole(state.params), _TEACHER: teacher.params}
+  params = with_teacher(policy.whole(state.params), teacher)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
   return train_step.held_out(
     loss_fn,

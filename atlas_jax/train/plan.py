@@ -11,6 +11,7 @@ What a compiler adds for itself is estimated; `compile_update` asks one.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ import optax
 
 from atlas_jax import sharding
 from atlas_jax.models import attention, decoder, lora
+from atlas_jax.train import gkd, score
 from atlas_jax.train import policy as train_policy
-from atlas_jax.train import score
 from atlas_jax.train import state as train_state
 from atlas_jax.train import step as train_step
 
@@ -32,8 +33,10 @@ Build = Callable[..., decoder.Model]
 _Share = tuple[train_policy.Policy, decoder.Params]
 
 # Arrays of a chunk's logits that exist at one time: the logits themselves,
-# their exponentials, and the gradient by them.
+# their exponentials, and the gradient by them. With a teacher also its logits,
+# both log-probabilities and those of the mixture.
 _LOGITS_ALIVE = 3
+_LOGITS_ALIVE_WITH_TEACHER = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,7 @@ def of_update(
   rows: Rows,
   *,
   mesh: jax.sharding.Mesh,
+  teacher: gkd.Teacher | None = None,
 ) -> dict[str, int]:
   """Counts bytes per device, by class, while an update is computed.
 
@@ -96,6 +100,7 @@ def of_update(
     build: makes a decoder like the policy's base, of another shape.
     rows: of a batch.
     mesh: where they are.
+    teacher: that reads the same rows, described; None where there is none.
 
   Returns:
     By name: what is there all the time, and what is only during the update.
@@ -110,7 +115,8 @@ def of_update(
   # Its gradients take the places of what it kept.
   block = _kept(one_layer, rows)
   chunk = rows.per_device * min(rows.chunk_size, rows.length)
-  logits = 4 * _LOGITS_ALIVE * chunk * config.vocab_size
+  num_alive = _LOGITS_ALIVE if teacher is None else _LOGITS_ALIVE_WITH_TEACHER
+  logits = 4 * num_alive * chunk * config.vocab_size
   # What is split over the mesh is gathered for its turn, and so is its
   # gradient, before it is split again.
   head, layer = (
@@ -119,6 +125,13 @@ def of_update(
     for part in ("embed" if config.tie_embeddings else "head", "layers")
   )
   layer //= config.num_layers
+  if teacher is not None:
+    # Its hidden states wait for the loss, and for its gradient.
+    hidden = rows.per_device * rows.length * teacher.model.config.width
+    kept += hidden * jnp.dtype(teacher.model.dtype).itemsize
+    head += _num_gathered(_head(teacher), num_copies=1)
+    its_layers = _num_gathered(teacher.params["layers"], num_copies=1)
+    layer = max(layer, its_layers // teacher.model.config.num_layers)
   is_logits = logits + head > block + layer
   gradients = num_bytes(state.params)
   return {
@@ -126,6 +139,7 @@ def of_update(
     "frozen base": num_bytes(policy.frozen),
     "optimizer": num_bytes(state.opt_state),
     "reference": num_bytes(state.reference),
+    "teacher": num_bytes(teacher and teacher.params),
     "gradients": gradients * (2 if rows.num_parts > 1 else 1),
     "activations": kept + (0 if is_logits else block),
     "logits": logits if is_logits else 0,
@@ -163,26 +177,41 @@ def compile_update(
   rows: Rows,
   *,
   mesh: jax.sharding.Mesh,
+  teacher: gkd.Teacher | None = None,
 ) -> Compiled:
   """Compiles an update for the mesh's devices, and asks what it would take.
 
   They may be simulated ones, as many as the real mesh has. The loss is the mean
-  log-probability of all tokens: what a recipe adds to it are arrays [B, T].
+  log-probability of all tokens, or the divergence from the teacher: what a
+  recipe adds to it are arrays [B, T].
   """
 
-  def loss_fn(params: decoder.Params, batch: train_step.Batch) -> Any:
+  def logprobs_loss(params: decoder.Params, batch: train_step.Batch) -> Any:
     loss = -jnp.mean(_logprobs(policy.model, rows, params, batch))
     return loss, (jnp.ones(()), {"loss": loss})
 
+  loss_fn, frozen = logprobs_loss, policy.frozen
+  if teacher is not None:
+    loss_fn = functools.partial(
+      gkd.packed_loss,
+      *(policy.model, teacher.model),
+      beta=0.5,
+      temperature=1.0,
+      chunk_size=rows.chunk_size,
+      router_aux_coef=0.0,
+    )
+    frozen = gkd.with_teacher(policy.frozen, teacher)
   step: Any = train_step.make_step(  # Any: a partial of a jitted function.
     loss_fn,
     optimizer,
-    frozen=policy.frozen,
+    frozen=frozen,
     num_microbatches=rows.num_parts,
     shardings=train_state.shardings(state),
   )
   num_rows = rows.per_device * rows.num_parts * sharding.num_row_shards(mesh)
   batch = _batch(num_rows, rows.length)
+  mask = jax.ShapeDtypeStruct((num_rows, rows.length), jnp.bool_)
+  batch |= {"loss_mask": mask}
   place = sharding.of_batch(mesh)
   batch = train_state.placed(batch, dict.fromkeys(batch, place))
   lowered = step.func.lower(*step.args, state, batch)
@@ -277,6 +306,11 @@ def _kept(share: _Share, rows: Rows) -> int:
     for aval in kept.values()
     if aval.memory_space != jax.memory.Space.Host
   )
+
+
+def _head(teacher: gkd.Teacher) -> Any:  # Any: described arrays.
+  is_tied = teacher.model.config.tie_embeddings
+  return teacher.params["embed" if is_tied else "head"]
 
 
 def _num_gathered(params: Any, *, num_copies: int) -> int:

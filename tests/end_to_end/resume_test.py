@@ -20,8 +20,8 @@ import pytest
 
 from atlas_jax import errors, launch, sharding, types
 from atlas_jax.data import sets
-from atlas_jax.train import grpo, sft, writer
-from configs.run import teacher_rcl, teacher_sft
+from atlas_jax.train import gkd, grpo, sft, writer
+from configs.run import teacher_gkd, teacher_rcl, teacher_sft
 from tests import tiny
 
 _NUM_STEPS = 4
@@ -31,7 +31,7 @@ _TIMES = re.compile(r".*(seconds.*|time|_s)|num_compiles|goodput|.*tflops|mfu")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with two models and data for both recipes."""
+  """Gives a folder with two models and data for all recipes."""
   home = tmp_path_factory.mktemp("home")
   for i, name in enumerate(("policy", "student")):
     tiny.write_talker(home / name, num_hidden_layers=1 + i)
@@ -78,7 +78,7 @@ def _shorten(config, home):
 
 
 def _opened(config, workdir):
-  """Opens what both recipes need."""
+  """Opens what all recipes need."""
   mesh = jax.make_mesh(
     (1,) * len(sharding.AXES),
     sharding.AXES,
@@ -192,7 +192,44 @@ def _digest(workdir):
   return digest.hexdigest()
 
 
-@pytest.fixture(scope="module", params=[_train_sft, _train_grpo])
+def _train_gkd(home, workdir, should_stop):
+  """Distils on completions of the policy and of the data, in turn."""
+  config = teacher_gkd.get_config("smoke")
+  _shorten(config, home)
+  config.teacher.path = str(home / "student")
+  config.held_out.fraction = 0.3
+  config.batch.num_prompts = 2
+  config.sampling.complete.max_completion_tokens = 8
+  workdir.mkdir(exist_ok=True)
+  base, policy, params, common = _opened(config, workdir)
+  mesh = common["mesh"]
+  train_set, eval_set = sets.completions(
+    base.tokenizer,
+    data=sets.Selection(**config.data),
+    held_out=sets.HeldOut(**config.held_out),
+    length=config.packing.length,
+    max_new_tokens=8,
+    too_long="error",
+    batch_size=config.batch.num_prompts,
+    seed=config.seed,
+    workdir=workdir,
+  )
+  teacher = launch.open_model(mesh, **config.teacher)
+  with launch.open_role("policy", base, mesh, config) as role:
+    gkd.train(
+      policy,
+      params,
+      teacher=gkd.Teacher(teacher.model, teacher.params),
+      tokenizer=base.tokenizer,
+      sampler=role.sampler,
+      train_set=train_set,
+      eval_set=eval_set,
+      should_stop=should_stop,
+      **common,
+    )
+
+
+@pytest.fixture(scope="module", params=[_train_sft, _train_grpo, _train_gkd])
 def straight(home, tmp_path_factory, request):
   """Trains to the end; gives how, its workdir, and a copy after each step."""
   workdir, copies = tmp_path_factory.mktemp("runs") / "straight", []

@@ -65,7 +65,7 @@ def home(tmp_path_factory):
 
 def test_no_recipe_is_left_out():
   recipes = {path.stem for path in (_ROOT / "configs/run").glob("[!_]*.py")}
-  assert recipes == {*_WORLD, *_GRPO, "teaching_eval"}
+  assert recipes == {*_WORLD, *_GRPO, "teacher_gkd", "teaching_eval"}
 
 
 @pytest.mark.slow
@@ -85,6 +85,26 @@ def test_grpo_takes_a_step(home, recipe):
   assert first["num_tokens"] > 0
   assert first["grad_norm"] > 0
   assert first["rewards/unavailable"] == 0
+  assert (workdir / "export/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_gkd_comes_closer_to_its_teacher(home):
+  workdir = _smoke(
+    home,
+    "train_gkd",
+    "teacher_gkd",
+    "--config.batch.num_prompts=16",
+    "--config.loop.num_steps=8",
+    "--config.loop.log_every=1",
+    "--config.loop.eval_every=4",
+  )
+  rows = _rows(workdir)
+  first, *_, last = [row["loss"] for row in rows if "loss" in row]
+  assert last < first
+  assert {row["on_policy"] for row in rows if "loss" in row} == {0.0, 1.0}
+  first, last = [row["eval/loss"] for row in rows if "eval/loss" in row]
+  assert last < first
   assert (workdir / "export/model.safetensors").exists()
 
 

@@ -11,6 +11,7 @@ from scripts import overrides
 _ROOT = pathlib.Path(__file__).parents[2]
 _RCL = "configs/run/teacher_rcl.py:smoke"
 _SFT = "configs/run/teacher_sft.py:smoke"
+_GKD = "configs/run/teacher_gkd.py:smoke"
 
 
 # ml_collections loads config files by a method that Python has deprecated.
@@ -62,7 +63,7 @@ def test_a_recipe_that_is_not_there_is_refused_with_a_suggestion():
 
 @pytest.mark.parametrize("name", overrides.TABLE)
 def test_every_path_of_the_table_is_in_a_recipe(name):
-  configs = [_resolve(recipe).config for recipe in (_RCL, _SFT)]
+  configs = [_resolve(recipe).config for recipe in (_RCL, _SFT, _GKD)]
   for path in overrides.TABLE[name].paths:
     assert any(overrides.has(config, path) for config in configs), path
 
@@ -78,6 +79,13 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_RCL, "eval_steps=1", "loop.eval_every", 1),
     (_RCL, "save_steps=5", "loop.save_every", 5),
     (_RCL, "save_strategy=no", "loop.save_every", 0),
+    (_GKD, "teacher_model_name_or_path=t", "teacher.path", "t"),
+    (_GKD, "lmbda=0.25", "completions.on_policy_fraction", 0.25),
+    (_GKD, "beta=0.1", "loss.beta", 0.1),
+    (_GKD, "temperature=0.7", "sampling.complete.temperature", 0.7),
+    (_GKD, "max_new_tokens=9", "sampling.complete.max_completion_tokens", 9),
+    (_GKD, "train_batch_size=16", "batch.num_prompts", 16),
+    (_GKD, "max_steps=4", "num_epochs", 0),
     (_RCL, "eval_strategy=no", "loop.eval_every", 0),
     (_RCL, "logging_steps=2", "loop.log_every", 2),
     (_RCL, "save_final_model=false", "export.enabled", False),

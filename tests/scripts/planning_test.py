@@ -47,13 +47,15 @@ import collections, shutil, sys
 free, recipe = int(sys.argv.pop(2)), sys.argv.pop(1)
 usage = collections.namedtuple("usage", "total used free")
 shutil.disk_usage = lambda place: usage(free, 0, free)
-from scripts import program, train_grpo, train_sft
-program.run({"sft": train_sft, "grpo": train_grpo}[recipe].main)
+from scripts import program, train_gkd, train_grpo, train_sft
+mains = {"sft": train_sft, "grpo": train_grpo, "gkd": train_gkd}
+program.run(mains[recipe].main)
 """
 
 
 def _plan(recipe, *options, free=1 << 60):
-  config = {"sft": "teacher_sft", "grpo": "teacher_rcl"}[recipe]
+  configs = {"sft": "teacher_sft", "grpo": "teacher_rcl", "gkd": "teacher_gkd"}
+  config = configs[recipe]
   done = subprocess.run(
     [
       *(sys.executable, "-c", _MAIN, recipe, str(free)),
@@ -109,6 +111,33 @@ def test_a_config_alone_is_enough_to_plan(
   assert sizes["optimizer"] == pytest.approx(2 * parameters, abs=0.01)
   assert sizes["parameters"] < sizes["peak"] < most
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_has_bytes_of_its_own(tmp_path):
+  fields = _shape("qwen2", 151936, 896, 4864, 4, 14)
+  policy = _write(tmp_path / "policy", {**fields, "num_key_value_heads": 2})
+  teacher = _write(
+    tmp_path / "teacher", _shape("qwen2", 152064, 2048, 11008, 8, 16)
+  )
+  code, out, err = _plan(
+    "gkd",
+    f"--workdir={tmp_path / 'run'}",
+    f"--config.model.path={policy}",
+    f"--config.teacher.path={teacher}",
+    "--config.batch.num_prompts=8",
+    "--config.packing.length=1024",
+    "--plan=8xH100",
+  )
+  assert code == 0, out + err
+  sizes = {
+    line[1]: float(line[2])
+    for line in re.finditer(r"^  (.+?) +([\d.]+)  ", out, re.MULTILINE)
+  }
+  # In bfloat16, over all devices: 1.31 billion parameters.
+  assert sizes["teacher"] == pytest.approx(0.30, abs=0.01)
+  assert sizes["sampler"] < sizes["parameters"]
+  assert "sampling comes on top" in out
 
 
 def test_what_does_not_fit_ends_with_the_change_that_would(tmp_path):

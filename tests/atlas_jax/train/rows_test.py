@@ -149,3 +149,60 @@ def test_rows_of_one_score_batch_are_rounded_up():
 @pytest.mark.parametrize(("count", "expected"), [(0, 1), (7, 8), (8, 10)])
 def test_few_numbers_of_rows_are_used(count, expected):
   assert rows._next(count) == expected
+
+
+@hypothesis.given(
+  _SIZES, st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 2)
+)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_whole_rows_mark_every_completion_once(
+  sizes, num_shards, packed, per_device
+):
+  rollouts = _rollouts(sizes)
+  batch, num_microbatches = rows.lay_out_whole(
+    [
+      rows.Written(
+        r.prompt.token_ids, r.completion.token_ids, r.completion.logprobs
+      )
+      for r in rollouts
+    ],
+    num_shards=num_shards,
+    length=_LENGTH,
+    packed=packed,
+    per_device=per_device,
+  )
+  ids, mask = batch["token_ids"], batch["loss_mask"]
+  assert len(ids) % (num_shards * num_microbatches) == 0
+  if per_device:
+    assert len(ids) == num_shards * per_device * num_microbatches
+  written = [t for r in rollouts for t in r.completion.token_ids]
+  assert sorted(ids[mask].tolist()) == sorted(written)
+  prompts = [t for r in rollouts for t in r.prompt.token_ids]
+  assert sorted(ids[ids > 0].tolist()) == sorted(prompts + written)
+  told = {
+    token: logprob
+    for r in rollouts
+    for token, logprob in zip(
+      r.completion.token_ids, r.completion.logprobs, strict=True
+    )
+  }
+  np.testing.assert_allclose(
+    batch["rollout_logprobs"][mask], [told[t] for t in ids[mask].tolist()]
+  )
+  # The same rows as where completions are taken out of them.
+  (part,) = _lay_out(
+    rollouts, num_shards=num_shards, packed=packed, per_device=per_device
+  )
+  for name in ("token_ids", "positions", "segment_ids"):
+    np.testing.assert_array_equal(batch[name], part.batch[name])
+
+
+def test_nothing_predicts_a_first_token_without_a_prompt():
+  batch, _ = rows.lay_out_whole(
+    [rows.Written((), (5, 6, 7), (0.0, 0.0, 0.0))],
+    num_shards=1,
+    length=_LENGTH,
+    packed=True,
+    per_device=0,
+  )
+  assert batch["loss_mask"][0, :4].tolist() == [False, True, True, False]

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GKD: both models score the very tokens that were written, and it learns."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import chat, errors, launch, sharding
+from atlas_jax.data import sets
+from atlas_jax.losses import gkd as gkd_loss
+from atlas_jax.train import completions, gkd, writer
+from configs.run import teacher_gkd
+from rollout import jax_sampler
+from tests import metric_names, tiny
+
+_MAX_NEW = 8
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """Gives a folder with a policy, teachers and data."""
+  home = tmp_path_factory.mktemp("home")
+  tiny.write_talker(home / "policy", num_hidden_layers=1)
+  wide = {"family": "qwen3", "hidden_size": 32, "num_hidden_layers": 2}
+  tiny.write_talker(home / "teacher", **wide)
+  # As checkpoints of one tokenizer pad their vocabularies.
+  tiny.write_talker(home / "padded", vocab_size=320, **wide)
+  rows = [
+    {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
+    for i in range(30)
+  ]
+  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  # So short runs are over before faster code would pay.
+  name = "jax_disable_most_optimizations"
+  old = jax.config.read(name)
+  jax.config.update(name, True)
+  yield home
+  jax.config.update(name, old)
+
+
+def _config(home, **changes):
+  config = teacher_gkd.get_config("smoke")
+  config.world.directory = ""
+  config.model.path = str(home / "policy")
+  config.teacher.path = str(home / "teacher")
+  config.data.path = str(home / "data.jsonl")
+  config.sampling.complete.max_completion_tokens = _MAX_NEW
+  config.batch.num_prompts = 8
+  config.schedule.learning_rate = 0.01
+  config.loop.num_steps = 4
+  config.loop.log_every = 1
+  config.loop.eval_every = 0
+  config.loop.save_every = 100
+  config.checkpoint.load_best = False
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+class _Recorder(jax_sampler.JaxSampler):
+  """The sampler in this process, which remembers what it wrote."""
+
+  def sample(self, prompts, params):
+    """Samples, and remembers prompts and completions by their version."""
+    groups = super().sample(prompts, params)
+    self.written.append((self.version, prompts, groups))
+    return groups
+
+
+class _Deaf(jax_sampler.JaxSampler):
+  """Keeps its first weights, and says so."""
+
+  def update_weights(self, params, version):
+    """Takes the first weights only."""
+    if version == 0:
+      super().update_weights(params, version)
+
+
+class _Liar(_Deaf):
+  """Keeps its first weights, and claims to have the newest."""
+
+  def update_weights(self, params, version):
+    """Takes the first weights, and every version."""
+    super().update_weights(params, version)
+    self._version = version
+
+
+class _Run:
+  """One run: what it opened, and what it told."""
+
+  def __init__(self, config, workdir, *, mesh=None, kind=_Recorder):
+    workdir.mkdir(exist_ok=True)
+    self.config, self.workdir = config, workdir
+    self.mesh = mesh or tiny.mesh()
+    self.base = launch.open_model(self.mesh, **config.model)
+    self.teacher = launch.open_model(self.mesh, **config.teacher)
+    self.policy, self.params = launch.open_policy(
+      self.base, self.mesh, seed=config.seed, **config.lora
+    )
+    self.train_set, self.eval_set = sets.completions(
+      self.base.tokenizer,
+      data=sets.Selection(**config.data),
+      held_out=sets.HeldOut(**config.held_out),
+      length=config.packing.length,
+      max_new_tokens=completions.max_new_tokens(config),
+      too_long=config.packing.too_long,
+      batch_size=config.batch.num_prompts,
+      seed=config.seed,
+      workdir=workdir,
+    )
+    self.sampler = kind(
+      self.base.model,
+      self.base.params,
+      mesh=self.mesh,
+      stop_token_ids=(2,),
+      max_rows=64,
+    )
+    self.sampler.written = []
+
+  def train(self, should_stop=lambda: False):
+    """Trains to the end; gives the trained parameters."""
+    return gkd.train(
+      self.policy,
+      self.params,
+      teacher=gkd.Teacher(self.teacher.model, self.teacher.params),
+      tokenizer=self.base.tokenizer,
+      sampler=self.sampler,
+      train_set=self.train_set,
+      eval_set=self.eval_set,
+      on_save=lambda *_: None,
+      mesh=self.mesh,
+      config=self.config,
+      workdir=self.workdir,
+      writer=writer.Writer(self.workdir, ()),
+      should_stop=should_stop,
+    )
+
+  def told(self):
+    """Gives the lines of metrics."""
+    lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _divergence(run, params, written):
+  """Computes the loss from whole logits, one sequence at a time."""
+  total, count = 0.0, 0
+  for prompt, completion in written:
+    tokens = jnp.asarray([[*prompt, *completion]], jnp.int32)
+    positions = jnp.arange(tokens.shape[1])[None]
+    ones = jnp.ones_like(tokens)
+    ours, theirs = (
+      model.logits(weights, tokens, positions, ones)
+      for model, weights in (
+        (run.base.model, params),
+        (run.teacher.model, run.teacher.params),
+      )
+    )
+    each = gkd_loss.generalized_jsd(ours, theirs, beta=0.5, temperature=1.0)
+    total += float(each[0, len(prompt) - 1 : -1].sum())
+    count += len(completion)
+  return total / count
+
+
+def _written(run, fraction):
+  """Gives what the first step is trained on, by the policy or the data."""
+  batch = run.train_set.batch(0)
+  if not fraction:
+    answer = chat.decode(run.base.tokenizer, batch[0].completion)
+    assert answer.startswith("It is ")
+    return [(p.prompt, p.completion) for p in batch]
+  version, prompts, groups = run.sampler.written[0]
+  assert version == 0
+  assert [p.token_ids for p in prompts] == [tuple(p.prompt) for p in batch]
+  return [
+    (p.token_ids, c.token_ids)
+    for p, group in zip(prompts, groups, strict=True)
+    for c in group
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_both_score_the_very_tokens_and_come_to_agree(home, tmp_path, fraction):
+  config = _config(
+    home,
+    **{
+      "completions.on_policy_fraction": fraction,
+      "loop.num_steps": 24,
+      "loop.eval_every": 12,
+      "loop.save_every": 12,
+    },
+  )
+  run = _Run(config, tmp_path / "run")
+  start = jax.tree.map(jnp.copy, run.params)
+  before = jax.device_get(run.teacher.params)
+  run.train()
+  rows = [row for row in run.told() if "loss" in row]
+  want = _divergence(run, start, _written(run, fraction))
+  assert rows[0]["loss"] == pytest.approx(want, rel=1e-5)
+  losses = [row["loss"] for row in rows]
+  assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+  evaluated = [r["eval/loss"] for r in run.told() if "eval/loss" in r]
+  assert len(evaluated) == 2
+  assert evaluated[1] < evaluated[0]
+  assert {row["on_policy"] for row in rows} == {fraction}
+  # Each step's weights reached the sampler before it sampled.
+  versions = [version for version, *_ in run.sampler.written]
+  assert versions == (list(range(24)) if fraction else [])
+  jax.tree.map(np.testing.assert_array_equal, before, run.teacher.params)
+  if fraction:
+    metric_names.check("GKD", run.told())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes", [{"batch.per_device": 1, "packing.packed": False}, {}]
+)
+def test_layout_and_mesh_change_no_update(home, tmp_path, changes):
+  common = {"completions.on_policy_fraction": 0.0, "loop.num_steps": 3}
+  one = _Run(_config(home, **common), tmp_path / "one").train()
+  mesh = None if changes else sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  run = _Run(_config(home, **common, **changes), tmp_path / "run", mesh=mesh)
+  for got, want in zip(*map(jax.tree.leaves, (run.train(), one)), strict=True):
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_sampler_that_keeps_old_weights_ends_the_run(home, tmp_path):
+  config = _config(home, **{"completions.on_policy_fraction": 1.0})
+  with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
+    _Run(config, tmp_path / "deaf", kind=_Deaf).train()
+  config.agreement.every = 1
+  config.schedule.learning_rate = 0.1
+  with pytest.raises(errors.DivergedError, match="disagree"):
+    _Run(config, tmp_path / "liar", kind=_Liar).train()
+
+
+@pytest.mark.slow
+def test_what_the_teacher_cannot_read_is_left_out_and_bounded(home, tmp_path):
+  config = _config(
+    home,
+    **{
+      "model.path": str(home / "padded"),
+      "completions.on_policy_fraction": 1.0,
+      "completions.max_dropped_fraction": 0.9,
+    },
+  )
+  run = _Run(config, tmp_path / "run")
+  run.train()
+  rows = [row for row in run.told() if "loss" in row]
+  assert all(np.isfinite(row["loss"]) for row in rows)
+  assert max(row["dropped_fraction"] for row in rows) > 0
+  config.completions.max_dropped_fraction = 0.0
+  with pytest.raises(errors.RolloutError, match="are missing") as caught:
+    _Run(config, tmp_path / "strict").train()
+  assert caught.value.exit_code == 6
+
+
+@pytest.mark.slow
+def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
+  """Half of the steps are sampled; the teacher's head is the wider one."""
+  config = _config(
+    home,
+    **{
+      "lora.rank": 4,
+      "loop.num_steps": 12,
+      "teacher.path": str(home / "padded"),
+    },
+  )
+  run = _Run(config, tmp_path / "run")
+  start = jax.device_get(run.params)
+  trained = run.train()
+  rows = [row for row in run.told() if "loss" in row]
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  sampled = [row["on_policy"] for row in rows]
+  assert 2 < sum(sampled) < 10
+  assert sum(sampled) == len(run.sampler.written)
+  names = {path[-1].key for path, _ in jax.tree.leaves_with_path(trained)}
+  assert names == {"lora_a", "lora_b"}
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, trained, start)
+  assert all(jax.tree.leaves(moved))
+
+  config.teacher.path = str(home / "teacher")
+  with pytest.raises(errors.CheckpointError, match="another teacher") as caught:
+    _Run(config, tmp_path / "run").train()
+  assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"loss.beta": 1.5},
+    {"loss.temperature": 0.0},
+    {"completions.on_policy_fraction": 1.1},
+    {"completions.max_dropped_fraction": 1.0},
+    {"agreement.every": 0},
+    {"experts.router_aux_coef": 0.1},
+    {"num_epochs": 1.0},
+  ],
+)
+def test_what_cannot_be_is_refused(home, tmp_path, changes):
+  with pytest.raises(errors.ConfigError):
+    _Run(_config(home, **changes), tmp_path / "run").train()
+
+
+def test_tokenizers_must_number_tokens_alike(home):
+  tokenizer = chat.load_tokenizer(home / "policy")
+  gkd.check_tokenizers(tokenizer, tokenizer, where="here")
+  other = chat.load_tokenizer(home / "policy")
+  other.add_tokens(["<more>"])
+  with pytest.raises(
+    errors.ConfigError, match="different tokenizers"
+  ) as caught:
+    gkd.check_tokenizers(tokenizer, other, where="here")
+  assert "'<more>' is None and 300" in caught.value.why
