@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GKD from the command line: adapters in, two exports out; what is refused."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+# One device; so short a run is over before faster code would pay.
+_ENVIRONMENT = {
+  **os.environ,
+  "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  home = tmp_path_factory.mktemp("home")
+  tiny.write_talker(home / "policy", num_hidden_layers=1)
+  tiny.write_talker(home / "teacher", family="qwen3", hidden_size=32)
+  rows = [
+    {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
+    for i in range(12)
+  ]
+  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return home
+
+
+def _run(home, workdir, *more):
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", "scripts.train_gkd"),
+      "--config=configs/run/teacher_gkd.py:smoke",
+      f"--workdir={workdir}",
+      "--config.world.directory=",
+      f"--config.model.path={home}/policy",
+      f"--config.teacher.path={home}/teacher",
+      f"--config.data.path={home}/data.jsonl",
+      "--config.batch.num_prompts=4",
+      "--config.sampling.complete.max_completion_tokens=8",
+      "--config.completions.on_policy_fraction=1.0",
+      "--config.loop.num_steps=2",
+      "--config.loop.log_every=1",
+      *more,
+    ],
+    cwd=_ROOT,
+    env=_ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.mark.slow
+def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
+  options = ("--config.lora.rank=2", "--config.lora.alpha=4.0")
+  workdir = tmp_path / "run"
+  done = _run(home, workdir, *options)
+  assert done.returncode == 0, done.stderr
+  told = (workdir / "metrics.jsonl").read_text()
+  rows = [json.loads(line) for line in told.splitlines()]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+  assert "eval/divergence" in rows[-1]
+  card = (workdir / "export/README.md").read_text()
+  facts = dict(re.findall(r"(?m)^- ([\w ]+): (.+)$", card))
+  assert facts["Base model"] == f"{home}/policy"
+  assert facts["Recipe"] == "GKD"
+  assert facts["Teacher"] == f"{home}/teacher"
+  assert re.fullmatch("[0-9a-f]{64}", facts["Data fingerprint"])
+  # The merged model is the base, but for what the adapters add.
+  changed = tiny.differing(home / "policy", workdir / "export")
+  assert changed
+  assert all("proj" in name for name in changed)
+  assert (workdir / "adapter/adapter_config.json").exists()
+  assert _run(home, workdir, *options).returncode == 0
+  assert (workdir / "metrics.jsonl").read_text() == told
+
+  # A run may start from them, and samples with them from its first step on.
+  more = _run(
+    home,
+    tmp_path / "more",
+    *options,
+    f"--config.lora.path={workdir}/adapter",
+    "--config.loop.num_steps=1",
+  )
+  assert more.returncode == 0, more.stderr
+
+
+def test_another_tokenizer_is_refused(home, tmp_path):
+  other = tmp_path / "other"
+  tiny.write_talker(other, num_hidden_layers=1)
+  path = other / "tokenizer.json"
+  fields = json.loads(path.read_text())
+  vocab = fields["model"]["vocab"]
+  vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+  path.write_text(json.dumps(fields))
+  done = _run(home, tmp_path / "run", f"--config.teacher.path={other}")
+  assert done.returncode == 2, done.stderr
+  assert "Policy and teacher have different tokenizers." in done.stderr
+  assert "They number 2 tokens differently: 'a'" in done.stderr
+  planned = _run(
+    home,
+    tmp_path / "run",
+    f"--config.teacher.path={other}",
+    "--plan=1xH100",
+  )
+  assert planned.returncode == 2
+  assert re.search("FAIL +one tokenizer", planned.stdout)
