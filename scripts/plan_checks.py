@@ -83,8 +83,7 @@ def run(config: Any) -> Facts:  # Any: a ConfigDict of anything.
     theirs = _model(facts, "teacher", config.teacher.path)
     if tokenizer is not None and theirs is not None:
       with facts.checking("one tokenizer") as ok:
-        where = f"{config.model.path}, {config.teacher.path}"
-        gkd.check_tokenizers(tokenizer, theirs, where=where)
+        gkd.check_tokenizers(tokenizer, theirs)
         ok("policy and teacher number their tokens alike")
   if config.data.path is None:
     facts.absent("data", "--config.data.path names none")
@@ -215,9 +214,8 @@ def _pairs(
     tokenizer,
     data=sets.Selection(**config.data),
     held_out=sets.HeldOut(**config.held_out),
-    length=config.packing.length,
+    layout=sets.Layout(**config.packing),
     max_new_tokens=sampled,
-    too_long=config.packing.too_long,
     batch_size=config.batch.num_prompts,
     seed=config.seed,
     workdir=workdir,

@@ -34,11 +34,7 @@ def main() -> None:
     )
     base = launch.open_model(mesh, **config.model)
     teacher = launch.open_model(mesh, **config.teacher)
-    gkd.check_tokenizers(
-      base.tokenizer,
-      teacher.tokenizer,
-      where=f"{base.directory}, {teacher.directory}",
-    )
+    gkd.check_tokenizers(base.tokenizer, teacher.tokenizer)
     for model in (base.model, teacher.model):
       packing.check_context(config.packing.length, model.config.max_positions)
     policy, params = launch.open_policy(
@@ -49,21 +45,19 @@ def main() -> None:
       base.tokenizer,
       data=sets.Selection(**config.data),
       held_out=sets.HeldOut(**config.held_out),
-      length=config.packing.length,
+      layout=sets.Layout(**config.packing),
       max_new_tokens=max_new_tokens,
-      too_long=config.packing.too_long,
       batch_size=config.batch.num_prompts,
       seed=config.seed,
       workdir=workdir,
     )
     role = None
     if max_new_tokens:
-      # Adapters that were trained before are in no file of the base.
-      start = policy.merged(params) if config.lora.path else base.params
+      start = base
+      if config.lora.path:  # What was trained before is not in the base.
+        start = dataclasses.replace(base, params=policy.merged(params))
       role = opened.enter_context(
-        launch.open_role(
-          "policy", dataclasses.replace(base, params=start), mesh, config
-        )
+        launch.open_role("policy", start, mesh, config)
       )
     export = functools.partial(
       launch.export,

@@ -100,6 +100,7 @@ _GRPO = _FUNCTIONS | {
 }
 _GKD = _FUNCTIONS | {
   "sampling.complete": (types.SamplingParams, ("seed",)),
+  "packing": (sets.Layout, ()),
   "completions": (
     train_completions.Completions,
     (

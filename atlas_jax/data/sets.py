@@ -127,14 +127,13 @@ def conversations(
   )
 
 
-def completions(  # noqa: PLR0913 - what is read, and how it is cut.
+def completions(
   tokenizer: chat.Tokenizer,
   *,
   data: Selection,
   held_out: HeldOut,
-  length: int,
+  layout: Layout,
   max_new_tokens: int,
-  too_long: packing.TooLong,
   batch_size: int,
   seed: int,
   workdir: pathlib.Path,
@@ -145,9 +144,8 @@ def completions(  # noqa: PLR0913 - what is read, and how it is cut.
     tokenizer: with a chat template.
     data: what is read.
     held_out: what of it is not trained on.
-    length: see `pairs.split`; the next two likewise.
-    max_new_tokens: see above.
-    too_long: see above.
+    layout: of the rows that they will be in.
+    max_new_tokens: see `pairs.split`.
     batch_size: pairs per step.
     seed: of the order, and of what is held out.
     workdir: for the list of bad rows.
@@ -163,9 +161,9 @@ def completions(  # noqa: PLR0913 - what is read, and how it is cut.
     _load_pairs,
     split=functools.partial(
       pairs.split,
-      length=length,
+      length=layout.length,
       max_new_tokens=max_new_tokens,
-      too_long=too_long,
+      too_long=layout.too_long,
     ),
     batch_size=batch_size,
     seed=seed,

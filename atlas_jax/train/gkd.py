@@ -154,9 +154,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   return state.params
 
 
-def check_tokenizers(
-  policy: chat.Tokenizer, teacher: chat.Tokenizer, *, where: str
-) -> None:
+def check_tokenizers(policy: chat.Tokenizer, teacher: chat.Tokenizer) -> None:
   """Refuses a teacher that reads other tokens than the policy writes.
 
   Raises:
@@ -173,7 +171,7 @@ def check_tokenizers(
   first = different[0]
   raise errors.ConfigError(
     "Policy and teacher have different tokenizers.",
-    where=where,
+    where="--config.model.path, --config.teacher.path",
     why=f"They number {len(different)} tokens differently: {first!r} is "
     f"{ours.get(first)} and {theirs.get(first)}. The divergence compares what "
     "both think of the same tokens.",

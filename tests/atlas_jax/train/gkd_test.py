@@ -103,9 +103,8 @@ class _Run:
       self.base.tokenizer,
       data=sets.Selection(**config.data),
       held_out=sets.HeldOut(**config.held_out),
-      length=config.packing.length,
+      layout=sets.Layout(**config.packing),
       max_new_tokens=completions.max_new_tokens(config),
-      too_long=config.packing.too_long,
       batch_size=config.batch.num_prompts,
       seed=config.seed,
       workdir=workdir,
@@ -307,11 +306,11 @@ def test_what_cannot_be_is_refused(home, tmp_path, changes):
 
 def test_tokenizers_must_number_tokens_alike(home):
   tokenizer = chat.load_tokenizer(home / "policy")
-  gkd.check_tokenizers(tokenizer, tokenizer, where="here")
+  gkd.check_tokenizers(tokenizer, tokenizer)
   other = chat.load_tokenizer(home / "policy")
   other.add_tokens(["<more>"])
   with pytest.raises(
     errors.ConfigError, match="different tokenizers"
   ) as caught:
-    gkd.check_tokenizers(tokenizer, other, where="here")
+    gkd.check_tokenizers(tokenizer, other)
   assert "'<more>' is None and 300" in caught.value.why
