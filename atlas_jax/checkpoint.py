@@ -7,6 +7,7 @@ and then given its name, `N`. What has another name is never restored.
 
 from collections.abc import Collection, Mapping
 from concurrent import futures
+import contextlib
 import math
 import pathlib
 import shutil
@@ -95,14 +96,14 @@ class Checkpointer:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-    if kind is None:
-      self.wait()
-    elif self._saving is not None:
-      # What ended the run is told; this would hide it.
-      step, future = self._saving
-      if future.exception() is not None:
-        logging.error("Step %d could not be saved either.", step)
-    self._executor.shutdown()
+    with contextlib.closing(self._orbax), self._executor:
+      if kind is None:
+        self.wait()
+      elif self._saving is not None:
+        # What ended the run is told; this would hide it.
+        step, future = self._saving
+        if future.exception() is not None:
+          logging.error("Step %d could not be saved either.", step)
 
   def save(
     self,

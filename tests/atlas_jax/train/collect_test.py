@@ -171,6 +171,30 @@ def test_failure_of_a_batch_ahead_shows_at_its_step(tokenizer):
       collector.take(1, clock.Clock())
 
 
+def test_a_failure_of_training_hides_behind_none_of_sampling(tokenizer):
+  go_on = threading.Event()
+
+  def write(*_):
+    if threading.current_thread() is not threading.main_thread():
+      assert go_on.wait(20)
+      raise errors.RolloutError("Gone.", where="a", why="b", fix="c")
+    return "<teaching>add</teaching>"
+
+  before = set(threading.enumerate())
+  collector, _ = _collector(tokenizer, write)
+
+  def train():
+    with collector:
+      collector.push({}, 0)
+      collector.take(0, clock.Clock())  # The next batch is under way.
+      go_on.set()
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    train()
+  assert set(threading.enumerate()) == before
+
+
 def _with_versions(records, versions):
   def at(record, version):
     rollout = record.teacher_rollout

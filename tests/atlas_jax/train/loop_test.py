@@ -4,6 +4,7 @@
 import functools
 import hashlib
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,22 @@ def test_after_a_crash_each_step_is_told_once(tmp_path):
   for old, new in zip(straight, crashed, strict=True):
     assert old.get("loss") == new.get("loss")
     assert old.get("eval/norm") == new.get("eval/norm")
+
+
+def test_a_crash_is_told_as_it_is_and_leaves_no_thread(tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  _run(tmp_path / "before")  # What JAX and orbax keep for good is there.
+  before = set(threading.enumerate())
+  # Its last save fails as well, and the writer is closed.
+  monkeypatch.setattr(snapshot, "seal", fail)
+  with pytest.raises(_CrashError):
+    _run(tmp_path / "run", crash_at=3, watchdog_s=60.0)
+  for thread in set(threading.enumerate()) - before:
+    thread.join(10.0)
+    assert not thread.is_alive(), thread
+  assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job that fails tells what failed first, and leaves nothing behind."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from atlas_jax import snapshot
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_MARK = "ATLAS_JAX_TEST"
+_LONG = 2**18  # Tokens in a row of which no machine holds all pairs.
+_MAX_KB = 256 * 2**20  # Where it would, by promising more than it has.
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """Gives a folder with a model, and data for both recipes."""
+  home = tmp_path_factory.mktemp("home")
+  tiny.write_talker(
+    home / "model", num_hidden_layers=1, max_position_embeddings=_LONG
+  )
+  rows = [
+    {"question": f"{i} + {i}?", "answer": str(2 * i), "solution": f"{2 * i}."}
+    for i in range(9)
+  ]
+  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return home
+
+
+def _flags(home, workdir, recipe, **settings):
+  common = {
+    "world.directory": "",
+    "model.path": home / "model",
+    "data.path": home / "data.jsonl",
+    "held_out.fraction": 0.3,
+    "loop.save_every": 1,
+    **settings,
+  }
+  words = [f"--config.{key}={value}" for key, value in common.items()]
+  config = f"--config={_ROOT}/configs/run/{recipe}.py:smoke"
+  return [config, f"--workdir={workdir}", *words]
+
+
+def _run(command):
+  """Runs it; gives its code, what it said, and who is left of its children."""
+  mark = uuid.uuid4().hex
+  child = subprocess.run(
+    command,
+    cwd=_ROOT,
+    env={**os.environ, "XLA_FLAGS": "", _MARK: mark},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  return child.returncode, child.stderr, _marked(mark)
+
+
+def _marked(mark):
+  """Finds the processes that have a word in their environment."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+    try:
+      if f"{_MARK}={mark}".encode() in path.read_bytes():
+        found.append(path.parent.name)
+    except OSError:  # It has ended, or is another's.
+      continue
+  return found
+
+
+# While a function rewards in a process of its own, the next batch is sampled
+# ahead in a thread, a tracker has its thread, and a save may be under way.
+_FAILS = """
+import os, sys
+from scripts import program, train_grpo
+from atlas_jax.train import learner
+from tests.end_to_end import faults_test
+
+update, calls = learner.Learner.update, []
+
+def fail(*args, **kwargs):
+  calls.append(args)
+  if len(calls) == 2:
+    mark = os.environ[faults_test._MARK]
+    print("processes:", len(faults_test._marked(mark)), file=sys.stderr)
+    raise ZeroDivisionError("of the trainer")
+  return update(*args, **kwargs)
+
+learner.Learner.update = fail
+program.run(train_grpo.main)
+"""
+_BUSY = {
+  "held_out.path": "",
+  "batch.num_questions": 2,
+  "sampling.teach.group_size": 2,
+  "sampling.teach.max_completion_tokens": 8,
+  "batch.mask_truncated": False,
+  "groups.filter_equal": False,
+  "overlap.max_staleness": 1,
+  "agreement.every": 20,
+  "report.to": "tensorboard",
+  "loop.num_steps": 9,
+}
+_FUNCTION = "--reward_fn=tests.reward_functions:count_words"
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_told_first_and_leaves_no_process(
+  home, tmp_path
+):
+  flags = _flags(home, tmp_path / "run", "rlvr", **_BUSY)
+  command = [sys.executable, "-c", _FAILS, *flags, _FUNCTION]
+  code, told, left = _run(command)
+  assert code == 70, told
+  assert left == []
+  # The trainer, and the function that rewards.
+  assert "processes: 2" in told
+  first = told[told.index("Traceback") :]
+  assert first.count("Traceback") == 1
+  assert first.rstrip().endswith("ZeroDivisionError: of the trainer")
+  assert snapshot.damage(tmp_path / "run/checkpoints/1") == ""
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_at_its_start_leaves_no_process(home, tmp_path):
+  settings = {**_BUSY, "advantages.scale": "median"}
+  flags = _flags(home, tmp_path / "run", "rlvr", **settings)
+  command = [sys.executable, "-m", "scripts.train_grpo", *flags, _FUNCTION]
+  code, told, left = _run(command)
+  assert code == 2, told
+  assert left == []
+  assert "Traceback" not in told
+  assert "scale=median" in told
+
+
+@pytest.mark.slow
+def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
+  home, tmp_path
+):
+  def run(num_steps, *more):
+    settings = {
+      "packing.packed": False,
+      "packing.length": 64,
+      "batch.size": 2,
+      "num_epochs": 0,
+      "loop.num_steps": num_steps,
+      "export.enabled": False,
+    }
+    flags = _flags(home, tmp_path / "run", "teacher_sft", **settings)
+    limited = f'ulimit -v {_MAX_KB}; exec "$@"'
+    script = [sys.executable, "-m", "scripts.train_sft"]
+    return _run(["bash", "-c", limited, "bash", *script, *flags, *more])
+
+  code, told, _ = run(1)
+  assert code == 0, told
+  # A score for each pair of tokens: two terabytes.
+  code, told, left = run(
+    2,
+    f"--config.packing.length={_LONG}",
+    "--config.model.attention=reference",
+    "--config.checkpoint.allow_changed=data",
+  )
+  assert code == 70, told
+  assert left == []
+  assert "Resuming from step 1" in told
+  assert "The device is out of memory." in told
+  assert "RESOURCE_EXHAUSTED" in told
+  assert "Make the batch smaller" in told
+  assert "Traceback" not in told
+  assert snapshot.damage(tmp_path / "run/checkpoints/1") == ""
