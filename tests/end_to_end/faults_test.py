@@ -48,13 +48,13 @@ def _flags(home, workdir, recipe, **settings):
   return [config, f"--workdir={workdir}", *words]
 
 
-def _run(command):
+def _run(command, **environment):
   """Runs it; gives its code, what it said, and who is left of its children."""
   mark = uuid.uuid4().hex
   child = subprocess.run(
     command,
     cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": "", _MARK: mark},
+    env={**os.environ, "XLA_FLAGS": "", _MARK: mark, **environment},
     capture_output=True,
     text=True,
     timeout=300,
@@ -175,3 +175,25 @@ def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
   assert "Make the batch smaller" in told
   assert "Traceback" not in told
   assert snapshot.damage(tmp_path / "run/checkpoints/1") == ""
+
+
+@pytest.mark.slow
+def test_who_does_not_come_where_a_cluster_tells_is_not_waited_for_for_ever(
+  home, tmp_path
+):
+  # As Slurm starts the first of three.
+  job = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+  }
+  flags = _flags(home, tmp_path / "run", "teacher_sft")
+  script = [sys.executable, "-m", "scripts.train_sft"]
+  code, told, left = _run([*script, *flags, "--max_process_wait_s=3"], **job)
+  assert code == 8, told
+  assert left == []
+  assert "or does not come" in told
+  assert not (tmp_path / "run").exists()
