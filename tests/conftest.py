@@ -14,3 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A program that an older version compiled would hide what this one compiles.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what takes gigabytes, unless its mark is asked for."""
+  if "large" not in config.option.markexpr:
+    large = [item for item in items if item.get_closest_marker("large")]
+    items[:] = [item for item in items if item not in large]
+    config.hook.pytest_deselected(items=large)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as wide as Qwen3-8B is converted both ways in bounded memory.
+
+It takes minutes, 4 GB of memory and three times the model on disk, so it runs
+only when it is asked for (CONTRIBUTING.md). NUM_LAYERS=6 makes it longer.
+"""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from atlas_jax.models import decoder
+from conversion import load, rules, save
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_FIELDS = {
+  "model_type": "qwen3",
+  "architectures": ["Qwen3ForCausalLM"],
+  "dtype": "bfloat16",
+  "vocab_size": 151_936,
+  "hidden_size": 4096,
+  "intermediate_size": 12_288,
+  "num_hidden_layers": int(os.environ.get("NUM_LAYERS", "1")),
+  "num_attention_heads": 32,
+  "num_key_value_heads": 8,
+  "head_dim": 128,
+  "hidden_act": "silu",
+  "max_position_embeddings": 40_960,
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+_MAKE = """
+import pathlib, sys
+import numpy as np
+from conversion import rules, shards
+from tests.end_to_end import wide_test
+
+source = pathlib.Path(sys.argv[1])
+shapes = rules.shapes(wide_test.model(source))
+values = np.random.default_rng(0).normal(0, 0.02, 2**20 + 7)
+values = values.astype(np.float32)
+shards.write(
+  source,
+  shapes,
+  lambda name: np.resize(values, shapes[name]),
+  dtype="bfloat16",
+  max_shard_bytes=2 * 10**9,
+)
+"""
+# With one reader there is the least to hide behind.
+_CONVERT = """
+import sys
+from conversion import load
+from scripts import convert, memory
+
+load.NUM_READERS = 1
+code = convert.main(sys.argv[1:])
+print("peak", memory.of_process("VmHWM", reset=False))
+sys.exit(code)
+"""
+
+
+def model(directory):
+  """Builds the model of a directory's config; allocates nothing."""
+  config, _ = load.read_config(directory)
+  return decoder.build(
+    config, dtype="float32", attention="xla", remat="none", unroll=1
+  )
+
+
+def _run(script, *words):
+  child = subprocess.run(
+    [sys.executable, "-c", script, *map(str, words)],
+    cwd=_ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=3000,
+    check=False,
+  )
+  assert child.returncode == 0, child.stderr
+  return child.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.large
+@pytest.mark.timeout(9000)
+def test_a_wide_model_is_converted_both_ways_in_bounded_memory(tmp_path):
+  with tempfile.TemporaryDirectory(dir=tmp_path) as directory:
+    home = pathlib.Path(directory)
+    source = home / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(_FIELDS))
+    (source / "tokenizer.json").write_text("{}")
+    _run(_MAKE, source)
+    built = model(source)
+    held = save.num_bytes(built, "bfloat16")
+    largest = 2 * max(map(math.prod, rules.shapes(built).values()))
+    commands = {
+      "from_hf": (held, source, home / "orbax"),
+      "to_hf": (held, home / "orbax", home / "hf", f"--source={source}"),
+      "verify": (0, source, home / "hf"),
+    }
+    for command, (resident, *words) in commands.items():
+      told = _run(_CONVERT, command, *words, "--nologits")
+      peak = int(told.split()[-1])
+      # The interpreter and its libraries included.
+      print(  # noqa: T201 - the numbers that one runs it for.
+        f"{command}: {held:,} bytes, largest {largest:,}, peak {peak:,}, "
+        f"above the parameters {peak - resident:,}"
+      )
+      assert peak - resident <= 2 * largest, command
+    assert "are equal, bit for bit" in told
