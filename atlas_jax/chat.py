@@ -28,7 +28,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   """
   where = os.fspath(directory)
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    # Left out, it would ask whoever sits there whether to run a model's code.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      where, trust_remote_code=False
+    )
   except (OSError, ValueError, KeyError) as error:
     raise errors.ConfigError(
       "No tokenizer could be loaded.",

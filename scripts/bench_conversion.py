@@ -193,7 +193,7 @@ def _from_pretrained(
 ) -> Any:  # Any: the peer's own type.
   """Loads a model, and reads every value: it may only have been mapped."""
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    directory, dtype=_DTYPE.value
+    directory, dtype=_DTYPE.value, trust_remote_code=False
   )
   for value in model.parameters():
     value.max()

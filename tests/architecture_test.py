@@ -115,7 +115,14 @@ def test_the_rollout_environment_needs_no_jax(name):
         paths += [file.parent / "__init__.py", file.parent.with_suffix(".py")]
 
 
-_UNSAFE_MODULES = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
+_UNSAFE_MODULES = (
+  "pickle",
+  "cloudpickle",
+  "dill",
+  "marshal",
+  "shelve",
+  "joblib",
+)
 _UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load"}
 _UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 _OPEN_ADDRESSES = {"0.0.0.0", "::"}
@@ -130,6 +137,9 @@ def _is_unsafe(node):
       kinds = caught.elts if isinstance(caught, ast.Tuple) else [caught]
       names = {ast.unparse(kind) for kind in kinds if kind}
       return not names or bool(names & {"Exception", "BaseException"})
+    case ast.Call(func=ast.Attribute(attr="from_pretrained"), keywords=given):
+      # Without it, transformers asks whoever sits there.
+      return "trust_remote_code" not in {keyword.arg for keyword in given}
     case ast.Call(func=function):
       return ast.unparse(function) in _UNSAFE_CALLS
     case ast.keyword(arg=name, value=value) if name in _UNSAFE_KEYWORDS:
@@ -162,6 +172,7 @@ def test_nothing_unsafe_is_written(path):
     "run(x, shell=True)",
     "run(x, shell=y)",
     "load(x, trust_remote_code=True)",
+    "AutoTokenizer.from_pretrained(x)",
     "load(x, allow_pickle=True)",
     "serve('0.0.0.0')",
     "try: x\nexcept: y",
@@ -178,6 +189,7 @@ def test_what_is_unsafe_is_seen(line):
   [
     "run(x, shell=False)",
     "load(x, trust_remote_code=False)",
+    "AutoTokenizer.from_pretrained(x, trust_remote_code=False)",
     "model.eval()",
     "serve('127.0.0.1')",
     "try: x\nexcept (OSError, ValueError): y",

@@ -281,6 +281,24 @@ def test_broken_tokenizer_file_is_told(tmp_path, content):
     chat.load_tokenizer(tmp_path)
 
 
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path, monkeypatch):
+  fakes.write_tokenizer(tmp_path / "model")
+  path = tmp_path / "model/tokenizer_config.json"
+  fields = json.loads(path.read_text())
+  fields["tokenizer_class"] = "Own"
+  fields["auto_map"] = {"AutoTokenizer": ["own.Own", None]}
+  path.write_text(json.dumps(fields))
+  # Importing it, or a yes of whoever sits there, would leave a file.
+  canary = tmp_path / "ran"
+  (tmp_path / "model/own.py").write_text(f"open({str(canary)!r}, 'w')")
+  asked = []
+  monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+  with pytest.raises(errors.ConfigError, match="No tokenizer could be loaded"):
+    chat.load_tokenizer(tmp_path / "model")
+  assert not canary.exists()
+  assert asked == []
+
+
 def test_tokenizer_without_chat_template_is_refused(tmp_path):
   fakes.write_tokenizer(tmp_path)
   (tmp_path / "chat_template.jinja").unlink()
