@@ -15,8 +15,6 @@ from conversion import rules, shards
 from conversion import step as orbax_step
 
 _LAYERS = "layers/"
-# So many parameters share a tensor of a file at most: queries, keys, values.
-_MAX_SHARED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +54,35 @@ def of_step(step: pathlib.Path, model: decoder.Model | None) -> Weights:
   Raises:
     errors.CheckpointError: if it cannot be opened, or is of another model.
   """
-  reader = functools.partial(orbax_step.read_one, step)
-  read = functools.lru_cache(_MAX_SHARED)(reader)
+  read = functools.partial(orbax_step.read_one, step)
   if model is None:
-    return dict(_by_layer(step, read))
+    return dict(_by_layer(step, _remembering(read, num_held=1)))
   orbax_step.check_model(step, model)
-  return dict(_by_file(step, model, read))
+  parts: dict[str, list[rules.Piece]] = {}
+  for piece in rules.pieces(model):
+    parts.setdefault(piece.name, []).append(piece)
+  # Queries, keys and values may share a tensor of a file.
+  num_held = max(len(shared) for shared in parts.values())
+  return dict(_by_file(step, model, parts, _remembering(read, num_held)))
+
+
+def _remembering(
+  read: Callable[[str], np.ndarray], num_held: int
+) -> Callable[[str], np.ndarray]:
+  """Reads what it does not hold; all layers of a parameter are one array.
+
+  It lets the oldest go before it reads: each may be a large part of the model.
+  """
+  held: dict[str, np.ndarray] = {}
+
+  def get(path: str) -> np.ndarray:
+    if path not in held:
+      if len(held) == num_held:
+        del held[next(iter(held))]
+      held[path] = read(path)
+    return held[path]
+
+  return get
 
 
 def _by_layer(
@@ -84,16 +105,16 @@ def _by_layer(
 
 
 def _by_file(
-  step: pathlib.Path, model: decoder.Model, read: Callable[[str], np.ndarray]
+  step: pathlib.Path,
+  model: decoder.Model,
+  parts: Mapping[str, list[rules.Piece]],
+  read: Callable[[str], np.ndarray],
 ) -> Iterator[tuple[str, Weight]]:
   def fetch(parts: list[rules.Piece]) -> np.ndarray:
     rows = [rules.to_hf(p.rule, read(p.rule.path)[p.index]) for p in parts]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
   headers = orbax_step.param_headers(step)
-  parts: dict[str, list[rules.Piece]] = {}
-  for piece in rules.pieces(model):
-    parts.setdefault(piece.name, []).append(piece)
   for name, shape in rules.shapes(model).items():
     dtype = np.dtype(headers[parts[name][0].rule.path].dtype)
     yield name, Weight(dtype, shape, functools.partial(fetch, parts[name]))

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint is read array by array, each once, and few are held."""
+
+import gc
+import weakref
+
+import pytest
+
+from atlas_jax import snapshot
+from conversion import rules, weights
+from conversion import step as orbax_step
+from tests import tiny
+
+
+@pytest.mark.parametrize(("family", "num_held"), [("qwen3", 1), ("phi3", 3)])
+def test_each_array_is_read_once_and_let_go(
+  tmp_path, monkeypatch, family, num_held
+):
+  model = tiny.build(family)
+  snapshot.write(tmp_path / "1", {"params": tiny.params_of(model)}, identity={})
+  read_one, paths = orbax_step.read_one, []
+  alive, most = weakref.WeakValueDictionary(), []
+
+  def read(step, path):
+    gc.collect()  # Of what orbax leaves in circles.
+    most.append(len(alive))
+    paths.append(path)
+    alive[path] = array = read_one(step, path)
+    return array
+
+  monkeypatch.setattr(orbax_step, "read_one", read)
+  for weight in weights.of_step(tmp_path / "1", model).values():
+    weight.read()
+  assert sorted(paths) == sorted(
+    p for p, _ in rules.flatten(model.abstract_params)
+  )
+  assert max(most) == num_held - 1
