@@ -5,13 +5,14 @@ Each runs the same program on its own devices, and loads its own rows. If one is
 lost the others cannot go on: JAX aborts them within `max_silence_s`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import json
 import socket
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+import zlib
 
 from absl import logging
 import jax
@@ -25,6 +26,7 @@ _POLL_S = 0.2
 _SHUTDOWN_S = 60
 _MAX_FILES_S = 3600
 _MAX_SHOWN = 40
+_Json = TypeVar("_Json")
 # What is broken says so in many words; these are in all of them.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "oordination")
 
@@ -125,6 +127,77 @@ def exchange(text: str) -> list[str]:
 
 
 _exchanges = itertools.count()  # No two waits have one name.
+
+
+class FromFirst:
+  """Lets the first process do what must be done once, such as asking a server.
+
+  The others wait, and get what it got. All call it alike: the n-th call of one
+  is the n-th call of all. No devices are used, so a thread may wait here while
+  another trains.
+  """
+
+  def __init__(self, name: str) -> None:
+    """Tells these calls from those of others, by a name."""
+    self._name, self._numbers = name, itertools.count()
+
+  def __call__(self, make: Callable[[], _Json]) -> _Json:
+    """Gives what `make` makes in the first process; JSON.
+
+    Raises:
+      errors.LostProcessError: in the others, if it failed there, or took more
+        than an hour.
+    """
+    if jax.process_count() == 1:
+      return make()
+    client = ocp.multihost.get_jax_distributed_client()
+    key = f"{self._name}/{next(self._numbers)}"
+    if is_first():
+      made = _FAILED
+      try:
+        value = make()
+        made = zlib.compress(json.dumps(value).encode(), _FAST)
+      finally:
+        _send(client, key, made)
+    else:
+      made = _receive(client, key)
+      if made == _FAILED:
+        raise lost("process 0", f"It failed at {self._name}.")
+      value = json.loads(zlib.decompress(made))
+    wait(key)
+    if is_first():
+      client.key_value_delete(f"{key}/")
+    return value
+
+
+# A message of the coordination service is not to be larger than 4 MB.
+_MAX_MESSAGE = 2**20
+_FAILED = b""
+_FAST = 1  # Of zlib.
+
+
+def _send(
+  client: Any,  # Any: JAX names no type for it.
+  key: str,
+  data: bytes,
+) -> None:
+  """Leaves bytes with the coordination service."""
+  count = -(-len(data) // _MAX_MESSAGE)
+  for i in range(count):
+    part = data[i * _MAX_MESSAGE : (i + 1) * _MAX_MESSAGE]
+    client.key_value_set_bytes(f"{key}/{i}", part)
+  client.key_value_set_bytes(f"{key}/count", str(count).encode())
+
+
+def _receive(
+  client: Any,  # Any: as in `_send`.
+  key: str,
+) -> bytes:
+  """Waits for bytes that the first process sends."""
+  timeout_ms = 1000 * _MAX_FILES_S
+  get = client.blocking_key_value_get_bytes
+  count = int(get(f"{key}/count", timeout_ms))
+  return b"".join(get(f"{key}/{i}", timeout_ms) for i in range(count))
 
 
 def agree(facts: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ from atlas_jax import (
   workdirs,
 )
 from atlas_jax.models import decoder, kernel_check, kernels, lora
-from atlas_jax.rewards import combine, custom, rlt
+from atlas_jax.rewards import combine, custom, rlt, shared
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
@@ -332,16 +332,34 @@ def open_reward(
 ) -> Iterator[types.RewardFn]:
   """Opens the reward of the config's section, and of the user's functions.
 
+  Of several processes the first one rewards, with the devices of all.
+
   Raises:
     errors.ConfigError: see `combine.open_reward`.
   """
-  with combine.open_reward(
-    **config.reward,
-    functions=functions,
-    student=reader,
-    max_tokens=config.sampling.teach.max_completion_tokens,
-  ) as reward_fn:
-    yield reward_fn
+
+  def open_own(
+    weights: Mapping[str, float], functions: custom.Functions
+  ) -> contextlib.AbstractContextManager[types.RewardFn]:
+    return combine.open_reward(
+      **{**config.reward, "weights": weights},
+      functions=functions,
+      student=reader,
+      max_tokens=config.sampling.teach.max_completion_tokens,
+    )
+
+  weights = config.reward.weights.to_dict()
+  with contextlib.ExitStack() as opened:
+    own = None
+    if distributed.is_first():
+      own = opened.enter_context(open_own(weights, functions))
+    elif weights["rlt"]:  # All devices score for it, and so all processes.
+      others = dict.fromkeys(weights, 0.0) | {"rlt": 1.0}
+      without = dataclasses.replace(functions, weights={})
+      own = opened.enter_context(open_own(others, without))
+    if own is None or jax.process_count() > 1:
+      own = shared.shared(own, distributed.FromFirst("reward"))
+    yield own
 
 
 def open_reader(

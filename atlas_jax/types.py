@@ -5,11 +5,12 @@ Imports nothing heavy, so a rollout server without JAX can use it. Every record
 is a frozen dataclass and can be written as one JSON line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
+_Json = TypeVar("_Json")
 FinishReason = Literal["stop", "length"]
 
 
@@ -196,6 +197,14 @@ class RewardFn(Protocol):
     ...
 
 
+class FromFirst(Protocol):
+  """Does once, for all processes of a run, what must not be done by each."""
+
+  def __call__(self, make: Callable[[], _Json]) -> _Json:
+    """Gives all of them what `make` makes in the first; JSON."""
+    ...
+
+
 def to_json_line(record: Any) -> str:  # Any: each record class of this module.
   """Writes a record as one line of JSON, without the newline."""
   return json.dumps(
@@ -217,13 +226,22 @@ def teaching_record(
     "question": Question(**fields["question"]),
     "teacher_rollout": Rollout(
       Prompt(**_tuples(rollout["prompt"])),
-      Completion(**_tuples(rollout["completion"])),
+      completion(rollout["completion"]),
     ),
     "baseline": tuple(Attempt(**attempt) for attempt in fields["baseline"]),
     "taught": tuple(Attempt(**attempt) for attempt in fields["taught"]),
     "reward": None if reward is None else Reward(**reward),
   }
   return TeachingRecord(**{**fields, **nested})
+
+
+def completion(fields: Mapping[str, Any]) -> Completion:  # Any: JSON.
+  """Reads back what `dataclasses.asdict` gave of a completion.
+
+  Raises:
+    KeyError, TypeError or ValueError: if it is something else.
+  """
+  return Completion(**_tuples(fields))
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON.

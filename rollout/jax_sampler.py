@@ -99,7 +99,10 @@ class JaxSampler:
     self._tally = tally.Tally()
     self._programs: set[tuple[Any, ...]] = set()  # Any: shapes and statics.
     self._generate = jax.jit(
-      functools.partial(_generate, model), static_argnames="static"
+      functools.partial(_generate, model),
+      static_argnames="static",
+      # Each of several processes reads all of it.
+      out_shardings=sharding.replicated(mesh),
     )
     self.update_weights(params, version=0)
 
@@ -182,7 +185,7 @@ class JaxSampler:
     self._count_program((num_prompts, length, static))
     drawn = self._generate(
       self._params,
-      jax.device_put(requests, self._batch),
+      sharding.put(requests, self._batch),
       jax.random.key(params.seed),
       self._stop_token_ids,
       _Cut(

@@ -8,17 +8,19 @@ Writes `records.jsonl`, one line per question, and `summary.json`, with 95 %
 intervals. Interrupted, it goes on where the records end.
 """
 
+import functools
 import json
 
-from atlas_jax import launch, sharding
+from atlas_jax import distributed, launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics
-from scripts import job, program
+from scripts import job, processes, program
 
 
 def main() -> None:
   """Teaches every question once, and says what came of it."""
   config, workdir = job.arguments()
+  from_first = distributed.FromFirst("evaluation")
   with launch.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     data = sets.Selection(**config.data)
@@ -34,12 +36,15 @@ def main() -> None:
         batch_size=config.batch_size,
         seed=config.seed,
         weights={
-          "policy": launch.fingerprint(policy),
-          "student": launch.fingerprint(student),
+          name: from_first(functools.partial(launch.fingerprint, opened))
+          for name, opened in (("policy", policy), ("student", student))
         },
         path=workdir / "records.jsonl",
         should_stop=should_stop,
+        from_first=from_first,
       )
+    if not distributed.is_first():
+      return
     bootstrap = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
     summary = {
       "all": metrics.summarize(records, **bootstrap),
@@ -51,4 +56,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  program.run(
+    functools.partial(processes.run, "Evaluation", "scripts.evaluate", main)
+  )

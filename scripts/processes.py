@@ -35,8 +35,10 @@ _SILENCE = flags.DEFINE_integer(
 )
 
 
-def run(module: str, main: Callable[[], None]) -> int:
+def run(name: str, module: str, main: Callable[[], None]) -> int:
   """Runs the main of a module, as one of several processes if there are.
+
+  `name` is what messages call it.
 
   JAX ends such a process by an abort when another is lost. So it runs in a
   child of this one, which stays to tell the cause.
@@ -59,29 +61,13 @@ def run(module: str, main: Callable[[], None]) -> int:
       main()
     return errors.Exit.DONE
   command = launcher.Command(
-    "Training",
+    name,
     (sys.executable, "-m", module, *sys.argv[1:]),
     {},
     None,
     launcher.TRAINING_GRACE_S,
   )
   return launcher.run([], command, max_wait_s=0.0)
-
-
-def refuse(what: str) -> None:
-  """Refuses to be one of several processes; `what` cannot.
-
-  Raises:
-    errors.ConfigError: if there are several.
-  """
-  if _address() is not None or _is_asked():
-    raise errors.ConfigError(
-      f"{what} runs in one process.",
-      where="--num_processes, or the cluster",
-      why="Sampling is not divided among processes.",
-      fix="Start it once, with all devices of one machine; rollout servers may "
-      "run on others.",
-    )
 
 
 def _is_asked() -> bool:

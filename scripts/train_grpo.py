@@ -28,7 +28,6 @@ def main() -> None:
   """Runs one training job to its end."""
   if origins.print_config() or planning.print_plan():
     return
-  processes.refuse("GRPO")
   config, workdir = job.arguments()
   functions = reward_functions.arguments()
   with (
@@ -99,4 +98,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  program.run(
+    functools.partial(processes.run, "Training", "scripts.train_grpo", main)
+  )

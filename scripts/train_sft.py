@@ -75,4 +75,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  program.run(functools.partial(processes.run, "scripts.train_sft", main))
+  program.run(
+    functools.partial(processes.run, "Training", "scripts.train_sft", main)
+  )

@@ -8,6 +8,7 @@ the file ends, and other settings are refused.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ def run(
   weights: Mapping[str, str],
   path: pathlib.Path,
   should_stop: Callable[[], bool],
+  from_first: types.FromFirst,
 ) -> list[types.TeachingRecord]:
   """Teaches every question, and writes and returns the graded records.
 
@@ -43,6 +45,8 @@ def run(
       that records of one teacher are never taken for those of another.
     path: the JSONL file. Missing folders are made.
     should_stop: asked before each pass.
+    from_first: of several processes that evaluate as one, the first reads and
+      writes the file.
 
   Returns:
     All records, question by question, those read back included.
@@ -59,7 +63,10 @@ def run(
   _check_distinct(questions)
   group_size = protocol.teach_params.group_size
   header = _header(protocol, questions, seed=seed, weights=weights)
-  records = _resume(path, header, group_size)
+  found = from_first(lambda: _resume(path, header, group_size))
+  records = [
+    _parse(path, i, line.encode("latin-1")) for i, line in enumerate(found, 2)
+  ]
   done = len(records) // group_size
   if done:
     logging.info("%s: %s of %s questions found", path, done, len(questions))
@@ -76,7 +83,8 @@ def run(
     # What is missing can be had later: the next run goes on from here.
     teaching_protocol.dropped_fraction(asked, batch, max_fraction=0.0)
     graded = [rewards.grade(record) for record in batch]
-    _append(path, [types.to_json_line(record) for record in graded])
+    lines = [types.to_json_line(record) for record in graded]
+    from_first(functools.partial(_append, path, lines))
     records += graded
     logging.info(
       "%s: %s of %s questions",
@@ -149,8 +157,8 @@ def _resume(
   path: pathlib.Path,
   header: Mapping[str, Any],  # Any: JSON.
   group_size: int,
-) -> list[types.TeachingRecord]:
-  """Reads the finished questions and cuts off what a crash left half-written.
+) -> list[str]:
+  """Finds the finished questions and cuts off what a crash left half-written.
 
   A new file gets its header.
   """
@@ -167,9 +175,7 @@ def _resume(
     os.truncate(path, sum(map(len, lines)))
   if not lines:
     _append(path, [header_line])
-  return [
-    _parse(path, number, line) for number, line in enumerate(lines[1:], start=2)
-  ]
+  return [line.decode("latin-1") for line in lines[1:]]  # JSON has no bytes.
 
 
 def _check_header(

@@ -80,6 +80,8 @@ class Artefacts:
     rewarded: Sequence[types.Reward],
   ) -> None:
     """Keeps what is worth keeping of graded records after `step` steps."""
+    if isinstance(self._writer, train_writer.Silent):
+      return  # Another process keeps it.
     pairs = list(zip(records, rewarded, strict=True))
     if self._every and step % self._every == 0:
       rng = np.random.default_rng((self._seed, step))

@@ -115,6 +115,12 @@ class Learner:
     self._advantages = jax.jit(
       functools.partial(advantages.group_advantages, **config.advantages)
     )
+    self._divergences = jax.jit(
+      functools.partial(
+        kl.of_sequences, estimator=self._objective.kl_estimator
+      ),
+      out_shardings=sharding.replicated(mesh),
+    )
     # Refuses their settings now, not after the first batch was sampled.
     number, flag = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
     jax.eval_shape(self._advantages, number, flag)
@@ -206,7 +212,7 @@ class Learner:
     With one update a step the policy that is trained is the old one itself, and
     the update scores it.
     """
-    batch, reference = jax.device_put(part.batch, self._rows), state.reference
+    batch, reference = sharding.put(part.batch, self._rows), state.reference
     num_updates = self._batch.num_minibatches * self._batch.num_iterations
     if num_updates > 1 or self._is_penalised:
       params = self._policy.whole(state.params)
@@ -234,11 +240,10 @@ class Learner:
     if self._is_penalised:
       penalty_PC = np.zeros_like(rewards_PC)
       for part in parts:
-        penalty_B = kl.of_sequences(
+        penalty_B = self._divergences(
           part.batch["old_logprobs"],
           part.batch["ref_logprobs"],
           part.batch["loss_mask"],
-          estimator=self._objective.kl_estimator,
         )
         rollouts, places = zip(*part.members, strict=True)
         penalty_PC.flat[np.take(keep, rollouts)] = np.take(penalty_B, places)
@@ -248,7 +253,7 @@ class Learner:
       rollouts, places = zip(*part.members, strict=True)
       advantages_B = np.zeros(len(part.batch["places"]), np.float32)
       advantages_B[list(places)] = advantages_PC.flat[np.take(keep, rollouts)]
-      part.batch["advantages"] = jax.device_put(advantages_B, self._rows)
+      part.batch["advantages"] = sharding.put(advantages_B, self._rows)
 
   def _fit(
     self, state: train_state.TrainState, parts: Sequence[rows.Part]

@@ -151,6 +151,7 @@ class Scorer:
     self._stats = jax.jit(
       functools.partial(token_stats, model, chunk_size=chunk_size),
       static_argnames="temperature",
+      out_shardings=sharding.replicated(mesh),
     )
 
   def __call__(
@@ -175,7 +176,7 @@ class Scorer:
       batch = rows.make_tokens(
         [pairs[i] for i in chosen], multiple=self._multiple
       )
-      batch = jax.device_put(batch, self._batch)
+      batch = sharding.put(batch, self._batch)
       stats = self._stats(self._params, batch, temperature=temperature)
       for i, row in zip(chosen, np.asarray(stats.logprobs), strict=False):
         begin = len(pairs[i][0]) - 1  # The first token of a row has no score.

@@ -67,6 +67,7 @@ def _run(protocol, path, **overrides):
     "seed": 0,
     "weights": _WEIGHTS,
     "should_stop": lambda: False,
+    "from_first": lambda make: make(),
     **overrides,
   }
   return evaluate.run(protocol, path=path, **arguments)
