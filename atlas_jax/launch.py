@@ -302,9 +302,18 @@ def open_role(
     params=opened.params,
     tokenizer=opened.tokenizer,
     mesh=mesh,
+    share=_share(),
+    from_first=distributed.FromFirst(role),
     **config.sampler,
   ) as its_sampler:
     yield protocol.Role(its_sampler, opened.tokenizer)
+
+
+def _share() -> shares.Share:
+  """Tells which of the processes that train as one this is."""
+  return shares.Share(
+    jax.process_index(), jax.process_count(), distributed.exchange
+  )
 
 
 def open_writer(
@@ -452,9 +461,7 @@ def export(  # noqa: PLR0913 - one argument per config key.
     max_shard_bytes=max_shard_bytes,
     about=about,
     overwrite=True,
-    share=shares.Share(
-      jax.process_index(), jax.process_count(), distributed.exchange
-    ),
+    share=_share(),
   )
   # Its few rows need not divide over the mesh.
   model = dataclasses.replace(opened.model, layout=None)

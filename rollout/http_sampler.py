@@ -22,6 +22,9 @@ from atlas_jax import errors, types
 from rollout import client, fleet, tally, wire
 
 _Result = TypeVar("_Result")
+# Writes weights and their version to where servers find them, and gives the
+# digest of their manifest.
+Publish = Callable[[Mapping[str, Any], int], str]  # Any: see types.
 
 # More requests than this wait here, where they can still go to any server.
 _MAX_REQUESTS = 8
@@ -45,7 +48,7 @@ class HttpSampler:
     channel: fleet.Channel,
     deadlines: client.Deadlines,
     token: str | None,
-    publish: Callable[[Mapping[str, Any], int], str] | None,  # Any: see types.
+    publish: Publish | None,
     max_rows: int,
   ) -> None:
     """Waits until every server is up, and is what it should be.
@@ -55,9 +58,8 @@ class HttpSampler:
       channel: what is said to them.
       deadlines: of calls to one server.
       token: see `client.Client`.
-      publish: writes weights and their version to where servers find them, and
-        gives the digest of their manifest; None for a student, whose weights
-        stay as they are.
+      publish: hands weights on; None for a student, whose weights stay as they
+        are.
       max_rows: completions in one request, unless one prompt has more.
 
     Raises:

@@ -4,7 +4,7 @@
 What a backend needs is imported when it is asked for.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ import jax
 
 from atlas_jax import chat, errors, types
 from atlas_jax.models import decoder
+from conversion import shares
 from rollout import wire
 
 # Files are written and checked in parallel, so there are many of them.
@@ -82,7 +83,7 @@ class Settings:
 
 
 @contextlib.contextmanager
-def open_sampler(
+def open_sampler(  # noqa: PLR0913 - whose, where, of what, and with whom.
   role: wire.Role,
   settings: Settings,
   *,
@@ -92,8 +93,13 @@ def open_sampler(
   tokenizer: chat.Tokenizer,
   mesh: jax.sharding.Mesh,
   max_rows: int,
+  share: shares.Share = shares.ALONE,
+  from_first: types.FromFirst = lambda make: make(),
 ) -> Iterator[types.Sampler]:
   """Opens a sampler of `params`, as version 0, and closes it.
+
+  Several processes that train as one sample as one too, on all their devices;
+  servers are asked by the first of them.
 
   Args:
     role: whose sampler it is.
@@ -104,6 +110,8 @@ def open_sampler(
     tokenizer: of the directory.
     mesh: where it samples, if in this process.
     max_rows: completions decoded at once, or asked for in one request.
+    share: which of several processes this is.
+    from_first: for the calls of this sampler alone.
 
   Yields:
     The sampler.
@@ -120,6 +128,8 @@ def open_sampler(
       model=model,
       params=params,
       max_rows=max_rows,
+      share=share,
+      from_first=from_first,
     ) as sampler:
       yield sampler
     return
@@ -143,53 +153,94 @@ def _open_http(
   model: decoder.Model,
   params: decoder.Params,
   max_rows: int,
+  share: shares.Share,
+  from_first: types.FromFirst,
 ) -> Iterator[types.Sampler]:
   """Opens a sampler on servers, and gives a policy's its first weights."""
-  from conversion import rules  # These need an HTTP client.
-  from rollout import client, fleet, http_sampler, manifest, weight_sync
+  from rollout import shared_sampler, weight_sync  # These need an HTTP client.
 
-  is_policy = role == "policy"
+  is_policy, is_first = role == "policy", share.index == 0
   urls = settings.urls(role)
   # Whoever reaches the same servers waits for its turn, and then cleans up.
   run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
   root = pathlib.Path()
   if is_policy:
     root = weight_sync.open_root(settings.weights_root, run=run)
-
   publish = functools.partial(
-    _publish, model=model, root=root, source=directory, dtype=settings.dtype
+    _publish,
+    model=model,
+    root=root,
+    source=directory,
+    dtype=settings.dtype,
+    share=share,
   )
-  channel = fleet.Channel(
-    role=role,
-    tensors=rules.shapes(model),
-    tokenizer_digest=manifest.tokenizer_digest(directory),
-    weights_root=str(root),
-    heartbeat_s=_HEARTBEAT_S,
-    wait_s=settings.wait_s,
-  )
-  with http_sampler.HttpSampler(
-    urls,
-    channel=channel,
+  with contextlib.ExitStack() as opened:
+    sampler = None
+    if is_first:
+      sampler = opened.enter_context(
+        _ask_servers(
+          role,
+          settings,
+          root=root,
+          directory=directory,
+          model=model,
+          max_rows=max_rows,
+          publish=publish if is_policy else None,
+        )
+      )
+    if share.count > 1:
+      sampler = shared_sampler.SharedSampler(
+        sampler,
+        from_first,
+        update_weights=sampler.update_weights if sampler else publish,
+      )
+    if is_policy and is_first:
+      # The servers are ours alone now, so what lies there is a dead run's.
+      weight_sync.prune(root, keep=0)
+    if is_policy:
+      sampler.update_weights(params, 0)
+    try:
+      yield sampler
+    finally:
+      if is_policy and is_first:
+        weight_sync.prune(root, keep=0)
+        if not settings.weights_root:
+          root.rmdir()
+
+
+def _ask_servers(
+  role: wire.Role,
+  settings: Settings,
+  *,
+  root: pathlib.Path,
+  directory: pathlib.Path,
+  model: decoder.Model,
+  max_rows: int,
+  publish: Callable[[Mapping[str, Any], int], str] | None,  # Any: see types.
+) -> Any:  # Any: an `HttpSampler`, which is imported where it is asked for.
+  """Waits for the servers of a role, and makes the sampler that asks them."""
+  from conversion import rules
+  from rollout import client, fleet, http_sampler, manifest
+
+  return http_sampler.HttpSampler(
+    settings.urls(role),
+    channel=fleet.Channel(
+      role=role,
+      tensors=rules.shapes(model),
+      tokenizer_digest=manifest.tokenizer_digest(directory),
+      weights_root=str(root),
+      heartbeat_s=_HEARTBEAT_S,
+      wait_s=settings.wait_s,
+    ),
     deadlines=client.Deadlines(
       generate_s=settings.generate_s,
       update_s=settings.update_s,
       control_s=_CONTROL_S,
     ),
     token=client.token_of_environment(),
-    publish=publish if is_policy else None,
+    publish=publish,
     max_rows=max_rows,
-  ) as sampler:
-    if is_policy:
-      # The servers are ours alone now, so what lies there is a dead run's.
-      weight_sync.prune(root, keep=0)
-      sampler.update_weights(params, 0)
-    try:
-      yield sampler
-    finally:
-      if is_policy:
-        weight_sync.prune(root, keep=0)
-        if not settings.weights_root:
-          root.rmdir()
+  )
 
 
 def _publish(
@@ -200,6 +251,7 @@ def _publish(
   root: pathlib.Path,
   source: pathlib.Path,
   dtype: Literal["float32", "bfloat16"],
+  share: shares.Share,
 ) -> str:
   """Writes a version to where servers find it; gives its digest."""
   from rollout import weight_sync  # It needs what only the trainer has.
@@ -212,7 +264,9 @@ def _publish(
     source=source,
     dtype=dtype,
     max_shard_bytes=_SHARD_BYTES,
+    share=share,
   )
-  # The one before may still be on its way into a server.
-  weight_sync.prune(root, keep=2)
+  if share.index == 0:
+    # The one before may still be on its way into a server.
+    weight_sync.prune(root, keep=2)
   return published.digest

@@ -8,7 +8,7 @@ from typing import Any
 from atlas_jax import types
 
 # Takes weights and their version; arrays and mappings of them.
-UpdateWeights = Callable[[Mapping[str, Any], int], None]
+UpdateWeights = Callable[[Mapping[str, Any], int], object]
 
 
 class SharedSampler:

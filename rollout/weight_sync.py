@@ -6,7 +6,10 @@ renamed when every byte is on disk. So a server sees a version whole or not at
 all, wherever the trainer is killed.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -16,7 +19,7 @@ from typing import Literal
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import rules, save, shards
+from conversion import rules, save, shards, shares
 from rollout import manifest
 
 _OURS = re.compile(r"(\d+)(\.tmp-\d+)?")
@@ -77,6 +80,7 @@ def publish(
   source: pathlib.Path,
   dtype: Dtype,
   max_shard_bytes: int,
+  share: shares.Share = shares.ALONE,
 ) -> Published:
   """Writes one version, whole or not at all.
 
@@ -84,50 +88,97 @@ def publish(
   the way, so nothing is read twice.
 
   Args:
-    params: of `model`, on any devices this process reaches.
+    params: of `model`, on the devices of all that share it.
     model: what they are the parameters of.
     root: see `open_root`; the version becomes a directory in it.
     version: the step whose weights these are.
     source: the model's directory in Hugging Face format; its config goes along.
     dtype: of the tensors written.
-    max_shard_bytes: see `shards.write`; files are written in parallel.
+    max_shard_bytes: see `shards.layout`; files are written in parallel.
+    share: which of several processes this is; all call this, and see `root`.
 
   Raises:
     errors.DivergedError: if a weight is not finite.
-    errors.RolloutError: if it cannot be written.
+    errors.RolloutError: if it cannot be written, or not by all.
   """
   start = time.monotonic()
-  partial = root / f"{version}.tmp-{os.getpid()}"
   path = manifest.directory_of(root, version)
+  # The first process's number; what another would make of it is not used.
+  partial = root / f"{version}.tmp-{os.getpid()}"
+
+  def begin() -> str:
+    with _disk_errors(partial):
+      if share.index == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        shards.write_json(
+          partial / "config.json", shards.read_json(source / "config.json")
+        )
+    return partial.name
+
+  def write_part() -> str:
+    with _disk_errors(there):
+      _check_seen(there)
+      files = _write_weights(
+        there,
+        save.Tensors(params, model, dtype),
+        model,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        share=share,
+      )
+    return json.dumps({name: file.model_dump() for name, file in files.items()})
+
+  def end() -> str:
+    if share.index:
+      return ""
+    with _disk_errors(partial):
+      digest, num_bytes = _seal(partial, version, weights, model, dtype)
+      shutil.rmtree(path, ignore_errors=True)
+      partial.rename(path)
+      _sync(root)
+    return json.dumps([digest, num_bytes])
+
   try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    shards.write_json(
-      partial / "config.json", shards.read_json(source / "config.json")
-    )
-    weights = _write_weights(
-      partial,
-      rules.shapes(model),
-      save.Tensors(params, model, dtype).fetch,
-      dtype=dtype,
-      max_shard_bytes=max_shard_bytes,
-    )
-    digest, num_bytes = _seal(partial, version, weights, model, dtype)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    _sync(root)
+    there = root / share.together(begin)[0].strip()
+    weights = {
+      name: manifest.File(**fields)
+      for part in share.together(write_part)
+      for name, fields in json.loads(part).items()
+    }
+    digest, num_bytes = json.loads(share.together(end)[0])
+  finally:
+    if share.index == 0:
+      shutil.rmtree(partial, ignore_errors=True)
+  seconds = time.monotonic() - start
+  return Published(version, digest, path, num_bytes, seconds)
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: pathlib.Path) -> Iterator[None]:
+  """Raises what a disk says against writing a version as a `RolloutError`."""
+  try:
+    yield
   except OSError as error:
     raise errors.RolloutError(
       "The weights cannot be handed to the rollout servers.",
-      where=str(partial),
+      where=str(directory),
       why=str(error),
       fix="Check space and permissions there, or set "
       "--config.rollout.weights_root to a larger disk.",
     ) from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-  seconds = time.monotonic() - start
-  return Published(version, digest, path, num_bytes, seconds)
+
+
+def _check_seen(directory: pathlib.Path) -> None:
+  """Refuses a folder that the first process has made, and this one lacks."""
+  if not directory.is_dir():
+    raise errors.RolloutError(
+      "The weights cannot be handed to the rollout servers by all processes.",
+      where=str(directory),
+      why="The first process has made this folder, and here it is not.",
+      fix="Set --config.rollout.weights_root to a folder on a disk that all "
+      "processes and all servers share.",
+    )
 
 
 def prune(root: pathlib.Path, *, keep: int) -> None:
@@ -149,22 +200,26 @@ def prune(root: pathlib.Path, *, keep: int) -> None:
 
 def _write_weights(
   directory: pathlib.Path,
-  shapes: dict[str, tuple[int, ...]],
-  fetch: save.Fetch,
+  tensors: save.Tensors,
+  model: decoder.Model,
   *,
   dtype: str,
   max_shard_bytes: int,
+  share: shares.Share,
 ) -> dict[str, manifest.File]:
-  """Writes the files of tensors, and their index."""
+  """Writes this process's files of tensors, and the first one their index."""
+  shapes = rules.shapes(model)
   layout = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
   try:
     digests = shards.write_files(
       directory,
       layout,
       shapes,
-      fetch,
+      tensors.fetch,
       dtype=dtype,
       with_read_back=False,  # Servers check what they load.
+      share=share,
+      elsewhere=tensors.take_part,
     )
   except errors.CheckpointError as error:
     raise errors.DivergedError(
@@ -173,7 +228,8 @@ def _write_weights(
       why=error.why,
       fix="Lower the learning rate and go on from the last checkpoint.",
     ) from error
-  shards.write_index(directory, layout, shapes, dtype)
+  if share.index == 0:
+    shards.write_index(directory, layout, shapes, dtype)
   return {
     file: manifest.File(size=(directory / file).stat().st_size, digest=digest)
     for file, digest in digests.items()

@@ -148,3 +148,12 @@ def test_a_batch_that_does_not_divide_is_refused_by_flag(
   with pytest.raises(errors.ConfigError, match="not divide") as caught:
     sharding.num_microbatches(mesh, size=size, per_device=per_device)
   assert caught.value.where == flag
+
+
+def test_put_lays_out_a_tree_as_device_put_would():
+  mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
+  tree = {"a": np.arange(32).reshape(8, 4), "b": (np.ones(16, bool),)}
+  ours = sharding.put(tree, sharding.of_batch(mesh))
+  theirs = jax.device_put(tree, sharding.of_batch(mesh))
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  assert ours["a"].sharding == theirs["a"].sharding
