@@ -175,9 +175,9 @@ def _open_http(
     share=share,
   )
   with contextlib.ExitStack() as opened:
-    sampler = None
+    asks = None
     if is_first:
-      sampler = opened.enter_context(
+      asks = opened.enter_context(
         _ask_servers(
           role,
           settings,
@@ -188,12 +188,14 @@ def _open_http(
           publish=publish if is_policy else None,
         )
       )
-    if share.count > 1:
+    if asks is None or share.count > 1:
       sampler = shared_sampler.SharedSampler(
-        sampler,
+        asks,
         from_first,
-        update_weights=sampler.update_weights if sampler else publish,
+        update_weights=asks.update_weights if asks else publish,
       )
+    else:
+      sampler = asks
     if is_policy and is_first:
       # The servers are ours alone now, so what lies there is a dead run's.
       weight_sync.prune(root, keep=0)
