@@ -3,26 +3,20 @@
 
 import contextlib
 import filecmp
+import functools
 import json
 import os
 import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 
-import numpy as np
 import pytest
-from safetensors import numpy as safetensors
 
 from conversion import card, save
-from tests import tiny
+from tests import processes, tiny
 
-_ROOT = pathlib.Path(__file__).parents[2]
 _NUM_STEPS = 4
-_MAX_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,6 @@ def home(tmp_path_factory):
 
 def _start(home, workdir, *options, num_devices):
   """Starts a training on so many devices of its own."""
-  command = [sys.executable, "-m", "scripts.train_sft"]
   settings = {
     "world.directory": "",
     "model.path": home / "model",
@@ -56,76 +49,20 @@ def _start(home, workdir, *options, num_devices):
     "schedule.schedule": "constant",
     "schedule.warmup_fraction": 0.0,
   }
-  words = [f"--config.{key}={value}" for key, value in settings.items()]
-  recipe = f"--config={_ROOT}/configs/run/teacher_sft.py:smoke"
-  flags = f"--xla_force_host_platform_device_count={num_devices}"
-  return subprocess.Popen(
-    [*command, recipe, f"--workdir={workdir}", *words, *options],
-    cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": flags},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
+  return processes.start(
+    *("train_sft", "teacher_sft", settings, f"--workdir={workdir}", *options),
+    num_devices=num_devices,
   )
 
 
-def _free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
 def _pair(home, workdir, *options, of_second=()):
-  """Starts two processes, on two devices each."""
-  address = f"--coordinator_address=127.0.0.1:{_free_port()}"
-  common = (*options, address, "--num_processes=2")
-  extra = ((), tuple(of_second))
-  pair = [
-    _start(
-      *(home, workdir, *common, f"--process_id={i}", *extra[i]), num_devices=2
-    )
-    for i in range(2)
-  ]
-  try:
-    yield pair
-  finally:
-    for process in pair:
-      process.kill()
-      process.stdout.close()
-      process.wait()
-
-
-def _end(process):
-  text, _ = process.communicate(timeout=_MAX_S)
-  return process.returncode, text
-
-
-def _losses(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return [row["loss"] for row in rows if "loss" in row] + [
-    row["eval/loss"] for row in rows if "eval/loss" in row
-  ]
+  start = functools.partial(_start, home, workdir)
+  return processes.pair(start, *options, of_second=of_second)
 
 
 def _check_equal(workdir, expected):
-  """Compares losses, and the weights that were exported."""
-  losses = _losses(workdir)
-  assert losses == pytest.approx(_losses(expected), rel=1e-6)
-  got, wanted = (
-    {
-      name: weights
-      for file in (run / "export").glob("*.safetensors")
-      for name, weights in safetensors.load_file(file).items()
-    }
-    for run in (workdir, expected)
-  )
-  assert got.keys() == wanted.keys()
-  for name, weights in wanted.items():
-    distance = np.linalg.norm(got[name] - weights)
-    assert distance <= 1e-6 * np.linalg.norm(weights), name
-  return losses
+  processes.check_equal_exports(workdir, expected)
+  return processes.check_equal_metrics(workdir, expected, "loss", "eval/loss")
 
 
 @pytest.mark.slow
@@ -134,14 +71,14 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   small = "--config.export.max_shard_bytes=20000"
 
   def train_alone(run, *options):
-    code, text = _end(_start(home, tmp_path / run, *options, num_devices=4))
-    assert code == 0, text
-    return text
+    return processes.succeed(
+      _start(home, tmp_path / run, *options, num_devices=4)
+    )
 
   train_alone("one", *mesh)
   with _pair(home, tmp_path / "two", *mesh, small) as pair:
     for process in pair:
-      code, text = _end(process)
+      code, text = processes.end(process)
       assert code == 0, text
       written, total = re.search(r"Wrote (\d+) of (\d+) files", text).groups()
       assert 0 < int(written) < int(total)
@@ -199,20 +136,12 @@ def test_no_process_holds_the_whole_of_what_they_export(tmp_path):
     tmp_path / "model", num_hidden_layers=24, **sizes
   )
   arguments = (tmp_path / "model", tmp_path / "many")
-  address = f"127.0.0.1:{_free_port()}"
-  command = [sys.executable, "-c", _EXPORTER, *arguments, address, "2"]
+  address = f"127.0.0.1:{processes.free_port()}"
   pair = [
-    subprocess.Popen(
-      [*command, str(index)],
-      cwd=_ROOT,
-      env={**os.environ, "XLA_FLAGS": ""},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
+    processes.run_code(*(_EXPORTER, *arguments, address, "2", str(index)))
     for index in range(2)
   ]
-  ends = [_end(process) for process in pair]
+  ends = [processes.end(process) for process in pair]
   num_bytes = save.num_bytes(model, "float32")
   for code, text in ends:
     assert code == 0, text
@@ -249,7 +178,7 @@ def _long_run(home, workdir):
   """Starts two processes, and lets them do a few steps."""
   options = ("--config.loop.num_steps=100000", "--max_process_silence_s=10")
   with _pair(home, workdir, *options) as pair:
-    deadline = time.monotonic() + _MAX_S
+    deadline = time.monotonic() + processes.MAX_S
     while not (workdir / "checkpoints/2").exists():
       assert pair[0].poll() is None, pair[0].stdout.read()
       assert time.monotonic() < deadline
@@ -262,12 +191,12 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path):
   with _long_run(home, tmp_path) as (first, second):
     os.kill(_child(second.pid), signal.SIGKILL)
     killed_at = time.monotonic()
-    code, text = _end(first)
+    code, text = processes.end(first)
     assert code == 8, text
     assert time.monotonic() - killed_at < 60
     # By an error of the collective, or else by an abort for its silence.
     assert "Look at the end of the other processes' logs" in text
-    code, text = _end(second)
+    code, text = processes.end(second)
     assert code == 70
     assert "killed by SIGKILL" in text
 
@@ -276,7 +205,7 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path):
 def test_both_processes_stop_at_one_step_when_one_is_asked(home, tmp_path):
   with _long_run(home, tmp_path) as pair:
     pair[1].terminate()
-    ends = [_end(process) for process in pair]
+    ends = [processes.end(process) for process in pair]
   steps = [
     re.search(r"Stopped on request after step (\d+)", t) for _, t in ends
   ]
@@ -289,6 +218,6 @@ def test_both_processes_stop_at_one_step_when_one_is_asked(home, tmp_path):
 def test_processes_of_different_jobs_are_refused(home, tmp_path):
   with _pair(home, tmp_path / "run", of_second=["--config.seed=1"]) as pair:
     for process in pair:
-      code, text = _end(process)
+      code, text = processes.end(process)
       assert code == 2, text
       assert "seed: 42 (process 0); 1 (process 1)" in text

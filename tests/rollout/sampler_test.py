@@ -1,24 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both backends are one sampler: the same calls, the same tokens."""
 
-import pathlib
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-
 import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
 from conversion import card, save
 from rollout import client, sampler, weight_sync
-from tests import fakes, tiny
+from tests import fakes, processes, tiny
 
-_ROOT = pathlib.Path(__file__).parents[2]
 _PARAMS = types.SamplingParams(
   group_size=3,
   max_completion_tokens=8,
@@ -27,7 +17,6 @@ _PARAMS = types.SamplingParams(
   top_k=0,
   seed=5,
 )
-_START_S = 60.0
 
 
 def _settings(**changes):
@@ -96,44 +85,12 @@ def opened(tmp_path_factory):
   }
 
 
-class _Server:
-  """`scripts.serve` with the JAX engine, in a process of its own."""
-
-  def __init__(self, role, directory):
-    with socket.socket() as probe:
-      probe.bind(("127.0.0.1", 0))
-      self.port = probe.getsockname()[1]
-    self.url = f"http://127.0.0.1:{self.port}"
-    self._command = [
-      *(sys.executable, "-m", "scripts.serve", "--engine=jax"),
-      *(f"--role={role}", f"--model={directory}", f"--port={self.port}"),
-    ]
-    self.start()
-
-  def start(self):
-    self.process = subprocess.Popen(
-      self._command, cwd=_ROOT, stderr=subprocess.DEVNULL
-    )
-
-  def wait(self):
-    end = time.monotonic() + _START_S
-    while time.monotonic() < end:
-      try:
-        urllib.request.urlopen(self.url + "/health", timeout=1).close()
-      except (urllib.error.URLError, ConnectionError, TimeoutError):
-        time.sleep(0.2)
-      else:
-        return
-    raise TimeoutError(self.url)
-
-  def stop(self, number=signal.SIGKILL):
-    self.process.send_signal(number)
-    self.process.wait(30)
-
-
 @pytest.fixture(scope="module")
 def servers(opened):
-  both = [_Server(role, opened["directory"]) for role in ("policy", "student")]
+  both = [
+    processes.Server(role, opened["directory"])
+    for role in ("policy", "student")
+  ]
   try:
     for server in both:
       server.wait()

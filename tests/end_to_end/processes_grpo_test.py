@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes sample, reward, train and evaluate as one does."""
+
+import functools
+import json
+
+import pytest
+
+from tests import processes, tiny
+
+_NUM_STEPS = 2
+_NUM_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """Gives a folder with two models and data."""
+  home = tmp_path_factory.mktemp("home")
+  for name in ("policy", "student"):
+    tiny.write_talker(home / name, num_hidden_layers=1)
+  rows = [
+    {"question": f"{i} + {i}?", "answer": str(2 * i), "solution": f"= {2 * i}."}
+    for i in range(6)
+  ]
+  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return home
+
+
+def _models(home):
+  phases = ("probe", "baseline", "teach", "solve")
+  return {
+    "world.directory": "",
+    "mesh.fsdp": 4,
+    "model.path": home / "policy",
+    "student.path": home / "student",
+    "data.path": home / "data.jsonl",
+    **{f"sampling.{p}.max_completion_tokens": _NUM_TOKENS for p in phases},
+  }
+
+
+def _train(home, workdir, *options, num_devices):
+  """Starts a training whose rewards differ, and take the student's devices."""
+  settings = {
+    **_models(home),
+    "held_out.path": "",
+    "held_out.fraction": 0.34,
+    "evaluation.num_questions": 2,
+    "batch.num_questions": 4,
+    "batch.mask_truncated": False,
+    "sampling.teach.group_size": 4,
+    "reward.weights.teaching": 0.0,
+    "reward.weights.rlt": 1.0,
+    "reference.sync_every": 1,
+    "schedule.learning_rate": 1e-3,
+    "loop.num_steps": _NUM_STEPS,
+    "loop.log_every": 1,
+    "loop.eval_every": 0,
+  }
+  return processes.start(
+    *("train_grpo", "teacher_rcl", settings, f"--workdir={workdir}", *options),
+    "--reward_fn=tests.reward_functions:count_words=0.1",
+    num_devices=num_devices,
+  )
+
+
+def _check_equal(workdir, expected):
+  processes.check_equal_exports(workdir, expected)
+  losses = processes.check_equal_metrics(
+    *(workdir, expected, "loss", "reward", "kl", "rewards/rlt"),
+    *("completion_length", "eval/teaching/accuracy", "groups/used_fraction"),
+  )
+  assert len(losses) > 5 * _NUM_STEPS
+
+
+@pytest.fixture(scope="module")
+def alone(home, tmp_path_factory):
+  """Gives the workdir of a training by one process."""
+  workdir = tmp_path_factory.mktemp("alone")
+  processes.succeed(_train(home, workdir, num_devices=4))
+  return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_train_as_one(home, alone, tmp_path):
+  with processes.pair(functools.partial(_train, home, tmp_path)) as pair:
+    for process in pair:
+      processes.succeed(process)
+  _check_equal(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_servers_as_one_by_itself(
+  home, alone, tmp_path
+):
+  servers = {
+    role: processes.Server(role, home / role) for role in ("policy", "student")
+  }
+  try:
+    for server in servers.values():
+      server.wait()
+    options = [
+      "--config.rollout.backend=http",
+      f"--config.rollout.weights_root={tmp_path}/weights",
+      *(
+        f"--config.rollout.{role}_urls=('{server.url}',)"
+        for role, server in servers.items()
+      ),
+    ]
+    start = functools.partial(_train, home, tmp_path / "run")
+    with processes.pair(start, *options) as pair:
+      first, second = map(processes.succeed, pair)
+  finally:
+    for server in servers.values():
+      server.stop()
+  _check_equal(tmp_path / "run", alone)
+  # The first alone asks them; its weights are of both.
+  assert f"Weights of version {_NUM_STEPS} are with 1 of 1 servers" in first
+  assert "are with" not in second
+  assert not list((tmp_path / "weights").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_and_go_on_where_it_stopped(
+  home, tmp_path
+):
+  def evaluate(workdir, *options, num_devices):
+    settings = {**_models(home), "batch_size": 4, "num_bootstrap": 10}
+    return processes.start(
+      *("evaluate", "teaching_eval", settings),
+      *(f"--workdir={tmp_path / workdir}", *options),
+      num_devices=num_devices,
+    )
+
+  processes.succeed(evaluate("one", num_devices=4))
+  summary = (tmp_path / "one/summary.json").read_text()
+  lines = (tmp_path / "one/records.jsonl").read_text().splitlines(True)
+  assert len(lines) == 1 + 6
+
+  (tmp_path / "two").mkdir()
+  (tmp_path / "two/records.jsonl").write_text("".join(lines[:4]))
+  start = functools.partial(evaluate, "two")
+  with processes.pair(start) as pair:
+    first, second = map(processes.succeed, pair)
+  assert "3 of 6 questions found" in first
+  assert (tmp_path / "two/summary.json").read_text() == summary
+  assert '"teaching/NDR"' in first
+  assert '"teaching/NDR"' not in second
+
+
+# Says things of all sizes, then fails.
+_SPEAKER = """
+import sys
+from atlas_jax import distributed, errors
+import orbax.checkpoint as ocp
+
+address, count, index = sys.argv[1:]
+distributed.initialize(
+  distributed.Address(address, int(count), int(index)),
+  max_wait_s=60,
+  max_silence_s=60,
+)
+from_first = distributed.FromFirst("test")
+long = [i * 1e-7 for i in range(500_000)]  # More than one message holds.
+assert from_first(lambda: long) == long
+assert [from_first(lambda: int(index) + i) for i in range(3)] == [0, 1, 2]
+client = ocp.multihost.get_jax_distributed_client()
+distributed.wait("all are done")
+left = client.key_value_dir_get_bytes("test/")
+try:
+  from_first(lambda: 1 // int(index))
+except (ZeroDivisionError, errors.LostProcessError) as error:
+  print(type(error).__name__, left)
+"""
+
+
+@pytest.mark.slow
+def test_what_the_first_makes_or_fails_at_is_told_to_all():
+  address = f"127.0.0.1:{processes.free_port()}"
+  pair = [
+    processes.run_code(_SPEAKER, address, "2", str(index)) for index in range(2)
+  ]
+  first, second = map(processes.succeed, pair)
+  assert "ZeroDivisionError []" in first  # Nothing is left in its memory.
+  assert "LostProcessError []" in second
