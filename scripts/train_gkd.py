@@ -21,7 +21,6 @@ def main() -> None:
   """Runs one training job to its end."""
   if origins.print_config() or planning.print_plan():
     return
-  processes.refuse("GKD")
   config, workdir = job.arguments()
   with (
     launch.start(workdir, config) as should_stop,
@@ -91,4 +90,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  program.run(
+    functools.partial(processes.run, "Training", "scripts.train_gkd", main)
+  )

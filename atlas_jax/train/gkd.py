@@ -289,7 +289,7 @@ def _lay_out(
 ) -> tuple[dict[str, jax.Array], int]:
   """Packs completions into rows, and these onto the devices."""
   batch, num_microbatches = rows.lay_out_whole(written, **settings)
-  return jax.device_put(batch, place), num_microbatches
+  return sharding.put(batch, place), num_microbatches
 
 
 def _evaluate(

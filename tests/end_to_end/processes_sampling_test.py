@@ -120,6 +120,41 @@ def test_two_processes_train_from_servers_as_one_by_itself(
 
 
 @pytest.mark.slow
+def test_two_processes_distil_as_one(home, tmp_path):
+  def distil(workdir, *options, num_devices):
+    settings = {
+      "world.directory": "",
+      "mesh.fsdp": 4,
+      "model.path": home / "policy",
+      "teacher.path": home / "student",
+      "data.path": home / "data.jsonl",
+      "held_out.fraction": 0.3,
+      "num_epochs": 0,
+      "batch.num_prompts": 4,
+      "completions.on_policy_fraction": 1.0,
+      "sampling.complete.max_completion_tokens": _NUM_TOKENS,
+      "loop.num_steps": _NUM_STEPS,
+      "loop.log_every": 1,
+      "loop.eval_every": 0,
+    }
+    return processes.start(
+      *("train_gkd", "teacher_gkd", settings),
+      *(f"--workdir={tmp_path / workdir}", *options),
+      num_devices=num_devices,
+    )
+
+  processes.succeed(distil("one", num_devices=4))
+  with processes.pair(functools.partial(distil, "two")) as pair:
+    for process in pair:
+      processes.succeed(process)
+  processes.check_equal_exports(tmp_path / "two", tmp_path / "one")
+  losses = processes.check_equal_metrics(
+    *(tmp_path / "two", tmp_path / "one"), "loss", "eval/loss"
+  )
+  assert len(losses) == _NUM_STEPS + 1
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_and_go_on_where_it_stopped(
   home, tmp_path
 ):
