@@ -204,6 +204,7 @@ assert [from_first(lambda: int(index) + i) for i in range(3)] == [0, 1, 2]
 client = ocp.multihost.get_jax_distributed_client()
 distributed.wait("all are done")
 left = client.key_value_dir_get_bytes("test/")
+distributed.wait("all have looked")
 try:
   from_first(lambda: 1 // int(index))
 except (ZeroDivisionError, errors.LostProcessError) as error:
