@@ -25,6 +25,7 @@ setuptools.setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pyarrow>=18.0",
+    "qwix>=0.1.8",
     "rich>=13.0",
     "safetensors>=0.6",
     "tokenizers>=0.22",

@@ -24,7 +24,7 @@ from atlas_jax import (
   types,
   workdirs,
 )
-from atlas_jax.models import decoder, kernel_check, kernels, lora
+from atlas_jax.models import decoder, kernel_check, kernels, lora, quantized
 from atlas_jax.rewards import combine, custom, rlt, shared
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
@@ -64,7 +64,8 @@ def start(
 
   Raises:
     errors.ConfigError: if the workdir cannot be used, another run uses it, the
-      config names no data, or that of another process differs.
+      config names no data or would train what is kept in few bits, or that of
+      another process differs.
     errors.OutOfMemoryError: with advice, in place of XLA's error.
   """
   if config.data.path is None:
@@ -73,6 +74,12 @@ def start(
       where="--config.data.path",
       why="This recipe leaves it to you.",
       fix="Set --config.data.path to a file, a folder or a Hub dataset.",
+    )
+  if "lora" in config:  # Before a large model is read for nothing.
+    train_policy.check_kept(
+      config.model.param_dtype,
+      rank=config.lora.rank,
+      remat=config.model.remat,
     )
   with contextlib.ExitStack() as held, _out_of_memory_told():
     if distributed.is_first():
@@ -159,7 +166,8 @@ def open_model(
     mesh: where the parameters go.
     path: a directory, or `owner/name`.
     dtype: of activations.
-    param_dtype: of parameters; float32 for masters that are trained.
+    param_dtype: of parameters; float32 for masters that are trained, int8 or
+      nf4 for a base that is not: see `quantized`.
     attention: see `decoder.build`.
     remat: see `decoder.build`.
     unroll: see `decoder.build`.
@@ -185,7 +193,7 @@ def open_model(
   if not with_params:
     return OpenModel(path, directory, model, {}, tokenizer)
   kernel_check.require(model.kernel, config, model.dtype)
-  shardings = sharding.of_params(mesh, model.abstract_params)
+  shardings = sharding.of_params(mesh, load.describe(model, param_dtype))
   params = load.load(
     directory, model, param_dtype=param_dtype, shardings=shardings
   )
@@ -450,7 +458,12 @@ def export(  # noqa: PLR0913 - one argument per config key.
   if not (enabled if step is None else keep_steps):
     return
   params = policy.merged(trained)
-  about = card.Card(base=opened.name, facts=facts, metrics=writer.last(workdir))
+  about = card.Card(
+    base=opened.name,
+    facts=facts,
+    metrics=writer.last(workdir),
+    rounded_to=quantized.kind_of(opened.params) or "",
+  )
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(
     directory,

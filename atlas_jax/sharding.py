@@ -27,19 +27,41 @@ _Axes: TypeAlias = str | tuple[str, ...] | None
 _SPLIT = ("fsdp", "expert", "context")
 _EXPERT_SPLIT = ("fsdp", "context")
 
+# What a kernel that is kept in few bits has of each input, or block of them.
+_KEPT = "(/int8|/nf4|/block_scales)?"
+
 # Stacked layers have a leading axis, which is never sharded.
 RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   (r"embed/embedding", ("tensor", _SPLIT)),
   (r"head/kernel", (_SPLIT, "tensor")),
-  (r"layers/attention/[qkv]/kernel", (None, _SPLIT, "tensor", None)),
+  (rf"layers/attention/[qkv]/kernel{_KEPT}", (None, _SPLIT, "tensor", None)),
   (r"layers/attention/[qkv]/bias", (None, "tensor", None)),
-  (r"layers/attention/o/kernel", (None, "tensor", None, _SPLIT)),
+  (rf"layers/attention/o/kernel{_KEPT}", (None, "tensor", None, _SPLIT)),
   (r"layers/attention/o/bias", (None, _SPLIT)),
   (r"layers/mixture/router/kernel", (None, _SPLIT, None)),
-  (r"layers/mixture/(gate|up)", (None, "expert", _EXPERT_SPLIT, "tensor")),
-  (r"layers/mixture/down", (None, "expert", "tensor", _EXPERT_SPLIT)),
-  (r"layers/mlp/(gate|up)/kernel", (None, _SPLIT, "tensor")),
-  (r"layers/mlp/down/kernel", (None, "tensor", _SPLIT)),
+  (
+    rf"layers/mixture/(gate|up){_KEPT}",
+    (None, "expert", _EXPERT_SPLIT, "tensor"),
+  ),
+  (rf"layers/mixture/down{_KEPT}", (None, "expert", "tensor", _EXPERT_SPLIT)),
+  (rf"layers/mlp/(gate|up)/kernel{_KEPT}", (None, _SPLIT, "tensor")),
+  (rf"layers/mlp/down/kernel{_KEPT}", (None, "tensor", _SPLIT)),
+  # One for all inputs of an output: only outputs can be split.
+  (
+    r"layers/attention/[qkv]/kernel/channel_scales",
+    (None, None, "tensor", None),
+  ),
+  (r"layers/attention/o/kernel/channel_scales", (None, None, None, _SPLIT)),
+  (
+    r"layers/mixture/(gate|up)/channel_scales",
+    (None, "expert", None, "tensor"),
+  ),
+  (
+    r"layers/mixture/down/channel_scales",
+    (None, "expert", None, _EXPERT_SPLIT),
+  ),
+  (r"layers/mlp/(gate|up)/kernel/channel_scales", (None, None, "tensor")),
+  (r"layers/mlp/down/kernel/channel_scales", (None, None, _SPLIT)),
   # An adapter's long axis is split as the kernel's is; its rank is short.
   (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", (None, _SPLIT)),
   (r"layers/(attention/o|mlp/down)/lora_a", (None, "tensor")),

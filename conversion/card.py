@@ -35,6 +35,8 @@ class Card:
     facts: such as the recipe, the reward and the data's fingerprint; one line
       each.
     metrics: the last of each, with its step.
+    rounded_to: how the base was kept while adapters were trained; empty where
+      it was not rounded.
   """
 
   base: str
@@ -42,6 +44,7 @@ class Card:
   metrics: Mapping[str, tuple[int, float]] = dataclasses.field(
     default_factory=dict
   )
+  rounded_to: str = ""
 
 
 def write(
@@ -77,6 +80,15 @@ def write(
     facts = {"Base model": card.base, **facts}
   if revision:
     facts["Base revision"] = revision
+  if card.rounded_to:
+    facts["Base rounded to"] = (
+      f"{card.rounded_to}: adapters were trained over the rounded base"
+    )
+    facts["Weights"] = (
+      "adapters, for the base as it is or rounded alike"
+      if library == "peft"
+      else "the rounded base's, with adapters added; not the base's own"
+    )
   if card.base and "license" not in head:
     facts["License"] = "that of the base model, whose card names none here"
   text = "\n".join(

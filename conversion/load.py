@@ -21,8 +21,8 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder
-from conversion import arrays, header, rules, shards
+from atlas_jax.models import decoder, quantized
+from conversion import arrays, header, quantize, rules, shards
 
 _HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
@@ -103,26 +103,22 @@ def load(
   Args:
     directory: in Hugging Face format, of the same shape as `model`.
     model: as built from this directory's config.
-    param_dtype: of the parameters, "float32" or "bfloat16".
+    param_dtype: of the parameters, "float32" or "bfloat16"; or how to keep
+      kernels, one of `quantized.KINDS`.
     shardings: where each goes: a tree of `jax.sharding.Sharding` like the
       parameters', or None for the first device.
     progress: told the bytes of each parameter once it is read.
 
   Returns:
-    The parameters, as `model.init` would make them.
+    The parameters, as `model.init` would make them, or with a dict in the
+    place of each kernel that is kept in few bits.
 
   Raises:
     errors.ConfigError: if parameters cannot have that dtype.
     errors.CheckpointError: if a file is malformed, tensors are missing,
       unexpected or of another shape (all in one list), or not finite.
   """
-  if param_dtype not in ("float32", "bfloat16"):
-    raise errors.ConfigError(
-      f"Parameters are not kept as {param_dtype}.",
-      where=f"param_dtype={param_dtype}",
-      why="They are float32 or bfloat16; there are no quantized ones.",
-      fix="To train adapters in little memory, set bfloat16: docs/lora.md.",
-    )
+  kept = describe(model, param_dtype)
   tensors = open_tensors(directory, model)
   parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
   for piece in rules.pieces(model):
@@ -130,17 +126,43 @@ def load(
   structure = jax.tree.structure(model.abstract_params)
   if shardings is None:
     first = js.SingleDeviceSharding(jax.devices()[0])
-    places = [first] * structure.num_leaves
-  else:
-    places = structure.flatten_up_to(shardings)
+    shardings = jax.tree.map(lambda _: first, kept)
   leaves = []
-  abstract = rules.flatten(model.abstract_params)
+  paths = [path for path, _ in rules.flatten(model.abstract_params)]
+  described, places = map(structure.flatten_up_to, (kept, shardings))
   with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
-    for (path, leaf), place in zip(abstract, places, strict=True):
-      read = _reader(parts[path], tensors, np.dtype(param_dtype), pool)
-      leaves.append(_assemble(leaf.shape, place, read))
-      progress(leaves[-1].nbytes)
+    for path, leaf, place in zip(paths, described, places, strict=True):
+      if isinstance(leaf, Mapping):
+        kernel = quantize.Kernel(path, parts[path], leaf)
+        # Any: a dict of arrays, or an array.
+        made: Any = quantize.assemble(kernel, place, tensors, pool)
+      else:
+        read = _reader(parts[path], tensors, leaf.dtype, pool)
+        made = _assemble(leaf.shape, place, read)
+      leaves.append(made)
+      progress(sum(array.nbytes for array in jax.tree.leaves(made)))
   return jax.tree.unflatten(structure, leaves)
+
+
+def describe(model: decoder.Model, param_dtype: str) -> dict[str, Any]:
+  """Tells shapes and precisions of what `load` makes, without a file.
+
+  Raises:
+    errors.ConfigError: if parameters cannot be kept so.
+  """
+  if param_dtype in quantized.KINDS:
+    return quantized.describe(model.abstract_params, param_dtype)
+  if param_dtype not in ("float32", "bfloat16"):
+    raise errors.ConfigError(
+      f"Parameters are not kept as {param_dtype}.",
+      where=f"param_dtype={param_dtype}",
+      why="They are float32 or bfloat16, the base of adapters int8 or nf4 too.",
+      fix="Set one of these.",
+    )
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(param_dtype)),
+    model.abstract_params,
+  )
 
 
 def _assemble(

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from atlas_jax import errors, snapshot
-from atlas_jax.models import decoder, lora
+from atlas_jax.models import decoder, lora, quantized
 from conversion import rules
 
 _CONFIG = "config.json"
@@ -119,12 +119,18 @@ def adapters(step: pathlib.Path) -> lora.Lora | None:
   )
 
 
+def base_kept_as(step: pathlib.Path) -> str:
+  """Tells how the base of adapters was kept, if as integers; empty if not."""
+  about = snapshot.read(step) or {}
+  return about.get("identity", {}).get("base.kept_as", "")
+
+
 def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
   """Refuses a base that the adapters of a checkpoint were not trained over.
 
   Args:
     step: holds adapters.
-    params: of the base, in float32.
+    params: of the base, in float32 or kept as `base_kept_as` tells.
 
   Returns:
     The parameters in the precision that they had in training.
@@ -133,8 +139,11 @@ def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
     errors.CheckpointError: if their values were others.
   """
   about = snapshot.read(step) or {}
-  for dtype in (np.float32, ml_dtypes.bfloat16):
-    held = jax.tree.map(lambda leaf, to=dtype: leaf.astype(to), params)
+  is_rounded = quantized.kind_of(params) is not None
+  for dtype in (None,) if is_rounded else (np.float32, ml_dtypes.bfloat16):
+    held = jax.tree.map(
+      lambda leaf, to=dtype: leaf.astype(to or leaf.dtype), params
+    )
     if lora.fingerprint(lora.checksums(held)) == about["identity"]["base"]:
       return held
   raise errors.CheckpointError(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax import errors, sharding, types
-from atlas_jax.models import attention, decoder
+from atlas_jax.models import attention, decoder, quantized
 from rollout import tally
 
 
@@ -228,7 +228,7 @@ def _own(params: decoder.Params, dtype: jnp.dtype) -> decoder.Params:
   """Copies parameters, laid out for decoding."""
   return jax.tree.map(
     lambda leaf: jnp.array(leaf, dtype=dtype, copy=True),
-    decoder.unstack(params),
+    decoder.unstack(quantized.restore(params, dtype)),
   )
 
 

@@ -256,10 +256,11 @@ def _publish(
   share: shares.Share,
 ) -> str:
   """Writes a version to where servers find it; gives its digest."""
-  from rollout import weight_sync  # It needs what only the trainer has.
+  from atlas_jax.models import quantized  # These need what the trainer has.
+  from rollout import weight_sync
 
   published = weight_sync.publish(
-    params,
+    quantized.whole(params, model.dtype),
     model,
     root,
     version,

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from atlas_jax import errors, snapshot
-from atlas_jax.models import decoder, lora
+from atlas_jax.models import decoder, lora, quantized
 from conversion import (
   card,
   load,
@@ -113,10 +113,12 @@ def _adapters_to_hf(
   if options.is_dry_run:
     return
   adapters = orbax_step.read_tree(step, abstract)
-  params = load.load(source, model, param_dtype="float32")
+  kept_as = orbax_step.base_kept_as(step)
+  params = load.load(source, model, param_dtype=kept_as or "float32")
   params = orbax_step.check_base(step, params)
   if options.merge:
-    merged = lora.merge(params, adapters, settings.scale)
+    restored = quantized.whole(params, np.dtype(np.float32))
+    merged = lora.merge(restored, adapters, settings.scale)
     _write(step, merged, source, model, out, options, dtype)
     return
   peft_adapters.save_directory(
@@ -168,6 +170,7 @@ def _about(step: pathlib.Path, options: Options) -> card.Card:
     base=options.source,
     facts={"Checkpoint": str(step)},
     metrics={name: (number, value) for name, value in held.items()},
+    rounded_to=orbax_step.base_kept_as(step),
   )
 
 

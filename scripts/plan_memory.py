@@ -13,7 +13,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from atlas_jax import sharding
@@ -79,10 +78,10 @@ def describe(
   mesh = sharding.make_mesh(**config.mesh)
   settings = _settings(config.model)
   model = decoder.build(shape, **settings, layout=sharding.of_activations(mesh))
-  params = _place(mesh, model.abstract_params, config.model.param_dtype)
+  params = _place(mesh, load.describe(model, config.model.param_dtype))
   adapters = {name: config.lora[name] for name in ("rank", "alpha", "targets")}
   policy, trained = train_policy.split(model, params, lora.Lora(**adapters))
-  trained = _place(mesh, trained, "float32") if policy.adapters else params
+  trained = _place(mesh, trained) if policy.adapters else params
   optimizer = train_optimizer.make_optimizer(
     optax.constant_schedule(0.0), **config.optimizer
   )
@@ -175,16 +174,13 @@ def _settings(section: Any) -> dict[str, Any]:  # Any: as in `describe`.
   return settings
 
 
-def _place(mesh: jax.sharding.Mesh, params: Any, dtype: str) -> Any:
-  cast = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params
-  )
-  return train_state.placed(cast, sharding.of_params(mesh, params))
+def _place(mesh: jax.sharding.Mesh, params: Any) -> Any:
+  return train_state.placed(params, sharding.of_params(mesh, params))
 
 
 def _cast(model: decoder.Model, job: Job, dtype: str) -> int:
   """Counts the weights of a model in another precision."""
-  return plan.num_bytes(_place(job.mesh, model.abstract_params, dtype))
+  return plan.num_bytes(_place(job.mesh, load.describe(model, dtype)))
 
 
 def _rows(

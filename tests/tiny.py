@@ -63,6 +63,24 @@ _OWN = {
 }
 FAMILIES = tuple(_OWN)
 
+_BLOCKS = {
+  "vocab_size": 38,
+  "hidden_size": 128,
+  "intermediate_size": 128,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 32,
+}
+_EXPERT_BLOCKS = {"moe_intermediate_size": 128, "num_experts": 4}
+
+
+def blocks(family):
+  """Gives a shape whose kernels divide into blocks of nf4, on a mesh of twos.
+
+  They are of 64 inputs, and of 32 where inputs are those of a head.
+  """
+  return _BLOCKS | (_EXPERT_BLOCKS if family == "qwen3_moe" else {})
+
 
 def fields(family, **changes):
   """Gives a config.json: 3 heads over 1, head width not D / N, odd sizes."""

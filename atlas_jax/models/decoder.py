@@ -16,7 +16,14 @@ import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-from atlas_jax.models import attention, blocks, experts, kernels, layers
+from atlas_jax.models import (
+  attention,
+  blocks,
+  experts,
+  kernels,
+  layers,
+  quantized,
+)
 from atlas_jax.models import config as model_config
 from atlas_jax.models import layout as layouts
 from atlas_jax.models import rope as rope_lib
@@ -99,7 +106,7 @@ class Model:
   kernel: kernels.Kernel
   abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
   block_graph: nnx.GraphDef[blocks.Block]
-  _remat: Remat
+  remat: Remat
   _unroll: int
   layout: layouts.Layout | None
 
@@ -146,15 +153,14 @@ class Model:
     ) -> tuple[jax.Array, experts.Load | None]:
       block, is_local = layer
       x_BTD = ad_checkpoint.checkpoint_name(x_BTD, _INPUT)
-      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
-      return module(x_BTD, views(is_local), self.layout)
+      return self._block(block)(x_BTD, views(is_local), self.layout)
 
-    if self._remat != "none":
+    if self.remat != "none":
       # Where no loop is left between a block and its copy in the backward
       # pass, the compiler would find them equal and keep the first one.
       is_loop = self._unroll < self.config.num_layers
       body = jax.checkpoint(
-        body, policy=_POLICIES[self._remat], prevent_cse=not is_loop
+        body, policy=_POLICIES[self.remat], prevent_cse=not is_loop
       )
     x_BTD, load = jax.lax.scan(
       body,
@@ -185,8 +191,7 @@ class Model:
     found = [self._embed(params, tokens_BT)]
     taken_apart = unstack(params)["layers"]
     for block, is_local in zip(taken_apart, self.config.local, strict=True):
-      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
-      x_BTD, _ = module(found[-1], views(is_local), self.layout)
+      x_BTD, _ = self._block(block)(found[-1], views(is_local), self.layout)
       found.append(x_BTD)
     return found
 
@@ -226,8 +231,7 @@ class Model:
       *(params["layers"], self.config.local, cache.keys, cache.values),
       strict=True,
     ):
-      module: blocks.Block = nnx.merge(self.block_graph, nnx.State(block))
-      x_BTD, keys_BKSH, values_BKSH = module.cached(
+      x_BTD, keys_BKSH, values_BKSH = self._block(block).cached(
         x_BTD, views(is_local), keys_BKSH, values_BKSH, slot
       )
       keys.append(keys_BKSH)
@@ -271,6 +275,11 @@ class Model:
     say if it ended there.
     """
     return self.project(params, self._final_norm(params, x_BTD))
+
+  def _block(self, params: Params) -> blocks.Block:
+    """Gives a layer its parameters, kernels restored where they are kept so."""
+    restored = quantized.restore(params, self.dtype)
+    return nnx.merge(self.block_graph, nnx.State(restored))
 
   def _views(
     self, queries: kernels.Tokens, keys: kernels.Tokens, kernel: kernels.Kernel

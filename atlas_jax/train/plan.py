@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from atlas_jax import sharding
-from atlas_jax.models import attention, decoder, lora
+from atlas_jax.models import attention, decoder, lora, quantized
 from atlas_jax.train import gkd, score
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
@@ -271,7 +271,12 @@ def _share(
   model = build(config, **changes)
   if policy.adapters is None:
     return train_policy.whole(model), model.abstract_params
-  return train_policy.split(model, model.abstract_params, policy.adapters)
+  kind = quantized.kind_of(policy.frozen)
+  frozen = model.abstract_params
+  policy, trained = train_policy.split(model, frozen, policy.adapters)
+  if kind:  # What restores its kernels is part of what is traced.
+    frozen = quantized.describe(frozen, kind)
+  return dataclasses.replace(policy, frozen=frozen), trained
 
 
 def _rows_share(rows: Rows, mesh: jax.sharding.Mesh) -> Rows:
