@@ -17,7 +17,7 @@ import optax
 
 from atlas_jax import sharding
 from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder, lora
+from atlas_jax.models import decoder, lora, quantized
 from atlas_jax.train import completions, gkd, grpo, plan
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import policy as train_policy
@@ -121,16 +121,30 @@ def need(
   phases = {"update": update}
   if "reward" in config:
     resident |= _students(job, config)
-  if is_sampled(config) and config.rollout.backend == "jax":
-    resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
-    phases["sampling"] = {
-      "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
-    }
+  if is_sampled(config):
+    if config.rollout.backend == "jax":
+      resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
+      phases["sampling"] = {
+        "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
+      }
+    if quantized.kind_of(job.policy.frozen):
+      phases["push"] = _push(job, config)
   return Need(
     {name: size for name, size in resident.items() if size},
     phases,
     plan.num_bytes(job.state, on_host=True),
   )
+
+
+def _push(
+  job: Job,
+  config: Any,  # Any: as in `describe`.
+) -> dict[str, int]:
+  """Counts what is made of a base in few bits for a sampler."""
+  whole = _cast(job.policy.base, job, config.model.dtype)
+  # The sampler has its old weights until it has the new ones.
+  copies = {"new sampler": whole} if config.rollout.backend == "jax" else {}
+  return {"merged weights": whole, **copies}
 
 
 def longest_row(
@@ -265,8 +279,8 @@ def _teacher(
   config: Any,  # Any: as in `describe`.
 ) -> gkd.Teacher:
   model = _frozen(mesh, config.teacher)
-  dtype = config.teacher.param_dtype
-  return gkd.Teacher(model, _place(mesh, model.abstract_params, dtype))
+  kept = load.describe(model, config.teacher.param_dtype)
+  return gkd.Teacher(model, _place(mesh, kept))
 
 
 def _frozen(

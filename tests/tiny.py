@@ -174,11 +174,17 @@ def write_source(directory: pathlib.Path, family, **changes):
 
 
 def write_checkpoint(
-  directory: pathlib.Path, family, *, dtype="float32", shard=10**9, **changes
+  directory: pathlib.Path,
+  family,
+  *,
+  dtype="float32",
+  shard=10**9,
+  seed=0,
+  **changes,
 ):
   """Writes a random checkpoint at `directory`; gives its model and params."""
   model = build(family, **changes)
-  params = params_of(model)
+  params = params_of(model, seed)
   source = write_source(
     directory.with_name(directory.name + "-source"), family, **changes
   )

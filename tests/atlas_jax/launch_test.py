@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, launch, sharding
-from atlas_jax.models import lora
+from atlas_jax.models import lora, quantized
 from atlas_jax.train import state as train_state
-from conversion import card, peft_adapters
+from conversion import card, load, peft_adapters
+from rollout import sampler
 from tests import tiny
 
 _SHAPE = {"num_hidden_layers": 1}
@@ -55,6 +56,18 @@ def test_a_config_without_data_is_refused_before_anything_is_written(tmp_path):
   config.data.path = config_dict.placeholder(str)
   with (
     pytest.raises(errors.ConfigError, match=r"--config\.data\.path"),
+    launch.start(tmp_path / "run", config),
+  ):
+    pass
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(tmp_path):
+  config = _config()
+  config.model = {**_MODEL, "path": "absent", "param_dtype": "nf4"}
+  config.lora = {"rank": 0}
+  with (
+    pytest.raises(errors.ConfigError, match="nf4 cannot be trained"),
     launch.start(tmp_path / "run", config),
   ):
     pass
@@ -166,6 +179,74 @@ def test_a_model_that_cannot_be_used_is_refused(tmp_path, damage, kind, match):
   damage(tmp_path / "model")
   with pytest.raises(kind, match=match):
     launch.open_model(_mesh(), path=str(tmp_path / "model"), **_MODEL)
+
+
+def test_a_base_in_few_bits_is_sampled_from_and_exported_as_it_is_rounded(
+  tmp_path,
+):
+  shape = {**tiny.blocks("qwen2"), **_SHAPE}
+  del shape["vocab_size"]  # That of the tokenizer.
+  tiny.write_talker(tmp_path / "base", **shape)
+  mesh = _mesh(data=2, fsdp=2, tensor=2)
+  settings = {**_MODEL, "param_dtype": "nf4", "remat": "dots"}
+  opened = launch.open_model(mesh, path=str(tmp_path / "base"), **settings)
+  policy, trained = launch.open_policy(
+    opened,
+    mesh,
+    seed=0,
+    path="",
+    rank=2,
+    alpha=4.0,
+    targets=("attention/q", "mlp/up"),
+  )
+  trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)
+  launch.export(
+    tmp_path,
+    opened,
+    policy,
+    trained,
+    None,
+    facts={},
+    enabled=True,
+    keep_steps=0,
+    dtype="float32",
+    max_shard_bytes=10**9,
+  )
+
+  written = load.load(
+    tmp_path / "export",
+    opened.model,
+    param_dtype="float32",
+    shardings=sharding.of_params(mesh, opened.model.abstract_params),
+  )
+  batch = tiny.batch(opened.model, batch_size=8)
+  expected = jax.jit(policy.model.logits)(policy.whole(trained), *batch)
+  got = jax.jit(opened.model.logits)(written, *batch)
+  np.testing.assert_allclose(got, expected, atol=2e-4)
+  text = (tmp_path / "export/README.md").read_text()
+  assert "Base rounded to: nf4" in text
+  assert "over the rounded base" in (tmp_path / "adapter/README.md").read_text()
+
+  (sampled,) = _weights_published(opened, mesh)
+  whole = quantized.whole(opened.params, np.dtype(np.float32))
+  jax.tree.map(np.testing.assert_array_equal, sampled, whole)
+
+
+def _weights_published(opened, mesh):
+  """Gives what a sampler in this process holds at first."""
+  with sampler.open_sampler(
+    "policy",
+    sampler.Settings("jax", (), (), "", "float32", 1.0, 1.0, 1.0),
+    directory=opened.directory,
+    model=opened.model,
+    params=opened.params,
+    tokenizer=opened.tokenizer,
+    mesh=mesh,
+    max_rows=8,
+  ) as opened_sampler:
+    held = opened_sampler._params
+  layers = jax.tree.map(lambda *leaves: np.stack(leaves), *held["layers"])
+  yield {**held, "layers": layers}
 
 
 def test_a_mesh_that_does_not_divide_is_refused(talker):

@@ -132,7 +132,7 @@ def test_parameters_take_the_dtype_asked_for(tmp_path):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
   got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
   _assert_equal(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-  for other in ("float64", "int8", "nf4"):
+  for other in ("float64", "int4", "fp8"):
     with pytest.raises(errors.ConfigError, match=f"not kept as {other}"):
       load.load(tmp_path / "hf", model, param_dtype=other)
 

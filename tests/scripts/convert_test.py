@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from atlas_jax import checkpoint, sharding, snapshot
-from atlas_jax.models import decoder, lora
+from atlas_jax.models import decoder, lora, quantized
 from atlas_jax.train import state as train_state
 from conversion import load, peft_adapters, shards
 from scripts import convert
@@ -167,6 +167,52 @@ def test_adapters_become_a_directory_of_peft(tmp_path, capsys):
   source = f"--source={tmp_path / 'phi/base'}"
   assert _run("to_hf", tmp_path / "phi", out / "x", source, "--nomerge") == 2
   assert "PEFT has no names for adapters of phi3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_adapters_over_a_rounded_base_become_that_base_merged(
+  tmp_path, kind, capsys
+):
+  model, _ = tiny.write_checkpoint(
+    tmp_path / "base", "qwen3", dtype="bfloat16", **tiny.blocks("qwen3")
+  )
+  held = load.load(tmp_path / "base", model, param_dtype=kind)
+  adapters = jax.tree.map(
+    lambda leaf: jnp.full(leaf.shape, 0.1),
+    lora.only(lora.adapt(model, _LORA).abstract_params),
+  )
+  identity = {
+    "base": lora.fingerprint(lora.checksums(held)),
+    "base.kept_as": kind,
+    "lora.alpha": "3.0",
+  }
+  snapshot.write(tmp_path / "7", _train_state(adapters), identity=identity)
+  source = f"--source={tmp_path / 'base'}"
+  assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 0
+
+  got = load.load(tmp_path / "hf", model, param_dtype="bfloat16")
+  whole = quantized.whole(held, np.dtype(np.float32))
+  merged = lora.merge(whole, adapters, _LORA.scale)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    got,
+    jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merged),
+  )
+  card = (tmp_path / "hf/README.md").read_text()
+  assert f"Base rounded to: {kind}" in card
+  assert "not the base's own" in card
+  # Adapters by themselves are what was trained.
+  assert _run("to_hf", tmp_path, tmp_path / "a", source, "--nomerge") == 0
+  found = peft_adapters.load(tmp_path / "a", model, _LORA)
+  jax.tree.map(np.testing.assert_array_equal, found, adapters)
+  assert "over the rounded base" in (tmp_path / "a/README.md").read_text()
+
+  tiny.write_checkpoint(
+    tmp_path / "b", "qwen3", dtype="bfloat16", seed=1, **tiny.blocks("qwen3")
+  )
+  source = f"--source={tmp_path / 'b'}"
+  assert _run("to_hf", tmp_path, tmp_path / "x", source) == 5
+  assert "trained over another base" in capsys.readouterr().err
 
 
 def test_adapters_over_another_base_are_refused(tmp_path, capsys):

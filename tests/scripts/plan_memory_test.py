@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from atlas_jax import launch, sharding
+from atlas_jax.models import quantized
 from configs.run import teacher_rcl
 from conversion import load
 from rollout import jax_sampler
@@ -51,6 +52,47 @@ def test_a_sampler_holds_what_is_planned(config):
       for params in (opened.params, sampler._params)
     ]
     assert held == [planned["parameters"], planned["sampler"]]
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_a_base_in_few_bits_takes_what_is_planned(tmp_path, config, kind):
+  tiny.write_talker(
+    tmp_path / "model",
+    num_hidden_layers=2,
+    hidden_size=128,
+    intermediate_size=128,
+    head_dim=32,
+  )
+  config = plan_memory.with_changes(
+    config,
+    {
+      "model.path": str(tmp_path / "model"),
+      "model.param_dtype": kind,
+      "lora.rank": 2,
+    },
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  opened = launch.open_model(mesh, **config.model)
+  sampler = jax_sampler.JaxSampler(
+    opened.model, opened.params, mesh=mesh, stop_token_ids=[2], max_rows=8
+  )
+  need = _need(config)
+  for device in jax.devices():
+    held = [
+      sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(params)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+      )
+      for params in (opened.params, sampler._params)
+    ]
+    assert held == [need.resident["frozen base"], need.resident["sampler"]]
+  whole = need.resident["sampler"]
+  assert need.phases["push"] == {"merged weights": whole, "new sampler": whole}
+  floats = _need(config, model__param_dtype="bfloat16")
+  assert need.resident["frozen base"] < 0.7 * floats.resident["frozen base"]
+  assert "push" not in floats.phases
 
 
 def test_every_change_that_is_offered_lowers_what_it_is_for(config):

@@ -18,6 +18,7 @@ from atlas_jax.train import sft, writer
 from atlas_jax.train import state as train_state
 from configs import lora as adapters
 from configs import optimizer as optimizers
+from conversion import load
 from tests import fakes, metric_names, tiny
 
 _ROWS = [
@@ -115,17 +116,39 @@ def _config(**changes):
   return config
 
 
-def _train(tokenizer, path, workdir, config, should_stop=lambda: False, seed=0):
+_SHAPE = {
+  "hidden_size": 24,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "num_hidden_layers": 1,
+}
+
+
+def _train(
+  tokenizer,
+  path,
+  workdir,
+  config,
+  should_stop=lambda: False,
+  *,
+  seed=0,
+  shape=_SHAPE,
+  param_dtype="float32",
+):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  model = tiny.build(
-    "qwen2",
-    vocab_size=len(tokenizer) + len(tokenizer) % 2,
-    hidden_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_hidden_layers=1,
+  size = len(tokenizer) + len(tokenizer) % 2
+  shape = {**shape, "vocab_size": size}
+  folder = workdir.parent / f"{workdir.name}-model-{seed}"
+  if not folder.exists():
+    tiny.write_checkpoint(folder, "qwen2", seed=seed, **shape)
+  model = tiny.build("qwen2", remat="dots", **shape)
+  described = load.describe(model, param_dtype)
+  start = load.load(
+    folder,
+    model,
+    param_dtype=param_dtype,
+    shardings=sharding.of_params(mesh, described),
   )
-  shardings = sharding.of_params(mesh, model.abstract_params)
   train_set, eval_set = sets.conversations(
     tokenizer,
     data=sets.Selection(path, "default", {}, (), max_rows=0, max_bad_rows=0),
@@ -137,7 +160,7 @@ def _train(tokenizer, path, workdir, config, should_stop=lambda: False, seed=0):
   )
   policy, params = train_policy.create(
     model,
-    jax.device_put(tiny.params_of(model, seed), shardings),
+    start,
     adapters=lora.Lora(**config.lora),
     mesh=mesh,
     key=jax.random.key(3),
@@ -206,6 +229,43 @@ def test_adapters_learn_alone_and_resume_bit_for_bit_on_their_base(
 
   with pytest.raises(errors.CheckpointError, match="another base"):
     _train(tokenizer, path, tmp_path / "run", config, seed=1)
+
+
+@pytest.mark.slow
+def test_over_a_base_in_few_bits_adapters_learn_what_they_learn_over_floats(
+  tokenizer, tmp_path
+):
+  path = _write(tmp_path)
+  config = _config(**{"lora.rank": 4, "lora.alpha": 8.0})
+  shape = {**tiny.blocks("qwen2"), "num_hidden_layers": 1}
+
+  def train(param_dtype, workdir, *stop):
+    return _train(
+      *(tokenizer, path, tmp_path / workdir, config, *stop),
+      shape=shape,
+      param_dtype=param_dtype,
+    )
+
+  losses, trained = {}, {}
+  for kind in ("bfloat16", "nf4"):
+    trained[kind] = train(kind, kind)
+    lines = (tmp_path / kind / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses[kind] = np.array([row["loss"] for row in rows if "loss" in row])
+    assert losses[kind][-1] < 0.9 * losses[kind][0]
+  np.testing.assert_allclose(losses["nf4"], losses["bfloat16"], rtol=0.25)
+
+  stops = iter([False] * 5 + [True])
+  with pytest.raises(errors.PreemptedError):
+    train("nf4", "run", lambda: next(stops))
+  (about,) = (tmp_path / "run/checkpoints").glob("*/about.json")
+  held = json.loads(about.read_text())
+  assert not [n for n in held["arrays"] if "nf4" in n or "kernel" in n]
+  assert held["identity"]["base.kept_as"] == "nf4"
+  resumed = train("nf4", "run")
+  jax.tree.map(np.testing.assert_array_equal, resumed, trained["nf4"])
+  with pytest.raises(errors.CheckpointError, match="another base"):
+    train("int8", "run")
 
 
 def test_offload_is_refused_where_the_host_cannot_be_reached(
