@@ -187,16 +187,18 @@ def _long_run(home, workdir):
 
 
 @pytest.mark.slow
-def test_one_process_does_not_outlive_the_other(home, tmp_path):
-  with _long_run(home, tmp_path) as (first, second):
-    os.kill(_child(second.pid), signal.SIGKILL)
+@pytest.mark.parametrize("killed", [0, 1])  # The first is where they meet.
+def test_one_process_does_not_outlive_the_other(home, tmp_path, killed):
+  with _long_run(home, tmp_path) as pair:
+    gone, left = pair[killed], pair[1 - killed]
+    os.kill(_child(gone.pid), signal.SIGKILL)
     killed_at = time.monotonic()
-    code, text = processes.end(first)
+    code, text = processes.end(left)
     assert code == 8, text
     assert time.monotonic() - killed_at < 60
     # By an error of the collective, or else by an abort for its silence.
     assert "Look at the end of the other processes' logs" in text
-    code, text = processes.end(second)
+    code, text = processes.end(gone)
     assert code == 70
     assert "killed by SIGKILL" in text
 
