@@ -3,7 +3,11 @@
 
 import json
 import os
+import pathlib
+import tempfile
 
+import hypothesis
+from hypothesis import strategies
 import ml_dtypes
 import numpy as np
 import pytest
@@ -214,6 +218,26 @@ def test_an_index_that_points_outside_is_refused(tmp_path, file):
   )
   with pytest.raises(errors.CheckpointError, match="outside"):
     shards.open_directory(inside)
+
+
+@hypothesis.settings(
+  max_examples=100, derandomize=True, deadline=None, database=None
+)
+@hypothesis.given(
+  strategies.lists(
+    strategies.sampled_from(
+      ["..", ".", "/", "\\", "\0", "~", "a", "\ud800", " ", "C:", "\n", "%2e"]
+    ),
+    max_size=5,
+  ).map("".join)
+)
+def test_no_name_in_an_index_opens_anything(file):
+  with tempfile.TemporaryDirectory() as directory:
+    path = pathlib.Path(directory)
+    index = json.dumps({"weight_map": {"a": file}})
+    (path / shards.INDEX_NAME).write_text(index)
+    with pytest.raises(errors.CheckpointError):
+      shards.open_directory(path)
 
 
 @pytest.mark.parametrize(
