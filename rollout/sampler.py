@@ -175,27 +175,29 @@ def _open_http(
     share=share,
   )
   with contextlib.ExitStack() as opened:
-    asks = None
-    if is_first:
-      asks = opened.enter_context(
-        _ask_servers(
-          role,
-          settings,
-          root=root,
-          directory=directory,
-          model=model,
-          max_rows=max_rows,
-          publish=publish if is_policy else None,
-        )
+    asks: list[Any] = []  # Any: an `HttpSampler`, in the first process.
+
+    def open_servers() -> None:
+      asking = _ask_servers(
+        role,
+        settings,
+        root=root,
+        directory=directory,
+        model=model,
+        max_rows=max_rows,
+        publish=publish if is_policy else None,
       )
-    if asks is None or share.count > 1:
+      asks.append(opened.enter_context(asking))
+
+    from_first(open_servers)
+    if share.count > 1:
       sampler = shared_sampler.SharedSampler(
-        asks,
+        asks[0] if asks else None,
         from_first,
-        update_weights=asks.update_weights if asks else publish,
+        update_weights=asks[0].update_weights if asks else publish,
       )
     else:
-      sampler = asks
+      (sampler,) = asks
     if is_policy and is_first:
       # The servers are ours alone now, so what lies there is a dead run's.
       weight_sync.prune(root, keep=0)

@@ -120,6 +120,24 @@ def test_two_processes_train_from_servers_as_one_by_itself(
 
 
 @pytest.mark.slow
+def test_a_server_that_is_not_there_ends_both(home, tmp_path):
+  nowhere = f"('http://127.0.0.1:{processes.free_port()}',)"
+  options = [
+    "--config.rollout.backend=http",
+    "--config.rollout.wait_s=1",
+    f"--config.rollout.policy_urls={nowhere}",
+    f"--config.rollout.student_urls={nowhere}",
+    f"--config.rollout.weights_root={tmp_path}/weights",
+  ]
+  start = functools.partial(_train, home, tmp_path / "run")
+  with processes.pair(start, *options) as pair:
+    ends = [processes.end(process) for process in pair]
+  assert [code for code, _ in ends] == [6, 8], ends
+  assert "There is no rollout server for the policy" in ends[0][1]
+  assert "It failed at policy" in ends[1][1]
+
+
+@pytest.mark.slow
 def test_two_processes_distil_as_one(home, tmp_path):
   def distil(workdir, *options, num_devices):
     settings = {
