@@ -15,7 +15,7 @@ import numpy as np
 from atlas_jax import errors
 
 _PIECE = 2**18
-_TILE_ROWS, _TILE_COLUMNS = 256, 64
+_TILE_BYTES = 256  # Of a row.
 _ALIGNMENT = 64  # XLA on a CPU takes what is aligned so as it is.
 _BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 # The bits of infinity; those of a NaN are more, those of numbers are less.
@@ -47,30 +47,40 @@ def copy(
     look: sees each piece of the source before it is copied, so that memory is
       read once.
   """
-  if source.ndim != 2 or not target.T.flags.c_contiguous:
+  if source.ndim != 2 or target.strides[0] != target.itemsize:
     step = max(1, _PIECE // max(1, math.prod(source.shape[1:])))
     source, target = np.atleast_1d(source), np.atleast_1d(target)
     for start in range(0, len(source), step):
       look(source[start : start + step])
       _cast(source[start : start + step], target[start : start + step])
     return
-  # NumPy walks a whole transpose against the cache: tiles, copied once as they
-  # lie and once turned, are 5 times faster.
-  num_tiles = source.shape[1] // _TILE_COLUMNS
-  whole = num_tiles * _TILE_COLUMNS
-  memory = np.empty((num_tiles, _TILE_ROWS, _TILE_COLUMNS), target.dtype)
-  for top in range(0, len(source), _TILE_ROWS):
-    piece, turned = (
-      source[top : top + _TILE_ROWS],
-      target[top : top + _TILE_ROWS].T,
+  size, source_bits = _tile(source.dtype), _bits(source)
+  num_tiles = source.shape[1] // size
+  whole = num_tiles * size
+  tiles = np.empty((num_tiles, size, size), source_bits.dtype)
+  turned = np.empty_like(tiles)
+  for top in range(0, len(source), size):
+    rows = slice(top, top + size)
+    look(source[rows])
+    goal, count = target[rows].T, len(source[rows])
+    tiled = source_bits[rows, :whole].reshape(count, num_tiles, size)
+    tiles[:, :count] = tiled.transpose(1, 0, 2)
+    turned[:, :, :count] = tiles[:, :count].transpose(0, 2, 1)
+    _cast(
+      turned[:, :, :count].view(source.dtype),
+      goal[:whole].reshape(num_tiles, size, count),
     )
-    look(piece)
-    tiles = memory[:, : len(piece)]
-    rows = piece[:, :whole].reshape(len(piece), num_tiles, _TILE_COLUMNS)
-    _cast(rows.transpose(1, 0, 2), tiles)
-    columns = turned[:whole].reshape(num_tiles, _TILE_COLUMNS, len(piece))
-    _bits(columns)[:] = _bits(tiles).transpose(0, 2, 1)
-    _cast(piece[:, whole:], turned[whole:].T)
+    _cast(source[rows, whole:].T, goal[whole:])
+
+
+def _tile(dtype: np.dtype) -> int:
+  """Tells how many rows and columns of a matrix are turned at a time.
+
+  NumPy walks a whole transpose against the cache. Tiles that fit the fastest
+  cache, which are copied as they lie, turned, and copied out, are 5 times
+  faster. Unsigned integers are copied in bulk, bfloat16 element by element.
+  """
+  return _TILE_BYTES // dtype.itemsize
 
 
 def _cast(source: np.ndarray, target: np.ndarray) -> None:
@@ -99,20 +109,21 @@ def pieces(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     for start in range(0, flat.size, _PIECE):
       yield flat[start : start + _PIECE]
     return
-  # NumPy walks a whole transpose against the cache: tiles, copied once as they
-  # lie and once turned, are 5 times faster. Unsigned integers are copied in
-  # bulk, bfloat16 element by element.
-  bits = _bits(array)
-  rows = np.empty((_TILE_ROWS, bits.shape[1]), bits.dtype)
-  tile = np.empty((_TILE_COLUMNS, _TILE_ROWS), bits.dtype)
-  for top in range(0, bits.shape[0], _TILE_ROWS):
-    source = bits[top : top + _TILE_ROWS].T
-    target = rows[: source.shape[1]]
-    for left in range(0, source.shape[0], _TILE_COLUMNS):
-      part = source[left : left + _TILE_COLUMNS]
-      turned = tile[: part.shape[0], : part.shape[1]]
-      turned[:] = part
-      target[:, left : left + _TILE_COLUMNS] = turned.T
+  size, bits = _tile(array.dtype), _bits(array)
+  num_tiles = bits.shape[1] // size
+  whole = num_tiles * size
+  tiles = np.empty((num_tiles, size, size), bits.dtype)
+  turned = np.empty_like(tiles)
+  rows = np.empty((size, bits.shape[1]), bits.dtype)
+  for top in range(0, len(bits), size):
+    columns = bits[top : top + size].T
+    count = columns.shape[1]
+    tiles[:, :, :count] = columns[:whole].reshape(num_tiles, size, count)
+    turned[:, :count] = tiles[:, :, :count].transpose(0, 2, 1)
+    target = rows[:count]
+    tiled = target[:, :whole].reshape(count, num_tiles, size)
+    tiled[:] = turned[:, :count].transpose(1, 0, 2)
+    target[:, whole:] = columns[whole:].T
     yield target.view(dtype)
 
 

@@ -7,12 +7,14 @@ device asked for.
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import dataclasses
 import functools
+import itertools
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import huggingface_hub
 import jax
@@ -29,6 +31,7 @@ _HUB_WEIGHTS = ("*.safetensors",)
 _MAX_LISTED = 8
 # Twice the cores: half of them may wait for the disk.
 NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
+_STEP_BYTES = 16 * 2**20  # Of a tensor, for one reader: none waits for long.
 
 
 def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
@@ -127,21 +130,37 @@ def load(
   if shardings is None:
     first = js.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: first, kept)
-  leaves = []
-  paths = [path for path, _ in rules.flatten(model.abstract_params)]
   described, places = map(structure.flatten_up_to, (kept, shardings))
-  with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
-    for path, leaf, place in zip(paths, described, places, strict=True):
-      if isinstance(leaf, Mapping):
-        kernel = quantize.Kernel(path, parts[path], leaf)
-        # Any: a dict of arrays, or an array.
-        made: Any = quantize.assemble(kernel, place, tensors, pool)
+  waiting: list[_Parameter | _Kernel] = [
+    _Kernel(quantize.Kernel(path, parts[path], leaf), place)
+    if isinstance(leaf, Mapping)
+    else _Parameter(leaf.shape, leaf.dtype, place, parts[path], tensors)
+    for (path, _), leaf, place in zip(
+      rules.flatten(model.abstract_params), described, places, strict=True
+    )
+  ]
+  leaves = []
+  with (
+    concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool,
+    concurrent.futures.ThreadPoolExecutor(1) as ahead,
+  ):
+    for item, following in itertools.zip_longest(waiting, waiting[1:]):
+      if isinstance(following, _Parameter):
+        ahead.submit(following.read_ahead)
+      if isinstance(item, _Parameter):
+        made: Any = item.assemble(pool)  # Any: a dict of arrays, or an array.
       else:
-        read = _reader(parts[path], tensors, leaf.dtype, pool)
-        made = _assemble(leaf.shape, place, read)
+        made = quantize.assemble(item.kernel, item.places, tensors, pool)
       leaves.append(made)
       progress(sum(array.nbytes for array in jax.tree.leaves(made)))
   return jax.tree.unflatten(structure, leaves)
+
+
+class _Kernel(NamedTuple):
+  """A kernel that is to be read and rounded, and where it goes."""
+
+  kernel: quantize.Kernel
+  places: Mapping[str, js.Sharding]
 
 
 def describe(model: decoder.Model, param_dtype: str) -> dict[str, Any]:
@@ -165,57 +184,103 @@ def describe(model: decoder.Model, param_dtype: str) -> dict[str, Any]:
   )
 
 
-def _assemble(
-  shape: tuple[int, ...],
-  place: js.Sharding,
-  read: Callable[[Sequence[range]], np.ndarray],
-) -> jax.Array:
-  """Makes an array of the parts that this process's devices own."""
-  owners = collections.defaultdict(list)
-  for device, index in place.addressable_devices_indices_map(shape).items():
-    ranges = (
-      range(*part.indices(size))
-      for part, size in zip(index or (), shape, strict=True)
+_Ranges: TypeAlias = tuple[range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """A parameter that is to be read: what it is, where it goes and lies."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  place: js.Sharding
+  parts: Mapping[tuple[int, ...], rules.Piece]
+  tensors: Mapping[str, header.Tensor]
+
+  def assemble(self, pool: concurrent.futures.Executor) -> jax.Array:
+    """Makes an array of the parts that this process's devices own."""
+    owned = []
+    for ranges, devices in self._owners().items():
+      block = self._read(ranges, pool)
+      owned += [jax.device_put(block, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(
+      self.shape, self.place, owned
     )
-    owners[tuple(ranges)].append(device)
-  owned = []
-  for ranges, devices in owners.items():
-    block = read(ranges)
-    owned += [jax.device_put(block, device) for device in devices]
-  return jax.make_array_from_single_device_arrays(shape, place, owned)
 
+  def read_ahead(self) -> None:
+    """Has the disk fetch what `assemble` will read."""
+    for ranges in self._owners():
+      for source in self._sources(ranges):
+        shards.read_ahead(
+          self.tensors[source.name], source.tensor, source.values
+        )
 
-def _reader(
-  parts: Mapping[tuple[int, ...], rules.Piece],
-  tensors: Mapping[str, header.Tensor],
-  dtype: np.dtype,
-  pool: concurrent.futures.Executor,
-) -> Callable[[Sequence[range]], np.ndarray]:
-  """Makes the function that reads any part of one parameter."""
-  num_stacked = len(next(iter(parts)))
-
-  def read(ranges: Sequence[range]) -> np.ndarray:
-    block = arrays.empty([len(each) for each in ranges], dtype)
-    index = tuple(slice(r.start, r.stop) for r in ranges[num_stacked:])
-
-    def fill(place: tuple[int, ...]) -> None:
-      stacked = zip(ranges, place, strict=False)
-      piece = parts[tuple(each[i] for each, i in stacked)]
-      rows = shards.read(tensors[piece.name])[piece.start : piece.stop]
-      ours = rules.from_hf(piece.rule, rows, piece.shape)[index]
-      arrays.copy(
-        rules.to_hf(piece.rule, ours),
-        rules.to_hf(piece.rule, block[place]),
-        functools.partial(arrays.check_finite, piece.name),
+  def _owners(self) -> dict[_Ranges, list[jax.Device]]:
+    """Lists this process's devices, by the part that they own."""
+    owners = collections.defaultdict(list)
+    indices = self.place.addressable_devices_indices_map(self.shape)
+    for device, index in indices.items():
+      ranges = (
+        range(*part.indices(size))
+        for part, size in zip(index or (), self.shape, strict=True)
       )
-      if dtype.itemsize < rows.itemsize:  # Numbers that were large overflow.
-        arrays.check_finite(piece.name, block[place])
+      owners[tuple(ranges)].append(device)
+    return owners
 
-    for _ in pool.map(fill, np.ndindex(*block.shape[:num_stacked])):
-      pass
+  def _sources(self, ranges: _Ranges) -> Iterator["_Source"]:
+    """Finds the tensors of a part in the files."""
+    num_stacked = len(next(iter(self.parts)))
+    index = tuple(slice(r.start, r.stop) for r in ranges[num_stacked:])
+    stacked = ranges[:num_stacked]
+    for place in np.ndindex(*map(len, stacked)):
+      piece = self.parts[
+        tuple(each[i] for each, i in zip(stacked, place, strict=True))
+      ]
+      tensor = shards.read(self.tensors[piece.name])
+      rows = tensor[piece.start : piece.stop]
+      ours = rules.from_hf(piece.rule, rows, piece.shape)[index]
+      values = rules.to_hf(piece.rule, ours)
+      yield _Source(piece.name, piece.rule, place, tensor, values)
+
+  def _read(
+    self, ranges: _Ranges, pool: concurrent.futures.Executor
+  ) -> np.ndarray:
+    """Reads any part, some rows of a tensor after the other."""
+    block = arrays.empty([len(each) for each in ranges], self.dtype)
+    reads = []
+    for source in self._sources(ranges):
+      values = source.values
+      target = rules.to_hf(source.rule, block[source.place])
+      step = max(1, _STEP_BYTES * len(values) // max(1, values.nbytes))
+      for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        reads.append(
+          pool.submit(_copy, source.name, values[rows], target[rows])
+        )
+    for read in reads:
+      read.result()
     return block
 
-  return read
+
+class _Source(NamedTuple):
+  """Where a part of a parameter comes from, and its place in a stack of them.
+
+  `values` shows it as rows of a file: of `tensor`, which is mapped.
+  """
+
+  name: str
+  rule: rules.Rule
+  place: tuple[int, ...]
+  tensor: np.ndarray
+  values: np.ndarray
+
+
+def _copy(name: str, source: np.ndarray, target: np.ndarray) -> None:
+  """Copies part of a tensor that is finite, before and after."""
+  check = functools.partial(arrays.check_finite, name)
+  arrays.copy(source, target, check)
+  if target.itemsize < source.itemsize:  # Numbers that were large overflow.
+    check(target)
 
 
 def open_tensors(

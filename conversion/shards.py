@@ -25,12 +25,26 @@ SINGLE_NAME = "model.safetensors"
 _MAX_JSON_BYTES = 64 * 2**20
 # More gain nothing: memory is the limit.
 _MAX_WRITERS = 8
+_WRITE_BACK_BYTES = 16 * 2**20
 
 
 def read(tensor: header.Tensor) -> np.ndarray:
   """Maps a tensor; bytes are read from disk where the array is touched."""
   body = np.memmap(tensor.file, np.uint8, "r")[tensor.begin : tensor.end]
   return np.asarray(body).view(tensor.dtype).reshape(tensor.shape)
+
+
+def read_ahead(
+  tensor: header.Tensor, mapped: np.ndarray, part: np.ndarray
+) -> None:
+  """Has the disk fetch part of a tensor that `read` mapped.
+
+  A disk is faster if it is asked for much at once than page by page.
+  """
+  low, high = np.lib.array_utils.byte_bounds(part)
+  start = tensor.begin + low - np.lib.array_utils.byte_bounds(mapped)[0]
+  with tensor.file.open("rb") as file:
+    os.posix_fadvise(file.fileno(), start, high - low, os.POSIX_FADV_WILLNEED)
 
 
 def new_digest() -> xxhash.xxh3_128:
@@ -301,12 +315,22 @@ class _File:
     self._path, self._shapes, self._dtype = path, shapes, dtype
     self._digest = new_digest()
     self._file = path.open("wb", buffering=0)
+    self._begun = self._end = 0
     self._write(memoryview(header.make(shapes, dtype)))
 
   def _write(self, data: memoryview) -> None:
     self._digest.update(data)
+    self._end += len(data)
     while data:  # A disk that is nearly full takes a part.
       data = data[self._file.write(data) :]
+    if self._end - self._begun >= _WRITE_BACK_BYTES:
+      # Else the disk would have nothing to do until the end. Linux begins to
+      # write what it is told to forget, and cannot forget before it is written.
+      os.posix_fadvise(
+        *(self._file.fileno(), self._begun, self._end - self._begun),
+        os.POSIX_FADV_DONTNEED,
+      )
+      self._begun = self._end
 
   def add(self, name: str, array: np.ndarray) -> None:
     """Writes the next tensor."""

@@ -3,10 +3,11 @@
 
   python -m scripts.bench_conversion --width=2048 --layers=16
 
-A plain read goes into new memory, a plain write is waited for until it is on
-disk, and transformers does what it does; all in one process, in turn. Files
-are in the page cache unless --cold, which drops them before each read. Peak
-memory is of the whole process, above what it held before and the parameters.
+Files are bfloat16; a plain read goes into new memory, a plain write is waited
+for until it is on disk, and transformers does what it does; all in one process,
+in turn. Parameters are bfloat16, or float32 as they are trained. Files are in
+the page cache, or dropped from it before each read. Peak memory is of the whole
+process, above what it held before and the parameters.
 """
 
 from collections.abc import Callable
@@ -36,13 +37,15 @@ from scripts import memory, program
 _WIDTH = flags.DEFINE_integer("width", 2048, "Of the model; the MLP's is 3x.")
 _LAYERS = flags.DEFINE_integer("layers", 16, "How many.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 16_384, "Its size.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["bfloat16", "float32"], "Of the parameters, loaded."
+_DTYPES = flags.DEFINE_list(
+  "dtypes", ["bfloat16", "float32"], "Of the parameters, loaded."
+)
+_CACHES = flags.DEFINE_list(
+  "caches", ["warm", "cold"], "Whether files are in the page cache, or not."
 )
 _DIRECTORY = flags.DEFINE_string("directory", "/tmp", "Where to.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "How often.")
 _SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**28, "Of one file.")
-_COLD = flags.DEFINE_bool("cold", False, "Drops files from the page cache.")
 
 _TOUCHED_BYTES = 2**31
 _ROW = "| {:>16} | {:>7} | {:>8} | {:>10} | {:>7} | {:>12} | {:>11} |"
@@ -74,91 +77,129 @@ class _Times:
 
 
 def main() -> None:
-  """Prints a table, and how much sooner than transformers it is done."""
+  """Prints a table of each kind, and how it compares."""
   transformers.utils.logging.disable_progress_bar()
   with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
-    _measure(pathlib.Path(directory))
+    root = pathlib.Path(directory)
+    source, model = _make_model(root)
+    for dtype in _DTYPES.value:
+      for cache in _CACHES.value:
+        times = _measure(root, source, model, dtype, is_cold=cache == "cold")
+        print(f"\n{dtype} parameters, {cache} cache")
+        _report(model, dtype, times)
 
 
-def _measure(root: pathlib.Path) -> None:
+def _measure(
+  root: pathlib.Path,
+  source: pathlib.Path,
+  model: decoder.Model,
+  dtype: str,
+  *,
+  is_cold: bool,
+) -> dict[str, _Times]:
   """Moves one model in and out, again and again."""
-  source, model = _make_model(root)
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   places = sharding.of_params(mesh, model.abstract_params)
-  names = ["plain read", "load", "plain write", "export", "digests"]
-  names += ["from_pretrained", "save_pretrained"]
-  times = {name: _Times() for name in names}
+  times = {name: _Times() for name in _NAMES}
 
   def read() -> decoder.Params:
-    params = load.load(
-      source, model, param_dtype=_DTYPE.value, shardings=places
-    )
+    params = load.load(source, model, param_dtype=dtype, shardings=places)
     return jax.block_until_ready(params)
 
   def export(params: decoder.Params) -> None:
     _save(root / "export", params, model, root)
 
   export(read())  # Compiles what fetches the tensors.
+  shutil.rmtree(root / "export")
   for _ in range(_REPEATS.value):
-    shutil.rmtree(root / "export")
-    _prepare(source)
+    _prepare(source, is_cold=is_cold)
     plain = times["plain read"].take(_read_plainly, source)
+    times["digests"].take(_digests, plain)
     times["plain write"].take(_write_plainly, plain, root / "plain")
     (root / "plain").unlink()
     del plain
-    _prepare(source)
+    _prepare(source, is_cold=is_cold)
     params = times["load"].take(read)
     times["export"].take(export, params)
-    times["digests"].take(_digests, root / "export")
     del params
-    _prepare(source)
-    peer = times["from_pretrained"].take(_from_pretrained, source)
+    shutil.rmtree(root / "export")
+    _prepare(source, is_cold=is_cold)
+    peer = times["from_pretrained"].take(_from_pretrained, source, dtype)
     times["save_pretrained"].take(_save_pretrained, peer, root / "peer")
     del peer
     shutil.rmtree(root / "peer")
-  _report(model, times)
+  return times
 
 
-def _report(model: decoder.Model, times: dict[str, _Times]) -> None:
-  """Prints a row for each thing that was timed, and the ratio."""
+def _report(model: decoder.Model, dtype: str, times: dict[str, _Times]) -> None:
+  """Prints a row for each thing that was timed, and the ratios."""
   counts = [math.prod(shape) for shape in rules.shapes(model).values()]
-  size = np.dtype(_DTYPE.value).itemsize
-  held, largest = sum(counts) * size, max(counts) * size
+  held, largest = sum(counts) * np.dtype(dtype).itemsize, max(counts)
+  moved = sum(counts) * _FILE_ITEMSIZE
+  allowed = 2 * largest * np.dtype(dtype).itemsize * load.NUM_READERS
   print(
     f"{os.cpu_count()} cores, {jax.device_count()} {jax.default_backend()} "
-    f"devices, {_DTYPE.value}, {'cold' if _COLD.value else 'page cache'}, "
-    f"n={_REPEATS.value}; {held / 2**20:.0f} MiB, the largest tensor "
-    f"{largest / 2**20:.0f} MiB; at most twice that for each of "
-    f"{load.NUM_READERS} readers may be in memory\n"
+    f"devices, n={_REPEATS.value}; {moved / 2**20:.0f} MiB of files; "
+    f"{allowed / 2**20:.0f} MiB more than the parameters may be in memory\n"
   )
   header = ("", "best s", "median s", "best MiB/s", "CPU s", "x plain")
   print(_ROW.format(*header, "MiB more"))
   print(_ROW.format(*["---:"] * 7))
   for name, taken in times.items():
-    plain = "plain write" if name in _WRITES else "plain read"
+    plain = times["plain write" if name in _WRITES else "plain read"]
     best = min(taken.wall)
-    ratios = [x / y for x, y in zip(times[plain].wall, taken.wall, strict=True)]
-    more = max(taken.grown) - (0 if name in _WRITES else held)
+    more = max(taken.grown) - (
+      held if name in ("load", "from_pretrained", "plain read") else 0
+    )
     print(
       _ROW.format(
         name,
         f"{best:.3f}",
         f"{statistics.median(taken.wall):.3f}",
-        f"{held / best / 2**20:.0f}",
+        f"{moved / best / 2**20:.0f}",
         f"{min(taken.cpu):.3f}",
-        f"{min(times[plain].wall) / best:.2f} / "
-        f"{statistics.median(ratios):.2f}",
+        _compared([plain.wall], [taken.wall]),
         f"{max(more, 0) / 2**20:.0f}",
       )
     )
-  ours, peers = (
-    [sum(pair) for pair in zip(times[a].wall, times[b].wall, strict=True)]
-    for a, b in (("load", "export"), ("from_pretrained", "save_pretrained"))
+  hashed = 2 * min(times["digests"].cpu)
+  print(
+    f"\nOf an export's {min(times['export'].cpu):.3f} s of CPU time, digests "
+    f"both ways take {hashed:.3f}.\nBest / median:"
   )
-  print(f"\nratio: {min(peers) / min(ours):.2f}")
+  for what, ours, plain, peer in _COMPARED:
+    mine, disk, theirs = (
+      [times[name].wall for name in names] for names in (ours, plain, peer)
+    )
+    print(
+      f"{what}: {_compared(disk, mine)} of the plain speed; transformers takes "
+      f"{_compared(theirs, mine)} times as long"
+    )
 
 
-_WRITES = ("plain write", "export", "digests", "save_pretrained")
+def _compared(theirs: list[list[float]], ours: list[list[float]]) -> str:
+  """Divides the sums of some times by those of others: the best, the median."""
+  a, b = (
+    [sum(each) for each in zip(*sides, strict=True)] for sides in (theirs, ours)
+  )
+  ratios = [x / y for x, y in zip(a, b, strict=True)]
+  return f"{min(a) / min(b):.2f} / {statistics.median(ratios):.2f}"
+
+
+_FILE_ITEMSIZE = 2  # bfloat16.
+_NAMES = ("plain read", "load", "from_pretrained", "digests")
+_WRITES = ("plain write", "export", "save_pretrained")
+_NAMES += _WRITES
+_COMPARED = (
+  ("load", ["load"], ["plain read"], ["from_pretrained"]),
+  ("export", ["export"], ["plain write"], ["save_pretrained"]),
+  (
+    "both",
+    ["load", "export"],
+    ["plain read", "plain write"],
+    ["from_pretrained", "save_pretrained"],
+  ),
+)
 
 
 def _read_plainly(directory: pathlib.Path) -> list[np.ndarray]:
@@ -179,24 +220,22 @@ def _write_plainly(arrays: list[np.ndarray], path: pathlib.Path) -> None:
     os.fsync(file.fileno())
 
 
-def _digests(directory: pathlib.Path) -> list[str]:
-  """Computes the digests that an export takes, of what it wrote."""
-  found = []
-  for path in sorted(directory.glob("*.safetensors")):
-    with path.open("rb") as file:
-      found.append(hashlib.file_digest(file, "sha256").hexdigest())
-  return found
+def _digests(arrays: list[np.ndarray]) -> None:
+  """Hashes all bytes, as an export does once while it writes them."""
+  for array in arrays:
+    shards.new_digest().update(array.data)
 
 
 def _from_pretrained(
-  directory: pathlib.Path,
+  directory: pathlib.Path, dtype: str
 ) -> Any:  # Any: the peer's own type.
-  """Loads a model, and reads every value: it may only have been mapped."""
+  """Loads a model; one that is only mapped has every value read."""
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    directory, dtype=_DTYPE.value, trust_remote_code=False
+    directory, dtype=dtype, trust_remote_code=False
   )
-  for value in model.parameters():
-    value.max()
+  if dtype == "bfloat16":
+    for value in model.parameters():
+      value.max()
   return model
 
 
@@ -204,18 +243,18 @@ def _save_pretrained(
   model: Any,  # Any: the peer's own type.
   directory: pathlib.Path,
 ) -> None:
-  """Saves, and waits until it is on disk, as the others do."""
-  model.save_pretrained(directory, max_shard_size=_SHARD_BYTES.value)
+  """Saves in bfloat16, and waits until it is on disk, as the others do."""
+  model.bfloat16().save_pretrained(directory, max_shard_size=_SHARD_BYTES.value)
   for path in directory.iterdir():
     with path.open("rb") as file:
       os.fsync(file.fileno())
 
 
-def _prepare(directory: pathlib.Path) -> None:
+def _prepare(directory: pathlib.Path, *, is_cold: bool) -> None:
   """Puts all weights in the page cache, or takes them out of it."""
   for path in directory.glob("*.safetensors"):
     with path.open("rb") as file:
-      if _COLD.value:
+      if is_cold:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
       else:
         hashlib.file_digest(file, "md5")
@@ -273,7 +312,7 @@ def _save(
     params,
     model,
     source=source,
-    dtype="float32" if _DTYPE.value == "float32" else "bfloat16",
+    dtype="bfloat16",
     max_shard_bytes=_SHARD_BYTES.value,
     about=card.Card(base=""),
     overwrite=False,
