@@ -2,6 +2,8 @@
 """Loading, and every way a checkpoint can be wrong."""
 
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +226,32 @@ def test_what_is_neither_on_disk_nor_on_the_hub_is_refused(name):
     load.resolve(name)
   assert caught.value.where == name
   assert "offline" in caught.value.fix
+
+
+def test_the_disk_is_asked_ahead_for_what_will_be_read(tmp_path, monkeypatch):
+  model, params = tiny.write_checkpoint(
+    tmp_path / "hf", "phi3", shard=4000, **_EVEN
+  )
+  asked = set()
+
+  def note(handle, start, size, advice):
+    assert advice == os.POSIX_FADV_WILLNEED
+    name = pathlib.Path(os.readlink(f"/proc/self/fd/{handle}")).name
+    asked.add((name, start, start + size))
+
+  monkeypatch.setattr(os, "posix_fadvise", note)
+  _assert_equal(
+    load.load(tmp_path / "hf", model, param_dtype="float32"), params
+  )
+  first = rules.flatten(model.abstract_params)[0][0]  # It is read at once.
+  tensors = shards.open_directory(tmp_path / "hf")
+  expected = set()
+  for piece in rules.pieces(model):
+    if piece.rule.path != first:
+      tensor = tensors[piece.name]
+      row = (tensor.end - tensor.begin) // tensor.shape[0]
+      begin, end = (
+        tensor.begin + row * rows for rows in (piece.start, piece.stop)
+      )
+      expected.add((tensor.file.name, begin, end))
+  assert asked == expected

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of tensors, true and hostile."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -306,3 +307,20 @@ def test_links_are_followed_as_the_hub_cache_needs(tmp_path):
   (snapshot / shards.SINGLE_NAME).symlink_to(blobs / shards.SINGLE_NAME)
   tensors = shards.open_directory(snapshot)
   np.testing.assert_array_equal(shards.read(tensors["a"]), np.ones(2))
+
+
+def test_a_disk_begins_to_write_before_the_last_byte(tmp_path, monkeypatch):
+  begun = []
+  monkeypatch.setattr(shards, "_WRITE_BACK_BYTES", 2**21)
+  monkeypatch.setattr(
+    os, "posix_fadvise", lambda _, start, size, __: begun.append((start, size))
+  )
+  array = np.arange(2**21, dtype=np.float32)
+  _write(tmp_path, {"a": array})
+  size = (tmp_path / shards.SINGLE_NAME).stat().st_size
+  assert len(begun) == 4
+  assert begun[0][0] == 0
+  assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(begun))
+  assert sum(n for _, n in begun) <= size
+  (tensor,) = shards.open_directory(tmp_path).values()
+  np.testing.assert_array_equal(shards.read(tensor), array)
