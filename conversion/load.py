@@ -215,7 +215,9 @@ class _Parameter:
           self.tensors[source.name], source.tensor, source.values
         )
 
-  def _owners(self) -> dict[_Ranges, list[jax.Device]]:
+  def _owners(
+    self,
+  ) -> dict[_Ranges, list[Any]]:  # Any: JAX names no type for devices.
     """Lists this process's devices, by the part that they own."""
     owners = collections.defaultdict(list)
     indices = self.place.addressable_devices_indices_map(self.shape)
