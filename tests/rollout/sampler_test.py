@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both backends are one sampler: the same calls, the same tokens."""
 
+import jax
 import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
-from conversion import card, save
+from atlas_jax.models import quantized
+from conversion import card, load, save, shares
 from rollout import client, sampler, weight_sync
 from tests import fakes, processes, tiny
 
@@ -83,6 +85,25 @@ def opened(tmp_path_factory):
     "mesh": sharding.make_mesh(data=1, fsdp=-1, tensor=1),
     "max_rows": 64,
   }
+
+
+def test_servers_get_a_base_in_few_bits_as_it_is_rounded(opened, tmp_path):
+  model, source = opened["model"], opened["directory"]
+  kept = load.load(source, model, param_dtype="int8")
+  sampler._publish(
+    kept,
+    3,
+    model=model,
+    root=tmp_path,
+    source=source,
+    dtype="float32",
+    share=shares.ALONE,
+  )
+  (published,) = tmp_path.iterdir()
+  got = load.load(published, model, param_dtype="float32")
+  jax.tree.map(
+    np.testing.assert_array_equal, got, quantized.whole(kept, model.dtype)
+  )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
-from atlas_jax.models import lora
+from atlas_jax.models import lora, quantized
 from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import grpo, learner, rows, score
 from atlas_jax.train import optimizer as train_optimizer
@@ -21,6 +21,7 @@ from atlas_jax.train import state as train_state
 from atlas_jax.train import writer as train_writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
+from conversion import load
 from rollout import jax_sampler
 from tests import fakes, metric_names, tiny
 
@@ -127,8 +128,12 @@ def _config(**changes):
 class _World:
   model: object
   tokenizer: chat.Tokenizer
+  directory: object
 
-  def params(self, seed=0):
+  def params(self, seed=0, *, param_dtype="float32"):
+    """Gives the parameters, read anew if they are kept in few bits."""
+    if param_dtype in quantized.KINDS:
+      return load.load(self.directory, self.model, param_dtype=param_dtype)
     params = tiny.params_of(self.model, seed)
     mesh = tiny.mesh()
     return jax.device_put(
@@ -139,10 +144,11 @@ class _World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
   tokenizer = fakes.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-  model = tiny.build(
-    "qwen2", vocab_size=len(tokenizer), num_hidden_layers=1, unroll=1
-  )
-  return _World(model, tokenizer)
+  shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 1}
+  directory = tmp_path_factory.mktemp("world") / "model"
+  tiny.write_checkpoint(directory, "qwen2", **shape)
+  model = tiny.build("qwen2", **shape, unroll=1, remat="dots")
+  return _World(model, tokenizer, directory)
 
 
 def _sampling(group_size, temperature=0.9):
@@ -199,10 +205,10 @@ class _Liar(_Policy):
     self._version = version
 
 
-def _protocol(world, kind):
+def _protocol(world, kind, param_dtype="float32"):
   sampler = kind(
     world.model,
-    world.params(),
+    world.params(param_dtype=param_dtype),
     mesh=tiny.mesh(),
     stop_token_ids=(2,),
     max_rows=64,
@@ -253,14 +259,15 @@ def _train(
   stop_at=None,
   held_out=0,
   reward_fn=_share_of_low_ids,
+  param_dtype="float32",
   **changes,
 ):
   config = _config(**changes)
-  policy_protocol = _protocol(world, kind)
+  policy_protocol = _protocol(world, kind, param_dtype)
   sampler = policy_protocol.policy.sampler
   policy, params = train_policy.create(
     world.model,
-    world.params(),
+    world.params(param_dtype=param_dtype),
     adapters=lora.Lora(**config.lora),
     mesh=tiny.mesh(),
     key=jax.random.key(config.seed),
@@ -366,8 +373,9 @@ _ADAPTERS = {
 
 
 @pytest.mark.slow
-def test_adapters_are_in_what_is_sampled_from(world, tmp_path):
-  _train(world, tmp_path, **_ADAPTERS)
+@pytest.mark.parametrize("param_dtype", ["float32", "int8"])
+def test_adapters_are_in_what_is_sampled_from(world, tmp_path, param_dtype):
+  _train(world, tmp_path, param_dtype=param_dtype, **_ADAPTERS)
   rows = _rows(tmp_path)
   # The first update is on policy, from the base; then they move away from it.
   assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
