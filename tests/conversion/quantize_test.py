@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels are rounded as they are read: the same bits on any mesh."""
 
+import concurrent.futures
+
 import jax
 import numpy as np
 import pytest
@@ -85,6 +87,33 @@ def test_a_base_in_few_bits_is_trained_over_and_merged(written, family):
   merged = lora.merge(whole["nf4"], adapters, settings.scale)
   expected = jax.jit(model.logits)(merged, *batch)
   np.testing.assert_allclose(logits, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize(
+  ("path", "inputs"), [("attention/q/kernel", 128), ("attention/o/kernel", 4)]
+)
+def test_a_process_with_some_inputs_rounds_them_as_one_with_all(
+  written, path, inputs, kind
+):
+  """As where a host of several has the second half of a kernel's inputs."""
+  directory, model, _ = written("qwen3")
+  path = f"layers/{path}"
+  parts = {p.index: p for p in rules.pieces(model) if p.rule.path == path}
+  described = load.describe(model, kind)["layers"]["attention"]
+  name = path.split("/")[2]
+  kernel = quantize.Kernel(path, parts, described[name]["kernel"])
+  whole = _load(directory, model, kind)["layers"]["attention"][name]["kernel"]
+  layers, _, *others = map(range, kernel.shape)
+  hull = (layers, range(inputs // 2, inputs), *others)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    got = quantize._read(
+      kernel, hull, load.open_tensors(directory, model), pool
+    )
+  for part, block in got.items():
+    # Scales of all inputs are of any of them.
+    half = whole[part][:, whole[part].shape[1] // 2 :]
+    np.testing.assert_array_equal(block, half)
 
 
 def test_what_a_device_has_of_a_kernel_is_rounded_once_for_all_that_share_it(
