@@ -123,9 +123,6 @@ def of_outputs(
     ValueError: see `generalized_jsd`, or if `chunk_size` is not positive.
   """
   _check(beta, temperature)
-  teacher_hidden_BTE, teacher_head_EV = jax.lax.stop_gradient(
-    (teacher.hidden_BTD, teacher.head_DV)
-  )
   num_shared = min(student.head_DV.shape[-1], teacher.head_DV.shape[-1])
 
   def stats_of_chunk(
@@ -136,7 +133,7 @@ def of_outputs(
       hidden_BTD, student.head_DV, soft_cap=student.soft_cap
     )
     teacher_BTV = chunks.project(
-      hidden_BTE, teacher_head_EV, soft_cap=teacher.soft_cap
+      hidden_BTE, teacher.head_DV, soft_cap=teacher.soft_cap
     )
     divergence_BT = generalized_jsd(
       student_BTV[..., :num_shared],
@@ -159,7 +156,7 @@ def of_outputs(
 
   return chunks.map_tokens(
     stats_of_chunk,
-    (student.hidden_BTD, teacher_hidden_BTE, targets_BT),
+    (student.hidden_BTD, teacher.hidden_BTD, targets_BT),
     chunk_size=chunk_size,
   )
 

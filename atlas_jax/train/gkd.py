@@ -203,15 +203,14 @@ def packed_loss(
   """
   tokens = batch["token_ids"], batch["positions"], batch["segment_ids"]
   hidden_BTD, balance = policy.hidden_and_balance(params, *tokens)
-  teacher_params = jax.lax.stop_gradient(params[_TEACHER])
-  hidden_BTE = teacher.hidden(teacher_params, *tokens)
+  hidden_BTE = teacher.hidden(params[_TEACHER], *tokens)
   stats = gkd.of_outputs(
     gkd.Output(
       hidden_BTD[:, :-1], policy.head(params), policy.config.logit_soft_cap
     ),
     gkd.Output(
       hidden_BTE[:, :-1],
-      teacher.head(teacher_params),
+      teacher.head(params[_TEACHER]),
       teacher.config.logit_soft_cap,
     ),
     batch["token_ids"][:, 1:],

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from configs.run import teacher_rcl, teacher_sft
-from scripts import plan_checks
+from configs.run import teacher_gkd, teacher_rcl, teacher_sft
+from scripts import plan_checks, plan_memory
 from tests import tiny
 
 _SHAPE = {"num_hidden_layers": 1, "max_position_embeddings": 4096}
@@ -42,6 +42,16 @@ def _grpo(files):
   return config
 
 
+def _gkd(files):
+  config = teacher_gkd.get_config()
+  config.model.path = config.teacher.path = str(files / "model")
+  config.data.path = str(files / "rows.jsonl")
+  config.packing.length = 256
+  config.sampling.complete.max_completion_tokens = 8
+  config.batch.num_prompts = 4
+  return config
+
+
 def _status(facts):
   return {check.name: check.status for check in facts.checks}
 
@@ -52,6 +62,22 @@ def test_conversations_are_packed_as_the_run_will(files):
   assert facts.steps_per_epoch > 0
   assert 128 < facts.tokens_per_row <= 256
   assert list(files.rglob("quarantine.jsonl")) == []
+
+
+def test_prompts_are_counted_with_what_may_be_sampled_after_them(files):
+  config = _gkd(files)
+  facts = plan_checks.run(config)
+  assert set(_status(facts).values()) == {"ok"}
+  assert {"teacher", "one tokenizer", "data"} <= set(_status(facts))
+  assert facts.steps_per_epoch == 9  # Of 36 rows; 4 are held out.
+  longest = plan_memory.longest_row(config, facts.prompt_tokens)
+  assert 100 < longest <= 256
+  assert facts.tokens_per_row < longest
+  # The data's completions, of two tokens, are all there is if none is sampled.
+  config.completions.on_policy_fraction = 0.0
+  unsampled = plan_checks.run(config)
+  assert plan_memory.longest_row(config, unsampled.prompt_tokens) == longest - 6
+  assert not plan_memory.is_sampled(config)
 
 
 def test_the_longest_question_is_counted_in_its_template(files):

@@ -287,6 +287,36 @@ def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
   assert caught.value.exit_code == 5
 
 
+def test_balance_is_added_to_the_loss_of_a_mixture():
+  policy = tiny.build("qwen3_moe", layout=None)
+  teacher = tiny.build("qwen3", hidden_size=16)
+  params = gkd.with_teacher(
+    tiny.params_of(policy), gkd.Teacher(teacher, tiny.params_of(teacher, 1))
+  )
+  tokens, positions, segments = tiny.batch(policy)
+  batch = {
+    "token_ids": tokens,
+    "positions": positions,
+    "segment_ids": segments,
+    "loss_mask": positions > 3,
+  }
+  loss, (weight, metrics) = gkd.packed_loss(
+    policy,
+    teacher,
+    params,
+    batch,
+    beta=0.5,
+    temperature=1.0,
+    chunk_size=4,
+    router_aux_coef=0.1,
+  )
+  assert weight == 2 * 5
+  balance = metrics["router_aux_loss"]
+  assert balance > 1.0
+  np.testing.assert_allclose(loss, metrics["divergence"] + 0.1 * balance)
+  assert metrics["loss"] == loss
+
+
 @pytest.mark.parametrize(
   "changes",
   [

@@ -10,8 +10,8 @@ import pytest
 from atlas_jax import sharding
 from atlas_jax.models import config as model_config
 from atlas_jax.models import decoder, lora
+from atlas_jax.train import gkd, plan
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import plan
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import state as train_state
 from configs import optimizer as optimizers
@@ -117,6 +117,36 @@ def test_the_state_takes_exactly_what_is_planned(adapters, is_offloaded):
   held = _held(state, jax.devices()[0], on_host=True)
   assert held == plan.num_bytes(described, on_host=True)
   assert (held > 0) == is_offloaded
+
+
+def _teacher(mesh):
+  """Describes a teacher of another width, as `_describe` does a policy."""
+  fields = {**_FIELDS, "hidden_size": 192, "num_hidden_layers": 8}
+  model = _build("none")(model_config.from_hf(tiny.fields("qwen3", **fields)))
+  model = dataclasses.replace(model, layout=sharding.of_activations(mesh))
+  places = sharding.of_params(mesh, model.abstract_params)
+  params = train_state.placed(model.abstract_params, places)
+  return gkd.Teacher(model, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_with_a_teacher_it_does_too(sizes):
+  mesh = _mesh(**sizes)
+  policy, state = _describe(mesh)
+  state = state._replace(reference=None)
+  teacher = _teacher(mesh)
+  planned = plan.of_update(
+    policy, state, _build(), _ROWS, mesh=mesh, teacher=teacher
+  )
+  compiled = plan.compile_update(
+    policy, state, _optimizer(), _ROWS, mesh=mesh, teacher=teacher
+  )
+  assert planned["teacher"] == plan.num_bytes(teacher.params) > 0
+  resident = sum(planned[name] for name in (*_STATE, "teacher"))
+  assert 0 < compiled.arguments - resident <= 4 * 4 * 2 * 128
+  temporaries = sum(planned.values()) - resident
+  assert compiled.temporaries / 1.5 <= temporaries <= compiled.temporaries * 1.5
 
 
 @pytest.mark.slow
