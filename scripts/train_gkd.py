@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 
-from atlas_jax import launch, sharding
+from atlas_jax import distributed, launch, sharding
 from atlas_jax.data import packing, sets
 from atlas_jax.train import completions, gkd
 from scripts import job, origins, planning, processes, program
@@ -49,6 +49,9 @@ def main() -> None:
       batch_size=config.batch.num_prompts,
       seed=config.seed,
       workdir=workdir,
+    )
+    distributed.agree(
+      {"data": train_set.fingerprint(), "held out": eval_set.fingerprint()}
     )
     role = None
     if max_new_tokens:

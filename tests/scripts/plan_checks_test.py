@@ -2,6 +2,7 @@
 """What is wrong with a run's files and servers shows before it starts."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -64,7 +65,9 @@ def test_conversations_are_packed_as_the_run_will(files):
   assert list(files.rglob("quarantine.jsonl")) == []
 
 
-def test_prompts_are_counted_with_what_may_be_sampled_after_them(files):
+def test_prompts_are_counted_with_what_may_be_sampled_after_them(
+  files, tmp_path
+):
   config = _gkd(files)
   facts = plan_checks.run(config)
   assert set(_status(facts).values()) == {"ok"}
@@ -73,6 +76,15 @@ def test_prompts_are_counted_with_what_may_be_sampled_after_them(files):
   longest = plan_memory.longest_row(config, facts.prompt_tokens)
   assert 100 < longest <= 256
   assert facts.tokens_per_row < longest
+  # A teacher that numbers tokens otherwise shows before the run.
+  path = shutil.copytree(files / "model", tmp_path / "other") / "tokenizer.json"
+  tokenizer = json.loads(path.read_text())
+  vocabulary = tokenizer["model"]["vocab"]
+  vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+  path.write_text(json.dumps(tokenizer))
+  config.teacher.path = str(tmp_path / "other")
+  assert _status(plan_checks.run(config))["one tokenizer"] == "FAIL"
+  config.teacher.path = config.model.path
   # The data's completions, of two tokens, are all there is if none is sampled.
   config.completions.on_policy_fraction = 0.0
   unsampled = plan_checks.run(config)

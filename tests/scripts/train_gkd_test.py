@@ -80,8 +80,6 @@ def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
   assert changed
   assert all("proj" in name for name in changed)
   assert (workdir / "adapter/adapter_config.json").exists()
-  assert _run(home, workdir, *options).returncode == 0
-  assert (workdir / "metrics.jsonl").read_text() == told
 
   # A run may start from them, and samples with them from its first step on.
   more = _run(
@@ -106,11 +104,3 @@ def test_another_tokenizer_is_refused(home, tmp_path):
   assert done.returncode == 2, done.stderr
   assert "Policy and teacher have different tokenizers." in done.stderr
   assert "They number 2 tokens differently: 'a'" in done.stderr
-  planned = _run(
-    home,
-    tmp_path / "run",
-    f"--config.teacher.path={other}",
-    "--plan=1xH100",
-  )
-  assert planned.returncode == 2
-  assert re.search("FAIL +one tokenizer", planned.stdout)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GKD: both models score the very tokens that were written, and it learns."""
 
+import functools
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from atlas_jax import chat, errors, launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.losses import gkd as gkd_loss
-from atlas_jax.train import completions, gkd, writer
+from atlas_jax.train import completions, gkd, rows, writer
 from configs.run import teacher_gkd
 from rollout import jax_sampler
 from tests import metric_names, tiny
@@ -21,18 +22,17 @@ _MAX_NEW = 8
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with a policy, teachers and data."""
+  """Gives a folder with a policy, a teacher and data."""
   home = tmp_path_factory.mktemp("home")
   tiny.write_talker(home / "policy", num_hidden_layers=1)
-  wide = {"family": "qwen3", "hidden_size": 32, "num_hidden_layers": 2}
-  tiny.write_talker(home / "teacher", **wide)
-  # As checkpoints of one tokenizer pad their vocabularies.
-  tiny.write_talker(home / "padded", vocab_size=320, **wide)
-  rows = [
+  # As checkpoints of one tokenizer do, it pads the vocabulary otherwise.
+  wide = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320}
+  tiny.write_talker(home / "teacher", family="qwen3", **wide)
+  data = [
     {"question": f"What is {i} + {i}?", "solution": f"It is {2 * i}."}
     for i in range(30)
   ]
-  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
   # So short runs are over before faster code would pay.
   name = "jax_disable_most_optimizations"
   old = jax.config.read(name)
@@ -69,21 +69,13 @@ class _Recorder(jax_sampler.JaxSampler):
     return groups
 
 
-class _Deaf(jax_sampler.JaxSampler):
-  """Keeps its first weights, and says so."""
-
-  def update_weights(self, params, version):
-    """Takes the first weights only."""
-    if version == 0:
-      super().update_weights(params, version)
-
-
-class _Liar(_Deaf):
+class _Liar(jax_sampler.JaxSampler):
   """Keeps its first weights, and claims to have the newest."""
 
   def update_weights(self, params, version):
     """Takes the first weights, and every version."""
-    super().update_weights(params, version)
+    if version == 0:
+      super().update_weights(params, version)
     self._version = version
 
 
@@ -143,49 +135,35 @@ class _Run:
 
 
 def _divergence(run, params, written):
-  """Computes the loss from whole logits, one sequence at a time."""
-  total, count = 0.0, 0
-  for prompt, completion in written:
-    tokens = jnp.asarray([[*prompt, *completion]], jnp.int32)
-    positions = jnp.arange(tokens.shape[1])[None]
-    ones = jnp.ones_like(tokens)
-    ours, theirs = (
-      model.logits(weights, tokens, positions, ones)
-      for model, weights in (
-        (run.base.model, params),
-        (run.teacher.model, run.teacher.params),
-      )
+  """Computes the loss from whole logits, each sequence in a row of its own."""
+  batch = rows.make_tokens(written, multiple=1)
+
+  def logits(model, params):
+    return jax.jit(model.logits)(
+      params, batch["token_ids"], batch["positions"], batch["segment_ids"]
     )
-    each = gkd_loss.generalized_jsd(ours, theirs, beta=0.5, temperature=1.0)
-    total += float(each[0, len(prompt) - 1 : -1].sum())
-    count += len(completion)
-  return total / count
 
-
-def _written(run, fraction):
-  """Gives what the first step is trained on, by the policy or the data."""
-  batch = run.train_set.batch(0)
-  if not fraction:
-    answer = chat.decode(run.base.tokenizer, batch[0].completion)
-    assert answer.startswith("It is ")
-    return [(p.prompt, p.completion) for p in batch]
-  version, prompts, groups = run.sampler.written[0]
-  assert version == 0
-  assert [p.token_ids for p in prompts] == [tuple(p.prompt) for p in batch]
-  return [
-    (p.token_ids, c.token_ids)
-    for p, group in zip(prompts, groups, strict=True)
-    for c in group
+  ours = logits(run.base.model, params)
+  theirs = logits(run.teacher.model, run.teacher.params)
+  each_BT = gkd_loss.generalized_jsd(
+    ours,
+    theirs[..., : ours.shape[-1]],  # The tokens that both have.
+    beta=0.5,
+    temperature=1.0,
+  )
+  spans = [
+    each_BT[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
+    for i, (prompt, completion) in enumerate(written)
   ]
+  return float(jnp.concatenate(spans).mean())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_both_score_the_very_tokens_and_come_to_agree(home, tmp_path, fraction):
+def test_what_was_sampled_is_what_both_score_till_they_agree(home, tmp_path):
   config = _config(
     home,
     **{
-      "completions.on_policy_fraction": fraction,
+      "completions.on_policy_fraction": 1.0,
       "loop.num_steps": 24,
       "loop.eval_every": 12,
       "loop.save_every": 12,
@@ -195,85 +173,91 @@ def test_both_score_the_very_tokens_and_come_to_agree(home, tmp_path, fraction):
   start = jax.tree.map(jnp.copy, run.params)
   before = jax.device_get(run.teacher.params)
   run.train()
-  rows = [row for row in run.told() if "loss" in row]
-  want = _divergence(run, start, _written(run, fraction))
-  assert rows[0]["loss"] == pytest.approx(want, rel=1e-5)
-  losses = [row["loss"] for row in rows]
+  # Each step's weights reached the sampler before it sampled.
+  assert [version for version, *_ in run.sampler.written] == list(range(24))
+  _, prompts, groups = run.sampler.written[0]
+  batch = run.train_set.batch(0)
+  assert [p.token_ids for p in prompts] == [tuple(p.prompt) for p in batch]
+  written = [
+    (p.token_ids, c.token_ids)
+    for p, group in zip(prompts, groups, strict=True)
+    for c in group
+  ]
+  losses = [row["loss"] for row in run.told() if "loss" in row]
+  want = _divergence(run, start, written)
+  assert losses[0] == pytest.approx(want, rel=1e-5)
   assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
   evaluated = [r["eval/loss"] for r in run.told() if "eval/loss" in r]
   assert len(evaluated) == 2
   assert evaluated[1] < evaluated[0]
-  assert {row["on_policy"] for row in rows} == {fraction}
-  # Each step's weights reached the sampler before it sampled.
-  versions = [version for version, *_ in run.sampler.written]
-  assert versions == (list(range(24)) if fraction else [])
   jax.tree.map(np.testing.assert_array_equal, before, run.teacher.params)
-  if fraction:
-    metric_names.check("GKD", run.told())
+  metric_names.check("GKD", run.told())
+
+
+_PLAIN = {"completions.on_policy_fraction": 0.0, "loop.num_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def plain(home, tmp_path_factory):
+  """Trains on one device, on packed rows of the data, all at once.
+
+  Gives the run, the parameters it began with, and those that it ended with.
+  """
+  run = _Run(_config(home, **_PLAIN), tmp_path_factory.mktemp("plain"))
+  run.sampler = None
+  start = jax.tree.map(jnp.copy, run.params)
+  return run, start, run.train()
+
+
+@pytest.mark.slow
+def test_without_sampling_the_data_is_what_both_score(plain):
+  run, start, _ = plain
+  batch = run.train_set.batch(0)
+  answer = chat.decode(run.base.tokenizer, batch[0].completion)
+  assert answer.startswith("It is ")
+  want = _divergence(run, start, [(p.prompt, p.completion) for p in batch])
+  losses = [row["loss"] for row in run.told() if "loss" in row]
+  assert losses[0] == pytest.approx(want, rel=1e-5)
+  assert losses[-1] < losses[0]
+  assert {row["on_policy"] for row in run.told() if "loss" in row} == {0.0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "changes", [{"batch.per_device": 1, "packing.packed": False}, {}]
 )
-def test_layout_and_mesh_change_no_update(home, tmp_path, changes):
-  common = {"completions.on_policy_fraction": 0.0, "loop.num_steps": 3}
-  one = _Run(_config(home, **common), tmp_path / "one").train()
+def test_layout_and_mesh_change_no_update(home, tmp_path, plain, changes):
   mesh = None if changes else sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  run = _Run(_config(home, **common, **changes), tmp_path / "run", mesh=mesh)
-  for got, want in zip(*map(jax.tree.leaves, (run.train(), one)), strict=True):
+  run = _Run(_config(home, **_PLAIN, **changes), tmp_path / "run", mesh=mesh)
+  trained = run.train()
+  for got, want in zip(*map(jax.tree.leaves, (trained, plain[2])), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 @pytest.mark.slow
-def test_a_sampler_that_keeps_old_weights_ends_the_run(home, tmp_path):
-  config = _config(home, **{"completions.on_policy_fraction": 1.0})
-  with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
-    _Run(config, tmp_path / "deaf", kind=_Deaf).train()
-  config.agreement.every = 1
-  config.schedule.learning_rate = 0.1
-  with pytest.raises(errors.DivergedError, match="disagree"):
-    _Run(config, tmp_path / "liar", kind=_Liar).train()
-
-
-@pytest.mark.slow
-def test_what_the_teacher_cannot_read_is_left_out_and_bounded(home, tmp_path):
+def test_a_sampler_with_other_weights_than_it_says_ends_the_run(home, tmp_path):
   config = _config(
     home,
     **{
-      "model.path": str(home / "padded"),
       "completions.on_policy_fraction": 1.0,
-      "completions.max_dropped_fraction": 0.9,
+      "agreement.every": 1,
+      "schedule.learning_rate": 0.1,
     },
   )
-  run = _Run(config, tmp_path / "run")
-  run.train()
-  rows = [row for row in run.told() if "loss" in row]
-  assert all(np.isfinite(row["loss"]) for row in rows)
-  assert max(row["dropped_fraction"] for row in rows) > 0
-  config.completions.max_dropped_fraction = 0.0
-  with pytest.raises(errors.RolloutError, match="are missing") as caught:
-    _Run(config, tmp_path / "strict").train()
-  assert caught.value.exit_code == 6
+  with pytest.raises(errors.DivergedError, match="disagree"):
+    _Run(config, tmp_path / "run", kind=_Liar).train()
 
 
 @pytest.mark.slow
 def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
-  """Half of the steps are sampled; the teacher's head is the wider one."""
-  config = _config(
-    home,
-    **{
-      "lora.rank": 4,
-      "loop.num_steps": 12,
-      "teacher.path": str(home / "padded"),
-    },
-  )
+  """Half of the steps are sampled."""
+  config = _config(home, **{"lora.rank": 4, "loop.num_steps": 12})
   run = _Run(config, tmp_path / "run")
   start = jax.device_get(run.params)
   trained = run.train()
-  rows = [row for row in run.told() if "loss" in row]
-  assert rows[-1]["loss"] < rows[0]["loss"]
-  sampled = [row["on_policy"] for row in rows]
+  told = [row for row in run.told() if "loss" in row]
+  assert told[-1]["loss"] < told[0]["loss"]
+  sampled = [row["on_policy"] for row in told]
   assert 2 < sum(sampled) < 10
   assert sum(sampled) == len(run.sampler.written)
   names = {path[-1].key for path, _ in jax.tree.leaves_with_path(trained)}
@@ -281,7 +265,7 @@ def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, trained, start)
   assert all(jax.tree.leaves(moved))
 
-  config.teacher.path = str(home / "teacher")
+  config.teacher.path = str(home / "policy")
   with pytest.raises(errors.CheckpointError, match="another teacher") as caught:
     _Run(config, tmp_path / "run").train()
   assert caught.value.exit_code == 5
@@ -300,16 +284,16 @@ def test_balance_is_added_to_the_loss_of_a_mixture():
     "segment_ids": segments,
     "loss_mask": positions > 3,
   }
-  loss, (weight, metrics) = gkd.packed_loss(
+  loss_fn = functools.partial(
+    gkd.packed_loss,
     policy,
     teacher,
-    params,
-    batch,
     beta=0.5,
     temperature=1.0,
     chunk_size=4,
     router_aux_coef=0.1,
   )
+  loss, (weight, metrics) = jax.jit(loss_fn)(params, batch)
   assert weight == 2 * 5
   balance = metrics["router_aux_loss"]
   assert balance > 1.0
