@@ -361,12 +361,10 @@ def _logprobs(
   One microbatch at a time, so that it takes less memory than an update does.
   """
   params = train_state.on_device(params)  # A reference may be offloaded.
-  names = ("token_ids", "positions", "segment_ids")
-  parts = train_step.split({n: batch[n] for n in names}, num_microbatches)
-  scores_XRT = jax.lax.map(
-    lambda part: stats_fn(params, part)[0].logprobs, parts
+  scores_RT = score.by_microbatches(
+    lambda params, part: stats_fn(params, part)[0],
+    *(params, batch, num_microbatches),
   )
-  scores_RT = scores_XRT.swapaxes(0, 1).reshape(-1, scores_XRT.shape[-1])
   return rows.take(
     scores_RT, batch["places"], num_microbatches=num_microbatches
   )
