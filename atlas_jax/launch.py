@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -24,13 +23,13 @@ from atlas_jax import (
   types,
   workdirs,
 )
-from atlas_jax.models import decoder, kernel_check, kernels, lora, quantized
+from atlas_jax.models import decoder, kernel_check, kernels, lora
 from atlas_jax.rewards import combine, custom, rlt, shared
 from atlas_jax.teaching import direct, protocol, templates
 from atlas_jax.train import policy as train_policy
 from atlas_jax.train import score, sinks, writer
 from atlas_jax.train import state as train_state
-from conversion import card, load, peft_adapters, save, shares, verify
+from conversion import load, peft_adapters, shares
 from rollout import sampler, wire
 
 
@@ -241,6 +240,16 @@ def open_policy(
   return policy, trained
 
 
+def as_started(
+  opened: OpenModel, policy: train_policy.Policy, trained: decoder.Params
+) -> OpenModel:
+  """Gives the model that a policy is before its first step.
+
+  Adapters from a PEFT directory are not in the base; new ones change nothing.
+  """
+  return dataclasses.replace(opened, params=policy.merged(trained))
+
+
 @contextlib.contextmanager
 def open_protocol(
   policy: OpenModel,
@@ -310,14 +319,14 @@ def open_role(
     params=opened.params,
     tokenizer=opened.tokenizer,
     mesh=mesh,
-    share=_share(),
+    share=share(),
     from_first=distributed.FromFirst(role),
     **config.sampler,
   ) as its_sampler:
     yield protocol.Role(its_sampler, opened.tokenizer)
 
 
-def _share() -> shares.Share:
+def share() -> shares.Share:
   """Tells which of the processes that train as one this is."""
   return shares.Share(
     jax.process_index(), jax.process_count(), distributed.exchange
@@ -419,102 +428,3 @@ def fingerprint(opened: OpenModel) -> str:
     with path.open("rb") as file:
       digest.update(hashlib.file_digest(file, "sha256").digest())
   return digest.hexdigest()
-
-
-def export(  # noqa: PLR0913 - one argument per config key.
-  workdir: pathlib.Path,
-  opened: OpenModel,
-  policy: train_policy.Policy,
-  trained: decoder.Params,
-  step: int | None,
-  *,
-  facts: Mapping[str, str],
-  enabled: bool,
-  keep_steps: int,
-  dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
-  max_shard_bytes: int,
-) -> None:
-  """Writes a Hugging Face directory, and compares its logits with the model's.
-
-  Of several processes each writes a part, and none holds all parameters.
-  Adapters are merged into it, and at the end written by themselves too.
-
-  Args:
-    workdir: the directory is `export` in it, or `export-STEP`; that of the
-      adapters, which PEFT opens, is `adapter`.
-    opened: the model that was trained.
-    policy: what of it.
-    trained: its weights now.
-    step: how many steps are done; None at the end of the run.
-    facts: for the model card, beside the run's last metrics.
-    enabled: whether to write `export`; the last checkpoint has its weights too.
-    keep_steps: how many of the newest `export-STEP` to keep; 0 to write none.
-    dtype: of the weights.
-    max_shard_bytes: of one file.
-
-  Raises:
-    errors.CheckpointError: if it cannot be written, or says something else.
-  """
-  if not (enabled if step is None else keep_steps):
-    return
-  params = policy.merged(trained)
-  about = card.Card(
-    base=opened.name,
-    facts=facts,
-    metrics=writer.last(workdir),
-    rounded_to=quantized.kind_of(opened.params) or "",
-  )
-  directory = workdir / ("export" if step is None else f"export-{step}")
-  save.save(
-    directory,
-    params,
-    opened.model,
-    source=opened.directory,
-    dtype=dtype,
-    max_shard_bytes=max_shard_bytes,
-    about=about,
-    overwrite=True,
-    share=_share(),
-  )
-  # Its few rows need not divide over the mesh.
-  model = dataclasses.replace(opened.model, layout=None)
-  difference = verify.logits_equal(directory, params, model, tolerance=1e-4)
-  logging.info(
-    "Exported to %s; logits differ by %.1e at most. %s",
-    *(directory, difference, save.describe_carried(opened.directory)),
-  )
-  if policy.adapters is not None and jax.process_count() > 1:
-    trained = jax.tree.map(distributed.gather, trained)  # They are small.
-  if not distributed.is_first():
-    return
-  if step is None and policy.adapters is not None:
-    _export_adapters(
-      workdir / "adapter", opened, policy.adapters, trained, about
-    )
-  if step is not None:
-    numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
-    steps = sorted(int(number) for number in numbers if number.isdecimal())
-    for old in steps[:-keep_steps]:
-      shutil.rmtree(workdir / f"export-{old}")
-
-
-def _export_adapters(
-  directory: pathlib.Path,
-  opened: OpenModel,
-  adapters: lora.Lora,
-  trained: decoder.Params,
-  about: card.Card,
-) -> None:
-  """Writes a PEFT directory, unless the family's files leave no names."""
-  if not peft_adapters.has_names(opened.model):
-    logging.warning("PEFT has no names for these adapters; only merged.")
-    return
-  peft_adapters.save_directory(
-    directory,
-    trained,
-    opened.model,
-    settings=adapters,
-    source=opened.directory,
-    about=about,
-  )
-  logging.info("Wrote the adapters to %s.", directory)

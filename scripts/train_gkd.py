@@ -8,10 +8,9 @@ The workdir is the only state: run the same line again and it resumes.
 """
 
 import contextlib
-import dataclasses
 import functools
 
-from atlas_jax import distributed, launch, sharding
+from atlas_jax import distributed, exports, launch, sharding
 from atlas_jax.data import packing, sets
 from atlas_jax.train import completions, gkd
 from scripts import job, origins, planning, processes, program
@@ -56,13 +55,13 @@ def main() -> None:
     role = None
     if max_new_tokens:
       start = base
-      if config.lora.path:  # What was trained before is not in the base.
-        start = dataclasses.replace(base, params=policy.merged(params))
+      if config.lora.path:
+        start = launch.as_started(base, policy, params)
       role = opened.enter_context(
         launch.open_role("policy", start, mesh, config)
       )
     export = functools.partial(
-      launch.export,
+      exports.write,
       workdir,
       base,
       policy,

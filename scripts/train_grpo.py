@@ -10,7 +10,7 @@ The workdir is the only state: run the same line again and it resumes.
 import contextlib
 import functools
 
-from atlas_jax import launch, sharding
+from atlas_jax import exports, launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
@@ -48,6 +48,9 @@ def main() -> None:
     policy, params = launch.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
+    start = base
+    if config.lora.path:
+      start = launch.as_started(base, policy, params)
     if "student" in config:
       student = launch.open_model(
         mesh,
@@ -57,17 +60,17 @@ def main() -> None:
         or bool(config.reward.weights.rlt),
       )
       protocol = opened.enter_context(
-        launch.open_protocol(base, student, mesh, config)
+        launch.open_protocol(start, student, mesh, config)
       )
       reader = launch.open_reader(base, student, protocol, mesh, config)
     else:
-      protocol = opened.enter_context(launch.open_direct(base, mesh, config))
+      protocol = opened.enter_context(launch.open_direct(start, mesh, config))
       reader = None
     reward_fn = opened.enter_context(
       launch.open_reward(reader, functions, config)
     )
     export = functools.partial(
-      launch.export,
+      exports.write,
       workdir,
       base,
       policy,

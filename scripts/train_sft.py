@@ -9,7 +9,7 @@ The workdir is the only state: run the same line again and it resumes.
 
 import functools
 
-from atlas_jax import distributed, launch, sharding
+from atlas_jax import distributed, exports, launch, sharding
 from atlas_jax.data import loader, packing, sets
 from atlas_jax.train import sft
 from scripts import job, origins, planning, processes, program
@@ -48,7 +48,7 @@ def main() -> None:
       {"data": train_set.fingerprint(), "held out": eval_set.fingerprint()}
     )
     export = functools.partial(
-      launch.export,
+      exports.write,
       workdir,
       base,
       policy,

@@ -20,7 +20,7 @@ _JUDGED = _BASE | {"atlas_jax.teaching", "atlas_jax.rewards"}
 _WEIGHTS = _BASE | {"atlas_jax.models", "atlas_jax.sharding"}
 
 # What each part of the tree may import from the rest of it. The parts left
-# out, scripts/ and atlas_jax/launch.py, wire everything together.
+# out, such as scripts/ and atlas_jax/launch.py, wire everything together.
 _MAY_IMPORT = {
   "atlas_jax.types": set(),
   "atlas_jax.errors": set(),

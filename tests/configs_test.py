@@ -11,7 +11,7 @@ import ml_collections
 import optax
 import pytest
 
-from atlas_jax import checkpoint, launch, sharding, types
+from atlas_jax import checkpoint, exports, launch, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
@@ -84,7 +84,7 @@ _FUNCTIONS = {
   "artefacts": (artefacts.Artefacts, ("writer", "tokenizer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
-  "export": (launch.export, ("facts",)),
+  "export": (exports.write, ("facts",)),
 }
 _SFT = _FUNCTIONS | {
   "batch": (sharding.num_microbatches, ()),

@@ -77,7 +77,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     best_mode="min",
     load_best=True,
   )
-  config.export = dict(  # launch.export
+  config.export = dict(  # exports.write
     enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
   )
 

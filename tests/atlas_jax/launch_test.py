@@ -11,7 +11,7 @@ from ml_collections import config_dict
 import numpy as np
 import pytest
 
-from atlas_jax import errors, launch, sharding
+from atlas_jax import errors, exports, launch, sharding
 from atlas_jax.models import lora, quantized
 from atlas_jax.train import state as train_state
 from conversion import card, load, peft_adapters
@@ -200,7 +200,7 @@ def test_a_base_in_few_bits_is_sampled_from_and_exported_as_it_is_rounded(
     targets=("attention/q", "mlp/up"),
   )
   trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)
-  launch.export(
+  exports.write(
     tmp_path,
     opened,
     policy,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import launch, sharding
+from atlas_jax import exports, launch, sharding
 from atlas_jax.data import sets
 from atlas_jax.train import sft
 from configs.run import teacher_sft
@@ -82,7 +82,7 @@ def _train(tmp_path, family, **changes):
     writer=launch.open_writer(tmp_path, config),
     should_stop=lambda: False,
   )
-  launch.export(tmp_path, base, policy, params, None, facts={}, **config.export)
+  exports.write(tmp_path, base, policy, params, None, facts={}, **config.export)
   return base, policy.merged(params), mesh
 
 

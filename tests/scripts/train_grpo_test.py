@@ -117,3 +117,45 @@ def test_a_model_learns_by_itself(tmp_path):
   assert row["rewards/unavailable"] == 2
   assert evaluated["eval/accuracy_high"] > 0
   assert (tmp_path / "run/export/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_policy_goes_on_from_adapters_and_is_sampled_with_them(tmp_path):
+  tiny.write_talker(
+    tmp_path / "policy", num_hidden_layers=1, max_position_embeddings=512
+  )
+  questions = _write_questions(tmp_path)
+
+  def run(workdir, *options):
+    command = [
+      *(sys.executable, "-m", "scripts.train_grpo"),
+      "--config=configs/run/rlvr.py:smoke",
+      f"--workdir={workdir}",
+      "--config.world.directory=",
+      f"--config.model.path={tmp_path}/policy",
+      f"--config.data.path={questions}",
+      "--config.held_out.path=",
+      "--config.batch.num_questions=2",
+      "--config.batch.mask_truncated=False",
+      "--config.sampling.teach.group_size=4",
+      "--config.sampling.teach.max_completion_tokens=8",
+      "--config.reward.weights.exact=0.0",
+      "--reward_fn=tests.reward_functions:plain",
+      "--config.lora.rank=4",
+      "--config.reference.sync_every=0",
+      "--config.loop.num_steps=2",
+      "--config.loop.log_every=1",
+      *options,
+    ]
+    lines = _run(command, workdir).splitlines()
+    return [json.loads(line) for line in lines]
+
+  # So far that the base alone would be another policy.
+  run(tmp_path / "first", "--config.schedule.learning_rate=0.05")
+  rows = run(
+    tmp_path / "more",
+    f"--config.lora.path={tmp_path}/first/adapter",
+    "--config.agreement.max_prob_error=1.0001",
+  )
+  errors = [r["rollout/prob_error"] for r in rows if "rollout/prob_error" in r]
+  assert len(errors) == 2
