@@ -15,4 +15,5 @@ bash scripts/install_rollout.sh
 
 # Two workers share the cores; more threads in each only get in the way.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile \
+  --no-loadscope-reorder "$@"

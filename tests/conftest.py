@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
+    # Most tests compile for longer than they compute.
+    "--xla_backend_optimization_level=0",
   ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,8 +19,12 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what takes gigabytes, unless its mark is asked for."""
+  """Leaves out what takes gigabytes, unless its mark is asked for.
+
+  The files that take longest come first: no worker waits long for another.
+  """
   if "large" not in config.option.markexpr:
     large = [item for item in items if item.get_closest_marker("large")]
     items[:] = [item for item in items if item not in large]
     config.hook.pytest_deselected(items=large)
+  items.sort(key=lambda item: item.path.parent.name != "end_to_end")

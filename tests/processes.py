@@ -19,12 +19,16 @@ from safetensors import numpy as safetensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_S = 300
+# So short a run is over before faster code would pay.
+_SOON = "--xla_backend_optimization_level=0"
+# One device, as a user of a CPU has it.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": _SOON}
 
 
 def start(script, recipe, settings, *options, num_devices):
   """Starts a job on so many devices of its own."""
   words = [f"--config.{key}={value}" for key, value in settings.items()]
-  flags = f"--xla_force_host_platform_device_count={num_devices}"
+  flags = f"{_SOON} --xla_force_host_platform_device_count={num_devices}"
   return subprocess.Popen(
     [
       *(sys.executable, "-m", f"scripts.{script}"),
@@ -45,7 +49,7 @@ def run_code(code, *arguments):
   return subprocess.Popen(
     [sys.executable, "-c", code, *arguments],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env=ENVIRONMENT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

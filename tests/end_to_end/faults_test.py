@@ -2,7 +2,6 @@
 """A job that fails tells what failed first, and leaves nothing behind."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import uuid
 import pytest
 
 from atlas_jax import snapshot
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _MARK = "ATLAS_JAX_TEST"
@@ -54,7 +53,7 @@ def _run(command, **environment):
   child = subprocess.run(
     command,
     cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": "", _MARK: mark, **environment},
+    env={**processes.ENVIRONMENT, _MARK: mark, **environment},
     capture_output=True,
     text=True,
     timeout=300,

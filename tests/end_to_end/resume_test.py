@@ -228,6 +228,15 @@ def _train_gkd(home, workdir, should_stop):
     )
 
 
+def _copied(workdir, to):
+  """Copies a run, unless a save that goes on moves its files meanwhile."""
+  try:
+    shutil.copytree(workdir, to)
+  except shutil.Error:
+    return False
+  return True
+
+
 @pytest.fixture(scope="module", params=[_train_sft, _train_grpo, _train_gkd])
 def straight(home, tmp_path_factory, request):
   """Trains to the end; gives how, its workdir, and a copy after each step."""
@@ -235,7 +244,8 @@ def straight(home, tmp_path_factory, request):
 
   def copy():
     copies.append(workdir.with_name(f"killed-{len(copies)}"))
-    shutil.copytree(workdir, copies[-1])
+    while not _copied(workdir, copies[-1]):
+      shutil.rmtree(copies[-1])
     return False
 
   request.param(home, workdir, copy)

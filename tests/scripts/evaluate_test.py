@@ -2,14 +2,13 @@
 """Evaluation from the command line writes records and a summary."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -40,7 +39,7 @@ def test_records_and_summary_are_of_every_question(tmp_path):
   result = subprocess.run(
     command,
     cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env=processes.ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=300,

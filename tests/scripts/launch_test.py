@@ -14,7 +14,7 @@ import pytest
 
 from atlas_jax import errors
 from rollout import launcher
-from tests import fakes, tiny
+from tests import fakes, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _VLLM = _ROOT / ".venv-rollout/bin/python"
@@ -38,7 +38,7 @@ def _launch(*arguments, command=_PYTHON, timeout=60):
   return subprocess.run(
     [*command, *map(str, arguments)],
     cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"},
+    env={**processes.ENVIRONMENT, "OMP_NUM_THREADS": "1"},
     capture_output=True,
     text=True,
     timeout=timeout,

@@ -2,7 +2,6 @@
 """GKD from the command line: adapters in, two exports out; what is refused."""
 
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -10,14 +9,9 @@ import sys
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# One device; so short a run is over before faster code would pay.
-_ENVIRONMENT = {
-  **os.environ,
-  "XLA_FLAGS": "--xla_backend_optimization_level=0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,7 @@ def _run(home, workdir, *more):
       *more,
     ],
     cwd=_ROOT,
-    env=_ENVIRONMENT,
+    env=processes.ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=300,

@@ -2,7 +2,6 @@
 """GRPO from the command line: it runs, exports, and a second time does not."""
 
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,7 +25,7 @@ def _run(command, workdir):
   result = subprocess.run(
     command,
     cwd=_ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env=processes.ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=300,

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 import signal
@@ -16,12 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _NUM_STEPS = 400
-# Nothing here needs eight devices, and one starts sooner.
-_ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def _start(command, *more):
   return subprocess.Popen(
     [*command, *more],
     cwd=_ROOT,
-    env=_ENVIRONMENT,
+    env=processes.ENVIRONMENT,
     stderr=subprocess.PIPE,
     text=True,
   )
