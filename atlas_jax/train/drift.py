@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the policy may move before somebody is told.
+"""How far the policy may move, or how little, before somebody is told.
 
 The loss clips what a token can do; this tells that it had to, and may stop.
 """
@@ -21,27 +21,33 @@ class Alarm:
     max_ratio: of `ratio_max`, a token's probability now over that at the start
       of the step; 0.0 for no bound.
     max_kl: of `kl`, from the reference, in nats per token; 0.0 for no bound.
-    stop: whether to end the run, and not only to warn.
+    stop: whether to end the run for these, and not only to warn.
+    min_used: of `groups/used_fraction`, groups that teach anything; it is only
+      warned of, since a policy that has learnt all has none. 0.0 for no bound.
   """
 
   max_ratio: float
   max_kl: float
   stop: bool
+  min_used: float
 
   def __post_init__(self) -> None:
     """Refuses bounds that every step would break, or an alarm without any."""
     if (
       self.max_kl < 0.0
       or (self.max_ratio and self.max_ratio <= 1.0)
+      or not 0.0 <= self.min_used <= 1.0
       or (self.stop and not (self.max_ratio or self.max_kl))
     ):
       raise errors.ConfigError(
         "There is no such alarm.",
         where=f"--config.alarm: max_ratio={self.max_ratio}, "
-        f"max_kl={self.max_kl}, stop={self.stop}",
-        why="A ratio starts at 1 and a divergence at 0; without a bound on "
-        "either there is nothing to stop for.",
-        fix="For example max_ratio=100, max_kl=10; 0 is no bound.",
+        f"max_kl={self.max_kl}, min_used={self.min_used}, stop={self.stop}",
+        why="A ratio starts at 1 and a divergence at 0, and a fraction is at "
+        "most 1; without a bound on ratio or divergence there is nothing to "
+        "stop for.",
+        fix="For example max_ratio=100, max_kl=10, min_used=0.1; 0 is no "
+        "bound.",
       )
 
   def check(
@@ -49,14 +55,24 @@ class Alarm:
   ) -> None:
     """Warns of what is out of bounds after `step` steps; NaN is not.
 
+    Where nothing was trained on there is no ratio and no divergence.
+
     Raises:
       errors.DivergedError: if it is to stop.
     """
+    used = float(metrics["groups/used_fraction"])
+    if used < self.min_used:
+      logging.warning(
+        "ALARM at step %d: groups/used_fraction is %.4g, below "
+        "--config.alarm.min_used=%g. In the others all rewards are equal or "
+        "missing: questions are too easy or too hard, or the reward fails.",
+        *(step, used, self.min_used),
+      )
     for name, key, bound in (
       ("ratio_max", "max_ratio", self.max_ratio),
       ("kl", "max_kl", self.max_kl),
     ):
-      value = float(metrics[name])
+      value = float(metrics.get(name, 0.0))
       if not bound or not value > bound:
         continue
       logging.warning(

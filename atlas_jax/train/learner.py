@@ -177,7 +177,7 @@ class Learner:
             max_prob_error=self._max_prob_error,
           )
       metrics |= updated
-      self._alarm.check(metrics, step=step + 1)
+    self._alarm.check(metrics, step=int(state.step) + 1)
     return self._sync_reference(state), metrics
 
   def _kept(

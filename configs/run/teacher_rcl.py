@@ -56,7 +56,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
   config.agreement = dict(max_prob_error=1.02, every=1)  # train.agreement.check
-  config.alarm = dict(max_ratio=100.0, max_kl=10.0, stop=False)  # train.drift
+  config.alarm = dict(  # train.drift
+    max_ratio=100.0, max_kl=10.0, stop=False, min_used=0.1
+  )
   config.overlap = dict(max_staleness=0)  # train.collect.Collector
   config.score = dict(chunk_size=512)  # train.score.token_stats
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance

@@ -8,12 +8,21 @@ import pytest
 from atlas_jax import errors
 from atlas_jax.train import drift
 
-_CALM = {"ratio_max": jnp.float32(1.5), "kl": jnp.float32(0.1)}
+_CALM = {
+  "groups/used_fraction": 0.1,
+  "ratio_max": jnp.float32(1.5),
+  "kl": jnp.float32(0.1),
+}
 
 
 def _alarm(**changes):
-  settings = {"max_ratio": 100.0, "max_kl": 10.0, "stop": False, **changes}
-  return drift.Alarm(**settings)
+  settings = {
+    "max_ratio": 100.0,
+    "max_kl": 10.0,
+    "stop": False,
+    "min_used": 0.1,
+  }
+  return drift.Alarm(**settings | changes)
 
 
 @pytest.fixture
@@ -58,12 +67,22 @@ def test_what_is_calm_or_no_number_is_not(told):
   assert told == []
 
 
+def test_groups_that_teach_nothing_are_told_of_and_never_stop_a_run(told):
+  """Even if no group is left, and so nothing was updated."""
+  _alarm(stop=True).check({"groups/used_fraction": 0.0}, step=3)
+  assert len(told) == 1
+  assert told[0].startswith("ALARM at step 3: groups/used_fraction is 0, below")
+  _alarm(min_used=0.0).check({"groups/used_fraction": 0.0}, step=4)
+  assert len(told) == 1
+
+
 @pytest.mark.parametrize(
   "changes",
   [
     {"max_ratio": 1.0},
     {"max_ratio": -2.0},
     {"max_kl": -1.0},
+    {"min_used": 1.5},
     {"stop": True, "max_ratio": 0.0, "max_kl": 0.0},
   ],
 )

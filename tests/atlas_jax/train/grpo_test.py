@@ -48,7 +48,12 @@ def _config(**changes):
       "rollout": {"backend": "jax"},
       "overlap": {"max_staleness": 0},
       "agreement": {"max_prob_error": 1.01, "every": 1},
-      "alarm": {"max_ratio": 100.0, "max_kl": 10.0, "stop": False},
+      "alarm": {
+        "max_ratio": 100.0,
+        "max_kl": 10.0,
+        "stop": False,
+        "min_used": 0.1,
+      },
       "advantages": {"baseline": "mean", "scale": "group"},
       "groups": {
         "filter_equal": True,
