@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the policy may move, or how little, before somebody is told.
+"""What an update may look like before somebody is told.
 
-The loss clips what a token can do; this tells that it had to, and may stop.
+The loss clips how far a token can move the policy; this tells that it had to,
+and may stop. It tells of batches that teach next to nothing, too.
 """
 
 from collections.abc import Mapping

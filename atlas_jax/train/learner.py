@@ -144,7 +144,11 @@ class Learner:
       records: group by group.
       rewarded: one for each; a missing one is no part of its group.
       is_compared: see above.
+
+    Raises:
+      errors.DivergedError: see `agreement.check` and `drift.Alarm.check`.
     """
+    step = int(state.step)
     rewards_PC, valid_PC = group_rewards(rewarded, self._group_size)
     keep = self._kept(records, rewards_PC, valid_PC)
     varied_P1 = advantages.has_variance(rewards_PC, valid_PC)
@@ -165,7 +169,7 @@ class Learner:
       num_places = sum(part.batch["token_ids"].size for part in parts)
       metrics["padding_fraction"] = 1.0 - sum(lengths) / num_places
       self._add_advantages(parts, keep, rewards_PC, valid_PC)
-      step, versions = int(state.step), {r.completion.version for r in rollouts}
+      versions = {rollout.completion.version for rollout in rollouts}
       state, updated = self._fit(state, parts)
       measured = {k: updated.pop(k) for k in agreement.METRICS}
       if versions == {step}:
@@ -177,7 +181,7 @@ class Learner:
             max_prob_error=self._max_prob_error,
           )
       metrics |= updated
-    self._alarm.check(metrics, step=int(state.step) + 1)
+    self._alarm.check(metrics, step=step + 1)
     return self._sync_reference(state), metrics
 
   def _kept(
