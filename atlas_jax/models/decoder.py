@@ -33,7 +33,10 @@ Remat = Literal["none", "dots", "block", "offload"]
 
 _INPUT = "block_input"
 _POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(kernels.MIXED),
+  ),
   "block": jax.checkpoint_policies.nothing_saveable,
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -146,7 +149,7 @@ class Model:
   ) -> tuple[jax.Array, jax.Array]:
     """Computes `hidden`, and `experts.balance_loss`: 0 where there are none."""
     tokens = kernels.Tokens(positions_BT, segment_ids_BT)
-    views = self._views(tokens, tokens, self.kernel)
+    views = self._views(tokens, None, self.kernel)
 
     def body(
       x_BTD: jax.Array, layer: tuple[Params, jax.Array]
@@ -187,7 +190,7 @@ class Model:
     For reports on where two models part; `hidden` keeps the last one only.
     """
     tokens = kernels.Tokens(positions_BT, segment_ids_BT)
-    views = self._views(tokens, tokens, self.kernel)
+    views = self._views(tokens, None, self.kernel)
     found = [self._embed(params, tokens_BT)]
     taken_apart = unstack(params)["layers"]
     for block, is_local in zip(taken_apart, self.config.local, strict=True):
@@ -282,7 +285,10 @@ class Model:
     return nnx.merge(self.block_graph, nnx.State(restored))
 
   def _views(
-    self, queries: kernels.Tokens, keys: kernels.Tokens, kernel: kernels.Kernel
+    self,
+    queries: kernels.Tokens,
+    keys: kernels.Tokens | None,
+    kernel: kernels.Kernel,
   ) -> Callable[[jax.Array | bool], blocks.View]:
     """Makes the function from whether a layer is local to what it sees."""
     config = self.config

@@ -67,7 +67,7 @@ def attend(
   *qkv, weights = arrays
 
   def loss(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    mixed = kernels.make(kernel, case.mask, tokens, tokens)(*qkv)
+    mixed = kernels.make(kernel, case.mask, tokens)(*qkv)
     mixed = mixed * (tokens.segment_ids_BT > 0)[:, :, None, None]
     return jnp.sum(weights.astype(jnp.float32) * mixed), mixed
 

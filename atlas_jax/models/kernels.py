@@ -11,6 +11,7 @@ import functools
 from typing import get_args, Literal, NamedTuple
 
 import jax
+from jax import ad_checkpoint
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel,
   splash_attention_mask,
@@ -26,9 +27,14 @@ Backend = Literal["auto", Kernel]
 # From queries [B, T, N, H], keys and values [B, K, S, H] to [B, T, N, H].
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+# What a checkpoint policy may keep of attention, to mix values once only.
+MIXED = "mixed_values"
 # Queries of each row whose scores exist at one time: few enough for a CPU's
 # cache, where the gradient takes 0.4 to 0.6 of the time it takes with all.
 _XLA_BLOCK = 64
+# Each span of a row has keys of its own: more spans skip more of what is
+# masked, three eighths with four, and take longer to compile.
+_XLA_SPANS = 4
 # The tiles of the TPU kernel are multiples of its lanes.
 _LANES = 128
 _MAX_SPLASH_BLOCK = 512
@@ -114,7 +120,7 @@ def make(
   kernel: Kernel,
   mask: Mask,
   queries: Tokens,
-  keys: Tokens,
+  keys: Tokens | None = None,
   *,
   layout: layouts.Layout | None = None,
 ) -> Attend:
@@ -124,21 +130,19 @@ def make(
   softmax is in float32. A query that sees nothing gets an arbitrary mixture.
 
   Args:
-    kernel: as `choose` chose it. "reference" and "xla" take anything; the
-      others need queries and keys to be the same tokens, those of a segment
-      next to each other and in order.
+    kernel: as `choose` chose it.
     mask: what is seen.
     queries: where they are.
-    keys: the same for them.
+    keys: the same for them, wherever they are; "reference" and "xla" take
+      them. None if they are the queries' own tokens, those of a segment next
+      to each other and in order, as every kernel takes them.
     layout: how rows are spread over a mesh, if there is one.
   """
   match kernel:
     case "reference":
-      return functools.partial(
-        _mix, mask=mask, seen_BTS=mask.dense(queries, keys)
-      )
+      return _all_at_once(mask, queries, queries if keys is None else keys)
     case "xla":
-      return _xla(mask, queries, keys)
+      return _xla(mask, queries, keys, layout)
     case "cudnn":
       return _cudnn(mask, queries)
     case "splash":
@@ -178,18 +182,66 @@ def _mix(
   return mixed_BKTGH.transpose(0, 2, 1, 3, 4).reshape(q_BTNH.shape)
 
 
-def _xla(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
-  """Goes through long rows by blocks of queries.
+def _all_at_once(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
+  seen_BTS = mask.dense(queries, keys)
+
+  def attend(*qkv: jax.Array) -> jax.Array:
+    return ad_checkpoint.checkpoint_name(
+      _mix(*qkv, mask=mask, seen_BTS=seen_BTS), MIXED
+    )
+
+  return attend
+
+
+def _xla(
+  mask: Mask,
+  queries: Tokens,
+  keys: Tokens | None,
+  layout: layouts.Layout | None,
+) -> Attend:
+  """Goes through rows by spans, and through spans by blocks of queries.
+
+  A span computes no scores of keys behind it, or wholly out of its window.
+  """
+  num_tokens = queries.positions_BT.shape[1]
+  if num_tokens <= _XLA_BLOCK:
+    return _all_at_once(mask, queries, queries if keys is None else keys)
+  size = num_tokens
+  # Where devices share out tokens, each has some of all blocks: no spans.
+  if keys is None and not layouts.splits_tokens(layout):
+    size = _XLA_BLOCK * -(-num_tokens // (_XLA_BLOCK * _XLA_SPANS))
+  keys = queries if keys is None else keys
+  spans = []
+  for start in range(0, num_tokens, size):
+    end = start + size if size < num_tokens else None
+    first = 0 if mask.window is None else max(0, start - mask.window + 1)
+    own, seen = slice(start, end), slice(first, end)
+    part = (Tokens(*(x[:, own] for x in queries)),)
+    part += (Tokens(*(x[:, seen] for x in keys)),)
+    spans.append((own, seen, _by_blocks(mask, *part)))
+
+  def attend(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
+  ) -> jax.Array:
+    # Float32, so that gradients of spans and blocks are added up in it.
+    k32_BKSH, v32_BKSH = (x.astype(jnp.float32) for x in (k_BKSH, v_BKSH))
+    mixed = [
+      blocks(q_BTNH[:, own], k32_BKSH[:, :, seen], v32_BKSH[:, :, seen])
+      for own, seen, blocks in spans
+    ]
+    return ad_checkpoint.checkpoint_name(jnp.concatenate(mixed, axis=1), MIXED)
+
+  return attend
+
+
+def _by_blocks(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
+  """Mixes float32 values, computing in the precision of queries.
 
   The scores of one block exist at a time, and are computed again on the way
   back. What is masked is computed and then thrown away.
   """
   num_tokens = queries.positions_BT.shape[1]
   num_blocks = -(-num_tokens // _XLA_BLOCK)
-  if num_blocks == 1:
-    return functools.partial(
-      _mix, mask=mask, seen_BTS=mask.dense(queries, keys)
-    )
 
   def split(x: jax.Array) -> jax.Array:
     """Moves blocks of tokens in front, filled with padding.
@@ -202,18 +254,15 @@ def _xla(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
     return jnp.moveaxis(x, 2, 0)
 
   def attend(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
+    q_BTNH: jax.Array, k32_BKSH: jax.Array, v32_BKSH: jax.Array
   ) -> jax.Array:
-    # Float32, so that the blocks' gradients are added up in it.
-    k32_BKSH, v32_BKSH = (x.astype(jnp.float32) for x in (k_BKSH, v_BKSH))
-
     @functools.partial(jax.checkpoint, prevent_cse=False)  # It is in a loop.
     def block(part: tuple[jax.Array, Tokens]) -> jax.Array:
       q_BTNH, queries = part
       return _mix(
         q_BTNH,
-        k32_BKSH.astype(k_BKSH.dtype),
-        v32_BKSH.astype(v_BKSH.dtype),
+        k32_BKSH.astype(q_BTNH.dtype),
+        v32_BKSH.astype(q_BTNH.dtype),
         mask=mask,
         seen_BTS=mask.dense(queries, keys),
       )
@@ -297,6 +346,7 @@ def splash(
       attn_logits_soft_cap=mask.soft_cap,
       head_shards=1,
       q_seq_shards=1,
+      residual_checkpoint_name=MIXED,
       interpret=interpret,
     )
     segments = splash_attention_kernel.SegmentIds(

@@ -33,6 +33,11 @@ def gather_tokens(x_BTKH: jax.Array, layout: Layout | None) -> jax.Array:
   )
 
 
+def splits_tokens(layout: Layout | None) -> bool:
+  """Tells whether devices have tokens of one row between them."""
+  return layout is not None and layout.mesh.shape[layout.spec[1]] > 1
+
+
 def divides(x_BTD: jax.Array, layout: Layout) -> bool:
   """Tells whether each device gets as many rows and tokens as any other."""
   sizes = dict(layout.mesh.shape)

@@ -145,6 +145,14 @@ def test_what_is_computed_again_is_not_kept():
   assert offload.temp_size_in_bytes <= block.temp_size_in_bytes
 
 
+def test_dots_computes_no_product_again_but_scores():
+  none, dots = (
+    _traced_gradient(remat=remat).lower().compile().as_text().count(" dot(")
+    for remat in ("none", "dots")
+  )
+  assert dots == none + 1
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_offload_puts_the_inputs_of_blocks_into_the_hosts_memory(platform):
   for remat, is_there in (("offload", True), ("block", False)):

@@ -10,19 +10,19 @@ from atlas_jax.models import kernel_check, kernels
 from tests import tiny
 
 
-def _blind(kernel, mask, queries, keys):
+def _blind(kernel, mask, queries):
   """Attends as cuDNN would without a mask: causally, segments or not."""
   if kernel != "cudnn":
-    return _MAKE(kernel, mask, queries, keys)
+    return _MAKE(kernel, mask, queries)
   one_segment = jnp.ones_like(queries.segment_ids_BT)
   in_row = jnp.broadcast_to(jnp.arange(one_segment.shape[1]), one_segment.shape)
   row = kernels.Tokens(in_row, one_segment)
-  return _MAKE("reference", mask, row, row)
+  return _MAKE("reference", mask, row)
 
 
-def _exact(kernel, mask, queries, keys):
+def _exact(kernel, mask, queries):
   del kernel
-  return _MAKE("reference", mask, queries, keys)
+  return _MAKE("reference", mask, queries)
 
 
 _MAKE = kernels.make

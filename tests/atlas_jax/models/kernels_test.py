@@ -17,9 +17,10 @@ _NUM_TOKENS = 145
 _KERNELS = {
   "reference": functools.partial(kernels.make, "reference"),
   "xla": functools.partial(kernels.make, "xla"),
-  "splash": lambda mask, tokens, _: kernels.splash(
-    mask, tokens, layout=None, interpret=True
+  "xla_any_keys": lambda mask, tokens: kernels.make(
+    "xla", mask, tokens, tokens
   ),
+  "splash": functools.partial(kernels.splash, layout=None, interpret=True),
 }
 
 
@@ -70,7 +71,7 @@ def _in_numpy(q_TNH, k_TKH, v_TKH, mask):
 
 def _attend(kernel, mask, tokens, q, k, v):
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-  return _KERNELS[kernel](mask, tokens, tokens)(q, k, v)
+  return _KERNELS[kernel](mask, tokens)(q, k, v)
 
 
 @pytest.mark.parametrize("kernel", _KERNELS)
@@ -171,7 +172,7 @@ def test_a_window_counts_the_own_token():
 @pytest.mark.parametrize("kernel", ["reference", "xla"])
 def test_softmax_is_in_float32(kernel):
   tokens = _tokens([(600,)], 600)
-  attend = kernels.make(kernel, kernels.Mask(None, 1.0, None), tokens, tokens)
+  attend = kernels.make(kernel, kernels.Mask(None, 1.0, None), tokens)
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in _draw(1, 600))
   jaxpr = jax.make_jaxpr(attend)(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
   exps = [line for line in str(jaxpr).splitlines() if " = exp " in line]
@@ -203,6 +204,47 @@ def test_gradients_of_blocks_are_added_up_in_float32():
   # Added up in bfloat16, 16 blocks are off by 1.8 times as much.
   assert blocks[0] < 1.4 * whole[0]
   assert blocks[1] < 1.4 * whole[1]
+
+
+def test_keys_behind_a_span_or_out_of_its_window_are_not_read():
+  tokens = _tokens([(256,)], 256)  # Four spans.
+  q, k, v, _ = _draw(1, 256)
+  nan_at = {
+    "start": v.at[:, :64].set(jnp.nan),
+    "end": v.at[:, -64:].set(jnp.nan),
+  }
+
+  def finite(window, where):
+    mask = kernels.Mask(window, 0.4, None)
+    mixed = _attend("xla", mask, tokens, q, k, nan_at[where])
+    return jnp.isfinite(mixed).all(axis=(0, 2, 3))
+
+  np.testing.assert_array_equal(finite(None, "end"), np.arange(256) < 192)
+  np.testing.assert_array_equal(finite(7, "start"), np.arange(256) >= 128)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "xla", "splash"])
+def test_kept_values_are_not_mixed_again(kernel):
+  tokens = _tokens([(256,)], 256)
+  q, *kv, weights = _draw(1, 256)
+
+  def num_products(policy):
+    # In a loop, so that the compiler does not merge a layer with its copy.
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def layer(x, kv):
+      mask = kernels.Mask(None, 0.4, None)
+      return jnp.sin(weights * _attend(kernel, mask, tokens, x, *kv)), None
+
+    def loss(x, kv_of_layers):
+      return jnp.sum(jax.lax.scan(layer, x, kv_of_layers)[0])
+
+    args = (q, [jnp.stack([x, x, x]) for x in kv])
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    return gradient.lower(*args).compile().as_text().count(" dot(")
+
+  keep = jax.checkpoint_policies.save_only_these_names(kernels.MIXED)
+  again = jax.checkpoint_policies.nothing_saveable
+  assert num_products(keep) < num_products(again)
 
 
 def test_long_rows_make_no_matrix_of_all_scores():
