@@ -101,7 +101,6 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
     ),
     update,
     frozen={},
-    num_microbatches=1,
     shardings=train_state.shardings(state),
   )
   rows = jnp.ones((_BATCH, _LENGTH), jnp.int32, device=sharding.of_batch(mesh))

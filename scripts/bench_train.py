@@ -195,7 +195,6 @@ def _ours(
       ),
       optimizer,
       frozen={},
-      num_microbatches=1,
       shardings=shardings,
     )
 

@@ -93,15 +93,11 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   loss_fn = functools.partial(
     packed_loss, policy.model, teacher.model, **config.loss, **config.experts
   )
-  # By the number of microbatches, which is that of rows of a batch.
-  steps = functools.cache(
-    lambda num_microbatches: train_step.make_step(
-      train_optimizer.freeze(loss_fn, config.optimizer.frozen),
-      optimizer,
-      frozen=with_teacher(policy.frozen, teacher),
-      num_microbatches=num_microbatches,
-      shardings=train_state.shardings(state),
-    )
+  step_fn = train_step.make_step(
+    train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+    optimizer,
+    frozen=with_teacher(policy.frozen, teacher),
+    shardings=train_state.shardings(state),
   )
   clock = train_clock.Clock()
   lay_out = functools.partial(
@@ -124,7 +120,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     **config.completions,
   )
   task = loop.Task(
-    _Step(policy, teacher, completions, lay_out, steps, jax.jit(rate), clock),
+    _Step(policy, teacher, completions, lay_out, step_fn, jax.jit(rate), clock),
     functools.partial(
       _evaluate, jax.jit(loss_fn), policy, teacher, eval_set, lay_out
     ),
@@ -249,7 +245,7 @@ class _Step:
   teacher: Teacher
   completions: train_completions.Completions
   lay_out: _LayOut
-  steps: Callable[[int], train_step.Step]
+  step_fn: train_step.Step
   rate: optax.Schedule
   clock: train_clock.Clock
 
@@ -264,7 +260,9 @@ class _Step:
       checked = self.completions.compare(
         state.params, batch, num_microbatches, step
       )
-      state, metrics = self.steps(num_microbatches)(state, batch)
+      state, metrics = self.step_fn(
+        state, batch, num_microbatches=num_microbatches
+      )
     lengths = [len(w.prompt) + len(w.completion) for w in written]
     update = flops.of_update(
       self.policy.model.config,

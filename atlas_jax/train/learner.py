@@ -75,23 +75,13 @@ class Learner:
       per_device=config.batch.per_device,
       **config.packing,
     )
-    cut = sampling.top_p < 1.0 or sampling.top_k > 0
-    token_stats = functools.partial(
-      score.token_stats_and_balance,
-      temperature=sampling.temperature,
-      chunk_size=config.score.chunk_size,
-      support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
-    )
+    token_stats = _token_stats(config)
     stats_fn = functools.partial(token_stats, policy.model)
     self._policy = policy
-    self._score = jax.jit(
-      functools.partial(_logprobs, stats_fn), static_argnums=2
-    )
-    self._score_reference = self._score
+    self._score = self._score_reference = _scorer(stats_fn)
     if policy.frozen:
-      base_fn = functools.partial(token_stats, policy.base)
-      self._score_reference = jax.jit(
-        functools.partial(_logprobs, base_fn), static_argnums=2
+      self._score_reference = _scorer(
+        functools.partial(token_stats, policy.base)
       )
     correct = functools.partial(correction.sampler_weights, **config.correction)
     loss_fn = functools.partial(
@@ -102,15 +92,11 @@ class Learner:
       correct=correct,
       **config.experts,
     )
-    # By the number of microbatches, which is that of rows of a batch.
-    self._steps = functools.cache(
-      lambda num_microbatches: train_step.make_step(
-        train_optimizer.freeze(loss_fn, config.optimizer.frozen),
-        optimizer,
-        frozen=policy.frozen,
-        num_microbatches=num_microbatches,
-        shardings=shardings,
-      )
+    self._step = train_step.make_step(
+      train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+      optimizer,
+      frozen=policy.frozen,
+      shardings=shardings,
     )
     self._advantages = jax.jit(
       functools.partial(advantages.group_advantages, **config.advantages)
@@ -266,7 +252,9 @@ class Learner:
     collected = []
     for _ in range(self._batch.num_iterations):
       for part in parts:
-        state, metrics = self._steps(part.num_microbatches)(state, part.batch)
+        state, metrics = self._step(
+          state, part.batch, num_microbatches=part.num_microbatches
+        )
         collected.append(metrics)
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
     # Its value: the next update donates the array itself.
@@ -352,6 +340,25 @@ def _check_sampling(
       why="Its advantage is its reward less that of its group.",
       fix="Set it to 2 or more, for example 8.",
     )
+
+
+def _token_stats(
+  config: Any,  # Any: a ConfigDict.
+) -> Callable[..., tuple[logprobs.TokenStats, jax.Array]]:
+  """Configures `score.token_stats_and_balance` by how tokens are sampled."""
+  sampling = config.sampling.teach
+  cut = sampling.top_p < 1.0 or sampling.top_k > 0
+  return functools.partial(
+    score.token_stats_and_balance,
+    temperature=sampling.temperature,
+    chunk_size=config.score.chunk_size,
+    support=logprobs.Support(sampling.top_p, sampling.top_k) if cut else None,
+  )
+
+
+def _scorer(stats_fn: _StatsFn) -> Callable[..., jax.Array]:
+  """Compiles `_logprobs`, for each number of microbatches."""
+  return jax.jit(functools.partial(_logprobs, stats_fn), static_argnums=2)
 
 
 def _logprobs(

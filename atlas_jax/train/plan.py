@@ -205,7 +205,6 @@ def compile_update(
     loss_fn,
     optimizer,
     frozen=frozen,
-    num_microbatches=rows.num_parts,
     shardings=train_state.shardings(state),
   )
   num_rows = rows.per_device * rows.num_parts * sharding.num_row_shards(mesh)
@@ -214,7 +213,9 @@ def compile_update(
   batch |= {"loss_mask": mask}
   place = sharding.of_batch(mesh)
   batch = train_state.placed(batch, dict.fromkeys(batch, place))
-  lowered = step.func.lower(*step.args, state, batch)
+  lowered = step.func.lower(
+    *(*step.args, state, batch), num_microbatches=rows.num_parts
+  )
   found = lowered.compile().memory_analysis()
   return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes)
 

@@ -71,8 +71,10 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     train_optimizer.freeze(loss_fn, config.optimizer.frozen),
     optimizer,
     frozen=policy.frozen,
-    num_microbatches=sharding.num_microbatches(mesh, **config.batch),
     shardings=train_state.shardings(state),
+  )
+  step_fn = functools.partial(
+    step_fn, num_microbatches=sharding.num_microbatches(mesh, **config.batch)
   )
   rows = sharding.of_batch(mesh)
   clock = train_clock.Clock()
@@ -111,7 +113,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
 
 
 def _do_step(
-  step_fn: train_step.Step,
+  step_fn: Callable[..., tuple[train_state.TrainState, train_step.Metrics]],
   train_set: loader.Loader,
   rows: jax.sharding.Sharding,
   rate: optax.Schedule,

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,20 @@ Metrics = dict[str, jax.Array]
 # mean (how many tokens or sequences it is over) and metrics, which are means of
 # the same weight.
 LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
-Step = Callable[
-  [train_state.TrainState, Batch], tuple[train_state.TrainState, Metrics]
-]
+
+
+class Step(Protocol):
+  """One update; see `make_step`."""
+
+  def __call__(
+    self,
+    state: train_state.TrainState,
+    batch: Batch,
+    *,
+    num_microbatches: int = 1,
+  ) -> tuple[train_state.TrainState, Metrics]:
+    """Gives the new state and metrics; donates the old state."""
+    ...
 
 
 def make_step(
@@ -29,7 +40,6 @@ def make_step(
   optimizer: optax.GradientTransformation,
   *,
   frozen: Mapping[str, Any],  # Any: nested dicts with arrays as leaves.
-  num_microbatches: int,
   shardings: Any,  # Any: a tree like the state's.
 ) -> Step:
   """Makes the jitted update; it donates the state.
@@ -43,18 +53,21 @@ def make_step(
     optimizer: clipping included.
     frozen: the parameters that are not in the state; nothing is computed or
       kept for their training. The loss gets both, as `lora.join` has them.
-    num_microbatches: rows of a batch are split into as many parts, whose
-      gradients are added up.
     shardings: where the state stays, as `state.shardings` tells. The compiler
       would move some of it after the first update, so that a resumed run would
       be another program.
 
   Returns:
-    A function from state and batch to the new state and metrics.
+    A function from state and batch to the new state and metrics. It splits the
+    rows into `num_microbatches` parts, whose gradients are added up.
   """
 
   def step(
-    frozen: Mapping[str, Any], state: train_state.TrainState, batch: Batch
+    frozen: Mapping[str, Any],
+    state: train_state.TrainState,
+    batch: Batch,
+    *,
+    num_microbatches: int = 1,
   ) -> tuple[train_state.TrainState, Metrics]:
     def weighted(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
       loss, (weight, metrics) = loss_fn(lora.join(frozen, params), batch)
@@ -81,7 +94,12 @@ def make_step(
     )
     return new, metrics
 
-  jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, None))
+  jitted = jax.jit(
+    step,
+    static_argnames="num_microbatches",
+    donate_argnums=1,
+    out_shardings=(shardings, None),
+  )
   return functools.partial(jitted, frozen)
 
 

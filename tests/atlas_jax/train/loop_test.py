@@ -39,7 +39,6 @@ def _parts():
     loss_fn,
     optimizer,
     frozen={},
-    num_microbatches=1,
     shardings=train_state.shardings(state()),
   )
   return state, step

@@ -206,7 +206,6 @@ def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
     optimizer.freeze(loss_fn, ("embed/.*",)),
     chain,
     frozen={},
-    num_microbatches=1,
     shardings=train_state.shardings(start()),
   )
   state = start()

@@ -66,7 +66,6 @@ def _make_step(offload):
     _loss,
     _optimizer(),
     frozen={},
-    num_microbatches=2,
     shardings=train_state.shardings(_start(offload)),
   )
 
@@ -78,7 +77,8 @@ def _train(state, step, steps):
     batch = {
       n: jax.random.normal(k, shape) for n, k in zip("xy", keys, strict=True)
     }
-    state, _ = step(state, jax.device_put(batch, sharding.of_batch(_mesh())))
+    batch = jax.device_put(batch, sharding.of_batch(_mesh()))
+    state, _ = step(state, batch, num_microbatches=2)
   return state
 
 

@@ -65,7 +65,7 @@ def _data(seed=0):
   }
 
 
-def _start(loss_fn, *, num_microbatches=1):
+def _start(loss_fn):
   params = {"kernel": jnp.linspace(-1.0, 1.0, _WIDTH)}
   mesh = tiny.mesh(fsdp=8)
   params = jax.device_put(params, sharding.replicated(mesh))
@@ -74,7 +74,6 @@ def _start(loss_fn, *, num_microbatches=1):
     loss_fn,
     _optimizer(),
     frozen={},
-    num_microbatches=num_microbatches,
     shardings=train_state.shardings(state),
   )
   return state, step
@@ -93,17 +92,17 @@ def _assert_close(left, right):
 def test_microbatches_add_up_to_one_batch(aggregate, num_microbatches):
   loss_fn = _regression(aggregate)
   whole, whole_metrics = _start(loss_fn)[1](_start(loss_fn)[0], _data())
-  state, step = _start(loss_fn, num_microbatches=num_microbatches)
-  split, split_metrics = step(state, _data())
+  state, step = _start(loss_fn)
+  split, split_metrics = step(state, _data(), num_microbatches=num_microbatches)
   _assert_close(split, whole)
   _assert_close(split_metrics, whole_metrics)
 
 
 def test_gradient_norm_is_that_of_the_whole_loss_before_clipping():
   loss_fn = _regression("token_mean")
-  state, step = _start(loss_fn, num_microbatches=4)
+  state, step = _start(loss_fn)
   grads = jax.grad(lambda p: loss_fn(p, _data())[0])(state.params)
-  _, metrics = step(state, _data())
+  _, metrics = step(state, _data(), num_microbatches=4)
   np.testing.assert_allclose(
     metrics["grad_norm"], np.linalg.norm(grads["kernel"]), rtol=1e-6
   )
@@ -111,9 +110,8 @@ def test_gradient_norm_is_that_of_the_whole_loss_before_clipping():
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(num_microbatches):
-  state, step = _start(
-    _regression("token_mean"), num_microbatches=num_microbatches
-  )
+  state, step = _start(_regression("token_mean"))
+  step = functools.partial(step, num_microbatches=num_microbatches)
   state, _ = step(state, _data())
   before = jax.device_get((state.params, state.opt_state))
   broken = _data()
@@ -177,13 +175,12 @@ def _ten_steps(family, mesh, *, num_microbatches):
     ),
     _optimizer(),
     frozen={},
-    num_microbatches=num_microbatches,
     shardings=train_state.shardings(state),
   )
   losses = []
   for seed in range(10):
     batch = jax.device_put(_sft_batch(model, seed), sharding.of_batch(mesh))
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, num_microbatches=num_microbatches)
     losses.append(float(metrics["loss"]))
   return state, losses, step
 
@@ -257,7 +254,6 @@ def test_no_device_holds_activations_of_the_rows_of_others():
     ),
     _optimizer(),
     frozen={},
-    num_microbatches=1,
     shardings=train_state.shardings(state),
   )
   batch = jax.eval_shape(lambda: _sft_batch(model, 0, num_tokens=num_tokens))
