@@ -3,12 +3,13 @@
 
 import os
 
+from tests import quick_compile
+
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    # Most tests compile for longer than they compute.
-    "--xla_backend_optimization_level=0",
+    quick_compile.XLA_FLAGS,
   ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

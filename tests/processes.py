@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from tests import quick_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_S = 300
-# So short a run is over before faster code would pay.
-_SOON = "--xla_backend_optimization_level=0"
 # One device, as a user of a CPU has it.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": _SOON}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_compile.XLA_FLAGS}
 
 
 def start(script, recipe, settings, *options, num_devices):
   """Starts a job on so many devices of its own."""
   words = [f"--config.{key}={value}" for key, value in settings.items()]
-  flags = f"{_SOON} --xla_force_host_platform_device_count={num_devices}"
+  device_count = f"--xla_force_host_platform_device_count={num_devices}"
   return subprocess.Popen(
     [
       *(sys.executable, "-m", f"scripts.{script}"),
@@ -37,7 +37,10 @@ def start(script, recipe, settings, *options, num_devices):
       *options,
     ],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": flags},
+    env={
+      **os.environ,
+      "XLA_FLAGS": f"{quick_compile.XLA_FLAGS} {device_count}",
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
