@@ -241,12 +241,19 @@ def open_policy(
 
 
 def as_started(
-  opened: OpenModel, policy: train_policy.Policy, trained: decoder.Params
+  opened: OpenModel,
+  policy: train_policy.Policy,
+  trained: decoder.Params,
+  *,
+  adapters_path: str,
 ) -> OpenModel:
   """Gives the model that a policy is before its first step.
 
-  Adapters from a PEFT directory are not in the base; new ones change nothing.
+  Adapters from a PEFT directory are not in the base, so it is merged with them;
+  new ones, where the path is empty, change nothing.
   """
+  if not adapters_path:
+    return opened
   return dataclasses.replace(opened, params=policy.merged(trained))
 
 

@@ -54,9 +54,9 @@ def main() -> None:
     )
     role = None
     if max_new_tokens:
-      start = base
-      if config.lora.path:
-        start = launch.as_started(base, policy, params)
+      start = launch.as_started(
+        base, policy, params, adapters_path=config.lora.path
+      )
       role = opened.enter_context(
         launch.open_role("policy", start, mesh, config)
       )

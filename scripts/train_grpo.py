@@ -48,9 +48,9 @@ def main() -> None:
     policy, params = launch.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
-    start = base
-    if config.lora.path:
-      start = launch.as_started(base, policy, params)
+    start = launch.as_started(
+      base, policy, params, adapters_path=config.lora.path
+    )
     if "student" in config:
       student = launch.open_model(
         mesh,

@@ -101,10 +101,10 @@ def block_size(path: str, size: int) -> int:
   if block < _MIN_BLOCK:
     raise errors.ConfigError(
       f"Parameter {path} has no blocks for nf4.",
-      where="--config.model.param_dtype=nf4",
+      where="param_dtype=nf4",
       why=f"Its inputs are {size}, which divides by blocks of {block} at most; "
       f"scales of blocks below {_MIN_BLOCK} would take what is saved.",
-      fix="Set --config.model.param_dtype=int8, or bfloat16.",
+      fix="Set this model's param_dtype to int8, or bfloat16.",
     )
   return block
 
