@@ -32,6 +32,7 @@ _MAX_LISTED = 8
 # Twice the cores: half of them may wait for the disk.
 NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
 _STEP_BYTES = 16 * 2**20  # Of a tensor, for one reader: none waits for long.
+_NUM_AHEAD = 16  # Steps that the disk fetches before they are read.
 
 
 def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
@@ -140,15 +141,15 @@ def load(
     )
   ]
   leaves = []
-  with (
-    concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool,
-    concurrent.futures.ThreadPoolExecutor(1) as ahead,
-  ):
-    for item, following in itertools.zip_longest(waiting, waiting[1:]):
-      if isinstance(following, _Parameter):
-        ahead.submit(following.read_ahead)
+  ahead = itertools.chain.from_iterable(
+    item.read_ahead() for item in waiting if isinstance(item, _Parameter)
+  )
+  collections.deque(itertools.islice(ahead, _NUM_AHEAD), maxlen=0)
+  with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
+    for item in waiting:
       if isinstance(item, _Parameter):
-        made: Any = item.assemble(pool)  # Any: a dict of arrays, or an array.
+        # Any: a dict of arrays, or an array.
+        made: Any = item.assemble(pool, ahead)
       else:
         made = quantize.assemble(item.kernel, item.places, tensors, pool)
       leaves.append(made)
@@ -197,23 +198,41 @@ class _Parameter:
   parts: Mapping[tuple[int, ...], rules.Piece]
   tensors: Mapping[str, header.Tensor]
 
-  def assemble(self, pool: concurrent.futures.Executor) -> jax.Array:
-    """Makes an array of the parts that this process's devices own."""
+  def assemble(
+    self, pool: concurrent.futures.Executor, ahead: Iterator[None]
+  ) -> jax.Array:
+    """Makes an array of the parts that this process's devices own.
+
+    For each step that is done, the disk is asked for one more.
+    """
     owned = []
     for ranges, devices in self._owners().items():
-      block = self._read(ranges, pool)
+      block = arrays.empty([len(each) for each in ranges], self.dtype)
+      reads = [
+        pool.submit(
+          _copy,
+          source.name,
+          source.values[rows],
+          rules.to_hf(source.rule, block[source.place])[rows],
+        )
+        for source, rows in self._steps(ranges)
+      ]
+      for read in reads:
+        read.result()
+        next(ahead, None)
       owned += [jax.device_put(block, device) for device in devices]
     return jax.make_array_from_single_device_arrays(
       self.shape, self.place, owned
     )
 
-  def read_ahead(self) -> None:
-    """Has the disk fetch what `assemble` will read."""
+  def read_ahead(self) -> Iterator[None]:
+    """Has the disk fetch what `assemble` will read, step by step."""
     for ranges in self._owners():
-      for source in self._sources(ranges):
+      for source, rows in self._steps(ranges):
         shards.read_ahead(
-          self.tensors[source.name], source.tensor, source.values
+          self.tensors[source.name], source.tensor, source.values[rows]
         )
+        yield
 
   def _owners(
     self,
@@ -244,24 +263,13 @@ class _Parameter:
       values = rules.to_hf(piece.rule, ours)
       yield _Source(piece.name, piece.rule, place, tensor, values)
 
-  def _read(
-    self, ranges: _Ranges, pool: concurrent.futures.Executor
-  ) -> np.ndarray:
-    """Reads any part, some rows of a tensor after the other."""
-    block = arrays.empty([len(each) for each in ranges], self.dtype)
-    reads = []
+  def _steps(self, ranges: _Ranges) -> Iterator[tuple["_Source", slice]]:
+    """Divides what is read of a part into some rows of a tensor at a time."""
     for source in self._sources(ranges):
-      values = source.values
-      target = rules.to_hf(source.rule, block[source.place])
-      step = max(1, _STEP_BYTES * len(values) // max(1, values.nbytes))
-      for start in range(0, len(values), step):
-        rows = slice(start, start + step)
-        reads.append(
-          pool.submit(_copy, source.name, values[rows], target[rows])
-        )
-    for read in reads:
-      read.result()
-    return block
+      num_rows, num_bytes = len(source.values), source.values.nbytes
+      size = max(1, _STEP_BYTES * num_rows // max(1, num_bytes))
+      for start in range(0, num_rows, size):
+        yield source, slice(start, start + size)
 
 
 class _Source(NamedTuple):

@@ -243,15 +243,35 @@ def test_the_disk_is_asked_ahead_for_what_will_be_read(tmp_path, monkeypatch):
   _assert_equal(
     load.load(tmp_path / "hf", model, param_dtype="float32"), params
   )
-  first = rules.flatten(model.abstract_params)[0][0]  # It is read at once.
   tensors = shards.open_directory(tmp_path / "hf")
   expected = set()
   for piece in rules.pieces(model):
-    if piece.rule.path != first:
-      tensor = tensors[piece.name]
-      row = (tensor.end - tensor.begin) // tensor.shape[0]
-      begin, end = (
-        tensor.begin + row * rows for rows in (piece.start, piece.stop)
-      )
-      expected.add((tensor.file.name, begin, end))
+    tensor = tensors[piece.name]
+    row = (tensor.end - tensor.begin) // tensor.shape[0]
+    begin, end = (
+      tensor.begin + row * rows for rows in (piece.start, piece.stop)
+    )
+    expected.add((tensor.file.name, begin, end))
   assert asked == expected
+
+
+def test_the_disk_is_not_asked_for_more_than_memory_may_hold(
+  tmp_path, monkeypatch
+):
+  model, _ = tiny.write_checkpoint(tmp_path / "hf", "qwen2", **_EVEN)
+  counts, copy = {"asked": 0, "read": 0}, load._copy
+
+  def ask(*_):
+    counts["asked"] += 1
+    assert counts["asked"] <= counts["read"] + 3
+
+  def read(*args):
+    copy(*args)
+    counts["read"] += 1
+
+  monkeypatch.setattr(load, "_NUM_AHEAD", 3)
+  monkeypatch.setattr(load, "_STEP_BYTES", 1000)
+  monkeypatch.setattr(shards, "read_ahead", ask)
+  monkeypatch.setattr(load, "_copy", read)
+  load.load(tmp_path / "hf", model, param_dtype="float32")
+  assert counts["asked"] == counts["read"] > len(list(rules.pieces(model)))

@@ -221,7 +221,7 @@ def test_inputs_without_blocks_are_refused_with_what_to_set():
   model = tiny.build("qwen3")
   with pytest.raises(errors.ConfigError, match="no blocks") as caught:
     quantized.describe(model.abstract_params, "nf4")
-  assert "param_dtype=int8" in caught.value.fix
+  assert "param_dtype to int8" in caught.value.fix
   quantized.describe(model.abstract_params, "int8")
 
 
