@@ -13,12 +13,15 @@ import sys
 
 import pytest
 
+from tests import quick_compile
+
 _ROOT = pathlib.Path(__file__).parents[2]
 _ENVIRONMENT = {
   **os.environ,
   # One device, as a user has it. What this leaves out takes long to compile,
   # and makes no run of these shorter.
-  "XLA_FLAGS": "--xla_backend_optimization_level=1",
+  "XLA_FLAGS": "--xla_backend_optimization_level=1 "
+  + quick_compile.NO_FUSION_EMITTERS,
 }
 # These two make the world.
 _WORLD = {"world_student": "student_run", "teacher_sft": "teacher_run"}
