@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from atlas_jax import errors, snapshot
+from atlas_jax import checkpoint_format, errors
 
 Mode = Literal["min", "max"]
 HostState = Mapping[str, Any]  # Any: JSON.
@@ -88,7 +88,7 @@ class Checkpointer:
     # Of every step that was saved or is being saved; more is better.
     self._scores: dict[int, float] = {}
     for step in self.steps():
-      about = snapshot.read(self._path(step))
+      about = checkpoint_format.read(self._path(step))
       if about is not None:
         self._score(step, about["metrics"])
 
@@ -127,12 +127,14 @@ class Checkpointer:
       errors.CheckpointError: if `max_failed` saves in a row have failed.
     """
     self._settle()
-    about = snapshot.describe(state, identity=self._identity, metrics=metrics)
+    about = checkpoint_format.describe(
+      state, identity=self._identity, metrics=metrics
+    )
     partial = self._partial(step)
     try:
       if _is_primary():
         partial.mkdir(parents=True)
-      self._orbax.save(partial / snapshot.STATE, state)
+      self._orbax.save(partial / checkpoint_format.STATE, state)
     except (OSError, ValueError) as error:
       self._fail(step, error)
       return
@@ -217,7 +219,7 @@ class Checkpointer:
     if not steps:
       return state, {}
     step = self._newest_sound(steps)
-    about = None if step is None else snapshot.read(self._path(step))
+    about = None if step is None else checkpoint_format.read(self._path(step))
     if step is None or about is None:
       raise errors.CheckpointError(
         "No checkpoint of this run is sound.",
@@ -226,17 +228,17 @@ class Checkpointer:
         fix="Restore the folder from a copy, or remove it to start anew.",
       )
     path = self._path(step)
-    changed = snapshot.changes(about["identity"], self._identity)
+    changed = checkpoint_format.changes(about["identity"], self._identity)
     self._check_changed(changed, path)
     anew = {_MAY_CHANGE[name] for name in changed} - {""}
-    _check_arrays(about["arrays"], snapshot.arrays(state), path, anew)
+    _check_arrays(about["arrays"], checkpoint_format.arrays(state), path, anew)
     restored = self._restore(path, state, anew)
     if _is_primary():
       for damaged in steps[steps.index(step) + 1 :]:
         self._scores.pop(damaged, None)
         _put_aside(self._path(damaged))
-    _tell_resumed(step, about, snapshot.environment(state))
-    return restored, snapshot.read_host_state(path)
+    _tell_resumed(step, about, checkpoint_format.environment(state))
+    return restored, checkpoint_format.read_host_state(path)
 
   def restore_final(self, state: _State) -> _State:
     """Gives the state to end with: the best if `load_best`, else `state`.
@@ -279,7 +281,7 @@ class Checkpointer:
     self._orbax.wait_until_finished()
     if not _is_primary():
       return
-    snapshot.seal(self._partial(step), about, host_state)
+    checkpoint_format.seal(self._partial(step), about, host_state)
     self._partial(step).rename(self._path(step))
     logging.info("Saved step %d to %s.", step, self._path(step))
     kept = {self.best_step(), *self.steps()[-self._keep :]}
@@ -331,7 +333,7 @@ class Checkpointer:
     """Finds where to go on; one process reads, and tells the others."""
     found = _NONE
     for step in reversed(steps) if _is_primary() else ():
-      why = snapshot.damage(self._path(step))
+      why = checkpoint_format.damage(self._path(step))
       if not why:
         found = step
         break
@@ -349,10 +351,10 @@ class Checkpointer:
     fields, structure = jax.tree.flatten_with_path(
       state, is_leaf=lambda node: node is not state
     )
-    named = {snapshot.name(key): field for key, field in fields}
+    named = {checkpoint_format.name(key): field for key, field in fields}
     wanted = {name: field for name, field in named.items() if name not in anew}
     restored = ocp.PyTreeCheckpointer().restore(
-      path / snapshot.STATE,
+      path / checkpoint_format.STATE,
       args=ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -372,11 +374,13 @@ class Checkpointer:
       raise errors.CheckpointError(
         f"A checkpoint was made with another {' and '.join(changed)}.",
         where=str(path),
-        why=snapshot.table(changed),
+        why=checkpoint_format.table(changed),
         fix=f"{fix}.",
       )
     if changed:
-      logging.warning("Going on with what changed:%s", snapshot.table(changed))
+      logging.warning(
+        "Going on with what changed:%s", checkpoint_format.table(changed)
+      )
 
 
 def _parse_allowed(allow_changed: str) -> set[str]:
@@ -439,14 +443,14 @@ def _check_arrays(
   """Compares shapes here: orbax would cast, and leave out what is None."""
   changed = {
     name: values
-    for name, values in snapshot.changes(saved, wanted).items()
+    for name, values in checkpoint_format.changes(saved, wanted).items()
     if name.partition("/")[0] not in anew
   }
   if changed:
     raise errors.CheckpointError(
       "A checkpoint does not fit this model and optimizer.",
       where=str(path),
-      why=f"{len(changed)} arrays differ:{snapshot.table(changed)}",
+      why=f"{len(changed)} arrays differ:{checkpoint_format.table(changed)}",
       fix="Run with the config it was made with (the workdir keeps earlier "
       "ones, as config.*.json), or choose another --workdir.",
     )
@@ -459,12 +463,12 @@ def _tell_resumed(
 ) -> None:
   minutes = (time.time() - about["saved_at"]) / 60
   logging.info("Resuming from step %d, saved %.0f minutes ago.", step, minutes)
-  changed = snapshot.changes(about["environment"], environment)
+  changed = checkpoint_format.changes(about["environment"], environment)
   if changed:
     logging.warning(
       "This is not where the checkpoint was made, so results may differ in "
       "their last bits:%s",
-      snapshot.table(changed),
+      checkpoint_format.table(changed),
     )
 
 

@@ -129,7 +129,7 @@ def exchange(text: str) -> list[str]:
 _exchanges = itertools.count()  # No two waits have one name.
 
 
-class FromFirst:
+class OnFirstProcess:
   """Lets the first process do what must be done once, such as asking a server.
 
   The others wait, and get what it got. All call it alike: the n-th call of one

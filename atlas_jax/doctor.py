@@ -75,7 +75,7 @@ def diagnose() -> Iterator[Line]:
   versions = installed()
   yield of_python(sys.version_info[:2])
   yield from of_versions(versions)
-  yield from of_pairs(versions)
+  yield from check_version_pairs(versions)
   yield of_devices()
   yield from map(of_port, _PORTS)
   yield of_space("disk", pathlib.Path.cwd(), low=50 * _GIB)
@@ -120,7 +120,7 @@ def of_versions(versions: Versions) -> Iterator[Line]:
       yield Line("warn", name, found, fix)
 
 
-def of_pairs(versions: Versions) -> Iterator[Line]:
+def check_version_pairs(versions: Versions) -> Iterator[Line]:
   """Looks for versions that are known to go wrong, alone or together."""
   jax, flax = (_parts(versions.get(name, "")) for name in ("jax", "flax"))
   if jax >= (0, 11, 1) and flax and flax <= (0, 12, 8):

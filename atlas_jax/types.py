@@ -197,7 +197,7 @@ class RewardFn(Protocol):
     ...
 
 
-class FromFirst(Protocol):
+class OnFirstProcess(Protocol):
   """Does once, for all processes of a run, what must not be done by each."""
 
   def __call__(self, make: Callable[[], _Json]) -> _Json:

@@ -6,7 +6,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
-    dict(  # launch.open_policy
+    dict(  # components.open_policy
       path="",
       rank=0,
       alpha=32.0,

@@ -8,8 +8,7 @@ import pathlib
 
 import numpy as np
 
-from conversion import load, shards
-from conversion import step as orbax_step
+from conversion import load, orbax_step, shards
 
 
 @dataclasses.dataclass(frozen=True)

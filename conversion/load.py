@@ -22,8 +22,7 @@ import jax.sharding as js
 import numpy as np
 
 from atlas_jax import errors
-from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder, quantized
+from atlas_jax.models import decoder, decoder_config, quantized
 from conversion import arrays, header, quantize, rules, shards
 
 _HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
@@ -70,7 +69,7 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
 
 def read_config(
   directory: pathlib.Path,
-) -> tuple[model_config.DecoderConfig, dict[str, Any]]:  # Any: JSON.
+) -> tuple[decoder_config.DecoderConfig, dict[str, Any]]:  # Any: JSON.
   """Reads `config.json` as a decoder's shape, and as it is.
 
   Raises:
@@ -87,7 +86,7 @@ def read_config(
   path = directory / "config.json"
   fields = shards.read_json(path)
   try:
-    return model_config.from_hf(fields), fields
+    return decoder_config.from_hf(fields), fields
   except errors.CheckpointError as error:
     raise errors.CheckpointError(
       error.what, where=str(path), why=error.why, fix=error.fix

@@ -20,7 +20,7 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import card, load, rules, shards, shares, target
+from conversion import card, load, process_group, rules, shards, target
 
 # Gives a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
@@ -47,7 +47,7 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   about: card.Card,
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
-  share: shares.Share = shares.ALONE,
+  share: process_group.ProcessShare = process_group.ALONE,
 ) -> None:
   """Writes the parameters of `model`, on the devices of all that share it.
 
@@ -80,7 +80,7 @@ def write(  # noqa: PLR0913 - what is written, where, and how it looks.
   about: card.Card,
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
-  share: shares.Share = shares.ALONE,
+  share: process_group.ProcessShare = process_group.ALONE,
   elsewhere: Callable[[str], object] = lambda _: None,
 ) -> None:
   """Writes a model directory, whole or not at all.

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from atlas_jax import errors
-from conversion import arrays, header, shares
+from conversion import arrays, header, process_group
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -173,7 +173,7 @@ def write_files(
   *,
   dtype: str,
   with_read_back: bool = True,
-  share: shares.Share = shares.ALONE,
+  share: process_group.ProcessShare = process_group.ALONE,
   elsewhere: Callable[[str], object] = lambda _: None,
 ) -> dict[str, str]:
   """Writes this process's share of some files of tensors, several at once.
@@ -238,7 +238,7 @@ def _in_step(
     for file, names in files.items()
   }
   steps = []
-  for lane, part in enumerate(shares.divide(sizes, num_lanes)):
+  for lane, part in enumerate(process_group.divide(sizes, num_lanes)):
     done = 0
     for file in part:
       for name in files[file]:

@@ -11,8 +11,7 @@ import numpy as np
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
-from conversion import rules, shards
-from conversion import step as orbax_step
+from conversion import orbax_step, rules, shards
 
 _LAYERS = "layers/"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from atlas_jax import errors, sharding, types
 from atlas_jax.models import attention, decoder, quantized
-from rollout import tally
+from rollout import counters
 
 
 class _Drawn(NamedTuple):
@@ -96,7 +96,7 @@ class JaxSampler:
     self._num_shards = sharding.num_row_shards(mesh)
     self._stop_token_ids = np.asarray(sorted(stop_token_ids), np.int32)
     self._max_rows = max_rows
-    self._tally = tally.Tally()
+    self._tally = counters.Counters()
     self._programs: set[tuple[Any, ...]] = set()  # Any: shapes and statics.
     self._generate = jax.jit(
       functools.partial(_generate, model),

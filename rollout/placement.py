@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from atlas_jax import errors
-from rollout import launcher, wire
+from rollout import supervisor, wire
 
 # What engines may take of a GPU together, and when training shares it.
 _ENGINE_FRACTION = 0.9
@@ -145,7 +145,7 @@ def mesh(num_devices: int) -> dict[str, int]:
   return {"data": num_devices // fsdp, "fsdp": fsdp}
 
 
-def plan(site: Site, devices: Split) -> list[launcher.Server]:
+def plan(site: Site, devices: Split) -> list[supervisor.Server]:
   """Gives each server its role, by turns, and its command line."""
   roles, servers = tuple(site.models), []
   for i, (env, fraction) in enumerate(
@@ -163,10 +163,12 @@ def plan(site: Site, devices: Split) -> list[launcher.Server]:
       argv += ["--kv_cache_gib=1", "--enforce_eager"]
     name = f"{role} server on port {port}"
     log = site.logs / f"{role}-{port}.log"
-    command = launcher.Command(
-      name, tuple(argv), env, log, launcher.SERVER_GRACE_S
+    command = supervisor.Command(
+      name, tuple(argv), env, log, supervisor.SERVER_GRACE_S
     )
-    servers.append(launcher.Server(role, f"http://{site.host}:{port}", command))
+    servers.append(
+      supervisor.Server(role, f"http://{site.host}:{port}", command)
+    )
   return servers
 
 

@@ -16,7 +16,7 @@ import jax
 
 from atlas_jax import chat, errors, types
 from atlas_jax.models import decoder
-from conversion import shares
+from conversion import process_group
 from rollout import wire
 
 # Files are written and checked in parallel, so there are many of them.
@@ -93,8 +93,8 @@ def open_sampler(  # noqa: PLR0913 - whose, where, of what, and with whom.
   tokenizer: chat.Tokenizer,
   mesh: jax.sharding.Mesh,
   max_rows: int,
-  share: shares.Share = shares.ALONE,
-  from_first: types.FromFirst = lambda make: make(),
+  share: process_group.ProcessShare = process_group.ALONE,
+  from_first: types.OnFirstProcess = lambda make: make(),
 ) -> Iterator[types.Sampler]:
   """Opens a sampler of `params`, as version 0, and closes it.
 
@@ -153,11 +153,14 @@ def _open_http(
   model: decoder.Model,
   params: decoder.Params,
   max_rows: int,
-  share: shares.Share,
-  from_first: types.FromFirst,
+  share: process_group.ProcessShare,
+  from_first: types.OnFirstProcess,
 ) -> Iterator[types.Sampler]:
   """Opens a sampler on servers, and gives a policy's its first weights."""
-  from rollout import shared_sampler, weight_sync  # These need an HTTP client.
+  from rollout.remote import (
+    push,  # These need an HTTP client.
+    shared_sampler,
+  )
 
   is_policy, is_first = role == "policy", share.index == 0
   urls = settings.urls(role)
@@ -165,7 +168,7 @@ def _open_http(
   run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
   root = pathlib.Path()
   if is_policy:
-    root = weight_sync.open_root(settings.weights_root, run=run)
+    root = push.open_root(settings.weights_root, run=run)
   publish = functools.partial(
     _publish,
     model=model,
@@ -200,14 +203,14 @@ def _open_http(
       (sampler,) = asks
     if is_policy and is_first:
       # The servers are ours alone now, so what lies there is a dead run's.
-      weight_sync.prune(root, keep=0)
+      push.prune(root, keep=0)
     if is_policy:
       sampler.update_weights(params, 0)
     try:
       yield sampler
     finally:
       if is_policy and is_first:
-        weight_sync.prune(root, keep=0)
+        push.prune(root, keep=0)
         if not settings.weights_root:
           root.rmdir()
 
@@ -224,11 +227,12 @@ def _ask_servers(
 ) -> Any:  # Any: an `HttpSampler`, which is imported where it is asked for.
   """Waits for the servers of a role, and makes the sampler that asks them."""
   from conversion import rules
-  from rollout import client, fleet, http_sampler, manifest
+  from rollout import manifest
+  from rollout.remote import client, fleet, http_sampler
 
   return http_sampler.HttpSampler(
     settings.urls(role),
-    channel=fleet.Channel(
+    channel=fleet.ChannelTerms(
       role=role,
       tensors=rules.shapes(model),
       tokenizer_digest=manifest.tokenizer_digest(directory),
@@ -255,13 +259,13 @@ def _publish(
   root: pathlib.Path,
   source: pathlib.Path,
   dtype: Literal["float32", "bfloat16"],
-  share: shares.Share,
+  share: process_group.ProcessShare,
 ) -> str:
   """Writes a version to where servers find it; gives its digest."""
   from atlas_jax.models import quantized  # These need what the trainer has.
-  from rollout import weight_sync
+  from rollout.remote import push
 
-  published = weight_sync.publish(
+  published = push.publish(
     quantized.whole(params, model.dtype),
     model,
     root,
@@ -273,5 +277,5 @@ def _publish(
   )
   if share.index == 0:
     # The one before may still be on its way into a server.
-    weight_sync.prune(root, keep=2)
+    push.prune(root, keep=2)
   return published.digest

@@ -20,8 +20,7 @@ from absl import flags
 import jax
 
 from atlas_jax import errors
-from conversion import listing
-from scripts import conversions
+from conversion import commands, listing
 
 # Its own: in a test, other scripts define and require others.
 _FLAGS = flags.FlagValues()
@@ -94,18 +93,18 @@ def _run(words: Sequence[str]) -> None:
       for line in listing.lines(pathlib.Path(directory)):
         print(line)
     case ["verify", left, right]:
-      conversions.verify_pair(
+      commands.verify_pair(
         pathlib.Path(left),
         pathlib.Path(right),
         source=_FLAGS.source,
         with_logits=_FLAGS.logits,
       )
     case ["to_hf", origin, out]:
-      conversions.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
+      commands.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
     case ["from_hf", origin, out]:
-      conversions.from_hf(origin, pathlib.Path(out), _options())
+      commands.from_hf(origin, pathlib.Path(out), _options())
     case ["merge"] if _FLAGS.base and _FLAGS.adapter and _FLAGS.output:
-      conversions.merge(
+      commands.merge(
         _FLAGS.base,
         pathlib.Path(_FLAGS.adapter),
         pathlib.Path(_FLAGS.output),
@@ -115,8 +114,8 @@ def _run(words: Sequence[str]) -> None:
       raise _misused(f"Got {' '.join(words) or 'nothing'}.")
 
 
-def _options() -> conversions.Options:
-  return conversions.Options(
+def _options() -> commands.Options:
+  return commands.Options(
     source=_FLAGS.source,
     dtype=_FLAGS.dtype,
     max_shard_bytes=_FLAGS.max_shard_bytes,

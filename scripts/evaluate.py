@@ -11,32 +11,33 @@ intervals. Interrupted, it goes on where the records end.
 import functools
 import json
 
-from atlas_jax import distributed, launch, sharding
+from atlas_jax import distributed, sharding
 from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics
-from scripts import job, processes, program
+from scripts import program
+from scripts.job import arguments, components, processes
 
 
 def main() -> None:
   """Teaches every question once, and says what came of it."""
-  config, workdir = job.arguments()
-  from_first = distributed.FromFirst("evaluation")
-  with launch.start(workdir, config) as should_stop:
+  config, workdir = arguments.parse()
+  from_first = distributed.OnFirstProcess("evaluation")
+  with components.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     data = sets.Selection(**config.data)
     questions = sets.all_questions(data, workdir=workdir)
-    policy = launch.open_model(mesh, **config.model)
-    student = launch.open_model(
+    policy = components.open_model(mesh, **config.model)
+    student = components.open_model(
       mesh, **config.student, with_params=config.rollout.backend == "jax"
     )
-    with launch.open_protocol(policy, student, mesh, config) as protocol:
+    with components.open_protocol(policy, student, mesh, config) as protocol:
       records = evaluate.run(
         protocol,
         questions,
         batch_size=config.batch_size,
         seed=config.seed,
         weights={
-          name: from_first(functools.partial(launch.fingerprint, opened))
+          name: from_first(functools.partial(components.fingerprint, opened))
           for name, opened in (("policy", policy), ("student", student))
         },
         path=workdir / "records.jsonl",

@@ -42,7 +42,7 @@ if ! cmp -s "$pins" "$environment/installed.txt"; then
 fi
 
 version=$(HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR PYTHONPATH=. \
-  "$python" -c 'from rollout import engine_vllm; print(engine_vllm.VERSION)') ||
+  "$python" -c 'from rollout.server import engine_vllm; print(engine_vllm.VERSION)') ||
   {
     echo "vLLM is installed but does not start; see above. Delete" \
       "$environment and run this line again." >&2

@@ -20,8 +20,9 @@ import sys
 from absl import flags, logging
 
 from atlas_jax import errors
-from rollout import launcher, placement
-from scripts import origins, overrides, serving
+from rollout import placement, supervisor
+from scripts import launch_overrides, launch_servers
+from scripts.job import print_config
 
 _PRINT_CONFIG = "--print_config"
 _OPTIONS = {
@@ -44,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
 def _launch(argv: Sequence[str]) -> int:
   options, (number, recipe, *words) = _parse(argv)
   num_servers, num_devices = int(options["--num_servers"]), int(number)
-  job = overrides.resolve(
-    overrides.find_recipe(recipe), words, num_devices=num_devices
+  job = launch_overrides.resolve(
+    launch_overrides.find_recipe(recipe), words, num_devices=num_devices
   )
   if options[_PRINT_CONFIG]:
     return _print_config(job, words, num_devices)
@@ -53,33 +54,33 @@ def _launch(argv: Sequence[str]) -> int:
     placement.find_gpus(os.environ),
     num_servers,
     num_devices,
-    num_roles=len(serving.models(job)),
+    num_roles=len(launch_servers.models(job)),
     xla_flags=os.environ.get("XLA_FLAGS", ""),
   )
   settings = [f"--config={job.recipe}", *job.settings]
   settings += _mesh(words, num_devices)
   servers = []
   if num_servers:
-    servers = serving.plan(job, options["--rollout"], devices)
+    servers = launch_servers.plan(job, options["--rollout"], devices)
   if servers or job.host or job.port:
-    settings += serving.addresses(job, servers)
+    settings += launch_servers.addresses(job, servers)
   if servers and job.config.world.directory:
-    world = launcher.Command("The small world", _world(job), {}, None, 10.0)
-    if code := launcher.run([], world, max_wait_s=0.0):
+    world = supervisor.Command("The small world", _world(job), {}, None, 10.0)
+    if code := supervisor.run([], world, max_wait_s=0.0):
       return code
   module = "train_grpo" if "reward" in job.config else "train_sft"
   if "teacher" in job.config:
     module = "train_gkd"
   command = (sys.executable, "-m", f"scripts.{module}", *settings)
-  training = launcher.Command(
+  training = supervisor.Command(
     "Training",
     (*command, f"--workdir={job.workdir}"),
     devices.training,
     None,
-    launcher.TRAINING_GRACE_S,
+    supervisor.TRAINING_GRACE_S,
   )
   logging.info("Training: %s", " ".join(training.argv))
-  return launcher.run(
+  return supervisor.run(
     servers, training, max_wait_s=float(options["--max_wait_s"])
   )
 
@@ -93,13 +94,15 @@ def _mesh(words: Sequence[str], num_devices: int) -> list[str]:
 
 
 def _print_config(
-  job: overrides.Job, words: Sequence[str], num_devices: int
+  job: launch_overrides.LaunchRequest, words: Sequence[str], num_devices: int
 ) -> int:
   """Shows the config of a job; addresses of servers come at their start."""
   settings = [*job.settings, *_mesh(words, num_devices)]
-  given = dict.fromkeys(map(overrides.path_of, settings), "launcher")
-  config = overrides.load(job.recipe, settings)
-  origins.show(origins.table(job.recipe, config, {**given, **job.origins}))
+  given = dict.fromkeys(map(launch_overrides.path_of, settings), "launcher")
+  config = launch_overrides.load(job.recipe, settings)
+  print_config.show(
+    print_config.table(job.recipe, config, {**given, **job.origins})
+  )
   return int(errors.Exit.DONE)
 
 
@@ -127,7 +130,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
   return options, rest
 
 
-def _world(job: overrides.Job) -> tuple[str, ...]:
+def _world(job: launch_overrides.LaunchRequest) -> tuple[str, ...]:
   """Makes what is missing of the small world; servers open its models."""
   world = job.config.world
   options = (

@@ -17,7 +17,9 @@ from absl import flags, logging
 
 from atlas_jax import errors
 from conversion import shards
-from rollout import channel, engine, listen, manifest, server, service, wire
+from rollout import manifest, wire
+from rollout.server import app as server_app
+from rollout.server import engine, listen, service, weight_channel
 from scripts import program
 
 _ENGINE = flags.DEFINE_enum(
@@ -106,7 +108,7 @@ def main() -> None:
   limits = service.Limits(**{k: flag.value for k, flag in _LIMITS.items()})
   with listen.bind(_HOST.value, _PORT.value) as bound, listen.stoppable():
     tokenizer_digest = manifest.tokenizer_digest(directory)
-    weights = channel.Channel(
+    weights = weight_channel.Channel(
       role=role,
       shapes=manifest.shapes_of(directory),
       tokenizer_digest=tokenizer_digest,
@@ -121,7 +123,7 @@ def main() -> None:
         tokenizer_digest=tokenizer_digest,
         limits=limits,
       )
-      app = server.create_app(backend, tokens=tokens)
+      app = server_app.create_app(backend, tokens=tokens)
       logging.info(
         "The %s is served at http://%s:%d by %s.",
         *(role, *bound.getsockname()[:2], _ENGINE.value),
@@ -160,7 +162,7 @@ def _start_engine(directory: pathlib.Path) -> engine.Engine:
   os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
   kind = {"vllm": "VllmEngine", "jax": "JaxEngine"}[name]
   try:
-    module = importlib.import_module(f"rollout.engine_{name}")
+    module = importlib.import_module(f"rollout.server.engine_{name}")
   except ImportError as error:
     raise errors.ConfigError(
       f"The {name} engine is not installed here.",

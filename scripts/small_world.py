@@ -12,8 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import transformers
 
 from atlas_jax.data import word_problems
-from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder
+from atlas_jax.models import decoder, decoder_config
 from atlas_jax.teaching import templates
 from configs.data import world
 from conversion import card, save
@@ -136,7 +135,7 @@ def write_model(
   }
   (source / "config.json").write_text(json.dumps(fields, indent=2))
   model = decoder.build(
-    model_config.from_hf(fields),
+    decoder_config.from_hf(fields),
     dtype="float32",
     attention="xla",
     remat="none",

@@ -10,35 +10,37 @@ The workdir is the only state: run the same line again and it resumes.
 import contextlib
 import functools
 
-from atlas_jax import distributed, exports, launch, sharding
+from atlas_jax import distributed, sharding
 from atlas_jax.data import packing, sets
-from atlas_jax.train import completions, gkd
-from scripts import job, origins, planning, processes, program
+from atlas_jax.train import gkd, gkd_batches
+from scripts import program
+from scripts.job import arguments, components, exports, print_config, processes
+from scripts.plan import report
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if origins.print_config() or planning.print_plan():
+  if print_config.print_config() or report.print_plan():
     return
-  config, workdir = job.arguments()
+  config, workdir = arguments.parse()
   with (
-    launch.start(workdir, config) as should_stop,
+    components.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,
   ):
-    writer = launch.open_writer(workdir, config)
+    writer = components.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_length(
       mesh, config.packing.length, where="--config.packing.length"
     )
-    base = launch.open_model(mesh, **config.model)
-    teacher = launch.open_model(mesh, **config.teacher)
+    base = components.open_model(mesh, **config.model)
+    teacher = components.open_model(mesh, **config.teacher)
     gkd.check_tokenizers(base.tokenizer, teacher.tokenizer)
     for model in (base.model, teacher.model):
       packing.check_context(config.packing.length, model.config.max_positions)
-    policy, params = launch.open_policy(
+    policy, params = components.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
-    max_new_tokens = completions.max_new_tokens(config)
+    max_new_tokens = gkd_batches.max_new_tokens(config)
     train_set, eval_set = sets.completions(
       base.tokenizer,
       data=sets.Selection(**config.data),
@@ -54,11 +56,11 @@ def main() -> None:
     )
     role = None
     if max_new_tokens:
-      start = launch.as_started(
+      start = components.policy_at_start(
         base, policy, params, adapters_path=config.lora.path
       )
       role = opened.enter_context(
-        launch.open_role("policy", start, mesh, config)
+        components.open_role("policy", start, mesh, config)
       )
     export = functools.partial(
       exports.write,

@@ -10,31 +10,33 @@ The workdir is the only state: run the same line again and it resumes.
 import contextlib
 import functools
 
-from atlas_jax import exports, launch, sharding
+from atlas_jax import sharding
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine
 from atlas_jax.train import grpo
-from scripts import (
-  job,
-  origins,
-  planning,
+from scripts import program
+from scripts.job import (
+  arguments,
+  components,
+  exports,
+  print_config,
   processes,
-  program,
   reward_functions,
 )
+from scripts.plan import report
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if origins.print_config() or planning.print_plan():
+  if print_config.print_config() or report.print_plan():
     return
-  config, workdir = job.arguments()
-  functions = reward_functions.arguments()
+  config, workdir = arguments.parse()
+  functions = reward_functions.parse()
   with (
-    launch.start(workdir, config) as should_stop,
+    components.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,
   ):
-    writer = launch.open_writer(workdir, config)
+    writer = components.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     questions, held_out = sets.questions(
       sets.Selection(**config.data),
@@ -44,15 +46,15 @@ def main() -> None:
       workdir=workdir,
     )
     held_out = held_out[: config.evaluation.num_questions]
-    base = launch.open_model(mesh, **config.model)
-    policy, params = launch.open_policy(
+    base = components.open_model(mesh, **config.model)
+    policy, params = components.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
-    start = launch.as_started(
+    start = components.policy_at_start(
       base, policy, params, adapters_path=config.lora.path
     )
     if "student" in config:
-      student = launch.open_model(
+      student = components.open_model(
         mesh,
         **config.student,
         # The reward rlt scores here, also where the student answers elsewhere.
@@ -60,14 +62,18 @@ def main() -> None:
         or bool(config.reward.weights.rlt),
       )
       protocol = opened.enter_context(
-        launch.open_protocol(start, student, mesh, config)
+        components.open_protocol(start, student, mesh, config)
       )
-      reader = launch.open_reader(base, student, protocol, mesh, config)
+      reader = components.open_student_scorer(
+        base, student, protocol, mesh, config
+      )
     else:
-      protocol = opened.enter_context(launch.open_direct(start, mesh, config))
+      protocol = opened.enter_context(
+        components.open_single_model(start, mesh, config)
+      )
       reader = None
     reward_fn = opened.enter_context(
-      launch.open_reward(reader, functions, config)
+      components.open_reward(reader, functions, config)
     )
     export = functools.partial(
       exports.write,

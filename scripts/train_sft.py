@@ -9,29 +9,31 @@ The workdir is the only state: run the same line again and it resumes.
 
 import functools
 
-from atlas_jax import distributed, exports, launch, sharding
+from atlas_jax import distributed, sharding
 from atlas_jax.data import loader, packing, sets
 from atlas_jax.train import sft
-from scripts import job, origins, planning, processes, program
+from scripts import program
+from scripts.job import arguments, components, exports, print_config, processes
+from scripts.plan import report
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if origins.print_config() or planning.print_plan():
+  if print_config.print_config() or report.print_plan():
     return
-  config, workdir = job.arguments()
-  with launch.start(workdir, config) as should_stop:
-    writer = launch.open_writer(workdir, config)
+  config, workdir = arguments.parse()
+  with components.start(workdir, config) as should_stop:
+    writer = components.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
     sharding.check_length(
       mesh, config.packing.length, where="--config.packing.length"
     )
-    base = launch.open_model(mesh, **config.model)
+    base = components.open_model(mesh, **config.model)
     packing.check_context(
       config.packing.length, base.model.config.max_positions
     )
-    policy, params = launch.open_policy(
+    policy, params = components.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
     train_set, eval_set = sets.conversations(

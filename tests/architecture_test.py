@@ -11,7 +11,6 @@ _OURS = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 
 _BASE = {"atlas_jax.types", "atlas_jax.chat", "atlas_jax.errors"}
 _ERRORS = {"atlas_jax.errors"}
-_STARTING = ("snapshot", "workdirs", "preemption")
 _SIBLINGS = (
   *("models", "sharding", "checkpoint", "losses"),
   *("data", "traces", "rewards", "teaching"),
@@ -20,27 +19,27 @@ _JUDGED = _BASE | {"atlas_jax.teaching", "atlas_jax.rewards"}
 _WEIGHTS = _BASE | {"atlas_jax.models", "atlas_jax.sharding"}
 
 # What each part of the tree may import from the rest of it. The parts left
-# out, such as scripts/ and atlas_jax/launch.py, wire everything together.
+# out, scripts/ and above all scripts/job/, wire everything together.
 _MAY_IMPORT = {
   "atlas_jax.types": set(),
   "atlas_jax.errors": set(),
   "atlas_jax.chat": {"atlas_jax.types", "atlas_jax.errors"},
   **{f"atlas_jax.{sibling}": _BASE for sibling in _SIBLINGS},
-  **{f"atlas_jax.{part}": _ERRORS for part in _STARTING},
-  "atlas_jax.checkpoint": _BASE | {"atlas_jax.snapshot"},
+  "atlas_jax.checkpoint_format": _ERRORS,
+  "atlas_jax.checkpoint": _BASE | {"atlas_jax.checkpoint_format"},
   "atlas_jax.evaluation": _JUDGED,
   "atlas_jax.prompt_search": _JUDGED | {"atlas_jax.evaluation"},
   "atlas_jax.train": _JUDGED
   | {f"atlas_jax.{sibling}" for sibling in _SIBLINGS}
   | {"atlas_jax.evaluation"},
   "atlas_jax.agents": _JUDGED,
-  "conversion": _WEIGHTS | {"atlas_jax.snapshot"},
+  "conversion": _WEIGHTS | {"atlas_jax.checkpoint_format"},
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
 }
 _ONLY_IN = {
-  "torch": ("rollout/engine_vllm.py", "scripts/bench_train_torch.py"),
-  "vllm": ("rollout/engine_vllm.py",),
+  "torch": ("rollout/server/engine_vllm.py", "scripts/bench/train_torch.py"),
+  "vllm": ("rollout/server/engine_vllm.py",),
   "absl.flags": ("scripts/",),
   "ml_collections": ("configs/", "scripts/", "atlas_jax/train/"),
 }
@@ -87,7 +86,11 @@ def test_heavy_imports_stay_in_their_room(path):
 
 # The rollout environment has no JAX, so these may not reach it by any way.
 _WITHOUT_JAX = (
-  *("rollout/server.py", "rollout/client.py", "rollout/engine_vllm.py"),
+  *(
+    "rollout/server/app.py",
+    "rollout/remote/client.py",
+    "rollout/server/engine_vllm.py",
+  ),
   "scripts/program.py",
 )
 _JAX = (

@@ -11,27 +11,27 @@ import ml_collections
 import optax
 import pytest
 
-from atlas_jax import checkpoint, exports, launch, sharding, types
+from atlas_jax import checkpoint, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
 from atlas_jax.train import (
-  artefacts,
-  drift,
   gkd,
+  gkd_batches,
   loop,
   optimizer,
+  rollout_packing,
   schedule,
   score,
-  sinks,
-  state,
+  train_state,
 )
-from atlas_jax.train import completions as train_completions
-from atlas_jax.train import rows as train_rows
 from atlas_jax.train import sft as train_sft
+from atlas_jax.train.guards import alarm
+from atlas_jax.train.telemetry import samples, sinks
 from rollout import sampler as rollout_sampler
+from scripts.job import components, exports
 from tests import fakes
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -43,10 +43,10 @@ _RECIPES = sorted(
 
 # What a section's keys are arguments of, and the arguments that code adds.
 _FUNCTIONS = {
-  "world": (launch.ensure_world, ()),
-  "model": (launch.open_model, ()),
-  "student": (launch.open_model, ()),
-  "teacher": (launch.open_model, ()),
+  "world": (components.ensure_world, ()),
+  "model": (components.open_model, ()),
+  "student": (components.open_model, ()),
+  "teacher": (components.open_model, ()),
   "mesh": (sharding.make_mesh, ()),
   "data": (sets.Selection, ()),
   "held_out": (sets.HeldOut, ()),
@@ -69,19 +69,19 @@ _FUNCTIONS = {
   "reward.math_verify": (rules.open_math, ()),
   "advantages": (advantages.group_advantages, ()),
   "correction": (correction.sampler_weights, ()),
-  "alarm": (drift.Alarm, ()),
-  "score": (score.token_stats, ("temperature",)),
+  "alarm": (alarm.Alarm, ()),
+  "logits": (score.token_stats, ("temperature",)),
   "experts": (score.check_balance, ()),
   "schedule": (schedule.make, ("num_updates",)),
-  "lora": (launch.open_policy, ("seed",)),
+  "lora": (components.open_policy, ("seed",)),
   "optimizer": (optimizer.make_optimizer, ()),
-  "offload": (state.Offload, ()),
+  "offload": (train_state.Offload, ()),
   "optimizer.adamw": (optimizer._adamw, ()),
   "optimizer.lion": (optimizer._lion, ()),
   "optimizer.adafactor": (optimizer._adafactor, ()),
   "optimizer.muon": (optimizer._muon, ()),
   "loop": (loop.Settings, ()),
-  "artefacts": (artefacts.Artefacts, ("writer", "tokenizer", "seed")),
+  "samples": (samples.SampleLog, ("writer", "tokenizer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
   "export": (exports.write, ("facts",)),
@@ -94,7 +94,7 @@ _SFT = _FUNCTIONS | {
 _GRPO = _FUNCTIONS | {
   "loss": (grpo.Objective, ("max_tokens",)),
   "packing": (
-    train_rows.lay_out,
+    rollout_packing.lay_out,
     ("num_minibatches", "num_shards", "max_completion_tokens", "per_device"),
   ),
 }
@@ -102,9 +102,9 @@ _GKD = _FUNCTIONS | {
   "sampling.complete": (types.SamplingParams, ("seed",)),
   "packing": (sets.Layout, ()),
   "completions": (
-    train_completions.Completions,
+    gkd_batches.CompletionBatches,
     (
-      *("params", "vocab_size", "chunk_size"),
+      *("params", "vocab_size", "chunk_tokens"),
       *("max_prob_error", "compare_every"),
     ),
   ),
@@ -113,7 +113,7 @@ _GKD = _FUNCTIONS | {
 _GRPO_READERS = (
   "scripts/train_grpo.py",
   "atlas_jax/train/grpo.py",
-  "atlas_jax/train/learner.py",
+  "atlas_jax/train/grpo_update.py",
 )
 # A new recipe has its row here: what its sections are for, and who reads the
 # keys that are no function's arguments.
@@ -207,7 +207,7 @@ def test_every_section_is_the_keywords_of_its_function(recipe, variant):
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
 def test_no_key_is_there_for_nobody(recipe, variant):
   functions, paths = _READERS[recipe]
-  reads = set.union(*map(_reads, (*paths, "atlas_jax/launch.py")))
+  reads = set.union(*map(_reads, (*paths, "scripts/job/components.py")))
   for name, section in _sections(_config(recipe, variant)):
     # A section is read whole by its function; of any other, and of the whole,
     # each key is read by name.

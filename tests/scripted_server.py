@@ -9,15 +9,8 @@ import httpx2
 import numpy as np
 
 from conversion import shards
-from rollout import (
-  admission,
-  channel,
-  engine,
-  manifest,
-  server,
-  service,
-  wire,
-)
+from rollout import manifest, wire
+from rollout.server import admission, app, engine, service, weight_channel
 
 SHAPES = {"a.weight": (3, 4), "b.weight": (5,)}
 TOKEN = "0123456789abcdef"
@@ -78,7 +71,7 @@ class Server:
     self, *, role="policy", token=None, admin_token=None, allowed=None, **limits
   ):
     self.engine, self.now = Engine(), 0.0
-    self.weights = channel.Channel(
+    self.weights = weight_channel.Channel(
       role=role,
       shapes=SHAPES,
       tokenizer_digest="tok",
@@ -105,7 +98,7 @@ class Server:
       ),
     )
     tokens = admission.Tokens(user=token, admin=admin_token)
-    self.app = server.create_app(self.service, tokens=tokens)
+    self.app = app.create_app(self.service, tokens=tokens)
 
   @contextlib.asynccontextmanager
   async def client(self, **kwargs):

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax import sharding
-from atlas_jax.models import config as model_config
-from atlas_jax.models import decoder
+from atlas_jax.models import decoder, decoder_config
 from conversion import card, rules, save, verify, weights
 from tests import fakes
 
@@ -120,7 +119,7 @@ def build(
   **changes,
 ):
   """Builds the model of `fields`."""
-  config = model_config.from_hf(fields(family, **changes))
+  config = decoder_config.from_hf(fields(family, **changes))
   return decoder.build(
     config,
     dtype=dtype,

@@ -31,7 +31,7 @@ def run(
   weights: Mapping[str, str],
   path: pathlib.Path,
   should_stop: Callable[[], bool],
-  from_first: types.FromFirst,
+  from_first: types.OnFirstProcess,
 ) -> list[types.TeachingRecord]:
   """Teaches every question, and writes and returns the graded records.
 

@@ -43,7 +43,7 @@ def map_tokens(
   function: Callable[[Any], T],
   arrays: Any,  # Any: a pytree of arrays.
   *,
-  chunk_size: int,
+  chunk_tokens: int,
 ) -> T:
   """Applies a function to chunks of tokens, one after the other.
 
@@ -51,27 +51,27 @@ def map_tokens(
     function: of arrays [B, chunk, ...], gives a tree of arrays [B, chunk]. What
       it computes on the way is computed again in the backward pass.
     arrays: each [B, T, ...].
-    chunk_size: tokens of each sequence in a chunk. T need not be a multiple of
-      it.
+    chunk_tokens: tokens of each sequence in a chunk. T need not be a multiple
+      of it.
 
   Returns:
     The tree of arrays [B, T].
 
   Raises:
-    ValueError: if `chunk_size` is not positive.
+    ValueError: if `chunk_tokens` is not positive.
   """
-  if chunk_size < 1:
-    raise ValueError(f"Expected chunk_size >= 1, got {chunk_size}.")
+  if chunk_tokens < 1:
+    raise ValueError(f"Expected chunk_tokens >= 1, got {chunk_tokens}.")
   num_tokens = jax.tree.leaves(arrays)[0].shape[1]
-  num_chunks = -(-num_tokens // chunk_size)
+  num_chunks = -(-num_tokens // chunk_tokens)
   # Even chunks: 513 tokens by 512 become 2 x 257, not 2 x 512.
-  chunk_size = -(-num_tokens // num_chunks)
+  chunk_tokens = -(-num_tokens // num_chunks)
 
   def split(x: jax.Array) -> jax.Array:
     """Moves chunks of tokens in front, the last one padded with zeros."""
-    padding = num_chunks * chunk_size - num_tokens
+    padding = num_chunks * chunk_tokens - num_tokens
     x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-    x = x.reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
+    x = x.reshape(x.shape[0], num_chunks, chunk_tokens, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
   def join(x: jax.Array) -> jax.Array:

@@ -100,7 +100,7 @@ def of_outputs(
   *,
   beta: float,
   temperature: float,
-  chunk_size: int,
+  chunk_tokens: int,
 ) -> TokenStats:
   """Computes the divergence, and what both think of given tokens, in chunks.
 
@@ -117,10 +117,10 @@ def of_outputs(
       caller shifts.
     beta: see `generalized_jsd`.
     temperature: see `generalized_jsd`.
-    chunk_size: tokens of each sequence whose logits exist at one time.
+    chunk_tokens: tokens of each sequence whose logits exist at one time.
 
   Raises:
-    ValueError: see `generalized_jsd`, or if `chunk_size` is not positive.
+    ValueError: see `generalized_jsd`, or if `chunk_tokens` is not positive.
   """
   _check(beta, temperature)
   num_shared = min(student.head_DV.shape[-1], teacher.head_DV.shape[-1])
@@ -157,7 +157,7 @@ def of_outputs(
   return chunks.map_tokens(
     stats_of_chunk,
     (student.hidden_BTD, teacher.hidden_BTD, targets_BT),
-    chunk_size=chunk_size,
+    chunk_tokens=chunk_tokens,
   )
 
 

@@ -112,7 +112,7 @@ def of_targets(
   targets_BT: jax.Array,
   *,
   temperature: float,
-  chunk_size: int,
+  chunk_tokens: int,
   support: Support | None = None,
   soft_cap: float | None = None,
 ) -> TokenStats:
@@ -126,7 +126,7 @@ def of_targets(
     head_DV: the unembedding kernel; likewise.
     targets_BT: the token that each position predicts; the caller shifts.
     temperature: divides the logits, as it did when the tokens were sampled.
-    chunk_size: tokens of each sequence whose logits exist at one time. T need
+    chunk_tokens: tokens of each sequence whose logits exist at one time. T need
       not be a multiple of it.
     support: as in `from_logits`.
     soft_cap: of the logits; likewise.
@@ -135,7 +135,7 @@ def of_targets(
     The statistics, with gradients through the first three.
 
   Raises:
-    ValueError: if `temperature` or `chunk_size` is not positive.
+    ValueError: if `temperature` or `chunk_tokens` is not positive.
   """
 
   def stats_of_chunk(chunk: tuple[jax.Array, jax.Array]) -> TokenStats:
@@ -148,5 +148,5 @@ def of_targets(
     )
 
   return chunks.map_tokens(
-    stats_of_chunk, (hidden_BTD, targets_BT), chunk_size=chunk_size
+    stats_of_chunk, (hidden_BTD, targets_BT), chunk_tokens=chunk_tokens
   )

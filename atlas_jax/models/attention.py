@@ -7,8 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.models import config as model_config
-from atlas_jax.models import layers, rope
+from atlas_jax.models import decoder_config, layers, rope
 
 
 class Cache(NamedTuple):
@@ -26,7 +25,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(
-  config: model_config.DecoderConfig,
+  config: decoder_config.DecoderConfig,
   batch_size: int,
   num_slots: int,
   dtype: jnp.dtype,
@@ -46,7 +45,7 @@ class Attention(nnx.Module):
 
   def __init__(
     self,
-    config: model_config.DecoderConfig,
+    config: decoder_config.DecoderConfig,
     *,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,

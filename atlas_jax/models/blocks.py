@@ -7,8 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.models import attention, experts, kernels, layers
-from atlas_jax.models import config as model_config
+from atlas_jax.models import attention, decoder_config, experts, kernels, layers
 from atlas_jax.models import layout as layouts
 from atlas_jax.models import rope as rope_lib
 
@@ -26,7 +25,7 @@ class Block(nnx.Module):
 
   def __init__(
     self,
-    config: model_config.DecoderConfig,
+    config: decoder_config.DecoderConfig,
     *,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,

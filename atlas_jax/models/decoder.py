@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from atlas_jax.models import (
   attention,
   blocks,
+  decoder_config,
   experts,
   kernels,
   layers,
   quantized,
 )
-from atlas_jax.models import config as model_config
 from atlas_jax.models import layout as layouts
 from atlas_jax.models import rope as rope_lib
 
@@ -51,7 +51,7 @@ class Embedding(nnx.Module):
   """One vector per token."""
 
   def __init__(
-    self, config: model_config.DecoderConfig, *, rngs: nnx.Rngs
+    self, config: decoder_config.DecoderConfig, *, rngs: nnx.Rngs
   ) -> None:
     """Draws the table."""
     shape = (config.vocab_size, config.width)
@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
 
   def __init__(
     self,
-    config: model_config.DecoderConfig,
+    config: decoder_config.DecoderConfig,
     *,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
@@ -104,7 +104,7 @@ class Model:
   embedding is, and have all rows everywhere.
   """
 
-  config: model_config.DecoderConfig
+  config: decoder_config.DecoderConfig
   dtype: jnp.dtype
   kernel: kernels.Kernel
   abstract_params: Params  # With `jax.ShapeDtypeStruct` as leaves.
@@ -362,7 +362,7 @@ def unstack(params: Params) -> Params:
 
 
 def build(
-  config: model_config.DecoderConfig,
+  config: decoder_config.DecoderConfig,
   *,
   dtype: str,
   attention: kernels.Backend,

@@ -9,8 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.models import config as model_config
-from atlas_jax.models import layers
+from atlas_jax.models import decoder_config, layers
 from atlas_jax.models import layout as layouts
 
 
@@ -53,8 +52,8 @@ class Mixture(nnx.Module):
 
   def __init__(
     self,
-    config: model_config.DecoderConfig,
-    experts: model_config.Experts,
+    config: decoder_config.DecoderConfig,
+    experts: decoder_config.Experts,
     *,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
@@ -73,7 +72,7 @@ class Mixture(nnx.Module):
     self.up = kernel(count, width, experts.width)
     self.down = kernel(count, experts.width, width)
     self._experts = experts
-    self._activation: model_config.Activation = config.activation
+    self._activation: decoder_config.Activation = config.activation
     self._dtype = dtype
 
   def __call__(
@@ -149,7 +148,7 @@ def _answer(
   kernels: Sequence[jax.Array],
   *,
   first: jax.typing.ArrayLike,
-  activation: model_config.Activation,
+  activation: decoder_config.Activation,
 ) -> jax.Array:
   """Adds up what some experts answer to the tokens which chose them.
 

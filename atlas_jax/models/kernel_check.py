@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax import errors
-from atlas_jax.models import config as model_config
-from atlas_jax.models import kernels
+from atlas_jax.models import decoder_config, kernels
 
 # Kernels that are compiled from what is written here need no check.
 _OWN = ("reference", "xla")
@@ -98,7 +97,7 @@ def differences(kernel: kernels.Kernel, case: Case) -> list[float]:
 
 
 def require(
-  kernel: kernels.Kernel, config: model_config.DecoderConfig, dtype: jnp.dtype
+  kernel: kernels.Kernel, config: decoder_config.DecoderConfig, dtype: jnp.dtype
 ) -> None:
   """Refuses a kernel that does not compute a model's attention here.
 

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.models import config as model_config
+from atlas_jax.models import decoder_config
 
 
 class Linear(nnx.Module):
@@ -127,7 +127,7 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def activate(x: jax.Array, activation: model_config.Activation) -> jax.Array:
+def activate(x: jax.Array, activation: decoder_config.Activation) -> jax.Array:
   """Applies silu, or gelu by its tanh approximation."""
   if activation == "silu":
     return jax.nn.silu(x)
@@ -145,7 +145,7 @@ class GatedMLP(nnx.Module):
     width: int,
     mlp_width: int,
     *,
-    activation: model_config.Activation,
+    activation: decoder_config.Activation,
     scale: float,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
@@ -155,7 +155,7 @@ class GatedMLP(nnx.Module):
     self.gate = Linear((width,), (mlp_width,), **kwargs)
     self.up = Linear((width,), (mlp_width,), **kwargs)
     self.down = Linear((mlp_width,), (width,), **kwargs)
-    self._activation: model_config.Activation = activation
+    self._activation: decoder_config.Activation = activation
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Applies the MLP at every position."""

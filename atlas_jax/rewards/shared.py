@@ -9,7 +9,7 @@ from atlas_jax import types
 
 
 def shared(
-  reward_fn: types.RewardFn | None, from_first: types.FromFirst
+  reward_fn: types.RewardFn | None, from_first: types.OnFirstProcess
 ) -> types.RewardFn:
   """Gives every process the rewards that the first one finds.
 

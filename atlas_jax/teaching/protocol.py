@@ -33,7 +33,7 @@ class Role:
 
 
 class Rollouts(typing.Protocol):
-  """What a policy learns from: `Protocol`, or `direct.Direct`."""
+  """Samples what a policy learns from: `Protocol` or `SingleModelRollouts`."""
 
   policy: Role
 

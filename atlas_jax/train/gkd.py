@@ -22,14 +22,20 @@ from atlas_jax import chat, checkpoint, errors, sharding, types
 from atlas_jax.data import pairs
 from atlas_jax.losses import gkd, reduce
 from atlas_jax.models import decoder, lora
-from atlas_jax.train import clock as train_clock
-from atlas_jax.train import completions as train_completions
-from atlas_jax.train import flops, loop, rows, schedule, score
+from atlas_jax.train import (
+  gkd_batches,
+  loop,
+  optimizer_step,
+  rollout_packing,
+  schedule,
+  score,
+  train_state,
+  trainable,
+)
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import policy as train_policy
-from atlas_jax.train import state as train_state
-from atlas_jax.train import step as train_step
-from atlas_jax.train import writer as train_writer
+from atlas_jax.train.telemetry import clock as train_clock
+from atlas_jax.train.telemetry import flops
+from atlas_jax.train.telemetry import writer as train_writer
 
 # Where the teacher's parameters lie beside the policy's.
 _TEACHER = "teacher"
@@ -43,7 +49,7 @@ class Teacher(NamedTuple):
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   params: decoder.Params,
   *,
   teacher: Teacher,
@@ -93,7 +99,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   loss_fn = functools.partial(
     packed_loss, policy.model, teacher.model, **config.loss, **config.experts
   )
-  step_fn = train_step.make_step(
+  step_fn = optimizer_step.make_step(
     train_optimizer.freeze(loss_fn, config.optimizer.frozen),
     optimizer,
     frozen=with_teacher(policy.frozen, teacher),
@@ -108,15 +114,15 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     packed=config.packing.packed,
     per_device=config.batch.per_device,
   )
-  completions = train_completions.Completions(
+  completions = gkd_batches.CompletionBatches(
     policy,
     sampler,
     train_set,
     params=types.SamplingParams(**config.sampling.complete, seed=config.seed),
     vocab_size=teacher.model.config.vocab_size,
-    chunk_size=config.loss.chunk_size,
+    chunk_tokens=config.loss.chunk_tokens,
     max_prob_error=config.agreement.max_prob_error,
-    compare_every=config.agreement.every,
+    compare_every=config.agreement.every_steps,
     **config.completions,
   )
   task = loop.Task(
@@ -185,14 +191,14 @@ def packed_loss(
   policy: decoder.Model,
   teacher: decoder.Model,
   params: decoder.Params,
-  batch: train_step.Batch,
+  batch: optimizer_step.Batch,
   *,
   beta: float,
   temperature: float,
-  chunk_size: int,
+  chunk_tokens: int,
   router_aux_coef: float,
-) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
-  """Computes the divergence of a packed batch; see `step.LossFn`.
+) -> tuple[jax.Array, tuple[jax.Array, optimizer_step.Metrics]]:
+  """Computes the divergence of a packed batch; see `optimizer_step.LossFn`.
 
   Both models read the same rows. `params` are as `with_teacher` gives them; no
   gradient flows to the teacher's.
@@ -212,7 +218,7 @@ def packed_loss(
     batch["token_ids"][:, 1:],
     beta=beta,
     temperature=temperature,
-    chunk_size=chunk_size,
+    chunk_tokens=chunk_tokens,
   )
   mask_BT = batch["loss_mask"][:, 1:]
   loss = reduce.token_mean(stats.divergence, mask_BT)
@@ -234,18 +240,20 @@ def packed_loss(
 
 
 # Gives a batch on the mesh, and its number of microbatches.
-_LayOut = Callable[[Sequence[rows.Written]], tuple[dict[str, jax.Array], int]]
+_LayOut = Callable[
+  [Sequence[rollout_packing.Written]], tuple[dict[str, jax.Array], int]
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
   """One step of the recipe; see `loop.Task`."""
 
-  policy: train_policy.Policy
+  policy: trainable.Policy
   teacher: Teacher
-  completions: train_completions.Completions
+  completions: gkd_batches.CompletionBatches
   lay_out: _LayOut
-  step_fn: train_step.Step
+  step_fn: optimizer_step.Step
   rate: optax.Schedule
   clock: train_clock.Clock
 
@@ -281,17 +289,17 @@ class _Step:
 
 def _lay_out(
   place: jax.sharding.Sharding,
-  written: Sequence[rows.Written],
-  **settings: Any,  # Any: of `rows.lay_out_whole`.
+  written: Sequence[rollout_packing.Written],
+  **settings: Any,  # Any: of `rollout_packing.pack_rows`.
 ) -> tuple[dict[str, jax.Array], int]:
   """Packs completions into rows, and these onto the devices."""
-  batch, num_microbatches = rows.lay_out_whole(written, **settings)
+  batch, num_microbatches = rollout_packing.pack_rows(written, **settings)
   return sharding.put(batch, place), num_microbatches
 
 
 def _evaluate(
-  loss_fn: train_step.LossFn,
-  policy: train_policy.Policy,
+  loss_fn: optimizer_step.LossFn,
+  policy: trainable.Policy,
   teacher: Teacher,
   eval_set: pairs.PairLoader,
   lay_out: _LayOut,
@@ -300,12 +308,12 @@ def _evaluate(
 ) -> loop.Metrics:
   """Averages metrics over all held-out completions; see `loop.Task`."""
   del step
-  params = with_teacher(policy.whole(state.params), teacher)
+  params = with_teacher(policy.all_params(state.params), teacher)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
-  return train_step.held_out(
+  return optimizer_step.held_out(
     loss_fn,
     params,
-    (lay_out(train_completions.of_data(batch))[0] for batch in batches),
+    (lay_out(gkd_batches.of_data(batch))[0] for batch in batches),
   )
 
 

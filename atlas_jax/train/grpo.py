@@ -24,18 +24,22 @@ from atlas_jax.evaluation import metrics
 from atlas_jax.models import decoder
 from atlas_jax.rewards import teaching as rewards
 from atlas_jax.teaching import protocol as teaching_protocol
-from atlas_jax.train import artefacts as train_artefacts
-from atlas_jax.train import clock as train_clock
-from atlas_jax.train import collect, loop, schedule
-from atlas_jax.train import learner as learning
+from atlas_jax.train import (
+  grpo_batches,
+  grpo_update,
+  loop,
+  schedule,
+  train_state,
+  trainable,
+)
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import policy as train_policy
-from atlas_jax.train import state as train_state
-from atlas_jax.train import writer as train_writer
+from atlas_jax.train.telemetry import clock as train_clock
+from atlas_jax.train.telemetry import samples as train_samples
+from atlas_jax.train.telemetry import writer as train_writer
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   params: decoder.Params,
   *,
   protocol: teaching_protocol.Rollouts,
@@ -62,20 +66,20 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     on_save: called after each checkpoint, with the steps done.
     mesh: as `sharding.make_mesh` makes it.
     config: sections `optimizer`, `schedule`, `offload`, `loop`, `checkpoint`,
-      `rollout` and `overlap`, and those of `learner.Learner`; `seed`.
+      `rollout` and `overlap`, and those of `learner.GrpoUpdate`; `seed`.
     workdir: holds checkpoints; trained from there if it has any.
     writer: takes the metrics.
     should_stop: asked after each step.
 
   Raises:
-    errors.AtlasError: see `loop.run`, `collect.Collector` and
+    errors.AtlasError: see `loop.run`, `grpo_batches.RolloutBatches` and
       `agreement.check`.
   """
   _check_sampling(config, mesh)
   _check_reference(policy, config)
   optimizer = _make_optimizer(config)
   state = _start(policy, params, optimizer, mesh=mesh, config=config)
-  learner = learning.Learner(
+  learner = grpo_update.GrpoUpdate(
     policy,
     optimizer,
     shardings=train_state.shardings(state),
@@ -94,8 +98,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     },
     **config.checkpoint,
   )
-  artefacts = train_artefacts.Artefacts(
-    writer, protocol.policy.tokenizer, seed=config.seed, **config.artefacts
+  samples = train_samples.SampleLog(
+    writer, protocol.policy.tokenizer, seed=config.seed, **config.samples
   )
   clock = train_clock.Clock()
   with collector:
@@ -107,7 +111,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
           collector,
           reward_fn,
           learner,
-          artefacts,
+          samples,
           clock,
           group_size=config.sampling.teach.group_size,
           max_refills=config.groups.max_refills,
@@ -131,7 +135,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
 
 
 def _start(
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   params: decoder.Params,
   optimizer: optax.GradientTransformation,
   *,
@@ -152,7 +156,7 @@ def _start(
 
 
 def needs_copy(
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   config: Any,  # Any: as in `train`.
 ) -> bool:
   """Tells whether the reference is a copy of where the policy starts."""
@@ -160,8 +164,8 @@ def needs_copy(
 
 
 def _evaluate(
-  policy: train_policy.Policy,
-  collector: collect.Collector,
+  policy: trainable.Policy,
+  collector: grpo_batches.RolloutBatches,
   protocol: teaching_protocol.Rollouts,
   held_out: Sequence[types.Question],
   config: Any,  # Any: as in `train`.
@@ -171,7 +175,7 @@ def _evaluate(
   """Teaches held-out questions: see `loop.Evaluate`."""
   if not held_out:
     return {}
-  collector.push(policy.merged(state.params), step)
+  collector.push(policy.merged_params(state.params), step)
   return evaluation.evaluate(
     protocol,
     held_out,
@@ -185,11 +189,11 @@ def _evaluate(
 class _Step:
   """One step of the recipe; see `loop.Task`."""
 
-  policy: train_policy.Policy
-  collector: collect.Collector
+  policy: trainable.Policy
+  collector: grpo_batches.RolloutBatches
   reward_fn: types.RewardFn
-  learner: learning.Learner
-  artefacts: train_artefacts.Artefacts
+  learner: grpo_update.GrpoUpdate
+  samples: train_samples.SampleLog
   clock: train_clock.Clock
   group_size: int
   max_refills: int
@@ -201,12 +205,12 @@ class _Step:
     collector = self.collector
     collector.settle()
     with self.clock.phase("push"):
-      collector.push(self.policy.merged(state.params), step)
+      collector.push(self.policy.merged_params(state.params), step)
     records, sampled = collector.take(step, self.clock)
     records, rewarded = self._reward(records)
     num_wanted, num_refills = len(collector.row_ids(step)), 0
     while num_refills < self.max_refills:
-      missing = num_wanted - learning.count_varied(rewarded, self.group_size)
+      missing = num_wanted - grpo_update.count_varied(rewarded, self.group_size)
       more = collector.refill(
         step, records, num_questions=missing, clock=self.clock
       )
@@ -221,7 +225,7 @@ class _Step:
         state, records, rewarded, is_compared=collector.is_compared(step)
       )
     with self.clock.phase("save"):
-      self.artefacts.save(step + 1, records, rewarded)
+      self.samples.save(step + 1, records, rewarded)
     described = {**_describe(records, rewarded), "groups/refills": num_refills}
     measured = {**lag, **collector.take_metrics(), **sampled}
     return state, {**described, **metrics, **measured}
@@ -250,15 +254,15 @@ def _make_collector(
   protocol: teaching_protocol.Rollouts,
   questions: loader.QuestionLoader,
   config: Any,  # Any: as in `train`.
-) -> collect.Collector:
+) -> grpo_batches.RolloutBatches:
   """Makes what samples the batch of each step."""
-  return collect.Collector(
+  return grpo_batches.RolloutBatches(
     protocol,
     questions,
     seed=config.seed,
     num_steps=config.loop.num_steps,
     max_staleness=config.overlap.max_staleness,
-    compare_every=config.agreement.every,
+    compare_every=config.agreement.every_steps,
     max_dropped_fraction=config.groups.max_dropped_fraction,
   )
 
@@ -298,7 +302,7 @@ def _check_sampling(
 
 
 def _check_reference(
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   config: Any,  # Any: as in `train`.
 ) -> None:
   """Refuses to sync a reference that cannot move."""

@@ -12,11 +12,12 @@ import pathlib
 import jax
 
 from atlas_jax import checkpoint, errors
-from atlas_jax.train import clock as train_clock
-from atlas_jax.train import nonfinite, profile, watchdog
-from atlas_jax.train import speed as train_speed
-from atlas_jax.train import state as train_state
-from atlas_jax.train import writer as train_writer
+from atlas_jax.train import train_state
+from atlas_jax.train.guards import nonfinite, watchdog
+from atlas_jax.train.telemetry import clock as train_clock
+from atlas_jax.train.telemetry import profile
+from atlas_jax.train.telemetry import speed as train_speed
+from atlas_jax.train.telemetry import writer as train_writer
 
 Metrics = Mapping[str, float | jax.Array]
 Evaluate = Callable[[train_state.TrainState, int], Metrics]

@@ -10,8 +10,7 @@ import numpy as np
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
-from atlas_jax.train import rows
-from atlas_jax.train import step as train_step
+from atlas_jax.train import optimizer_step, rollout_packing
 
 
 def token_stats(
@@ -20,7 +19,7 @@ def token_stats(
   batch: Mapping[str, jax.Array],
   *,
   temperature: float,
-  chunk_size: int,
+  chunk_tokens: int,
   support: logprobs.Support | None = None,
 ) -> logprobs.TokenStats:
   """Scores every token but the first of each row.
@@ -31,7 +30,7 @@ def token_stats(
     batch: `token_ids`, `positions` and `segment_ids`, int32[B, T]. The first
       token of a packed segment is scored as well; its mask must leave it out.
     temperature: divides the logits.
-    chunk_size: tokens whose logits exist at one time.
+    chunk_tokens: tokens whose logits exist at one time.
     support: what a sampler drew from; None for the whole vocabulary.
 
   Returns:
@@ -42,7 +41,7 @@ def token_stats(
     params,
     batch,
     temperature=temperature,
-    chunk_size=chunk_size,
+    chunk_tokens=chunk_tokens,
     support=support,
   )[0]
 
@@ -53,7 +52,7 @@ def token_stats_and_balance(
   batch: Mapping[str, jax.Array],
   *,
   temperature: float,
-  chunk_size: int,
+  chunk_tokens: int,
   support: logprobs.Support | None = None,
 ) -> tuple[logprobs.TokenStats, jax.Array]:
   """Computes `token_stats`, and the balance that `add_balance` takes."""
@@ -65,7 +64,7 @@ def token_stats_and_balance(
     model.head(params),
     batch["token_ids"][:, 1:],
     temperature=temperature,
-    chunk_size=chunk_size,
+    chunk_tokens=chunk_tokens,
     support=support,
     soft_cap=model.config.logit_soft_cap,
   )
@@ -85,7 +84,7 @@ def by_microbatches(
   So that it takes less memory than an update does.
   """
   names = ("token_ids", "positions", "segment_ids")
-  parts = train_step.split({n: batch[n] for n in names}, num_microbatches)
+  parts = optimizer_step.split({n: batch[n] for n in names}, num_microbatches)
   scores_XBT = jax.lax.map(lambda part: stats_fn(params, part).logprobs, parts)
   return scores_XBT.swapaxes(0, 1).reshape(-1, scores_XBT.shape[-1])
 
@@ -134,7 +133,7 @@ class Scorer:
     *,
     mesh: jax.sharding.Mesh,
     max_rows: int,
-    chunk_size: int,
+    chunk_tokens: int,
   ) -> None:
     """Keeps the parameters; copies nothing.
 
@@ -143,13 +142,13 @@ class Scorer:
       params: its parameters, which nobody may donate.
       mesh: where they are; rows are spread as in any batch.
       max_rows: completions scored at once.
-      chunk_size: see `token_stats`.
+      chunk_tokens: see `token_stats`.
     """
     self._model, self._params, self._max_rows = model, params, max_rows
     self._batch = sharding.of_batch(mesh)
     self._multiple = sharding.num_row_shards(mesh)
     self._stats = jax.jit(
-      functools.partial(token_stats, model, chunk_size=chunk_size),
+      functools.partial(token_stats, model, chunk_tokens=chunk_tokens),
       static_argnames="temperature",
       out_shardings=sharding.replicated(mesh),
     )
@@ -173,7 +172,7 @@ class Scorer:
     scores: list[tuple[float, ...] | None] = [None] * len(pairs)
     for start in range(0, len(order), self._max_rows):
       chosen = order[start : start + self._max_rows]
-      batch = rows.make_tokens(
+      batch = rollout_packing.make_tokens(
         [pairs[i] for i in chosen], multiple=self._multiple
       )
       batch = sharding.put(batch, self._batch)

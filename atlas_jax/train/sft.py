@@ -15,17 +15,22 @@ from atlas_jax import checkpoint, sharding
 from atlas_jax.data import loader
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
-from atlas_jax.train import clock as train_clock
-from atlas_jax.train import flops, loop, schedule, score
+from atlas_jax.train import (
+  loop,
+  optimizer_step,
+  schedule,
+  score,
+  train_state,
+  trainable,
+)
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import policy as train_policy
-from atlas_jax.train import state as train_state
-from atlas_jax.train import step as train_step
-from atlas_jax.train import writer as train_writer
+from atlas_jax.train.telemetry import clock as train_clock
+from atlas_jax.train.telemetry import flops
+from atlas_jax.train.telemetry import writer as train_writer
 
 
 def train(  # noqa: PLR0913 - one argument per collaborator.
-  policy: train_policy.Policy,
+  policy: trainable.Policy,
   params: decoder.Params,
   *,
   train_set: loader.Loader,
@@ -67,7 +72,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   loss_fn = functools.partial(
     packed_loss, policy.model, **config.loss, **config.experts
   )
-  step_fn = train_step.make_step(
+  step_fn = optimizer_step.make_step(
     train_optimizer.freeze(loss_fn, config.optimizer.frozen),
     optimizer,
     frozen=policy.frozen,
@@ -113,7 +118,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
 
 
 def _do_step(
-  step_fn: Callable[..., tuple[train_state.TrainState, train_step.Metrics]],
+  step_fn: Callable[..., tuple[train_state.TrainState, optimizer_step.Metrics]],
   train_set: loader.Loader,
   rows: jax.sharding.Sharding,
   rate: optax.Schedule,
@@ -140,8 +145,8 @@ def _do_step(
 
 
 def _evaluate(
-  loss_fn: train_step.LossFn,
-  policy: train_policy.Policy,
+  loss_fn: optimizer_step.LossFn,
+  policy: trainable.Policy,
   eval_set: loader.Loader,
   rows: jax.sharding.Sharding,
   state: train_state.TrainState,
@@ -149,16 +154,16 @@ def _evaluate(
 ) -> loop.Metrics:
   """Averages metrics over all held-out tokens; see `loop.Task`."""
   del step
-  params = policy.whole(state.params)
+  params = policy.all_params(state.params)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
-  return train_step.held_out(
+  return optimizer_step.held_out(
     loss_fn, params, (_on_mesh(rows, batch) for batch in batches)
   )
 
 
 def _on_mesh(
   rows: jax.sharding.Sharding, batch: Mapping[str, np.ndarray]
-) -> train_step.Batch:
+) -> optimizer_step.Batch:
   """Lays this host's rows of a batch out on the devices."""
   place = functools.partial(jax.make_array_from_process_local_data, rows)
   return jax.tree.map(place, batch)
@@ -167,15 +172,15 @@ def _on_mesh(
 def packed_loss(
   model: decoder.Model,
   params: decoder.Params,
-  batch: train_step.Batch,
+  batch: optimizer_step.Batch,
   *,
   z_loss_coef: float,
-  chunk_size: int,
+  chunk_tokens: int,
   router_aux_coef: float,
-) -> tuple[jax.Array, tuple[jax.Array, train_step.Metrics]]:
-  """Computes the cross entropy of a packed batch; see `step.LossFn`."""
+) -> tuple[jax.Array, tuple[jax.Array, optimizer_step.Metrics]]:
+  """Computes the cross entropy of a packed batch (`optimizer_step.LossFn`)."""
   stats, balance = score.token_stats_and_balance(
-    model, params, batch, temperature=1.0, chunk_size=chunk_size
+    model, params, batch, temperature=1.0, chunk_tokens=chunk_tokens
   )
   loss_mask_BT = batch["loss_mask"][:, 1:]
   loss, metrics = sft.cross_entropy(

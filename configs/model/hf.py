@@ -5,7 +5,7 @@ import ml_collections
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(  # launch.open_model
+  return ml_collections.ConfigDict(  # components.open_model
     dict(
       path=path,
       dtype="bfloat16",

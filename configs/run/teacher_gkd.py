@@ -17,7 +17,9 @@ from configs.model import frozen, hf, tiny
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
-  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
+  config.world = dict(
+    directory="", with_teacher=False
+  )  # components.ensure_world
   config.model = hf.get_config("Qwen/Qwen2.5-7B-Instruct")
   config.teacher = frozen.get_config("Qwen/Qwen2.5-14B-Instruct")
   config.lora = lora.get_config()
@@ -35,17 +37,19 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
       top_k=0,
     )
   )
-  config.completions = dict(  # train.completions.Completions
+  config.completions = dict(  # train.gkd_batches.CompletionBatches
     on_policy_fraction=1.0, max_dropped_fraction=0.25
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
-  config.agreement = dict(max_prob_error=1.02, every=10)  # train.agreement
+  config.agreement = dict(
+    max_prob_error=1.02, every_steps=10
+  )  # guards.agreement
   # A prompt with its completion, and rows of several, have `length` tokens.
   config.packing = dict(length=8192, packed=True, too_long="drop")
   config.batch = dict(num_prompts=256, per_device=1)
   config.num_epochs = 3.0  # 0: as many steps as `loop.num_steps` says.
   # The temperature is that of both models in the divergence.
-  config.loss = dict(beta=0.5, temperature=1.0, chunk_size=512)
+  config.loss = dict(beta=0.5, temperature=1.0, chunk_tokens=512)
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.schedule = dict(  # train.schedule.make
     learning_rate=5e-6,
@@ -56,7 +60,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   config.optimizer = optimizer.get_config()
   config.optimizer.weight_decay = 0.01
-  config.offload = dict(optimizer=False)  # train.state.Offload
+  config.offload = dict(optimizer=False)  # train.train_state.Offload
   config.loop = dict(  # train.loop.Settings
     num_steps=0,
     log_every=10,
@@ -66,7 +70,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     profile_steps="",  # Those to trace: "3:5".
     watchdog_s=3600.0,
   )
-  config.report = dict(  # train.sinks.open_sinks
+  config.report = dict(  # telemetry.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
   )
   config.checkpoint = dict(  # checkpoint.Checkpointer
@@ -102,7 +106,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.packing.length = 128
   config.batch = dict(num_prompts=64, per_device=0)
   config.num_epochs = 0.0
-  config.loss.chunk_size = 128
+  config.loss.chunk_tokens = 128
   config.schedule.learning_rate = 3e-3
   config.optimizer.adamw.beta2 = 0.98
   config.loop.num_steps = 100

@@ -39,7 +39,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     )
   config = ml_collections.ConfigDict()
   config.seed = 42
-  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
+  config.world = dict(
+    directory="", with_teacher=False
+  )  # components.ensure_world
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.lora = lora.get_config()
@@ -55,15 +57,19 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
-  config.agreement = dict(max_prob_error=1.02, every=1)  # train.agreement.check
-  config.alarm = dict(  # train.drift
-    max_ratio=100.0, max_kl=10.0, stop=False, min_used=0.1
+  config.agreement = dict(
+    max_prob_error=1.02, every=1
+  )  # guards.agreement.check
+  config.alarm = dict(  # guards.alarm
+    max_ratio=100.0, max_kl=10.0, stop=False, min_used_fraction=0.1
   )
-  config.overlap = dict(max_staleness=0)  # train.collect.Collector
-  config.score = dict(chunk_size=512)  # train.score.token_stats
+  config.overlap = dict(max_staleness=0)  # train.grpo_batches.RolloutBatches
+  config.logits = dict(chunk_tokens=512)  # train.score.token_stats
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.reference = dict(sync_every=64, mix=0.6)
-  config.offload = dict(optimizer=False, reference=False)  # train.state.Offload
+  config.offload = dict(
+    optimizer=False, reference=False
+  )  # train.train_state.Offload
   config.batch = dict(
     num_questions=4,
     num_iterations=1,
@@ -71,7 +77,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     per_device=1,
     mask_truncated=True,
   )
-  config.packing = dict(length=4096, packed=True)  # train.rows.lay_out
+  config.packing = dict(
+    length=4096, packed=True
+  )  # train.rollout_packing.lay_out
   # loss, advantages, groups, ...: what makes GRPO, DAPO, RLOO, ... of it.
   config.update(_LOSSES[loss].get_config())
   config.schedule = dict(  # train.schedule.make
@@ -92,10 +100,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     watchdog_s=3600.0,
   )
   config.evaluation = dict(num_questions=64, num_bootstrap=1000)
-  config.report = dict(  # train.sinks.open_sinks
+  config.report = dict(  # telemetry.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
   )
-  config.artefacts = dict(  # train.artefacts.Artefacts
+  config.samples = dict(  # telemetry.samples.SampleLog
     log_completions_every=10,
     num_completions=8,
     stored_fraction=0.1,
@@ -126,7 +134,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.templates = world.get_templates()
   config.sampling = get_world_sampling()
   config.rollout.dtype = "float32"
-  config.score.chunk_size = 128
+  config.logits.chunk_tokens = 128
   config.agreement.max_prob_error = 1.0005  # In float32.
   # Where every teaching does equally well, scaling would teach brevity alone.
   config.advantages.scale = "none"

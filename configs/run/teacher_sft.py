@@ -17,7 +17,9 @@ from configs.model import hf, tiny
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
-  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
+  config.world = dict(
+    directory="", with_teacher=False
+  )  # components.ensure_world
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
@@ -29,7 +31,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
   config.num_epochs = 10.0  # 0: as many steps as `loop.num_steps` says.
-  config.loss = dict(z_loss_coef=0.0, chunk_size=512)
+  config.loss = dict(z_loss_coef=0.0, chunk_tokens=512)
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.schedule = dict(  # train.schedule.make
     learning_rate=1e-5,
@@ -41,7 +43,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.optimizer = optimizer.get_config()
   config.optimizer.weight_decay = 1e-4
   config.optimizer.adamw.beta2 = 0.95
-  config.offload = dict(optimizer=False)  # train.state.Offload
+  config.offload = dict(optimizer=False)  # train.train_state.Offload
   config.loop = dict(  # train.loop.Settings
     num_steps=0,
     log_every=1,
@@ -51,7 +53,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     profile_steps="",  # Those to trace: "3:5".
     watchdog_s=3600.0,
   )
-  config.report = dict(  # train.sinks.open_sinks
+  config.report = dict(  # telemetry.sinks.open_sinks
     to="none", project="atlas_jax", group="", name=""
   )
   config.checkpoint = dict(  # checkpoint.Checkpointer
@@ -73,7 +75,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.packing.length = 128
     config.batch = dict(size=32, per_device=0)
     config.num_epochs = 6.0
-    config.loss.chunk_size = 128
+    config.loss.chunk_tokens = 128
     config.schedule.learning_rate = 3e-3
     config.optimizer.adamw.beta2 = 0.98
     config.loop.log_every = 20

@@ -19,7 +19,9 @@ from configs.run import teacher_rcl
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 7
-  config.world = dict(directory="", with_teacher=False)  # launch.ensure_world
+  config.world = dict(
+    directory="", with_teacher=False
+  )  # components.ensure_world
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = mesh.get_config()

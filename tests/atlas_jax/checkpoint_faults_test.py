@@ -97,7 +97,8 @@ def test_steps_are_ordered_by_number_whatever_the_clock_says(saved):
 _DIES = """
 import os, pathlib, shutil, signal, sys
 import jax.numpy as jnp
-from atlas_jax import checkpoint, snapshot
+from atlas_jax import checkpoint
+from atlas_jax import checkpoint_format
 from tests.atlas_jax import checkpoint_faults_test as test
 
 def die(*args, **kwargs):
@@ -111,11 +112,11 @@ def remove_half_and_die(path):
   test._biggest(pathlib.Path(path)).unlink()
   die()
 
-seal = snapshot.seal
+seal = checkpoint_format.seal
 keep = {"keep": 1}
 for name, target, attribute, fault, changes in (
-  ("committed", snapshot, "seal", die, {}),
-  ("sealed", snapshot, "seal", seal_and_die, {}),
+  ("committed", checkpoint_format, "seal", die, {}),
+  ("sealed", checkpoint_format, "seal", seal_and_die, {}),
   ("removing", shutil, "rmtree", remove_half_and_die, keep),
 ):
   child = os.fork()
@@ -221,7 +222,8 @@ def test_where_the_disk_is_full_training_goes_on(tmp_path, how):
 
 _READ_ONLY = """
 import pathlib, subprocess, sys
-from atlas_jax import checkpoint, errors, workdirs
+from atlas_jax import checkpoint, errors
+from scripts.job import workdirs
 from tests.atlas_jax import checkpoint_faults_test as test
 
 top = pathlib.Path(sys.argv[1])
@@ -273,7 +275,8 @@ import pathlib, sys
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from atlas_jax import checkpoint, preemption
+from atlas_jax import checkpoint
+from scripts.job import preemption
 from tests.atlas_jax import checkpoint_faults_test as test
 
 rank, port, directory = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])

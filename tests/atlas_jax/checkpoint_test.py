@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import checkpoint, errors, snapshot
+from atlas_jax import checkpoint, checkpoint_format, errors
 
 _IDENTITY = {"data": "abc"}
 
@@ -321,7 +321,7 @@ def test_what_is_saved_may_be_donated_while_it_is_written(tmp_path):
 def _fails(monkeypatch, *, times):
   """Lets the disk be full for as many saves."""
   left = [True] * times
-  seal = snapshot.seal
+  seal = checkpoint_format.seal
 
   def full(*args):
     if left:
@@ -329,7 +329,7 @@ def _fails(monkeypatch, *, times):
       raise OSError(28, "No space left on device")
     seal(*args)
 
-  monkeypatch.setattr(snapshot, "seal", full)
+  monkeypatch.setattr(checkpoint_format, "seal", full)
 
 
 def test_a_failed_save_is_told_and_the_next_one_tries_again(
@@ -437,9 +437,9 @@ def test_other_versions_are_told_and_taken(tmp_path, monkeypatch):
   _saved(tmp_path, 1)
   warnings = []
   monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
-  here = snapshot.environment(_state(0))
+  here = checkpoint_format.environment(_state(0))
   monkeypatch.setattr(
-    snapshot, "environment", lambda _: {**here, "jaxlib": "9.9"}
+    checkpoint_format, "environment", lambda _: {**here, "jaxlib": "9.9"}
   )
   assert _restored_step(tmp_path) == 1
   (told,) = (args[0] % args[1:] for args in warnings)
@@ -453,11 +453,13 @@ def test_the_digests_of_a_damaged_file_are_told(tmp_path):
   written = hashlib.sha256(path.read_bytes()).hexdigest()
   path.write_text("{}")
   found = hashlib.sha256(b"{}").hexdigest()
-  assert snapshot.damage(directory / "1") == (
+  assert checkpoint_format.damage(directory / "1") == (
     f"host_state.json has SHA-256 {found[:12]}, not {written[:12]}"
   )
   path.unlink()
-  assert snapshot.damage(directory / "1") == "host_state.json is missing"
+  assert (
+    checkpoint_format.damage(directory / "1") == "host_state.json is missing"
+  )
 
 
 def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
@@ -470,8 +472,10 @@ def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
       flipped = bytearray(content)
       flipped[offset] ^= 1 << (offset % 7)
       path.write_bytes(flipped)
-      assert snapshot.read(directory / "2") is None or name != "about.json"
-      assert snapshot.damage(directory / "2"), (name, offset)
+      assert (
+        checkpoint_format.read(directory / "2") is None or name != "about.json"
+      )
+      assert checkpoint_format.damage(directory / "2"), (name, offset)
     assert _open(tmp_path)._newest_sound([1, 2]) == 1
     path.write_bytes(content)
 
@@ -479,7 +483,7 @@ def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
 def test_another_format_is_refused_with_what_to_do(tmp_path):
   directory = _saved(tmp_path, 1) / "1"
   about = json.loads((directory / "about.json").read_text())
-  snapshot.seal(directory, {**about, "format": 1}, {})
+  checkpoint_format.seal(directory, {**about, "format": 1}, {})
   with pytest.raises(errors.CheckpointError, match="another release") as caught:
     _open(tmp_path)
   assert "Its format is 1, and this is" in caught.value.why

@@ -90,6 +90,6 @@ def test_what_processes_differ_in_is_told_by_value():
 def test_one_process_agrees_with_itself_and_waits_for_nobody():
   distributed.agree({"seed": "1"})
   distributed.wait("here")
-  assert distributed.FromFirst("test")(lambda: {"a": [1]}) == {"a": [1]}
+  assert distributed.OnFirstProcess("test")(lambda: {"a": [1]}) == {"a": [1]}
   assert distributed.is_first()
   assert jax.process_count() == 1

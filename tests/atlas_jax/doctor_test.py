@@ -84,7 +84,7 @@ def test_a_package_is_missing_old_or_newer_than_tested():
   ],
 )
 def test_versions_that_go_wrong_together_are_known(versions, expected):
-  assert _status(doctor.of_pairs(versions)) == expected
+  assert _status(doctor.check_version_pairs(versions)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import weakref
 
 import pytest
 
-from atlas_jax import snapshot
-from conversion import rules, weights
-from conversion import step as orbax_step
+from atlas_jax import checkpoint_format
+from conversion import orbax_step, rules, weights
 from tests import tiny
 
 
@@ -17,7 +16,9 @@ def test_each_array_is_read_once_and_let_go(
   tmp_path, monkeypatch, family, num_held
 ):
   model = tiny.build(family)
-  snapshot.write(tmp_path / "1", {"params": tiny.params_of(model)}, identity={})
+  checkpoint_format.write(
+    tmp_path / "1", {"params": tiny.params_of(model)}, identity={}
+  )
   read_one, paths = orbax_step.read_one, []
   alive, most = weakref.WeakValueDictionary(), []
 

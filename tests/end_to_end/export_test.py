@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import exports, launch, sharding
+from atlas_jax import sharding
 from atlas_jax.data import sets
 from atlas_jax.train import sft
 from configs.run import teacher_sft
+from scripts.job import components, exports
 from tests import fakes, tiny
 
 torch = pytest.importorskip("torch")
@@ -58,8 +59,8 @@ def _train(tmp_path, family, **changes):
   config = _config(tmp_path)
   config.update_from_flattened_dict(changes)
   mesh = sharding.make_mesh(**config.mesh)
-  base = launch.open_model(mesh, **config.model)
-  policy, params = launch.open_policy(base, mesh, seed=0, **config.lora)
+  base = components.open_model(mesh, **config.model)
+  policy, params = components.open_policy(base, mesh, seed=0, **config.lora)
   train_set, eval_set = sets.conversations(
     base.tokenizer,
     data=sets.Selection(**config.data),
@@ -79,11 +80,11 @@ def _train(tmp_path, family, **changes):
     mesh=mesh,
     config=config,
     workdir=tmp_path,
-    writer=launch.open_writer(tmp_path, config),
+    writer=components.open_writer(tmp_path, config),
     should_stop=lambda: False,
   )
   exports.write(tmp_path, base, policy, params, None, facts={}, **config.export)
-  return base, policy.merged(params), mesh
+  return base, policy.merged_params(params), mesh
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

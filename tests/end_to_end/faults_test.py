@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from atlas_jax import snapshot
+from atlas_jax import checkpoint_format
 from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -79,10 +79,10 @@ def _marked(mark):
 _FAILS = """
 import os, sys
 from scripts import program, train_grpo
-from atlas_jax.train import learner
+from atlas_jax.train import grpo_update
 from tests.end_to_end import faults_test
 
-update, calls = learner.Learner.update, []
+update, calls = grpo_update.GrpoUpdate.update, []
 
 def fail(*args, **kwargs):
   calls.append(args)
@@ -92,7 +92,7 @@ def fail(*args, **kwargs):
     raise ZeroDivisionError("of the trainer")
   return update(*args, **kwargs)
 
-learner.Learner.update = fail
+grpo_update.GrpoUpdate.update = fail
 program.run(train_grpo.main)
 """
 _BUSY = {
@@ -103,7 +103,7 @@ _BUSY = {
   "batch.mask_truncated": False,
   "groups.filter_equal": False,
   "overlap.max_staleness": 1,
-  "agreement.every": 20,
+  "agreement.every_steps": 20,
   "report.to": "tensorboard",
   "loop.num_steps": 9,
 }
@@ -124,7 +124,7 @@ def test_a_trainer_that_fails_is_told_first_and_leaves_no_process(
   first = told[told.index("Traceback") :]
   assert first.count("Traceback") == 1
   assert first.rstrip().endswith("ZeroDivisionError: of the trainer")
-  assert snapshot.damage(tmp_path / "run/checkpoints/1") == ""
+  assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
   assert "RESOURCE_EXHAUSTED" in told
   assert "Make the batch smaller" in told
   assert "Traceback" not in told
-  assert snapshot.damage(tmp_path / "run/checkpoints/1") == ""
+  assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
 
 
 @pytest.mark.slow

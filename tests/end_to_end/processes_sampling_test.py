@@ -215,7 +215,7 @@ distributed.initialize(
   max_wait_s=60,
   max_silence_s=60,
 )
-from_first = distributed.FromFirst("test")
+from_first = distributed.OnFirstProcess("test")
 long = [i * 1e-7 for i in range(500_000)]  # More than one message holds.
 assert from_first(lambda: long) == long
 assert [from_first(lambda: int(index) + i) for i in range(3)] == [0, 1, 2]

@@ -95,14 +95,16 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
 # Loads a model onto the devices of all processes, and exports it again.
 _EXPORTER = """
 import pathlib, sys
-from atlas_jax import distributed, launch, sharding
-from conversion import card, save, shares
-from scripts import memory
+from atlas_jax import distributed, sharding
+from scripts.job import components
+from conversion import card, save
+from conversion import process_group
+from scripts.bench import memory
 
 model, out, address, count, index = sys.argv[1:]
 address = distributed.Address(address, int(count), int(index))
 distributed.initialize(address, max_wait_s=60, max_silence_s=60)
-opened = launch.open_model(
+opened = components.open_model(
   sharding.make_mesh(data=1, fsdp=-1, tensor=1),
   path=model,
   dtype="float32",
@@ -122,7 +124,9 @@ with distributed.together():
     max_shard_bytes=3 * 10**7,
     about=card.Card(base="test"),
     overwrite=False,
-    share=shares.Share(int(index), int(count), distributed.exchange),
+    share=process_group.ProcessShare(
+      int(index), int(count), distributed.exchange
+    ),
   )
   print("grew by", memory.of_process("VmHWM", reset=False) - held)
 """

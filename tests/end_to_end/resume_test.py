@@ -18,10 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atlas_jax import errors, launch, sharding, types
+from atlas_jax import errors, sharding, types
 from atlas_jax.data import sets
-from atlas_jax.train import gkd, grpo, sft, writer
+from atlas_jax.train import gkd, grpo, sft
+from atlas_jax.train.telemetry import writer
 from configs.run import teacher_gkd, teacher_rcl, teacher_sft
+from scripts.job import components
 from tests import tiny
 
 _NUM_STEPS = 4
@@ -85,8 +87,8 @@ def _opened(config, workdir):
     axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
     devices=jax.devices()[:1],
   )
-  base = launch.open_model(mesh, **config.model)
-  policy, params = launch.open_policy(
+  base = components.open_model(mesh, **config.model)
+  policy, params = components.open_policy(
     base, mesh, seed=config.seed, **config.lora
   )
   common = {
@@ -141,7 +143,7 @@ def _train_grpo(home, workdir, should_stop):
   config.student.path = str(home / "student")
   config.held_out = {"path": "", "fraction": 0.3}
   config.overlap.max_staleness = 1
-  config.agreement.every = 2 * _NUM_STEPS
+  config.agreement.every_steps = 2 * _NUM_STEPS
   config.reference.sync_every = 2
   config.batch.num_questions = 2
   config.batch.mask_truncated = False
@@ -159,8 +161,8 @@ def _train_grpo(home, workdir, should_stop):
     seed=config.seed,
     workdir=workdir,
   )
-  student = launch.open_model(mesh, **config.student)
-  with launch.open_protocol(base, student, mesh, config) as protocol:
+  student = components.open_model(mesh, **config.student)
+  with components.open_protocol(base, student, mesh, config) as protocol:
     grpo.train(
       policy,
       params,
@@ -213,8 +215,8 @@ def _train_gkd(home, workdir, should_stop):
     seed=config.seed,
     workdir=workdir,
   )
-  teacher = launch.open_model(mesh, **config.teacher)
-  with launch.open_role("policy", base, mesh, config) as role:
+  teacher = components.open_model(mesh, **config.teacher)
+  with components.open_role("policy", base, mesh, config) as role:
     gkd.train(
       policy,
       params,

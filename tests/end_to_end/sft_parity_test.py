@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_those_of_transformers(
     sft.packed_loss,
     model,
     z_loss_coef=0.0,
-    chunk_size=4,
+    chunk_tokens=4,
     router_aux_coef=router_aux_coef,
   )
   (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)

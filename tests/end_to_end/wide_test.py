@@ -59,7 +59,8 @@ shards.write(
 _CONVERT = """
 import sys
 from conversion import load
-from scripts import convert, memory
+from scripts import convert
+from scripts.bench import memory
 
 load.NUM_READERS = 1
 before = memory.of_process("VmRSS", reset=True)

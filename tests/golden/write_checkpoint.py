@@ -5,8 +5,8 @@
 
 It makes `checkpoints/1` beside this file, and `checkpoints.json`, the SHA-256
 of every array. Both are committed: do this again only where the format of
-checkpoints changes on purpose, and tell users how to go on (see `snapshot.read`
-and docs/checkpoints.md).
+checkpoints changes on purpose, and tell users how to go on (see
+`checkpoint_format.read` and docs/checkpoints.md).
 """
 
 import hashlib
@@ -18,9 +18,9 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from atlas_jax import checkpoint, snapshot
+from atlas_jax import checkpoint, checkpoint_format
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import state as train_state
+from atlas_jax.train import train_state
 from configs import optimizer as optimizers
 from tests import tiny
 
@@ -63,7 +63,7 @@ def state() -> train_state.TrainState:
 def digests(of: train_state.TrainState) -> dict[str, str]:
   """Gives the SHA-256 of every array, by its name."""
   return {
-    snapshot.name(path): hashlib.sha256(
+    checkpoint_format.name(path): hashlib.sha256(
       jax.device_get(leaf).tobytes()
     ).hexdigest()
     for path, leaf in jax.tree.leaves_with_path(of)

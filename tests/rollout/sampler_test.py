@@ -7,8 +7,9 @@ import pytest
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.models import quantized
-from conversion import card, load, save, shares
-from rollout import client, sampler, weight_sync
+from conversion import card, load, process_group, save
+from rollout import sampler
+from rollout.remote import client, push
 from tests import fakes, processes, tiny
 
 _PARAMS = types.SamplingParams(
@@ -97,7 +98,7 @@ def test_servers_get_a_base_in_few_bits_as_it_is_rounded(opened, tmp_path):
     root=tmp_path,
     source=source,
     dtype="float32",
-    share=shares.ALONE,
+    share=process_group.ALONE,
   )
   (published,) = tmp_path.iterdir()
   got = load.load(published, model, param_dtype="float32")
@@ -226,7 +227,7 @@ def test_altered_weights_are_refused_and_change_nothing(
   servers, opened, http, monkeypatch
 ):
   del servers
-  publish = weight_sync.publish
+  publish = push.publish
 
   def corrupt(*args, **kwargs):
     published = publish(*args, **kwargs)
@@ -239,7 +240,7 @@ def test_altered_weights_are_refused_and_change_nothing(
   with sampler.open_sampler("policy", http, **opened) as remote:
     before = remote.sample(_prompts(2), _PARAMS)
     with monkeypatch.context() as patched:
-      patched.setattr(weight_sync, "publish", corrupt)
+      patched.setattr(push, "publish", corrupt)
       with pytest.raises(client.RefusedError, match="cannot be used"):
         remote.update_weights(tiny.params_of(opened["model"], seed=3), 1)
     assert remote.version == 0

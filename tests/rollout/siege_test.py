@@ -18,7 +18,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _HEAD_S = 1.5
 _SERVE = f"""
 import asyncio
-from rollout import listen
+from rollout.server import listen
 from tests import scripted_server
 listen._HEAD_S = {_HEAD_S}
 with listen.bind("127.0.0.1", 0) as bound:
@@ -30,9 +30,11 @@ with listen.bind("127.0.0.1", 0) as bound:
 """
 _TRAIN = """
 import sys, time
-from rollout import client, fleet, http_sampler
+from rollout.remote import client
+from rollout.remote import fleet
+from rollout.remote import http_sampler
 shapes = {"a.weight": (3, 4), "b.weight": (5,)}
-channel = fleet.Channel("policy", shapes, "tok", "/dev/shm", 30.0, 20.0)
+channel = fleet.ChannelTerms("policy", shapes, "tok", "/dev/shm", 30.0, 20.0)
 deadlines = client.Deadlines(5.0, 5.0, 5.0)
 with http_sampler.HttpSampler(
   [sys.argv[1]],

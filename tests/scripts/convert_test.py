@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from atlas_jax import checkpoint, sharding, snapshot
+from atlas_jax import checkpoint, checkpoint_format, sharding
 from atlas_jax.models import decoder, lora, quantized
-from atlas_jax.train import state as train_state
+from atlas_jax.train import train_state
 from conversion import load, peft_adapters, shards
 from scripts import convert
 from tests import tiny
@@ -72,7 +72,9 @@ def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   places = sharding.of_params(mesh, model.abstract_params)
   params = jax.device_put(tiny.params_of(model), places)
-  snapshot.write(tmp_path / "7", _train_state(params, mesh=mesh), identity={})
+  checkpoint_format.write(
+    tmp_path / "7", _train_state(params, mesh=mesh), identity={}
+  )
   assert _run("inspect", tmp_path) == 0
   out = capsys.readouterr().out
   assert f"Orbax checkpoint {tmp_path / '7'}\n" in out
@@ -135,7 +137,7 @@ def _write_adapters(directory, family):
   )
   identity = {"base": base, "lora.alpha": "3.0"}
   state = _train_state(adapters)
-  snapshot.write(directory / "7", state, identity=identity)
+  checkpoint_format.write(directory / "7", state, identity=identity)
   return model, held, adapters
 
 
@@ -186,7 +188,9 @@ def test_adapters_over_a_rounded_base_become_that_base_merged(
     "base.kept_as": kind,
     "lora.alpha": "3.0",
   }
-  snapshot.write(tmp_path / "7", _train_state(adapters), identity=identity)
+  checkpoint_format.write(
+    tmp_path / "7", _train_state(adapters), identity=identity
+  )
   source = f"--source={tmp_path / 'base'}"
   assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 0
 
@@ -231,7 +235,7 @@ def test_verify_tells_in_which_layer_models_part(run, capsys):
   kernel = params["layers"]["mlp"]["up"]["kernel"]
   params["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].add(0.25)
   state = {"params": params}
-  snapshot.write(run / "b", state, identity={})
+  checkpoint_format.write(run / "b", state, identity={})
   capsys.readouterr()
   assert _run("verify", run / "a", run / "b") == 5
   out, err = capsys.readouterr()

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from atlas_jax import errors
-from rollout import launcher
+from rollout import supervisor
 from tests import fakes, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def _free_port(count):
       probe.bind(("127.0.0.1", 0))
       port = probe.getsockname()[1]
     with contextlib.suppress(errors.ConfigError):
-      launcher.check_ports("127.0.0.1", port, count)
+      supervisor.check_ports("127.0.0.1", port, count)
       return port
 
 
@@ -216,5 +216,5 @@ def test_four_steps_are_trained_next_to_servers(
   told = f"version 4 are with {num_of_policy} of {num_of_policy} servers"
   assert told in result.stderr
   assert len(list(run.glob("servers/*.log"))) == num_ports
-  launcher.check_ports("127.0.0.1", port, num_ports)
+  supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))

@@ -137,14 +137,14 @@ def _whole(student, teacher, targets_BT):
 
 
 @pytest.mark.parametrize("num_shared", [_V, _V - 4])
-@pytest.mark.parametrize("chunk_size", [1, 8, 512])
-def test_chunks_change_neither_values_nor_gradients(chunk_size, num_shared):
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 512])
+def test_chunks_change_neither_values_nor_gradients(chunk_tokens, num_shared):
   student, teacher, targets_BT = _outputs(num_shared)
   weights_BT = np.random.default_rng(1).normal(size=(_B, _T))
 
   def chunked(student, teacher):
     return gkd.of_outputs(
-      student, teacher, targets_BT, chunk_size=chunk_size, **_HYPER
+      student, teacher, targets_BT, chunk_tokens=chunk_tokens, **_HYPER
     )
 
   def whole(student, teacher):
@@ -173,7 +173,7 @@ def test_only_the_divergence_has_a_gradient_and_only_to_the_student():
         gkd.Output(*arrays[:2], None),
         gkd.Output(*arrays[2:], 3.0),
         targets_BT,
-        chunk_size=8,
+        chunk_tokens=8,
         **_HYPER,
       )
       return getattr(stats, name).sum()
@@ -188,7 +188,7 @@ def test_only_the_divergence_has_a_gradient_and_only_to_the_student():
     assert not any(grad.any() for grad in total(name))
 
 
-def _temporary_bytes(chunk_size, num_tokens, num_words):
+def _temporary_bytes(chunk_tokens, num_tokens, num_words):
   """Compiles the gradient of all there is, and asks what it needs."""
 
   def loss(student_hidden_BTD, student_head_DV, teacher):
@@ -196,7 +196,7 @@ def _temporary_bytes(chunk_size, num_tokens, num_words):
       gkd.Output(student_hidden_BTD, student_head_DV, None),
       gkd.Output(*teacher, None),
       jnp.zeros((_B, num_tokens), int),
-      chunk_size=chunk_size,
+      chunk_tokens=chunk_tokens,
       **_HYPER,
     )
     return jnp.sum(stats.divergence), stats
@@ -255,7 +255,7 @@ def test_sharded_heads_and_batch_give_the_same():
       gkd.Output(*ours, None),
       gkd.Output(*theirs, 3.0),
       targets_BT,
-      chunk_size=8,
+      chunk_tokens=8,
       **_HYPER,
     )
     return stats.divergence.sum()

@@ -77,9 +77,9 @@ def test_huge_bfloat16_logits_stay_finite():
   np.testing.assert_array_equal(stats.entropy, 0.0)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, _T, 512])
+@pytest.mark.parametrize("chunk_tokens", [1, 8, _T, 512])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunks_change_neither_values_nor_gradients(chunk_size, temperature):
+def test_chunks_change_neither_values_nor_gradients(chunk_tokens, temperature):
   hidden_BTD, head_DV, targets_BT = _batch()
 
   def chunked(hidden_BTD, head_DV):
@@ -88,7 +88,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size, temperature):
       head_DV,
       targets_BT,
       temperature=temperature,
-      chunk_size=chunk_size,
+      chunk_tokens=chunk_tokens,
     )
     return _weighted_sum(stats), stats
 
@@ -111,7 +111,7 @@ def test_bfloat16_hidden_states_give_float32_sums():
 
   def loss(head_DV):
     stats = logprobs.of_targets(
-      hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_size=8
+      hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_tokens=8
     )
     return jnp.sum(stats.logprobs), stats
 
@@ -134,16 +134,20 @@ def _largest_array(loss, *args):
   return max(_sizes(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*args)))
 
 
-def _summed(chunk_size):
+def _summed(chunk_tokens):
   """Returns a loss over 64 tokens of a vocabulary of 256, and its arguments."""
   targets_BT = jnp.zeros((_B, 64), int)
 
   def loss(hidden_BTD, head_DV):
     stats = (
       logprobs.of_targets(
-        hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_size=chunk_size
+        hidden_BTD,
+        head_DV,
+        targets_BT,
+        temperature=1.0,
+        chunk_tokens=chunk_tokens,
       )
-      if chunk_size
+      if chunk_tokens
       else _whole(hidden_BTD, head_DV, targets_BT, temperature=1.0)
     )
     return sum(jnp.sum(x) for x in stats)
@@ -152,19 +156,25 @@ def _summed(chunk_size):
 
 
 @pytest.mark.parametrize(
-  ("chunk_size", "num_tokens"), [(None, 64), (8, 8), (40, 32), (512, 64)]
+  ("chunk_tokens", "num_tokens"), [(None, 64), (8, 8), (40, 32), (512, 64)]
 )
-def test_no_array_holds_more_logits_than_an_even_chunks(chunk_size, num_tokens):
-  assert _largest_array(*_summed(chunk_size)) == _B * num_tokens * 256
+def test_no_array_holds_more_logits_than_an_even_chunks(
+  chunk_tokens, num_tokens
+):
+  assert _largest_array(*_summed(chunk_tokens)) == _B * num_tokens * 256
 
 
-def _temporary_bytes(chunk_size, num_tokens, num_words):
+def _temporary_bytes(chunk_tokens, num_tokens, num_words):
   """Compiles the gradient of every statistic, and asks what it needs."""
 
   def loss(hidden_BTD, head_DV):
     targets_BT = jnp.zeros((_B, num_tokens), int)
     stats = logprobs.of_targets(
-      hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_size=chunk_size
+      hidden_BTD,
+      head_DV,
+      targets_BT,
+      temperature=1.0,
+      chunk_tokens=chunk_tokens,
     )
     return sum(jnp.sum(x) for x in stats)
 
@@ -186,12 +196,12 @@ def test_compiled_memory_does_not_grow_with_vocabulary_times_sequence():
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_temperature_must_be_positive(temperature):
   with pytest.raises(ValueError, match="temperature"):
-    logprobs.of_targets(*_batch(), temperature=temperature, chunk_size=8)
+    logprobs.of_targets(*_batch(), temperature=temperature, chunk_tokens=8)
 
 
 def test_chunk_size_must_be_positive():
-  with pytest.raises(ValueError, match="chunk_size"):
-    logprobs.of_targets(*_batch(), temperature=1.0, chunk_size=0)
+  with pytest.raises(ValueError, match="chunk_tokens"):
+    logprobs.of_targets(*_batch(), temperature=1.0, chunk_tokens=0)
 
 
 def test_sharded_head_and_batch_give_the_same():
@@ -208,7 +218,7 @@ def test_sharded_head_and_batch_give_the_same():
   def loss(hidden_BTD, head_DV, targets_BT):
     return _weighted_sum(
       logprobs.of_targets(
-        hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_size=8
+        hidden_BTD, head_DV, targets_BT, temperature=1.0, chunk_tokens=8
       )
     )
 
@@ -279,13 +289,13 @@ def test_all_gradients_over_a_support_are_finite_and_the_same_in_chunks():
   hidden_BTD, head_DV, targets_BT = _batch()
   support = logprobs.Support(top_p=0.5, top_k=10)
 
-  def of(hidden_BTD, head_DV, chunk_size):
+  def of(hidden_BTD, head_DV, chunk_tokens):
     stats = logprobs.of_targets(
       hidden_BTD,
       head_DV,
       targets_BT,
       temperature=0.9,
-      chunk_size=chunk_size,
+      chunk_tokens=chunk_tokens,
       support=support,
     )
     return _weighted_sum(stats)

@@ -33,7 +33,7 @@ def _ours(hidden_BTD, head_DV, tokens_BT, mask_BT):
     head_DV,
     tokens_BT[:, 1:],
     temperature=1.0,
-    chunk_size=5,
+    chunk_tokens=5,
   )
   return sft.cross_entropy(
     stats.logprobs, stats.log_normalizer, mask_BT[:, 1:], z_loss_coef=0.0

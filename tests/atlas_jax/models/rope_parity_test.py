@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from atlas_jax.models import config, rope
+from atlas_jax.models import decoder_config, rope
 from tests import tiny
 
 pytest.importorskip("torch")
@@ -52,7 +52,7 @@ def test_frequencies_equal_those_of_transformers(head_dim, parameters):
   init = modeling_rope_utils.ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
   expected, scale = init(reference, device="cpu")
 
-  got = config.from_hf(fields).rope
+  got = decoder_config.from_hf(fields).rope
 
   # transformers computes in float32 what is float64 here.
   np.testing.assert_allclose(got.frequencies(), expected.numpy(), rtol=1e-5)

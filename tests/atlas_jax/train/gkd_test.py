@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax import chat, errors, launch, sharding
+from atlas_jax import chat, errors, sharding
 from atlas_jax.data import sets
 from atlas_jax.losses import gkd as gkd_loss
-from atlas_jax.train import completions, gkd, rows, writer
+from atlas_jax.train import gkd, gkd_batches, rollout_packing
+from atlas_jax.train.telemetry import writer
 from configs.run import teacher_gkd
 from rollout import jax_sampler
+from scripts.job import components
 from tests import metric_names, tiny
 
 _MAX_NEW = 8
@@ -86,9 +88,9 @@ class _Run:
     workdir.mkdir(exist_ok=True)
     self.config, self.workdir = config, workdir
     self.mesh = mesh or tiny.mesh()
-    self.base = launch.open_model(self.mesh, **config.model)
-    self.teacher = launch.open_model(self.mesh, **config.teacher)
-    self.policy, self.params = launch.open_policy(
+    self.base = components.open_model(self.mesh, **config.model)
+    self.teacher = components.open_model(self.mesh, **config.teacher)
+    self.policy, self.params = components.open_policy(
       self.base, self.mesh, seed=config.seed, **config.lora
     )
     self.train_set, self.eval_set = sets.completions(
@@ -96,7 +98,7 @@ class _Run:
       data=sets.Selection(**config.data),
       held_out=sets.HeldOut(**config.held_out),
       layout=sets.Layout(**config.packing),
-      max_new_tokens=completions.max_new_tokens(config),
+      max_new_tokens=gkd_batches.max_new_tokens(config),
       batch_size=config.batch.num_prompts,
       seed=config.seed,
       workdir=workdir,
@@ -136,7 +138,7 @@ class _Run:
 
 def _divergence(run, params, written):
   """Computes the loss from whole logits, each sequence in a row of its own."""
-  batch = rows.make_tokens(written, multiple=1)
+  batch = rollout_packing.make_tokens(written, multiple=1)
 
   def logits(model, params):
     return jax.jit(model.logits)(
@@ -240,7 +242,7 @@ def test_a_sampler_with_other_weights_than_it_says_ends_the_run(home, tmp_path):
     home,
     **{
       "completions.on_policy_fraction": 1.0,
-      "agreement.every": 1,
+      "agreement.every_steps": 1,
       "schedule.learning_rate": 0.1,
     },
   )
@@ -290,7 +292,7 @@ def test_balance_is_added_to_the_loss_of_a_mixture():
     teacher,
     beta=0.5,
     temperature=1.0,
-    chunk_size=4,
+    chunk_tokens=4,
     router_aux_coef=0.1,
   )
   loss, (weight, metrics) = jax.jit(loss_fn)(params, batch)
@@ -308,7 +310,7 @@ def test_balance_is_added_to_the_loss_of_a_mixture():
     {"loss.temperature": 0.0},
     {"completions.on_policy_fraction": 1.1},
     {"completions.max_dropped_fraction": 1.0},
-    {"agreement.every": 0},
+    {"agreement.every_steps": 0},
     {"experts.router_aux_coef": 0.1},
     {"num_epochs": 1.0},
   ],

@@ -14,9 +14,8 @@ from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
 from atlas_jax.models import lora, quantized
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import grpo, rows, score
-from atlas_jax.train import policy as train_policy
-from atlas_jax.train import writer as train_writer
+from atlas_jax.train import grpo, rollout_packing, score, trainable
+from atlas_jax.train.telemetry import writer as train_writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
 from conversion import load
@@ -45,12 +44,12 @@ def _config(**changes):
       "sampling": {"teach": teach},
       "rollout": {"backend": "jax"},
       "overlap": {"max_staleness": 0},
-      "agreement": {"max_prob_error": 1.01, "every": 1},
+      "agreement": {"max_prob_error": 1.01, "every_steps": 1},
       "alarm": {
         "max_ratio": 100.0,
         "max_kl": 10.0,
         "stop": False,
-        "min_used": 0.1,
+        "min_used_fraction": 0.1,
       },
       "advantages": {"baseline": "mean", "scale": "group"},
       "groups": {
@@ -64,7 +63,7 @@ def _config(**changes):
         "min_ratio": 0.0,
         "max_ratio": 2.0,
       },
-      "score": {"chunk_size": 32},
+      "logits": {"chunk_tokens": 32},
       "experts": {"router_aux_coef": 0.0},
       "loss": {
         "ratio": "token",
@@ -114,7 +113,7 @@ def _config(**changes):
         "load_best": False,
       },
       "evaluation": {"num_bootstrap": 20},
-      "artefacts": {
+      "samples": {
         "log_completions_every": 2,
         "num_completions": 3,
         "stored_fraction": 0.5,
@@ -268,7 +267,7 @@ def _train(
   config = _config(**changes)
   policy_protocol = _protocol(world, kind, param_dtype)
   sampler = policy_protocol.policy.sampler
-  policy, params = train_policy.create(
+  policy, params = trainable.create(
     world.model,
     world.params(param_dtype=param_dtype),
     adapters=lora.Lora(**config.lora),
@@ -319,17 +318,19 @@ def test_each_step_samples_with_the_weights_of_the_step_before(trained):
 
 @pytest.mark.slow
 def test_what_is_rewarded_becomes_likelier(trained):
-  _, _, rows = trained
-  rewards = [row["reward"] for row in rows]
+  _, _, rollout_packing = trained
+  rewards = [row["reward"] for row in rollout_packing]
   assert rewards[-1] > rewards[0] + 0.2
   # Sampler and trainer hold the same weights, and agree on them.
-  assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
-  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
-  assert all(row["rollout/policy_tokens_per_s"] > 0.0 for row in rows)
+  assert all(row["rollout/logprob_gap"] < 1e-4 for row in rollout_packing)
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rollout_packing)
+  assert all(
+    row["rollout/policy_tokens_per_s"] > 0.0 for row in rollout_packing
+  )
   # The first update is on policy; the reference is still the start.
-  assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
-  assert rows[1]["kl"] > 0.0
+  assert rollout_packing[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert rollout_packing[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rollout_packing[1]["kl"] > 0.0
 
 
 @pytest.mark.slow
@@ -338,15 +339,17 @@ def test_a_run_tells_what_the_page_says_and_where_its_time_went(
 ):
   changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
   _train(world, tmp_path, held_out=2, **changes)
-  rows = _rows(tmp_path)
-  metric_names.check("GRPO", rows)
-  for row in rows:
+  rollout_packing = _rows(tmp_path)
+  metric_names.check("GRPO", rollout_packing)
+  for row in rollout_packing:
     if "step_s" in row:
       seconds = [s for k, s in row.items() if k.startswith("seconds/")]
       assert sum(seconds) == pytest.approx(row["step_s"])
       assert row["seconds/idle"] < 0.2 * row["step_s"]
   # Evaluation and checkpoint of step 2 are told with the step after it.
-  assert [row["step"] for row in rows if "seconds/eval" in row] == [3]
+  assert [row["step"] for row in rollout_packing if "seconds/eval" in row] == [
+    3
+  ]
   assert (tmp_path / "completions/step-2.jsonl").exists()
   assert (tmp_path / "stored_completions/2.csv").exists()
   lessons = (tmp_path / "successful_teaching").iterdir()
@@ -379,11 +382,11 @@ _ADAPTERS = {
 @pytest.mark.parametrize("param_dtype", ["float32", "int8"])
 def test_adapters_are_in_what_is_sampled_from(world, tmp_path, param_dtype):
   _train(world, tmp_path, param_dtype=param_dtype, **_ADAPTERS)
-  rows = _rows(tmp_path)
+  rollout_packing = _rows(tmp_path)
   # The first update is on policy, from the base; then they move away from it.
-  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
-  assert rows[-1]["kl"] > 1e-3
-  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
+  assert rollout_packing[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rollout_packing[-1]["kl"] > 1e-3
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rollout_packing)
 
 
 def test_a_base_is_no_reference_that_could_be_synced(world, tmp_path):
@@ -409,10 +412,13 @@ def test_groups_that_teach_nothing_are_made_up_for(world, tmp_path):
     reward_fn=_nothing_of_q0,
     **{"loop.num_steps": 2, "groups.max_refills": 3},
   )
-  rows = _rows(tmp_path)
+  rollout_packing = _rows(tmp_path)
   # Two steps of two questions each ask all four, so one of them asks q0.
-  assert sorted(row["groups/refills"] for row in rows) == [0, 1]
-  used = {row["groups/refills"]: row["groups/used_fraction"] for row in rows}
+  assert sorted(row["groups/refills"] for row in rollout_packing) == [0, 1]
+  used = {
+    row["groups/refills"]: row["groups/used_fraction"]
+    for row in rollout_packing
+  }
   assert used[0] == 1.0
   assert used[1] == pytest.approx(2 / 3)
 
@@ -424,14 +430,19 @@ def test_a_dropped_group_is_missing_and_the_others_are_learnt_from(
 ):
   changes = {"loop.num_steps": 2, "groups.max_refills": max_refills}
   _train(world, tmp_path, kind=_Late, **changes)
-  rows = _rows(tmp_path)
-  assert [row["groups/dropped_fraction"] for row in rows] == [0.5, 0.0]
-  assert [row["rewards/unavailable"] for row in rows] == [0, 0]
-  assert [row["groups/used_fraction"] for row in rows] == [1.0, 1.0]
+  rollout_packing = _rows(tmp_path)
+  assert [row["groups/dropped_fraction"] for row in rollout_packing] == [
+    0.5,
+    0.0,
+  ]
+  assert [row["rewards/unavailable"] for row in rollout_packing] == [0, 0]
+  assert [row["groups/used_fraction"] for row in rollout_packing] == [1.0, 1.0]
   # The sampler gives up on what it is asked in its place, too.
-  assert [row["groups/refills"] for row in rows] == [0, 0]
-  assert all(row["grad_norm"] > 0.0 for row in rows)
-  assert rows[0]["num_tokens"] < 0.7 * rows[1]["num_tokens"]
+  assert [row["groups/refills"] for row in rollout_packing] == [0, 0]
+  assert all(row["grad_norm"] > 0.0 for row in rollout_packing)
+  assert (
+    rollout_packing[0]["num_tokens"] < 0.7 * rollout_packing[1]["num_tokens"]
+  )
 
 
 def test_too_many_dropped_groups_end_the_run(world, tmp_path):
@@ -488,7 +499,7 @@ def test_packed_rows_score_tokens_as_they_were_sampled(world, cut):
     for prompt, group in zip(prompts, groups, strict=True)
     for completion in group
   ]
-  (part,) = rows.lay_out(
+  (part,) = rollout_packing.lay_out(
     rollouts,
     num_minibatches=1,
     num_shards=1,
@@ -505,12 +516,14 @@ def test_packed_rows_score_tokens_as_they_were_sampled(world, cut):
       model_params,
       batch,
       temperature=params.temperature,
-      chunk_size=32,
+      chunk_tokens=32,
       support=support,
     )
   )(world.params(), batch)
   # What the sampler drew from is what the trainer takes for its policy.
-  logprobs_BT = rows.take(stats.logprobs, batch["places"], num_microbatches=1)
+  logprobs_BT = rollout_packing.gather_scores(
+    stats.logprobs, batch["places"], num_microbatches=1
+  )
   mask_BT = batch["loss_mask"]
   assert mask_BT.sum() == sum(len(r.completion.token_ids) for r in rollouts)
   np.testing.assert_allclose(

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from atlas_jax import checkpoint, errors, sharding, snapshot
-from atlas_jax.train import clock, loop, writer
+from atlas_jax import checkpoint, checkpoint_format, errors, sharding
+from atlas_jax.train import loop, optimizer_step, train_state
 from atlas_jax.train import optimizer as train_optimizer
-from atlas_jax.train import state as train_state
-from atlas_jax.train import step as train_step
+from atlas_jax.train.telemetry import clock, writer
 from configs import optimizer as optimizers
 
 _WIDTH = 5
@@ -35,7 +34,7 @@ def _parts():
     params = {"kernel": jnp.ones(_WIDTH, device=sharding.replicated(mesh))}
     return train_state.create(params, optimizer, mesh=mesh)
 
-  step = train_step.make_step(
+  step = optimizer_step.make_step(
     loss_fn,
     optimizer,
     frozen={},
@@ -169,7 +168,7 @@ def test_a_crash_is_told_as_it_is_and_leaves_no_thread(tmp_path, monkeypatch):
   _run(tmp_path / "before")  # What JAX and orbax keep for good is there.
   before = set(threading.enumerate())
   # Its last save fails as well, and the writer is closed.
-  monkeypatch.setattr(snapshot, "seal", fail)
+  monkeypatch.setattr(checkpoint_format, "seal", fail)
   with pytest.raises(_CrashError):
     _run(tmp_path / "run", crash_at=3, watchdog_s=60.0)
   for thread in set(threading.enumerate()) - before:
@@ -195,14 +194,14 @@ def test_what_is_saved_is_told_before(tmp_path):
 
 
 def test_a_failed_save_is_made_up_for_by_the_next_one(tmp_path, monkeypatch):
-  seal = snapshot.seal
+  seal = checkpoint_format.seal
 
   def fail_once(directory, *args):
     if directory.name == "2.tmp":
       raise OSError(28, "No space left on device")
     seal(directory, *args)
 
-  monkeypatch.setattr(snapshot, "seal", fail_once)
+  monkeypatch.setattr(checkpoint_format, "seal", fail_once)
   _, done = _run(tmp_path)
   assert len(done) == 6
   assert _saved(tmp_path) == [4, 6]
@@ -214,7 +213,7 @@ def test_a_run_that_cannot_save_its_end_does_not_end_well(
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(snapshot, "seal", fail)
+  monkeypatch.setattr(checkpoint_format, "seal", fail)
   with pytest.raises(errors.CheckpointError, match="in a row failed"):
     _run(tmp_path, kept={"max_failed": 2})
   with pytest.raises(errors.CheckpointError, match="last save"):

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import checkpoint, errors, sharding
-from atlas_jax.train import optimizer
-from atlas_jax.train import state as train_state
-from atlas_jax.train import step as train_step
+from atlas_jax.train import optimizer, optimizer_step, train_state
 from configs import optimizer as optimizers
 from tests import tiny
 
@@ -202,7 +200,7 @@ def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
     loss = sum(jnp.sum(jnp.sin(batch["x"] * leaf)) for leaf in leaves)
     return loss, (jnp.float32(1.0), {"loss": loss})
 
-  step = train_step.make_step(
+  step = optimizer_step.make_step(
     optimizer.freeze(loss_fn, ("embed/.*",)),
     chain,
     frozen={},

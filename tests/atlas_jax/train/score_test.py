@@ -17,7 +17,7 @@ def _scorer(model, params, max_rows=4):
     params, sharding.of_params(mesh, model.abstract_params)
   )
   return score.Scorer(
-    model, params, mesh=mesh, max_rows=max_rows, chunk_size=16
+    model, params, mesh=mesh, max_rows=max_rows, chunk_tokens=16
   )
 
 

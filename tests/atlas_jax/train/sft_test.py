@@ -13,9 +13,8 @@ import pytest
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing, sets
 from atlas_jax.models import lora
-from atlas_jax.train import policy as train_policy
-from atlas_jax.train import sft, writer
-from atlas_jax.train import state as train_state
+from atlas_jax.train import sft, train_state, trainable
+from atlas_jax.train.telemetry import writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
 from conversion import load
@@ -53,7 +52,11 @@ def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
   model = tiny.build("qwen2", vocab_size=len(tokenizer))
   params = tiny.params_of(model)
   loss_fn = functools.partial(
-    sft.packed_loss, model, z_loss_coef=1e-3, chunk_size=16, router_aux_coef=0.0
+    sft.packed_loss,
+    model,
+    z_loss_coef=1e-3,
+    chunk_tokens=16,
+    router_aux_coef=0.0,
   )
 
   def of(layout):
@@ -81,7 +84,7 @@ def _config(**changes):
       "lora": adapters.get_config(),
       "num_epochs": 0,
       "batch": {"size": 8, "per_device": 1},
-      "loss": {"z_loss_coef": 0.0, "chunk_size": 32},
+      "loss": {"z_loss_coef": 0.0, "chunk_tokens": 32},
       "experts": {"router_aux_coef": 0.0},
       "schedule": {
         "learning_rate": 0.02,
@@ -158,7 +161,7 @@ def _train(
     seed=0,
     workdir=workdir,
   )
-  policy, params = train_policy.create(
+  policy, params = trainable.create(
     model,
     start,
     adapters=lora.Lora(**config.lora),

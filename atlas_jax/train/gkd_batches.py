@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy is distilled on: its own completions, or those of the data."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from atlas_jax import errors, types
+from atlas_jax.data import pairs
+from atlas_jax.losses import logprobs
+from atlas_jax.models import decoder
+from atlas_jax.train import optimizer_step, rollout_packing, score, trainable
+from atlas_jax.train.guards import agreement
+from atlas_jax.train.telemetry import clock as train_clock
+
+
+class CompletionBatches:
+  """Gives the prompts of each step, with completions.
+
+  Who writes them is drawn anew for each step, and everything else too, from the
+  seed and the step. So a resumed run repeats the one that was not interrupted.
+  """
+
+  def __init__(  # noqa: PLR0913 - a config section beside collaborators.
+    self,
+    policy: trainable.Policy,
+    sampler: types.Sampler | None,
+    train_set: pairs.PairLoader,
+    *,
+    params: types.SamplingParams,
+    vocab_size: int,
+    chunk_tokens: int,
+    on_policy_fraction: float,
+    max_dropped_fraction: float,
+    max_prob_error: float,
+    compare_every: int,
+  ) -> None:
+    """Samples nothing yet.
+
+    Args:
+      policy: what is trained.
+      sampler: of it; None where nothing is sampled.
+      train_set: prompts, with completions of others.
+      params: how it completes; the step is added to the seed.
+      vocab_size: ids from here on the teacher does not have.
+      chunk_tokens: tokens whose logits exist at one time.
+      on_policy_fraction: the chance of a step to be sampled: GKD's lambda.
+      max_dropped_fraction: of a batch's prompts, in [0, 1).
+      max_prob_error: see `agreement.check`.
+      compare_every: steps between those which are held to it, if sampled.
+
+    Raises:
+      errors.ConfigError: if a fraction is none.
+    """
+    _check(on_policy_fraction, max_dropped_fraction, compare_every)
+    if on_policy_fraction and sampler is None:
+      raise ValueError("Nothing can be sampled without a sampler.")
+    self._policy, self._sampler, self._train_set = policy, sampler, train_set
+    self._params, self._vocab_size = params, vocab_size
+    self._fraction = on_policy_fraction
+    self._max_dropped = max_dropped_fraction
+    self._max_prob_error = max_prob_error
+    self._compare_every, self._is_new = compare_every, True
+    cut = params.top_p < 1.0 or params.top_k > 0
+    self._measure = jax.jit(
+      functools.partial(
+        _measure,
+        policy.model,
+        temperature=params.temperature or 1.0,
+        chunk_tokens=chunk_tokens,
+        support=logprobs.Support(params.top_p, params.top_k) if cut else None,
+      ),
+      static_argnums=2,
+    )
+
+  def is_sampled(self, step: int) -> bool:
+    """Tells whether the policy writes the completions of a step."""
+    drawn = np.random.default_rng((self._params.seed, step)).random()
+    return drawn < self._fraction
+
+  def take(
+    self, trained: decoder.Params, step: int, clock: train_clock.Clock
+  ) -> tuple[list[rollout_packing.Written], dict[str, float]]:
+    """Gives the completions of a step, and metrics.
+
+    Args:
+      trained: the weights of this step, which sample.
+      step: the number of steps done.
+      clock: is told the phases.
+
+    Raises:
+      errors.RolloutError: if too many prompts are without completions.
+      RuntimeError: if the sampler did not take the weights it was given.
+    """
+    with clock.phase("data"):
+      batch = self._train_set.batch(step)
+    if self._sampler is None or not self.is_sampled(step):
+      written = of_data(batch)
+      return written, {"on_policy": 0.0, **_lengths(written)}
+    with clock.phase("push"):
+      if self._sampler.version != step:
+        self._sampler.update_weights(self._policy.merged_params(trained), step)
+    prompts = [
+      types.Prompt(pair.row_id, "", tuple(pair.prompt.tolist()))
+      for pair in batch
+    ]
+    params = dataclasses.replace(self._params, seed=self._params.seed + step)
+    with clock.phase("sample"):
+      groups = self._sampler.sample(prompts, params)
+    return self._of_groups(prompts, groups, step)
+
+  def compare(
+    self,
+    trained: decoder.Params,
+    batch: optimizer_step.Batch,
+    num_microbatches: int,
+    step: int,
+  ) -> dict[str, float]:
+    """Measures how far sampler and trainer are apart, where that is due.
+
+    Args:
+      trained: the weights of this step.
+      batch: what they wrote, laid out.
+      num_microbatches: of the batch.
+      step: the number of steps done.
+
+    Raises:
+      errors.DivergedError: see `agreement.check`.
+    """
+    is_due = step % self._compare_every == 0
+    # The first of a process is held to it too: its sampler is new.
+    if not self.is_sampled(step) or not (is_due or self._is_new):
+      return {}
+    self._is_new = False
+    params = self._policy.all_params(trained)
+    found = self._measure(params, batch, num_microbatches)
+    measured = {name: float(value) for name, value in found.items()}
+    agreement.check(
+      measured["rollout/prob_error"],
+      step=step,
+      max_prob_error=self._max_prob_error,
+    )
+    return measured if is_due else {}
+
+  def _of_groups(
+    self,
+    prompts: Sequence[types.Prompt],
+    groups: Sequence[Sequence[types.Completion]],
+    step: int,
+  ) -> tuple[list[rollout_packing.Written], dict[str, float]]:
+    """Takes the completions that both models can read."""
+    versions = {c.version for group in groups for c in group}
+    if not versions <= {step}:
+      raise RuntimeError(
+        f"Completions of versions {sorted(versions)} at step {step}: the "
+        "sampler did not take the weights it was given."
+      )
+    kept = [
+      (prompt, completion)
+      for prompt, group in zip(prompts, groups, strict=True)
+      for completion in group
+      if max(completion.token_ids) < self._vocab_size
+    ]
+    num_wanted = len(prompts) * self._params.group_size
+    dropped = 1.0 - len(kept) / num_wanted
+    if dropped > self._max_dropped or not kept:
+      raise errors.RolloutError(
+        f"{num_wanted - len(kept)} of {num_wanted} completions are missing.",
+        where=f"step {step}, --config.completions.max_dropped_fraction="
+        f"{self._max_dropped:g}",
+        why="Servers gave their prompts up, or the policy wrote tokens which "
+        "the teacher's head does not have.",
+        fix="Look at the servers' logs, and at docs/rollout.md.",
+      )
+    written = [
+      rollout_packing.Written(prompt.token_ids, c.token_ids, c.logprobs)
+      for prompt, c in kept
+    ]
+    cut = [c.finish_reason == "length" for _, c in kept]
+    sampler_metrics = self._sampler.take_metrics() if self._sampler else {}
+    return written, {
+      "on_policy": 1.0,
+      "truncated_fraction": sum(cut) / len(cut),
+      "dropped_fraction": dropped,
+      **_lengths(written),
+      **{f"rollout/policy_{k}": v for k, v in sampler_metrics.items()},
+    }
+
+
+def max_new_tokens(config: Any) -> int:  # Any: a ConfigDict.
+  """Reads what may be sampled after a prompt; 0 where nothing is."""
+  if not config.completions.on_policy_fraction:
+    return 0
+  return config.sampling.complete.max_completion_tokens
+
+
+def of_data(batch: Sequence[pairs.Pair]) -> list[rollout_packing.Written]:
+  """Gives the completions of the data; nobody has told their probabilities."""
+  return [
+    rollout_packing.Written(
+      pair.prompt, pair.completion, np.zeros(len(pair.completion), np.float32)
+    )
+    for pair in batch
+  ]
+
+
+def _lengths(written: Sequence[rollout_packing.Written]) -> dict[str, float]:
+  total = sum(len(w.completion) for w in written)
+  return {"completion_length": total / len(written)}
+
+
+def _measure(
+  model: decoder.Model,
+  params: decoder.Params,
+  batch: optimizer_step.Batch,
+  num_microbatches: int,
+  *,
+  temperature: float,
+  chunk_tokens: int,
+  support: logprobs.Support | None,
+) -> dict[str, jax.Array]:
+  """Scores a batch as its sampler did, and compares."""
+  logprobs_BT = score.by_microbatches(
+    functools.partial(
+      score.token_stats,
+      model,
+      temperature=temperature,
+      chunk_tokens=chunk_tokens,
+      support=support,
+    ),
+    params,
+    batch,
+    num_microbatches,
+  )
+  return agreement.measure(
+    logprobs_BT, batch["rollout_logprobs"][:, 1:], batch["loss_mask"][:, 1:]
+  )
+
+
+def _check(
+  on_policy_fraction: float, max_dropped_fraction: float, compare_every: int
+) -> None:
+  if (
+    not 0.0 <= on_policy_fraction <= 1.0
+    or not 0.0 <= max_dropped_fraction < 1.0
+    or compare_every < 1
+  ):
+    raise errors.ConfigError(
+      "Completions cannot be had like this.",
+      where="--config.completions",
+      why=f"on_policy_fraction={on_policy_fraction} is from 0 to 1, "
+      f"max_dropped_fraction={max_dropped_fraction} from 0 to below 1, and "
+      f"compare_every={compare_every} at least 1.",
+      fix="Set on_policy_fraction to 1.0, max_dropped_fraction to 0.25 and "
+      "compare_every to 10, for example.",
+    )

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update: gradient over microbatches, clip, apply."""
+
+from collections.abc import Callable, Iterable, Mapping
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from atlas_jax.models import lora
+from atlas_jax.train import train_state
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# Takes all parameters. Returns the mean loss of a batch, the weight of that
+# mean (how many tokens or sequences it is over) and metrics, which are means of
+# the same weight.
+LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
+
+
+class Step(Protocol):
+  """One update; see `make_step`."""
+
+  def __call__(
+    self,
+    state: train_state.TrainState,
+    batch: Batch,
+    *,
+    num_microbatches: int = 1,
+  ) -> tuple[train_state.TrainState, Metrics]:
+    """Gives the new state and metrics; donates the old state."""
+    ...
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  frozen: Mapping[str, Any],  # Any: nested dicts with arrays as leaves.
+  shardings: Any,  # Any: a tree like the state's.
+) -> Step:
+  """Makes the jitted update; it donates the state.
+
+  The loss is the mean over the whole batch, however many microbatches it is
+  split into: each one's mean counts by its weight. An update whose loss or
+  gradient is not finite is skipped and counted.
+
+  Args:
+    loss_fn: the mean loss of a batch, with its weight.
+    optimizer: clipping included.
+    frozen: the parameters that are not in the state; nothing is computed or
+      kept for their training. The loss gets both, as `lora.join` has them.
+    shardings: where the state stays, as `state.shardings` tells. The compiler
+      would move some of it after the first update, so that a resumed run would
+      be another program.
+
+  Returns:
+    A function from state and batch to the new state and metrics. It splits the
+    rows into `num_microbatches` parts, whose gradients are added up.
+  """
+
+  def step(
+    frozen: Mapping[str, Any],
+    state: train_state.TrainState,
+    batch: Batch,
+    *,
+    num_microbatches: int = 1,
+  ) -> tuple[train_state.TrainState, Metrics]:
+    def weighted(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+      loss, (weight, metrics) = loss_fn(lora.join(frozen, params), batch)
+      return loss * weight, (weight, metrics)
+
+    grads, metrics = _accumulate(
+      jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
+    )
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+    old_opt_state = train_state.on_device(state.opt_state)
+
+    def apply() -> tuple[Any, Any]:
+      updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
+      return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(
+      finite, apply, lambda: (state.params, old_opt_state)
+    )
+    num_nonfinite = jnp.where(finite, 0, state.num_nonfinite + 1)
+    metrics |= {"grad_norm": grad_norm, "num_nonfinite": num_nonfinite}
+    new = state._replace(
+      params=params, opt_state=opt_state, num_nonfinite=num_nonfinite
+    )
+    return new, metrics
+
+  jitted = jax.jit(
+    step,
+    static_argnames="num_microbatches",
+    donate_argnums=1,
+    out_shardings=(shardings, None),
+  )
+  return functools.partial(jitted, frozen)
+
+
+def split(batch: Batch, num_microbatches: int) -> Batch:
+  """Splits rows into microbatches, along a new first axis.
+
+  Row i goes to microbatch i % n, so that a device keeps rows of its own.
+  """
+
+  def of(x: jax.Array) -> jax.Array:
+    x = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return {name: of(x) for name, x in batch.items()}
+
+
+def held_out(
+  loss_fn: LossFn, params: Any, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """Averages the metrics of a loss over batches, by the weight of each.
+
+  Args:
+    loss_fn: jitted.
+    params: all that it takes.
+    batches: of held-out data.
+
+  Returns:
+    The means, with `eval/` before their names.
+  """
+  queued = [loss_fn(params, batch)[1] for batch in batches]
+  weights, means = zip(*jax.device_get(queued), strict=True)
+  total = max(float(sum(weights)), 1.0)
+  return {
+    f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
+    for name in means[0]
+  }
+
+
+def _accumulate(
+  grad_fn: Callable[..., Any],
+  params: Any,
+  batch: Batch,
+  num_microbatches: int,
+) -> tuple[Any, Metrics]:
+  """Adds up weighted gradients and metrics, then divides by the weight."""
+
+  def of(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
+    grads, (weight, metrics) = grad_fn(params, microbatch)
+    return grads, weight, {k: v * weight for k, v in metrics.items()}
+
+  if num_microbatches == 1:
+    grads, weight, metrics = of(batch)
+  else:
+    microbatches = split(batch, num_microbatches)
+    zeros = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+      jax.eval_shape(of, {k: v[0] for k, v in microbatches.items()}),
+    )
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, of(microbatch)), None
+
+    (grads, weight, metrics), _ = jax.lax.scan(add, zeros, microbatches)
+  weight = jnp.maximum(weight, 1)
+  grads = jax.tree.map(lambda leaf: leaf / weight, grads)
+  return grads, {k: v / weight for k, v in metrics.items()}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows a config with the origin of every value, instead of running it.
+
+  python -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke \
+    --workdir=results/sft --config.seed=1 --print_config
+
+The launchers know the flag too, and name the override behind a value.
+"""
+
+from collections.abc import Iterator, Mapping
+import os
+import re
+import sys
+from typing import Any
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from scripts import launch_overrides
+
+_PRINT = flags.DEFINE_bool(
+  "print_config", False, "Print each config value and its origin, and stop."
+)
+
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_HARMLESS = re.compile(r"tokens\b|tokenizer")  # Counts, and a file.
+
+
+def print_config() -> bool:
+  """Prints the config of the flags if they ask for it; tells whether."""
+  if _PRINT.value:
+    flag = flags.FLAGS["config"]
+    given = config_flags.get_override_values(flag)
+    recipe = config_flags.get_config_filename(flag)
+    show(table(recipe, flag.value, dict.fromkeys(given, "command line")))
+  return _PRINT.value
+
+
+def show(text: str) -> None:
+  """Prints to whoever reads it, be it only the beginning."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    # Python would flush, and fail, once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def table(
+  recipe: str,
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  given: Mapping[str, str],
+) -> str:
+  """Lists the values of a config, one per line.
+
+  Args:
+    recipe: `FILE.py[:VARIANT]`.
+    config: what became of it.
+    given: what set a value that is not the recipe's own, by its dotted name.
+  """
+  path, _, variant = recipe.partition(":")
+  defaults = dict(_values(launch_overrides.load(path, [])))
+  rows = []
+  for name, value in _values(config):
+    if name in given:
+      origin = given[name]
+    elif variant and defaults.get(name) != value:
+      origin = f"{path}:{variant}"
+    else:
+      origin = path
+    shown = "***" if _is_secret(name) and value else value
+    rows.append((name, shown, origin))
+  widths = [min(max(len(row[i]) for row in rows), 40) for i in (0, 1)]
+  return "\n".join(
+    f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}"
+    for name, value, origin in rows
+  )
+
+
+def _is_secret(name: str) -> bool:
+  return bool(_SECRET.search(_HARMLESS.sub("", name)))
+
+
+def _values(
+  section: Any,  # Any: as in `table`.
+  prefix: str = "",
+) -> Iterator[tuple[str, str]]:
+  """Yields every value by its dotted name, as Python would write it."""
+  for key, value in section.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _values(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", repr(value)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known of a run's files, data and servers before it starts."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import tempfile
+from typing import Any, Literal
+
+import numpy as np
+
+from atlas_jax import chat, errors, types
+from atlas_jax.data import packing, sets
+from atlas_jax.models import decoder, decoder_config
+from atlas_jax.teaching import templates
+from atlas_jax.train import gkd, gkd_batches
+from conversion import load
+from rollout import wire
+from rollout.remote import client
+
+Status = Literal["ok", "absent", "FAIL"]
+
+_SERVER_S = 5.0
+# Of the questions with the most characters, so many are tokenized.
+_NUM_LONGEST = 64
+# Of a question in its template, where there is no data to count them in.
+_ASSUMED_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """What was looked at, and what was found. Absent is what may yet come."""
+
+  name: str
+  status: Status
+  found: str
+  fix: str = ""
+
+
+@dataclasses.dataclass
+class Facts:
+  """What the checks came to know.
+
+  Attributes:
+    checks: in the order they were made.
+    shape: of the model; None if it cannot be read.
+    prompt_tokens: of the longest question, in its template.
+    steps_per_epoch: None without data, and where there are no epochs.
+    tokens_per_row: mean of a packed row, or in GKD of a prompt with its
+      completion; None without data.
+  """
+
+  checks: list[Check] = dataclasses.field(default_factory=list)
+  shape: decoder_config.DecoderConfig | None = None
+  prompt_tokens: int = _ASSUMED_TOKENS
+  steps_per_epoch: int | None = None
+  tokens_per_row: float | None = None
+
+  @contextlib.contextmanager
+  def checking(self, name: str) -> Iterator[Callable[[str], None]]:
+    """Adds a check that fails by an error; yields what says it is ok."""
+    try:
+      yield lambda found: self.checks.append(Check(name, "ok", found))
+    except errors.AtlasError as error:
+      why = f"{error.what} {error.where}: {error.why}"
+      self.checks.append(Check(name, "FAIL", why, error.fix))
+
+  def absent(self, name: str, found: str) -> None:
+    """Adds what is not there yet."""
+    self.checks.append(Check(name, "absent", found))
+
+
+def run(config: Any) -> Facts:  # Any: a ConfigDict of anything.
+  """Looks at the files, the data and the servers that a config names."""
+  facts = Facts()
+  tokenizer = _model(facts, "model", config.model.path)
+  if "student" in config:
+    _model(facts, "student", config.student.path)
+  if "teacher" in config:
+    theirs = _model(facts, "teacher", config.teacher.path)
+    if tokenizer is not None and theirs is not None:
+      with facts.checking("one tokenizer") as ok:
+        gkd.check_tokenizers(tokenizer, theirs)
+        ok("policy and teacher number their tokens alike")
+  if config.data.path is None:
+    facts.absent("data", "--config.data.path names none")
+  elif tokenizer is None:
+    facts.absent("data", "not read: it takes the model's tokenizer")
+  else:
+    with facts.checking("data") as ok:
+      ok(_data(facts, config, tokenizer))
+  if "rollout" in config and config.rollout.backend == "http":
+    for role in ("policy", "student"):
+      for url in config.rollout[f"{role}_urls"]:
+        with facts.checking(f"server of the {role}") as ok:
+          ok(_server(url))
+  return facts
+
+
+def disk(workdir: pathlib.Path, num_bytes: int) -> Check:
+  """Compares what a run will write with what is free where it writes."""
+  place = workdir.absolute()
+  while not place.exists():
+    place = place.parent
+  free = shutil.disk_usage(place).free
+  found = f"{gib(num_bytes)} to write, {gib(free)} free in {place}"
+  if num_bytes <= free:
+    return Check("disk", "ok", found)
+  return Check(
+    "disk",
+    "FAIL",
+    found,
+    "Choose a larger disk by --workdir, or keep less: "
+    "--config.checkpoint.keep=1, --config.export.keep_steps=0.",
+  )
+
+
+def gib(num_bytes: float) -> str:
+  """Writes bytes as a person reads them."""
+  return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+def _model(
+  facts: Facts,
+  name: str,
+  path: str,
+) -> chat.Tokenizer | None:
+  """Checks a model's directory, of which config.json alone must be there."""
+  tokenizer = None
+  with facts.checking(name) as ok:
+    directory = load.resolve(path, with_weights=False)
+    shape, _ = load.read_config(directory)
+    if name == "model":
+      facts.shape = shape
+    ok(
+      f"{directory}: {shape.family}, {shape.num_layers} layers of "
+      f"{shape.width}, {shape.vocab_size:,} tokens"
+    )
+    if any(directory.glob("*.safetensors*")) or any(directory.glob("*.bin")):
+      with facts.checking(f"weights of the {name}") as ok:
+        model = decoder.build(
+          shape, dtype="float32", attention="auto", remat="none", unroll=1
+        )
+        ok(f"{len(load.open_tensors(directory, model))} tensors")
+    else:
+      facts.absent(f"weights of the {name}", "none there yet")
+    if any(directory.glob("tokenizer*")):
+      with facts.checking(f"tokenizer of the {name}") as ok:
+        tokenizer = chat.load_tokenizer(directory)
+        chat.check_vocabulary(tokenizer, shape.vocab_size, directory)
+        ok(f"{len(tokenizer):,} tokens, with a chat template")
+    else:
+      facts.absent(f"tokenizer of the {name}", "none there yet")
+  return tokenizer
+
+
+def _data(
+  facts: Facts,
+  config: Any,  # Any: as in `run`.
+  tokenizer: chat.Tokenizer,
+) -> str:
+  """Reads the data as the run will; tells of it."""
+  selection = sets.Selection(**config.data)
+  held_out = sets.HeldOut(**config.held_out)
+  with tempfile.TemporaryDirectory() as folder:  # For the list of bad rows.
+    workdir = pathlib.Path(folder)
+    if "reward" in config:
+      questions, kept_out = sets.questions(
+        selection,
+        held_out,
+        batch_size=config.batch.num_questions,
+        seed=config.seed,
+        workdir=workdir,
+      )
+      facts.prompt_tokens = _longest(config, tokenizer, questions.questions)
+      return (
+        f"{len(questions.questions):,} questions, {len(kept_out):,} held out; "
+        f"the longest has {facts.prompt_tokens:,} tokens in its template"
+      )
+    if "teacher" in config:
+      return _pairs(facts, config, tokenizer, workdir)
+    train_set, eval_set = sets.conversations(
+      tokenizer,
+      data=selection,
+      held_out=held_out,
+      layout=sets.Layout(**config.packing),
+      batch_size=config.batch.size,
+      seed=config.seed,
+      workdir=workdir,
+    )
+  if facts.shape is not None:
+    packing.check_context(config.packing.length, facts.shape.max_positions)
+  facts.steps_per_epoch = train_set.num_batches_per_epoch
+  is_token_BT = train_set.batch(0)["segment_ids"] > 0
+  facts.tokens_per_row = float(is_token_BT.sum(axis=1).mean())
+  return (
+    f"{facts.steps_per_epoch:,} batches of {config.batch.size} rows, filled to "
+    f"{is_token_BT.mean():.0%}; {eval_set.num_batches_per_epoch:,} held out"
+  )
+
+
+def _pairs(
+  facts: Facts,
+  config: Any,  # Any: as in `run`.
+  tokenizer: chat.Tokenizer,
+  workdir: pathlib.Path,
+) -> str:
+  """Reads prompts with completions; tells of them."""
+  sampled = gkd_batches.max_new_tokens(config)
+  train_set, eval_set = sets.completions(
+    tokenizer,
+    data=sets.Selection(**config.data),
+    held_out=sets.HeldOut(**config.held_out),
+    layout=sets.Layout(**config.packing),
+    max_new_tokens=sampled,
+    batch_size=config.batch.num_prompts,
+    seed=config.seed,
+    workdir=workdir,
+  )
+  if facts.shape is not None:
+    packing.check_context(config.packing.length, facts.shape.max_positions)
+  facts.steps_per_epoch = train_set.num_batches_per_epoch
+  prompts, written = (
+    train_set.num_prompt_tokens,
+    train_set.num_completion_tokens,
+  )
+  longer = np.maximum(written - sampled, 0)  # Than what may be sampled.
+  facts.prompt_tokens = int((prompts + longer).max())
+  facts.tokens_per_row = float((prompts + longer + sampled).mean())
+  return (
+    f"{facts.steps_per_epoch:,} batches of {config.batch.num_prompts} prompts, "
+    f"with completions {facts.tokens_per_row:,.0f} tokens at most on average; "
+    f"{eval_set.num_batches_per_epoch:,} held out"
+  )
+
+
+def _longest(
+  config: Any,  # Any: as in `run`.
+  tokenizer: chat.Tokenizer,
+  questions: Sequence[types.Question],
+) -> int:
+  """Counts the tokens of the longest prompt, without any probe."""
+
+  def num_tokens(question: str) -> int:
+    if "templates" in config:
+      text = templates.fill(config.templates.teach, question=question, probe="")
+    else:
+      text = templates.fill(config.template, question=question)
+    _, token_ids = chat.render(tokenizer, [types.Message("user", text)])
+    return len(token_ids)
+
+  texts = sorted((q.question for q in questions), key=len)
+  return max(map(num_tokens, texts[-_NUM_LONGEST:]))
+
+
+def _server(url: str) -> str:
+  """Asks a server how it is."""
+
+  async def ask() -> wire.Health:
+    deadlines = client.Deadlines(
+      generate_s=_SERVER_S, update_s=_SERVER_S, control_s=_SERVER_S
+    )
+    token = client.token_of_environment()
+    server = client.Client(url, deadlines=deadlines, token=token)
+    try:
+      return await server.health()
+    finally:
+      await server.close()
+
+  health = asyncio.run(ask())
+  return (
+    f"{url} is {health.status}: {health.engine} with {health.model}, up to "
+    f"{health.max_model_len:,} tokens"
+  )

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells what a run will need, and whether it will fit, instead of running it.
+
+  python -m scripts.train_sft --config=configs/run/teacher_sft.py \
+    --workdir=results/sft --config.model.path=Qwen/Qwen3-8B --plan=8xH100
+
+No accelerator is touched, no array is made, and of the model a directory with
+its config.json is enough. Docs: docs/plan.md.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from absl import flags
+import jax
+
+from atlas_jax import errors
+from atlas_jax.train.telemetry import flops
+from conversion import save
+from scripts.job import arguments
+from scripts.plan import checks as plan_checks
+from scripts.plan import memory as plan_memory
+from scripts.plan import update_bytes
+
+_PLAN = flags.DEFINE_string(
+  "plan",
+  "",
+  "Devices to plan for, such as 8xH100 or 64x80GiB: print what the run needs "
+  "of them, and stop.",
+)
+_MFU = flags.DEFINE_float(
+  "plan_mfu",
+  0.4,
+  "The share of the devices' peak that --plan takes the run to reach.",
+  lower_bound=0.01,
+  upper_bound=1.0,
+)
+
+# What JAX calls a device (see `flops.peak`), and the GiB it finds there.
+_DEVICES: Mapping[str, tuple[str, float]] = {
+  "B200": ("NVIDIA B200", 178.0),
+  "H200": ("NVIDIA H200", 140.0),
+  "H100": ("NVIDIA H100", 79.0),
+  "A100": ("NVIDIA A100", 79.0),
+  "A100-40": ("NVIDIA A100", 39.0),
+  "L40S": ("NVIDIA L40S", 44.0),
+  "L4": ("NVIDIA L4", 22.0),
+  "v6e": ("TPU v6 lite", 31.2),
+  "v5p": ("TPU v5", 95.0),
+  "v5e": ("TPU v5 lite", 15.7),
+  "v4": ("TPU v4", 30.7),
+}
+_DEVICE = re.compile(r"(\d+)x(?:([\d.]+)Gi?B|([\w-]+))", re.IGNORECASE)
+# What XLA takes of a GPU's memory unless it is told otherwise.
+_GPU_FRACTION = 0.75
+_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# A checkpoint is written before an old one is removed; the best is kept too.
+_MORE_CHECKPOINTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Devices:
+  """What is planned for; `fraction` of its memory is the run's."""
+
+  number: int
+  kind: str
+  memory: float
+  fraction: float
+
+  @property
+  def budget(self) -> float:
+    return self.fraction * self.memory
+
+
+def print_plan() -> bool:
+  """Prints the plan if the flags ask for one; tells whether.
+
+  Raises:
+    errors.ConfigError: if the run would not fit, or a check failed.
+  """
+  if not _PLAN.value:
+    return False
+  devices = _parse(_PLAN.value)
+  _simulate(devices.number)
+  config, workdir = arguments.parse()
+  facts = plan_checks.run(config)
+  _print_checks(facts.checks)
+  if facts.shape is None:
+    raise _failed(facts.checks)
+  described = plan_memory.describe(
+    config, facts.shape, prompt_tokens=facts.prompt_tokens
+  )
+  need = plan_memory.need(described, config, prompt_tokens=facts.prompt_tokens)
+  disk = plan_checks.disk(workdir, _disk_bytes(described, config))
+  _print_checks([disk])
+  _print_run(described, config, facts, devices)
+  _print_memory(described, need, devices)
+  if need.peak > devices.budget:
+    raise _too_large(config, facts, need, devices)
+  if any(check.status == "FAIL" for check in (*facts.checks, disk)):
+    raise _failed([*facts.checks, disk])
+  return True
+
+
+def _parse(text: str) -> _Devices:
+  """Reads the devices; those that are not known are told by their memory."""
+  match = _DEVICE.fullmatch(text)
+  names = {name.lower(): name for name in _DEVICES}
+  if match and int(match[1]) and match[2]:
+    return _Devices(int(match[1]), "", float(match[2]) * 2**30, 1.0)
+  if match and int(match[1]) and match[3].lower() in names:
+    kind, memory = _DEVICES[names[match[3].lower()]]
+    is_gpu = kind.startswith("NVIDIA")
+    fraction = _fraction() if is_gpu else 1.0
+    return _Devices(int(match[1]), kind, memory * 2**30, fraction)
+  raise errors.ConfigError(
+    "There is no such device to plan for.",
+    where=f"--plan={text}",
+    why=f"It is a number, x, and one of {', '.join(_DEVICES)}, or a memory.",
+    fix="For example --plan=8xH100, or --plan=8x80GiB.",
+  )
+
+
+def _fraction() -> float:
+  """Reads the share of a GPU's memory that XLA will take."""
+  given = (os.environ.get(name, "") for name in _FRACTION_NAMES)
+  return float(next(filter(None, given), _GPU_FRACTION))
+
+
+def _simulate(num_devices: int) -> None:
+  """Makes JAX see so many devices, which are this machine's CPU."""
+  words = os.environ.get("XLA_FLAGS", "").split()
+  name = "--xla_force_host_platform_device_count="
+  os.environ["XLA_FLAGS"] = " ".join(w for w in words if name not in w)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+def _num_steps(
+  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  facts: plan_checks.Facts,
+) -> int | None:
+  if config.loop.num_steps:
+    return config.loop.num_steps
+  if facts.steps_per_epoch is None:
+    return None
+  return math.ceil(config.num_epochs * facts.steps_per_epoch)
+
+
+def _disk_bytes(
+  described: plan_memory.RunShapes,
+  config: Any,  # Any: as in `_num_steps`.
+) -> int:
+  """Counts what the run keeps in its workdir."""
+  checkpoints = config.checkpoint.keep + _MORE_CHECKPOINTS
+  steps = config.export.keep_steps
+  exports = bool(config.export.enabled) + (steps + 1 if steps else 0)
+  model = described.policy.base
+  return checkpoints * update_bytes.num_global_bytes(described.state) + (
+    exports * save.num_bytes(model, config.export.dtype)
+  )
+
+
+def _step_flops(
+  config: Any,  # Any: as in `_num_steps`.
+  facts: plan_checks.Facts,
+  described: plan_memory.RunShapes,
+) -> tuple[int, float]:
+  """Counts the tokens of a step, and the model FLOPs it takes to train."""
+  shape = described.policy.base.config
+  is_base_frozen = described.policy.adapters is not None
+  if described.teacher is not None:
+    longest = plan_memory.longest_row(config, facts.prompt_tokens)
+    num_rows = config.batch.num_prompts * config.sampling.complete.group_size
+    lengths = [round(facts.tokens_per_row or longest)] * num_rows
+    update = flops.of_update(shape, lengths, is_base_frozen=is_base_frozen)
+    teacher = described.teacher.model.config
+    return sum(lengths), update + flops.of_forward(teacher, lengths)
+  if "reward" not in config:
+    length = round(facts.tokens_per_row or described.rows.length)
+    lengths = [length] * config.batch.size
+    return sum(lengths), flops.of_update(
+      shape, lengths, is_base_frozen=is_base_frozen
+    )
+  num_rows = config.batch.num_questions * config.sampling.teach.group_size
+  longest = plan_memory.longest_row(config, facts.prompt_tokens)
+  lengths = [longest] * num_rows
+  update = flops.of_update(shape, lengths, is_base_frozen=is_base_frozen)
+  num_scored = 2 if config.loss.kl_coef else 1
+  total = config.batch.num_iterations * update
+  return sum(lengths), total + num_scored * flops.of_forward(shape, lengths)
+
+
+def _print_checks(checks: list[plan_checks.Check]) -> None:
+  for check in checks:
+    print(f"{check.status:<6}  {check.name:<22}  {check.found}")
+
+
+def _print_run(
+  described: plan_memory.RunShapes,
+  config: Any,  # Any: as in `_num_steps`.
+  facts: plan_checks.Facts,
+  devices: _Devices,
+) -> None:
+  """Prints steps, tokens and time."""
+  steps = _num_steps(config, facts)
+  tokens, step_flops = _step_flops(config, facts, described)
+  rows = described.rows
+  print()
+  sizes = (f"{axis}={n}" for axis, n in described.mesh.shape.items())
+  print(f"{devices.number} devices: {', '.join(sizes)}")
+  print(
+    f"A step: up to {tokens:,} tokens, {rows.num_parts} parts of "
+    f"{rows.per_device} rows of {rows.length:,} tokens on each device"
+  )
+  state = update_bytes.num_global_bytes(described.state)
+  print(f"Steps: {steps or 'unknown without data'}", end="; ")
+  print(f"a checkpoint is {plan_checks.gib(state)}")
+  peak = flops.peak(devices.kind)
+  if peak is None:
+    print("Time: unknown, as the devices' peak is; name them, as in 8xH100")
+    return
+  seconds = step_flops / (devices.number * peak * _MFU.value)
+  line = f"Time at {_MFU.value:.0%} MFU: {seconds:,.1f} s per step"
+  if steps:
+    line += f", {steps * seconds / 3600:,.1f} h in all"
+  if plan_memory.is_sampled(config):
+    line += "; sampling comes on top"
+  print(line)
+
+
+def _print_memory(
+  described: plan_memory.RunShapes, need: plan_memory.Need, devices: _Devices
+) -> None:
+  """Prints bytes per device, by class, and what a compiler says of them."""
+  print("\nGiB on each device, while it is there")
+  for name, size in need.resident.items():
+    _print_size(name, size, "always; exact")
+  for phase, parts in need.phases.items():
+    for name, size in parts.items():
+      _print_size(name, size, f"{phase}; estimated")
+  _print_size("peak", need.peak, f"of {plan_checks.gib(devices.budget)}")
+  if need.on_host:
+    _print_size("in the host's memory", need.on_host, "for each device")
+  compiled = update_bytes.compile_update(
+    described.policy,
+    described.state,
+    described.optimizer,
+    described.rows,
+    mesh=described.mesh,
+    teacher=described.teacher,
+  )
+  estimated = sum(need.phases["update"].values())
+  print(
+    f"Compiled for {devices.number} CPUs, an update takes "
+    f"{plan_checks.gib(compiled.temporaries)} besides the state "
+    f"(estimated: {plan_checks.gib(estimated)})"
+  )
+
+
+def _print_size(name: str, size: int, note: str) -> None:
+  if size:
+    print(f"  {name:<22}{size / 2**30:>10,.2f}  {note}")
+
+
+def _failed(checks: list[plan_checks.Check]) -> errors.ConfigError:
+  failed = [check for check in checks if check.status == "FAIL"]
+  return errors.ConfigError(
+    "The run would not come to its end.",
+    where=", ".join(check.name for check in failed),
+    why=failed[0].found,
+    fix=failed[0].fix,
+  )
+
+
+def _too_large(
+  config: Any,  # Any: as in `_num_steps`.
+  facts: plan_checks.Facts,
+  need: plan_memory.Need,
+  devices: _Devices,
+) -> errors.ConfigError:
+  """Prints what each of some changes would give; makes the error."""
+  if facts.shape is None:
+    raise ValueError("There is no model to change the memory of.")
+  print("\nIt does not fit. The peak with one change, or with all of a kind:")
+  fitting = []
+  for changes in _alternatives(config):
+    changed = plan_memory.with_changes(config, changes)
+    described = plan_memory.describe(
+      changed, facts.shape, prompt_tokens=facts.prompt_tokens
+    )
+    peak = plan_memory.need(
+      described, changed, prompt_tokens=facts.prompt_tokens
+    ).peak
+    text = " ".join(f"--config.{k}={v}" for k, v in changes.items())
+    fits = peak <= devices.budget
+    fitting += [text] * fits
+    print(f"  {peak / 2**30:>8,.2f}  {'fits' if fits else 'no  '}  {text}")
+  if devices.fraction < 0.9 and need.peak <= 0.9 * devices.memory:
+    fitting.insert(0, f"{_FRACTION_NAMES[1]}=0.9 in the environment")
+  return errors.ConfigError(
+    "The run does not fit into the devices' memory.",
+    where=f"--plan={_PLAN.value}",
+    why=f"It needs {plan_checks.gib(need.peak)} of each, and has "
+    f"{plan_checks.gib(devices.budget)}: {devices.fraction:.0%} of the memory.",
+    fix=f"Set {fitting[0]}."
+    if fitting
+    else "Take more devices along --config.mesh.fsdp, or a smaller model.",
+  )
+
+
+def _alternatives(
+  config: Any,  # Any: as in `_num_steps`.
+) -> Iterator[dict[str, object]]:
+  """Yields changes: first those that change no number, alone and together."""
+  same: list[dict[str, object]] = []
+  if "per_device" in config.batch and config.batch.per_device != 1:
+    same.append({"batch.per_device": 1})
+  if config.model.remat not in ("block", "offload"):
+    same.append({"model.remat": "block"})
+  is_sampled_here = (
+    plan_memory.is_sampled(config) and config.rollout.backend == "jax"
+  )
+  if is_sampled_here:
+    same.append({"sampler.max_rows": max(1, config.sampler.max_rows // 4)})
+  if config.offload.get("reference") is False and config.loss.kl_coef:
+    same.append({"offload.reference": True})
+  if not config.offload.optimizer:
+    same.append({"offload.optimizer": True})
+  yield from same
+  yield {key: value for change in same for key, value in change.items()}
+  if is_sampled_here:
+    yield {"rollout.backend": "http"}
+  if not config.lora.rank:
+    yield {"lora.rank": 16}

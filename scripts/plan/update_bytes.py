@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs of each device's memory, before there is any array.
+
+Nothing here describes the model a second time. The state is the trainer's own,
+as `state.describe` tells it, so its bytes are exact. Activations are what
+tracing the model's own gradient finds: the arrays which the forward pass hands
+to the backward one, after whatever `remat` leaves of them. They are traced
+for the decoder that one device computes, with its share of heads and widths.
+What a compiler adds for itself is estimated; `compile_update` asks one.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jax_core
+import jax.numpy as jnp
+import optax
+
+from atlas_jax import sharding
+from atlas_jax.models import attention, decoder, lora, quantized
+from atlas_jax.train import gkd, optimizer_step, score, train_state, trainable
+
+# As `decoder.build`, of all but the shape.
+Build = Callable[..., decoder.Model]
+# A policy and what of it is trained, described.
+_Share = tuple[trainable.Policy, decoder.Params]
+
+# Arrays of a chunk's logits that exist at one time: the logits themselves,
+# their exponentials, and the gradient by them. With a teacher also its logits,
+# both log-probabilities and those of the mixture.
+_LOGITS_ALIVE = 3
+_LOGITS_ALIVE_WITH_TEACHER = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What goes through the devices at a time.
+
+  Attributes:
+    per_device: rows of one part of a batch, on each device.
+    num_parts: parts of a batch, whose gradients are added up.
+    length: tokens of a row.
+    chunk_tokens: tokens of a row whose logits exist at one time.
+  """
+
+  per_device: int
+  num_parts: int
+  length: int
+  chunk_tokens: int
+
+
+class Compiled(NamedTuple):
+  """Bytes per device of a compiled update, as the compiler tells them."""
+
+  arguments: int
+  temporaries: int
+
+
+def num_bytes(tree: Any, *, on_host: bool = False) -> int:
+  """Counts the bytes of one device's part of arrays.
+
+  Args:
+    tree: arrays, or what describes them, with their shardings.
+    on_host: counts those which wait in the host's memory, not the others.
+  """
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    if (leaf.sharding.memory_kind == "pinned_host") == on_host:
+      shape = leaf.sharding.shard_shape(leaf.shape)
+      total += math.prod(shape) * leaf.dtype.itemsize
+  return total
+
+
+def num_global_bytes(tree: Any) -> int:
+  """Counts the bytes of whole arrays, such as a checkpoint holds."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def of_update(
+  policy: trainable.Policy,
+  state: train_state.TrainState,
+  build: Build,
+  rows: Rows,
+  *,
+  mesh: jax.sharding.Mesh,
+  teacher: gkd.Teacher | None = None,
+) -> dict[str, int]:
+  """Counts bytes per device, by class, while an update is computed.
+
+  Args:
+    policy: what is trained, described.
+    state: of it, as `state.describe` tells.
+    build: makes a decoder like the policy's base, of another shape.
+    rows: of a batch.
+    mesh: where they are.
+    teacher: that reads the same rows, described; None where there is none.
+
+  Returns:
+    By name: what is there all the time, and what is only during the update.
+    Of what is alive only while the loss, or a block, is differentiated, the
+    larger counts; `logits` are 0 where it is a block.
+  """
+  rows = _rows_share(rows, mesh)
+  share = _share(policy, build, mesh)
+  config = share[0].model.config
+  one_layer = _share(policy, build, mesh, num_layers=1, remat="none")
+  kept = _kept(share, rows)
+  # Its gradients take the places of what it kept.
+  block = _kept(one_layer, rows)
+  chunk = rows.per_device * min(rows.chunk_tokens, rows.length)
+  num_alive = _LOGITS_ALIVE if teacher is None else _LOGITS_ALIVE_WITH_TEACHER
+  logits = 4 * num_alive * chunk * config.vocab_size
+  # What is split over the mesh is gathered for its turn, and so is its
+  # gradient, before it is split again.
+  head, layer = (
+    _num_gathered(policy.frozen.get(part), num_copies=1)
+    + _num_gathered(state.params.get(part), num_copies=2)
+    for part in ("embed" if config.tie_embeddings else "head", "layers")
+  )
+  layer //= config.num_layers
+  if teacher is not None:
+    # Its hidden states wait for the loss, and for its gradient.
+    hidden = rows.per_device * rows.length * teacher.model.config.width
+    kept += hidden * jnp.dtype(teacher.model.dtype).itemsize
+    head += _num_gathered(_head(teacher), num_copies=1)
+    its_layers = _num_gathered(teacher.params["layers"], num_copies=1)
+    layer = max(layer, its_layers // teacher.model.config.num_layers)
+  is_logits = logits + head > block + layer
+  gradients = num_bytes(state.params)
+  return {
+    "parameters": num_bytes(state.params),
+    "frozen base": num_bytes(policy.frozen),
+    "optimizer": num_bytes(state.opt_state),
+    "reference": num_bytes(state.reference),
+    "teacher": num_bytes(teacher and teacher.params),
+    "gradients": gradients * (2 if rows.num_parts > 1 else 1),
+    "activations": kept + (0 if is_logits else block),
+    "logits": logits if is_logits else 0,
+    "gathered weights": head if is_logits else layer,
+  }
+
+
+def of_cache(
+  model: decoder.Model,
+  *,
+  num_rows: int,
+  num_slots: int,
+  mesh: jax.sharding.Mesh,
+) -> int:
+  """Counts bytes per device of the sampler's keys and values.
+
+  Args:
+    model: what is sampled from.
+    num_rows: completions decoded at once, over all devices.
+    num_slots: tokens of the longest prompt with its completion.
+    mesh: rows are spread over it, as `sharding.of_batch` has them.
+  """
+  cache = jax.eval_shape(
+    lambda: attention.empty_cache(
+      model.config, num_rows, num_slots, model.dtype
+    )
+  )
+  return -(-num_global_bytes(cache) // sharding.num_row_shards(mesh))
+
+
+def compile_update(
+  policy: trainable.Policy,
+  state: train_state.TrainState,
+  optimizer: optax.GradientTransformation,
+  rows: Rows,
+  *,
+  mesh: jax.sharding.Mesh,
+  teacher: gkd.Teacher | None = None,
+) -> Compiled:
+  """Compiles an update for the mesh's devices, and asks what it would take.
+
+  They may be simulated ones, as many as the real mesh has. The loss is the mean
+  log-probability of all tokens, or the divergence from the teacher: what a
+  recipe adds to it are arrays [B, T].
+  """
+
+  def logprobs_loss(params: decoder.Params, batch: optimizer_step.Batch) -> Any:
+    loss = -jnp.mean(_logprobs(policy.model, rows, params, batch))
+    return loss, (jnp.ones(()), {"loss": loss})
+
+  loss_fn, frozen = logprobs_loss, policy.frozen
+  if teacher is not None:
+    loss_fn = functools.partial(
+      gkd.packed_loss,
+      *(policy.model, teacher.model),
+      beta=0.5,
+      temperature=1.0,
+      chunk_tokens=rows.chunk_tokens,
+      router_aux_coef=0.0,
+    )
+    frozen = gkd.with_teacher(policy.frozen, teacher)
+  step: Any = optimizer_step.make_step(  # Any: a partial of a jitted function.
+    loss_fn,
+    optimizer,
+    frozen=frozen,
+    shardings=train_state.shardings(state),
+  )
+  num_rows = rows.per_device * rows.num_parts * sharding.num_row_shards(mesh)
+  batch = _batch(num_rows, rows.length)
+  mask = jax.ShapeDtypeStruct((num_rows, rows.length), jnp.bool_)
+  batch |= {"loss_mask": mask}
+  place = sharding.of_batch(mesh)
+  batch = train_state.placed(batch, dict.fromkeys(batch, place))
+  lowered = step.func.lower(
+    *(*step.args, state, batch), num_microbatches=rows.num_parts
+  )
+  found = lowered.compile().memory_analysis()
+  return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes)
+
+
+def _logprobs(
+  model: decoder.Model,
+  rows: Rows,
+  params: decoder.Params,
+  batch: optimizer_step.Batch,
+) -> jax.Array:
+  stats = score.token_stats(
+    model, params, batch, temperature=1.0, chunk_tokens=rows.chunk_tokens
+  )
+  return stats.logprobs
+
+
+def _batch(num_rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  names = ("token_ids", "positions", "segment_ids")
+  shape = (num_rows, length)
+  return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+
+
+def _share(
+  policy: trainable.Policy,
+  build: Build,
+  mesh: jax.sharding.Mesh,
+  **changes: Any,
+) -> _Share:
+  """Splits the decoder that one device computes, along the axis `tensor`.
+
+  Args:
+    policy: of the whole decoder.
+    build: see `of_update`.
+    mesh: its sizes divide those of the model.
+    **changes: `num_layers`, where not all of them are asked for, and those of
+      `build`.
+  """
+  whole, tensor = policy.base.config, mesh.shape["tensor"]
+  num_layers = changes.pop("num_layers", whole.num_layers)
+  experts = whole.experts and dataclasses.replace(
+    whole.experts, width=whole.experts.width // tensor
+  )
+  config = dataclasses.replace(
+    whole,
+    num_layers=num_layers,
+    local=whole.local[:num_layers],
+    window=whole.window if any(whole.local[:num_layers]) else None,
+    num_heads=whole.num_heads // tensor,
+    num_kv_heads=whole.num_kv_heads // tensor,
+    mlp_width=whole.mlp_width // tensor,
+    vocab_size=whole.vocab_size // tensor,
+    experts=experts,
+  )
+  model = build(config, **changes)
+  if policy.adapters is None:
+    return trainable.full_policy(model), model.abstract_params
+  kind = quantized.kind_of(policy.frozen)
+  frozen = model.abstract_params
+  policy, trained = trainable.split(model, frozen, policy.adapters)
+  if kind:  # What restores its kernels is part of what is traced.
+    frozen = quantized.describe(frozen, kind)
+  return dataclasses.replace(policy, frozen=frozen), trained
+
+
+def _rows_share(rows: Rows, mesh: jax.sharding.Mesh) -> Rows:
+  """Gives a device its tokens of each row, along the axis `context`."""
+  length = -(-rows.length // mesh.shape["context"])
+  return dataclasses.replace(rows, length=length)
+
+
+def _kept(share: _Share, rows: Rows) -> int:
+  """Counts what the forward pass keeps for the backward one, on a device.
+
+  Parameters are not among it: they are there anyway.
+  """
+  policy, trained = share
+
+  def backward(frozen: Any, trained: Any, batch: optimizer_step.Batch) -> Any:
+    def logprobs(trained: decoder.Params) -> jax.Array:
+      return _logprobs(policy.model, rows, lora.join(frozen, trained), batch)
+
+    return jax.vjp(logprobs, trained)[1]
+
+  batch = _batch(rows.per_device, rows.length)
+  jaxpr = jax.make_jaxpr(backward)(policy.frozen, trained, batch).jaxpr
+  given = set(map(id, jaxpr.invars))
+  kept: dict[int, Any] = {  # Any: shaped values.
+    id(var): var.aval
+    for var in jaxpr.outvars
+    if isinstance(var, jax_core.Var) and id(var) not in given
+  }
+  return sum(
+    aval.size * aval.dtype.itemsize
+    for aval in kept.values()
+    if aval.memory_space != jax.memory.Space.Host
+  )
+
+
+def _head(teacher: gkd.Teacher) -> Any:  # Any: described arrays.
+  is_tied = teacher.model.config.tie_embeddings
+  return teacher.params["embed" if is_tied else "head"]
+
+
+def _num_gathered(params: Any, *, num_copies: int) -> int:
+  """Counts the bytes of weights that are split, and are whole for their turn.
+
+  Along `tensor` and `expert` they stay split: each device computes its share.
+  """
+  total = 0
+  for leaf in jax.tree.leaves(params):
+    gathered = [
+      axis for axis in leaf.sharding.spec if axis not in ("tensor", "expert")
+    ]
+    sizes = [leaf.sharding.mesh.shape[a] for a in jax.tree.leaves(gathered)]
+    if math.prod(sizes) > 1:
+      total += num_copies * math.prod(sizes) * num_bytes(leaf)
+  return total

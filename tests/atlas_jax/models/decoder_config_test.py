@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config means, and what is refused by name."""
+
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.models import decoder_config
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+  ("family", "qkv_bias", "qk_norm"),
+  [("qwen2", True, False), ("qwen3", False, True), ("llama", False, False)],
+)
+def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
+  got = decoder_config.from_hf(tiny.fields(family))
+  assert (got.qkv_bias, got.qk_norm) == (qkv_bias, qk_norm)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"model_type": ["llama"]}, "llama"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"layer_types": [["full_attention"], 1]}, "layer_types"),
+    ({"layer_types": 3}, "layer_types"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value"),
+    ({"head_dim": 7}, "7 numbers of a head"),
+    ({"vocab_size": None}, "vocab_size"),
+    ({"vocab_size": "37"}, "vocab_size='37'"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ({"rope_parameters": "yarn"}, "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+    (
+      {"rope_parameters": {"rope_type": "default", "rope_theta": "1"}},
+      "rope_theta",
+    ),
+  ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(changes, named):
+  with pytest.raises(errors.CheckpointError) as caught:
+    decoder_config.from_hf(tiny.fields("qwen2", **changes))
+  assert named in caught.value.why
+
+
+@pytest.mark.parametrize("missing", ["factor", "low_freq_factor"])
+def test_incomplete_rope_scaling_is_refused_by_name(missing):
+  rope = {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != missing}
+  with pytest.raises(errors.CheckpointError, match=missing):
+    decoder_config.from_hf(tiny.fields("llama", rope_parameters=rope))
+
+
+def test_unknown_and_flat_rope_scalings_are_refused_by_name():
+  unknown = {**tiny.LLAMA3_ROPE, "beta_fast": 32.0}
+  with pytest.raises(errors.CheckpointError, match="beta_fast"):
+    decoder_config.from_hf(tiny.fields("llama", rope_parameters=unknown))
+  flat = {**tiny.LLAMA3_ROPE, "high_freq_factor": 1.0}
+  with pytest.raises(errors.CheckpointError, match="high_freq_factor"):
+    decoder_config.from_hf(tiny.fields("llama", rope_parameters=flat))
+
+
+def test_older_and_newer_rope_fields_mean_the_same():
+  newer = tiny.fields("llama")
+  older = tiny.fields("llama")
+  rope = dict(older.pop("rope_parameters"))
+  older["rope_theta"] = rope.pop("rope_theta")
+  older["rope_scaling"] = rope
+  assert decoder_config.from_hf(older) == decoder_config.from_hf(newer)
+
+
+def test_head_width_falls_back_as_each_family_has_it():
+  changes = {"hidden_size": 24, "head_dim": None}
+  assert decoder_config.from_hf(tiny.fields("qwen2", **changes)).head_width == 8
+  assert decoder_config.from_hf(tiny.fields("llama", **changes)).head_width == 8
+  assert (
+    decoder_config.from_hf(tiny.fields("qwen3", **changes)).head_width == 128
+  )
+
+
+def _local(family, **changes):
+  fields = tiny.fields(family, num_hidden_layers=6, **changes)
+  local = decoder_config.from_hf(fields).local
+  return "".join("w" if is_local else "f" for is_local in local)
+
+
+def test_each_family_says_in_its_way_which_layers_have_a_window():
+  window = {"sliding_window": 9, "layer_types": None}
+  switched = {**window, "use_sliding_window": True, "max_window_layers": 4}
+  assert _local("gemma2", **window) == "wfwfwf"
+  assert _local("gemma3_text", **window) == "wwwwwf"
+  assert _local("gemma3_text", **window, sliding_window_pattern=3) == "wwfwwf"
+  assert _local("mistral", sliding_window=9) == "wwwwww"
+  assert _local("mistral", sliding_window=None) == "ffffff"
+  assert _local("qwen2", **switched) == "ffffww"
+  assert _local("qwen3", **{**switched, "use_sliding_window": False}) == "f" * 6
+  assert _local("llama", sliding_window=9) == "ffffff"
+
+
+def test_older_and_newer_gemma_ropes_mean_the_same():
+  newer = tiny.fields("gemma3_text")
+  older = tiny.fields("gemma3_text")
+  del older["rope_parameters"]
+  older |= {
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+  }
+  got = decoder_config.from_hf(older)
+  assert got == decoder_config.from_hf(newer)
+  assert got.rope != got.local_rope
+
+
+def test_mixed_layers_of_experts_are_refused():
+  for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
+    with pytest.raises(errors.CheckpointError, match="experts"):
+      decoder_config.from_hf(tiny.fields("qwen3_moe", **changes))

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates: the same however a batch is split, for every loss by name."""
+
+import functools
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from atlas_jax import errors, sharding, types
+from atlas_jax.losses import kl
+from atlas_jax.models import lora
+from atlas_jax.train import grpo_update, train_state, trainable
+from configs.run import teacher_rcl
+from tests import tiny
+
+_LOSSES = ("rcl", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+_SIZE, _NUM_GROUPS = 4, 4
+_SHAPE = {
+  "hidden_size": 24,
+  "vocab_size": 36,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "num_hidden_layers": 1,
+}
+_MODEL = tiny.build("qwen2", **_SHAPE)
+
+
+def _config(loss, **changes):
+  config = teacher_rcl.get_config(f"smoke,{loss}")
+  config.sampling.teach.group_size = _SIZE
+  config.logits.chunk_tokens = 8
+  config.correction.max_ratio = 1e3
+  config.batch.mask_truncated = False
+  config.packing = {"length": 0, "packed": False}
+  config.update_from_flattened_dict(changes)
+  return ml_collections.FrozenConfigDict(config)
+
+
+def _records():
+  """Groups of completions of 1 to 9 tokens, whose rewards differ."""
+  rng = np.random.default_rng(0)
+  records, rewarded = [], []
+  for i in range(_NUM_GROUPS * _SIZE):
+    question = types.Question(f"q{i // _SIZE}", "?", "1")
+    ids = tuple(rng.integers(3, 36, rng.integers(1, 10)).tolist())
+    logprobs = tuple((-3.5 + 0.2 * rng.normal(size=len(ids))).tolist())
+    completion = types.Completion(ids, logprobs, logprobs, "stop", 0)
+    rollout = types.Rollout(types.Prompt("", "", (5, 6, 7)), completion)
+    records.append(types.TeachingRecord(question, "", rollout, None, 0, (), ()))
+    rewarded.append(types.Reward(float(rng.normal())))
+  return records, rewarded
+
+
+def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
+  """Does one step by plain gradient descent; gives gradient and metrics."""
+  mesh = mesh or tiny.mesh()
+  optimizer = optimizer or optax.sgd(1.0)
+  params, reference = (
+    jax.device_put(
+      tiny.params_of(model, seed),
+      sharding.of_params(mesh, model.abstract_params),
+    )
+    for seed in range(2)
+  )
+  before = jax.device_get(params)
+  state = train_state.create(
+    params,
+    optimizer,
+    mesh=mesh,
+    reference=reference if config.loss.kl_coef else None,
+  )
+  learner = grpo_update.GrpoUpdate(
+    trainable.full_policy(model),
+    optimizer,
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
+  state, metrics = learner.update(
+    state, *(records or _records()), is_compared=False
+  )
+  moved = jax.tree.map(np.subtract, before, jax.device_get(state.params))
+  return moved, metrics, state
+
+
+def _distance(left, right):
+  """Gives the largest difference between arrays of a tree, by their norm."""
+  distances = jax.tree.map(
+    lambda a, b: np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-8), left, right
+  )
+  return max(jax.tree.leaves(distances))
+
+
+@functools.cache
+def _whole(loss):
+  """Does the step that others must equal."""
+  return _update(_config(loss))
+
+
+# A batch fills several such rows, of up to five sequences each.
+_PACKED = {"packing.length": 32, "packing.packed": True}
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_packing_changes_no_update(loss):
+  # The gradient by its name: Adam would hide a factor.
+  whole, metrics, _ = _whole(loss)
+  metrics = dict(metrics)
+  assert metrics["grad_norm"] > 1e-4
+  packed, packed_metrics, _ = _update(_config(loss, **_PACKED))
+  assert packed_metrics.keys() == metrics.keys()
+  paddings = [m.pop("padding_fraction") for m in (packed_metrics, metrics)]
+  assert paddings[0] < paddings[1] / 2
+  for name, value in packed_metrics.items():
+    np.testing.assert_allclose(
+      value, metrics[name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  assert _distance(packed, whole) < 1e-5
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "rloo"])
+def test_packing_changes_no_later_pass_either(loss):
+  # The reward of rloo holds the divergence, which is scored in packed rows.
+  changes = {
+    "batch.num_iterations": 2,
+    "batch.num_minibatches": 2,
+    "loss.kl_coef": 0.05,
+  }
+  apart, metrics, _ = _update(_config(loss, **changes))
+  packed, packed_metrics, _ = _update(_config(loss, **changes, **_PACKED))
+  assert metrics["ratio_max"] > 1.001
+  for name in ("loss", "kl", "ratio_max", "clip_low_fraction"):
+    np.testing.assert_allclose(
+      packed_metrics[name], metrics[name], rtol=1e-4, atol=1e-6
+    )
+  assert _distance(packed, apart) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
+  whole, metrics, _ = _whole(loss)
+  assert metrics["grad_norm"] > 1e-4
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+  for per_device, packing, mesh in [
+    (4, {}, tiny.mesh()),
+    (1, _PACKED, tiny.mesh()),
+    (2, {}, tiny.mesh(**sizes)),
+    (1, _PACKED, tiny.mesh(**sizes)),
+  ]:
+    config = _config(loss, **{"batch.per_device": per_device, **packing})
+    split, split_metrics, _ = _update(config, mesh=mesh)
+    for name in ("loss", "grad_norm"):
+      np.testing.assert_allclose(
+        split_metrics[name], metrics[name], rtol=1e-5, atol=1e-7
+      )
+    assert _distance(split, whole) < 1e-5
+
+
+def test_experts_are_balanced_by_as_much_as_is_asked_for():
+  model = tiny.build("qwen3_moe", **_SHAPE)
+  plain, before, _ = _update(_config("grpo"), model=model)
+  config = _config("grpo", **{"experts.router_aux_coef": 0.5})
+  moved, after, _ = _update(config, model=model)
+  balance = before["router_aux_loss"]
+  assert balance > 1.0
+  np.testing.assert_allclose(
+    after["loss"], before["loss"] + 0.5 * balance, rtol=1e-5
+  )
+  router = ("layers", "mixture", "router", "kernel")
+  for key in router:
+    plain, moved = plain[key], moved[key]
+  assert np.abs(moved - plain).max() > 1e-3
+  with pytest.raises(errors.ConfigError, match="The model has none"):
+    _update(config)
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_every_loss_by_name_moves_the_policy(loss):
+  moved, metrics, _ = _whole(loss)
+  assert np.isfinite(metrics["loss"])
+  assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
+
+
+def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
+  config = _config(
+    "grpo", **{"batch.num_iterations": 2, "batch.num_minibatches": 2}
+  )
+  optimizer = optax.adam(1e-2)
+  _, metrics, state = _update(config, optimizer=optimizer)
+  assert metrics["ratio_max"] > 1.001
+  assert optax.tree.get(state, "count") == 4
+
+  # A group of one trained row, dealt out to two minibatches.
+  records, rewarded = _records()
+  rewarded = [*rewarded[:2], *[types.Reward(None)] * (len(rewarded) - 2)]
+  records = [records, rewarded]
+  config = _config("grpo", **{"batch.num_minibatches": 4})
+  *_, state = _update(config, optimizer=optimizer, records=records)
+  assert optax.tree.get(state, "count") == 2
+
+
+@pytest.mark.parametrize("loss", ["rcl", "gspo"])
+def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
+  config, plain = _config(loss), grpo_update.GrpoUpdate._scored
+
+  def scored(learner, state, part):
+    part = plain(learner, state, part)
+    assert "old_logprobs" not in part.batch
+    old = learner._score(state.params, part.batch, part.num_microbatches)
+    return part._replace(batch={**part.batch, "old_logprobs": old})
+
+  alone, metrics, _ = _update(config)
+  monkeypatch.setattr(grpo_update.GrpoUpdate, "_scored", scored)
+  apart, expected, _ = _update(config)
+  assert _distance(alone, apart) < 1e-5
+  assert metrics.keys() == expected.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(
+      value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+    )
+
+
+def _runs_away(monkeypatch):
+  """Makes the policy e^50 times likelier than it was at the step's start."""
+  plain = grpo_update.GrpoUpdate._scored
+
+  def scored(learner, state, part):
+    part = plain(learner, state, part)
+    old = part.batch["old_logprobs"] - 50.0
+    return part._replace(batch={**part.batch, "old_logprobs": old})
+
+  monkeypatch.setattr(grpo_update.GrpoUpdate, "_scored", scored)
+
+
+def test_a_ratio_that_explodes_is_clipped_and_told(monkeypatch):
+  warnings = []
+  monkeypatch.setattr(
+    logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  changes = {"batch.num_minibatches": 2, "loss.max_ratio": 5.0}
+  _runs_away(monkeypatch)
+  moved, metrics, _ = _update(_config("grpo", **changes))
+  assert metrics["ratio_max"] > 1e21
+  # What both bounds leave of the ratio, completions move the policy by.
+  assert abs(metrics["loss"]) < 10.0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
+  (told,) = (line for line in warnings if line.startswith("ALARM"))
+  assert "at step 1: ratio_max is " in told
+  with pytest.raises(errors.DivergedError, match="ratio_max"):
+    _update(_config("grpo", **changes, **{"alarm.stop": True}))
+
+
+def test_groups_of_equal_rewards_count_or_do_not_by_choice():
+  records, rewarded = _records()
+  rewarded[:_SIZE] = [types.Reward(0.5)] * _SIZE
+  num_tokens = [
+    _update(
+      _config("grpo", **{"groups.filter_equal": filter_equal}),
+      records=(records, rewarded),
+    )[1]["num_tokens"]
+    for filter_equal in (True, False)
+  ]
+  lengths = [3 + len(r.teacher_rollout.completion.token_ids) for r in records]
+  assert num_tokens == [sum(lengths[_SIZE:]), sum(lengths)]
+
+
+def test_the_divergence_in_the_reward_is_part_of_the_advantage():
+  config = _config("rloo", **{"loss.kl_coef": 0.5})
+  mesh = tiny.mesh()
+  params, reference = (tiny.params_of(_MODEL, seed) for seed in range(2))
+  state = train_state.create(
+    params, optax.sgd(1.0), mesh=mesh, reference=reference
+  )
+  learner = grpo_update.GrpoUpdate(
+    trainable.full_policy(_MODEL),
+    optax.sgd(1.0),
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
+  records, rewarded = _records()
+  rewarded[5] = types.Reward(None)
+  rewards_PC, valid_PC = grpo_update.group_rewards(rewarded, _SIZE)
+  keep = learner._kept(records, rewards_PC, valid_PC)
+  assert keep == [i for i in range(len(records)) if i != 5]
+  (part,) = learner._lay_out([records[i].teacher_rollout for i in keep])
+  part = learner._scored(state, part)
+  learner._add_advantages([part], keep, rewards_PC, valid_PC)
+
+  batch, (numbers, places) = part.batch, zip(*part.members, strict=True)
+  order = np.empty(len(keep), int)
+  order[list(numbers)] = places
+  penalty_B = kl.of_sequences(
+    batch["old_logprobs"],
+    batch["ref_logprobs"],
+    batch["loss_mask"],
+    estimator="k1",
+  )[order]
+  advantages_B = batch["advantages"][order]
+  total_B = np.full(len(records), np.nan)
+  total_B[keep] = [rewarded[i].value for i in keep]
+  total_B[keep] -= 0.5 * np.asarray(penalty_B)
+  for i, advantage in zip(keep, advantages_B, strict=True):
+    group = i // _SIZE
+    others = [
+      total_B[j]
+      for j in range(group * _SIZE, (group + 1) * _SIZE)
+      if j not in (i, 5)
+    ]
+    np.testing.assert_allclose(
+      advantage, total_B[i] - np.mean(others), atol=1e-5
+    )
+  assert np.count_nonzero(batch["advantages"]) <= len(keep)
+
+
+def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
+  changes = {"loss.kl_coef": 0.1, "batch.num_iterations": 2}
+  mesh, config = tiny.mesh(), _config("grpo", **changes)
+  policy, adapters = trainable.create(
+    _MODEL,
+    tiny.params_of(_MODEL),
+    adapters=lora.Lora(rank=2, alpha=4.0, targets=("mlp/.*",)),
+    mesh=mesh,
+    key=jax.random.key(0),
+  )
+  adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+  switched = train_state.create(adapters, optax.sgd(1.0), mesh=mesh)
+  copied = train_state.create(
+    tiny.params_of(_MODEL),
+    optax.sgd(1.0),
+    mesh=mesh,
+    reference=tiny.params_of(_MODEL),
+  )
+  assert len(jax.tree.leaves(switched)) == 2 + len(jax.tree.leaves(adapters))
+
+  scores = []
+  for of, state in (
+    (policy, switched),
+    (trainable.full_policy(_MODEL), copied),
+  ):
+    learner = grpo_update.GrpoUpdate(
+      of,
+      optax.sgd(1.0),
+      shardings=train_state.shardings(state),
+      mesh=mesh,
+      config=config,
+    )
+    rollouts = [record.teacher_rollout for record in _records()[0]]
+    (part,) = learner._lay_out(rollouts)
+    scores.append(learner._scored(state, part).batch)
+  np.testing.assert_array_equal(
+    scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
+  )
+  moved_BT = scores[0]["old_logprobs"] - scores[1]["old_logprobs"]
+  assert np.abs(moved_BT).max() > 1e-2
+
+
+def test_rewards_that_are_no_whole_groups_are_refused():
+  with pytest.raises(ValueError, match="no whole groups of 4"):
+    grpo_update.group_rewards([types.Reward(1.0)] * 6, 4)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("batch.per_device", -1),
+    ("batch.num_minibatches", 0),
+    ("packing.length", -1),
+  ],
+)
+def test_rows_that_cannot_be_laid_out_are_refused(name, value):
+  with pytest.raises(errors.ConfigError, match=f"{name}={value}"):
+    _update(_config("grpo", **{name: value}))

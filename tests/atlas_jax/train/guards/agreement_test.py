@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measure against NumPy; what it ignores; where the bound lies."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import errors
+from atlas_jax.train.guards import agreement
+
+
+def _batch(gap=0.1):
+  generator = np.random.default_rng(0)
+  old_BT = generator.normal(-2.0, 1.0, (3, 5)).astype(np.float32)
+  rollout_BT = old_BT + generator.uniform(-gap, gap, (3, 5)).astype(np.float32)
+  return old_BT, rollout_BT, generator.random((3, 5)) < 0.6
+
+
+def test_measure_is_that_of_the_counted_tokens():
+  old_BT, rollout_BT, loss_mask_BT = _batch()
+  gap = (old_BT - rollout_BT)[loss_mask_BT]
+  measured = agreement.measure(old_BT, rollout_BT, loss_mask_BT)
+  expected = {
+    "rollout/logprob_gap": np.abs(gap).mean(),
+    "rollout/prob_error": np.exp(np.abs(gap)).mean(),
+    "rollout/kl": (np.exp(gap) - 1 - gap).mean(),
+  }
+  assert measured.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(measured[name], value, rtol=1e-4)
+
+
+@pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, 1e9])
+def test_padding_does_not_count(garbage):
+  old_BT, rollout_BT, loss_mask_BT = _batch()
+  clean = agreement.measure(old_BT, rollout_BT, loss_mask_BT)
+  dirty_BT = jnp.where(loss_mask_BT, old_BT, garbage)
+  dirty = agreement.measure(dirty_BT, rollout_BT, loss_mask_BT)
+  for name, value in clean.items():
+    np.testing.assert_array_equal(dirty[name], value)
+
+
+def test_equal_logprobs_are_an_error_of_one_and_no_divergence():
+  old_BT, _, loss_mask_BT = _batch()
+  measured = agreement.measure(old_BT, old_BT, loss_mask_BT)
+  assert float(measured["rollout/prob_error"]) == 1.0
+  assert float(measured["rollout/kl"]) == 0.0
+
+
+def test_both_directions_of_a_gap_count():
+  """A mean of the gap itself would be 0 here."""
+  rollout_BT = np.array([[-1.0, -1.0]], np.float32)
+  old_BT = rollout_BT + np.array([[0.5, -0.5]], np.float32)
+  mask_BT = np.ones((1, 2), bool)
+  measured = agreement.measure(old_BT, rollout_BT, mask_BT)
+  np.testing.assert_allclose(
+    measured["rollout/prob_error"], np.exp(0.5), rtol=1e-6
+  )
+
+
+def test_up_to_the_bound_training_goes_on():
+  agreement.check(1.02, step=3, max_prob_error=1.02)
+
+
+@pytest.mark.parametrize("prob_error", [1.021, float("nan"), float("inf")])
+def test_above_the_bound_training_stops_with_advice(prob_error):
+  with pytest.raises(errors.DivergedError, match="disagree") as caught:
+    agreement.check(prob_error, step=3, max_prob_error=1.02)
+  assert caught.value.exit_code == errors.Exit.DIVERGED == 4
+  assert "step 3" in caught.value.where
+  assert "max_prob_error=1.02" in caught.value.where
+  assert "docs/agreement.md" in caught.value.fix

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run is seen to go on, whoever looks at it, and goes on if nobody does."""
+
+import logging
+import os
+import pathlib
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from atlas_jax.train.telemetry import console
+
+_ROOT = pathlib.Path(__file__).parents[3]
+_SCRIPT = """
+import sys, time
+from absl import flags, logging
+flags.FLAGS(sys.argv[:1])
+logging.use_absl_handler()
+logging.set_verbosity(logging.INFO)
+from atlas_jax.train.telemetry import console
+shown = console.Console(step=0, num_steps=200)
+for step in range(1, 201):
+  shown.advance(step)
+  if step % 50 == 0:
+    shown.tell(step, {"loss": 0.5})
+    shown.table("completions", [{"text": "[b]x", "reward": 1.0}])
+    time.sleep(0.3)
+shown.close()
+open(sys.argv[1], "w").write("to the end")
+"""
+
+
+def _messages(caplog):
+  return [record.getMessage() for record in caplog.records]
+
+
+def test_a_log_gets_timed_lines_and_the_end_in_sight(caplog):
+  caplog.set_level(logging.INFO)
+  now = [0.0]
+  shown = console.Console(step=10, num_steps=20, now=lambda: now[0])
+  now[0] = 40.0
+  crowd = dict.fromkeys(["seconds/train", "eval/teaching/NDR_low"], 1.0)
+  shown.tell(12, {"loss": 0.123456, **crowd})
+  (line,) = _messages(caplog)
+  assert re.fullmatch(
+    r"step 12/20 loss=0\.1235 eta=0:02:40 \(\d\d:\d\d\)", line
+  )
+
+
+def test_a_log_is_never_silent_for_long(caplog):
+  caplog.set_level(logging.INFO)
+  now = [0.0]
+  shown = console.Console(step=0, num_steps=100, now=lambda: now[0])
+  for step in range(1, 11):
+    now[0] += 10.0
+    shown.advance(step)
+  assert [line.split()[1] for line in _messages(caplog)] == ["4/100", "8/100"]
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar_and_a_table(tmp_path):
+  ours, theirs = pty.openpty()
+  process = _start(tmp_path, theirs)
+  os.close(theirs)
+  shown = b""
+  while chunk := _read(ours):
+    shown += chunk
+  os.close(ours)
+  assert process.wait(timeout=60) == 0
+  text = shown.decode()
+  assert "step 100/200 loss=0.5" in text
+  assert "100/200 \x1b" in text or "━" in text
+  assert "[b]x" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [pty.openpty, os.pipe])
+def test_nobody_reading_any_more_is_no_failure(tmp_path, make):
+  ours, theirs = make()
+  process = _start(tmp_path, theirs)
+  os.close(theirs)
+  assert os.read(ours, 1)
+  os.close(ours)
+  assert process.wait(timeout=60) == 0
+  assert (tmp_path / "end").read_text() == "to the end"
+
+
+def _start(tmp_path, stderr):
+  return subprocess.Popen(
+    [sys.executable, "-c", _SCRIPT, str(tmp_path / "end")],
+    cwd=_ROOT,
+    env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    stdin=subprocess.DEVNULL,
+    stderr=stderr,
+    start_new_session=True,
+  )
+
+
+def _read(descriptor):
+  try:
+    return os.read(descriptor, 4096)
+  except OSError:  # Linux says so at the end of a terminal.
+    return b""

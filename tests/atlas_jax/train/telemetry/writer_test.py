@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every step is told once, whatever happened in between."""
+
+import json
+
+from atlas_jax.train.telemetry import writer
+
+
+class _Tracker:
+  """Keeps what it is given."""
+
+  def __init__(self):
+    self.given = []
+
+  def start(self):
+    """Is ready."""
+
+  def scalars(self, *given):
+    """Takes metrics."""
+    self.given.append(given)
+
+  table = scalars
+
+  def close(self):
+    """Says that nothing more comes."""
+    self.given.append("closed")
+
+
+def _open(workdir, step=0, trackers=()):
+  log = writer.Writer(workdir, trackers)
+  log.begin(step=step, num_steps=10)
+  return log
+
+
+def _write(workdir, steps, *, start):
+  log = _open(workdir, start)
+  for step in steps:
+    log.write(step, {"loss": float(step)})
+  log.close()
+
+
+def _rows(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_lines_of_steps_done_again_are_dropped(tmp_path):
+  _write(tmp_path, [1, 2, 3, 4], start=0)
+  _write(tmp_path, [3, 4, 5], start=2)
+  assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_torn_last_line_is_dropped_and_a_lost_newline_restored(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  _write(tmp_path, [1, 2], start=0)
+  whole = path.read_text()
+  for cut in (whole[:-1], whole + '{"step": 3, "lo'):
+    path.write_text(cut)
+    _write(tmp_path, [3], start=3)
+    assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3]
+    path.write_text(whole)
+
+
+def test_what_is_not_finite_is_null_and_goes_to_no_tracker(tmp_path):
+  tracker = _Tracker()
+  log = _open(tmp_path, trackers=[tracker])
+  log.write(1, {"loss": float("nan"), "max": float("inf"), "ok": 2})
+  log.close()
+  (row,) = _rows(tmp_path)
+  assert (row["loss"], row["max"], row["ok"]) == (None, None, 2.0)
+  assert tracker.given == [(1, {"ok": 2.0}), "closed"]
+
+
+def test_a_table_is_a_file_that_the_same_step_replaces(tmp_path):
+  tracker = _Tracker()
+  log = _open(tmp_path, trackers=[tracker])
+  path = tmp_path / "completions/step-3.jsonl"
+  for text in ("first", "second"):
+    rows = [{"text": text, "reward": 1.0}, {"text": "\u00e9", "reward": None}]
+    log.table(3, "completions", rows, shown=["text"])
+    lines = path.read_text("utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [text, "\u00e9"]
+    assert tracker.given[-1][:2] == (3, "completions")
+  assert [p.name for p in path.parent.iterdir()] == [path.name]
+  log.close()
+
+
+def test_the_last_of_each_is_found_with_its_step(tmp_path):
+  assert writer.last(tmp_path) == {}
+  log = _open(tmp_path)
+  log.write(1, {"loss": 3.0, "eval/loss": 2.5, "step_s": 1.0})
+  log.write(2, {"loss": 2.0})
+  log.write(3, {"loss": float("nan")})
+  log.close()
+  assert writer.last(tmp_path) == {"loss": (2, 2.0), "eval/loss": (1, 2.5)}

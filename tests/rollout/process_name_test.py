@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process is said to be gone only where that is certain."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from rollout import process_name
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_CODE = """
+import time
+from rollout import process_name
+print(process_name.this_process(), flush=True)
+time.sleep(60)
+"""
+
+
+def _start():
+  child = subprocess.Popen(
+    [sys.executable, "-c", _CODE], cwd=_ROOT, stdout=subprocess.PIPE
+  )
+  return child, child.stdout.readline().decode().strip()
+
+
+def test_a_process_has_ended_when_it_was_killed_and_not_before():
+  child, name = _start()
+  with child:
+    assert name
+    assert not process_name.has_ended(name)
+    child.kill()
+    # Waits, and leaves it a zombie.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_name.has_ended(name)
+    child.wait(10)
+    assert process_name.has_ended(name)
+
+
+def test_a_number_that_has_a_new_owner_is_another_process():
+  head, _, start = process_name.this_process().rpartition("/")
+  assert not process_name.has_ended(f"{head}/{start}")
+  assert process_name.has_ended(f"{head}/{int(start) - 1}")
+
+
+def test_of_other_machines_and_users_nothing_is_known(monkeypatch):
+  name = process_name.this_process()
+  for other in ("", "x", f"elsewhere{name}", name.rpartition("/")[0] + "/x/y"):
+    assert not process_name.has_ended(other)
+
+  def forbid(*_):
+    raise PermissionError
+
+  monkeypatch.setattr(process_name.os, "kill", forbid)
+  monkeypatch.setattr(process_name, "_state_and_start", lambda _: ("Z", ""))
+  assert not process_name.has_ended(name)

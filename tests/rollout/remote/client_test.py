@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way in which one server can fail, seen from its client."""
+
+import asyncio
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import stamina
+
+from atlas_jax import errors
+from rollout import wire
+from rollout.remote import client
+from tests import fault_server
+
+Fault = fault_server.Fault
+_DEADLINES = client.Deadlines(generate_s=1.0, update_s=1.0, control_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def _one_server():
+  server = fault_server.FaultServer()
+  yield server
+  server.close()
+
+
+@pytest.fixture
+def server(_one_server):
+  _one_server.script.clear()
+  _one_server.requests.clear()
+  _one_server.num_generated = 0
+  return _one_server
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff():
+  # Waits of a second would only make the tests slow; attempts stay ours.
+  with stamina.set_testing(True, attempts=100):
+    yield
+
+
+def _request(**changes):
+  fields = {
+    "request_id": "r1",
+    "prompts": [wire.PromptIn(row_id=row, token_ids=[5, 6]) for row in "ab"],
+    "n": 2,
+    "max_tokens": 4,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "seed": 0,
+  }
+  return wire.GenerateRequest(**{**fields, **changes})
+
+
+def _call(server, name, *args, deadlines=_DEADLINES, token=None):
+  async def run():
+    one = client.Client(server.url, deadlines=deadlines, token=token)
+    try:
+      return await getattr(one, name)(*args)
+    finally:
+      await one.close()
+
+  return asyncio.run(run())
+
+
+def _set(name, value):
+  """Edits a field of the first completion."""
+
+  def edit(reply):
+    reply["completions"][0][0][name] = value
+
+  return Fault("edit", edit)
+
+
+def test_a_reply_comes_back_as_it_was_sent(server):
+  reply = _call(server, "generate", _request())
+  assert reply.request_id == "r1"
+  assert [len(group) for group in reply.completions] == [2, 2]
+  assert reply.completions[1][0].token_ids == [5, 1]
+
+
+_PASSING = {
+  "reset": Fault("reset"),
+  "truncated": Fault("truncate"),
+  "lost after it was done": Fault("lose"),
+  "not JSON": Fault("garbage", b"<html>"),
+  "JSON of another kind": Fault("garbage", b'{"message": "hi"}'),
+  "502": Fault("status", 502),
+  "503": Fault("status", 503),
+  "busy": Fault("busy", 0),
+  "short logprobs": _set("logprobs", [-0.5]),
+  "null logprob": _set("logprobs", [-0.5, None]),
+  "NaN logprob": _set("logprobs", [-0.5, float("nan")]),
+  "infinite logprob": _set("logprobs", [-0.5, float("-inf")]),
+  "positive logprob": _set("logprobs", [-0.5, 0.1]),
+  "NaN model logprob": _set("model_logprobs", [float("nan"), -1.0]),
+  "too many tokens": _set("token_ids", [1] * 5),
+  "negative token": _set("token_ids", [1, -1]),
+  "unknown field": _set("text", "hi"),
+  "another request": Fault("edit", lambda r: r.update(request_id="r0")),
+  "a prompt too few": Fault("edit", lambda r: r["completions"].pop()),
+  "a completion too few": Fault("edit", lambda r: r["completions"][0].pop()),
+}
+
+
+@pytest.mark.parametrize("fault", _PASSING.values(), ids=_PASSING)
+def test_what_may_pass_is_asked_again_as_the_same_request(server, fault):
+  server.script["/generate"] = [fault, fault]
+  assert _call(server, "generate", _request()).completions
+  ids = [body["request_id"] for _, body in server.requests]
+  assert ids == ["r1"] * 3
+
+
+@pytest.mark.parametrize("fault", _PASSING.values(), ids=_PASSING)
+def test_what_does_not_pass_is_an_error_and_never_a_reply(server, fault):
+  server.script["/generate"] = [fault] * 10_000
+  with pytest.raises(client.UnavailableError) as caught:
+    _call(server, "generate", _request())
+  assert caught.value.exit_code == errors.Exit.ROLLOUT
+  assert server.url in caught.value.where
+  if fault.kind != "busy":
+    assert len(server.requests) == 3
+
+
+def test_a_lost_answer_is_not_generated_a_second_time(server):
+  server.script["/generate"] = [Fault("lose"), Fault("truncate")]
+  _call(server, "generate", _request(request_id="once"))
+  assert len(server.requests) == 3
+  assert server.num_generated == 1
+
+
+@pytest.mark.parametrize("fault", [Fault("hang"), Fault("drip", 0.05)])
+def test_the_deadline_is_on_the_clock(server, fault):
+  server.script["/generate"] = [fault]
+  start = time.monotonic()
+  with pytest.raises(client.UnavailableError, match="within 1 s"):
+    _call(server, "generate", _request())
+  assert time.monotonic() - start < 2.0
+
+
+def test_retry_after_is_waited_for(server):
+  server.script["/generate"] = [Fault("busy", 0.5)]
+  with stamina.set_testing(False):
+    start = time.monotonic()
+    _call(server, "generate", _request())
+  assert 0.5 <= time.monotonic() - start < 1.0
+
+
+def test_a_refusal_is_told_and_not_repeated(server):
+  server.script["/generate"] = [Fault("status", 422)]
+  with pytest.raises(client.RefusedError, match="Because") as caught:
+    _call(server, "generate", _request())
+  assert caught.value.status == 422
+  assert len(server.requests) == 1
+
+
+def test_a_failure_of_the_server_is_not_repeated(server):
+  server.script["/generate"] = [Fault("status", 500)]
+  with pytest.raises(client.UnavailableError, match="500"):
+    _call(server, "generate", _request())
+  assert len(server.requests) == 1
+
+
+def test_completions_of_another_version_are_refused(server):
+  stale = Fault("edit", lambda reply: reply.update(version=7))
+  server.script["/generate"] = [stale]
+  with pytest.raises(client.UnavailableError, match="version 7 wrote it"):
+    _call(server, "generate", _request(version=server.version))
+
+
+def test_a_push_is_sent_once(server):
+  push = wire.UpdateRequest(trainer_id="t", version=1, digest="d")
+  server.script["/update_weights"] = [Fault("lose")]
+  with pytest.raises(client.UnavailableError):
+    _call(server, "update_weights", push)
+  assert server.paths() == ["/update_weights"]
+  assert _call(server, "version") == wire.Version(version=1, digest="d")
+
+
+def test_a_hung_engine_is_unavailable(server):
+  server.status = "hung"
+  try:
+    with pytest.raises(client.UnavailableError, match="engine is hung"):
+      _call(server, "health")
+  finally:
+    server.status = "ok"
+  assert server.paths() == ["/health"]
+
+
+def test_no_server_is_unavailable():
+  class Nowhere:
+    url = "http://127.0.0.1:9"
+
+  with pytest.raises(client.UnavailableError, match="ConnectError"):
+    _call(Nowhere, "health")
+
+
+def test_what_was_sampled_is_not_repeated_in_errors(server):
+  server.script["/generate"] = [_set("finish_reason", "secret words")] * 3
+  with pytest.raises(client.UnavailableError) as caught:
+    _call(server, "generate", _request())
+  assert "finish_reason" in str(caught.value)
+  assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "url", ["127.0.0.1:80", "ftp://host", "http://", "http://host:x"]
+)
+def test_an_address_that_is_none_is_a_config_error(url):
+  with pytest.raises(errors.ConfigError, match="address"):
+    client.Client(url, deadlines=_DEADLINES, token=None)
+
+
+def test_the_client_needs_no_jax():
+  code = "import sys, rollout.remote.client; sys.exit('jax' in sys.modules)"
+  root = pathlib.Path(__file__).parents[2]
+  assert not subprocess.run([sys.executable, "-c", code], cwd=root).returncode

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nobody but this machine gets in without a token; ports are taken first."""
+
+import os
+import signal
+import socket
+
+import pytest
+
+from atlas_jax import errors
+from rollout.remote import client
+from rollout.server import admission, listen
+
+_TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch):
+  for name in (listen.TOKEN_VARIABLE, listen.ADMIN_TOKEN_VARIABLE):
+    monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_no_token_but_takes_one(host, monkeypatch):
+  assert listen.read_token(host, None) is None
+  monkeypatch.setenv(listen.TOKEN_VARIABLE, _TOKEN)
+  assert listen.read_token(host, None) == _TOKEN
+
+
+@pytest.mark.parametrize(
+  "host", ["0.0.0.0", "::", "10.0.0.1", "", "localhost.example", "127.1"]
+)
+def test_other_hosts_need_a_token(host, monkeypatch, tmp_path):
+  with pytest.raises(errors.ConfigError, match="A token is needed") as caught:
+    listen.read_token(host, None)
+  assert caught.value.exit_code == 2
+  monkeypatch.setenv(listen.TOKEN_VARIABLE, _TOKEN)
+  assert listen.read_token(host, None) == _TOKEN
+  (tmp_path / "token").write_text(f"{_TOKEN}x\n")
+  assert listen.read_token(host, tmp_path / "token") == _TOKEN + "x"
+
+
+@pytest.mark.parametrize("text", ["", "short", "\u00e9" * 20])
+def test_file_without_a_usable_token_is_refused(tmp_path, text):
+  (tmp_path / "token").write_text(text)
+  for file in (tmp_path / "token", tmp_path / "absent"):
+    with pytest.raises(errors.ConfigError):
+      listen.read_token("127.0.0.1", file)
+
+
+def test_the_admins_token_is_another_one(monkeypatch):
+  assert listen.read_tokens("127.0.0.1", None) == admission.Tokens(None, None)
+  for user, admin in [("", _TOKEN), (_TOKEN, _TOKEN), (_TOKEN, "short")]:
+    monkeypatch.setenv(listen.TOKEN_VARIABLE, user)
+    monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, admin)
+    with pytest.raises(errors.ConfigError, match=r"separates nobody|not one"):
+      listen.read_tokens("127.0.0.1", None)
+  other = _TOKEN[::-1]
+  monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, other)
+  assert listen.read_tokens("10.0.0.1", None) == admission.Tokens(_TOKEN, other)
+  # A trainer needs one variable only: the admin's opens everything.
+  assert client.token_of_environment() == other
+
+
+def test_taken_port_is_named_with_the_next_free_one():
+  with listen.bind("127.0.0.1", 0) as first:
+    port = first.getsockname()[1]
+    first.listen()
+    with pytest.raises(errors.ConfigError, match=str(port)) as caught:
+      listen.bind("127.0.0.1", port)
+    free = int(caught.value.fix.split("--port=")[1].split(",")[0])
+    assert free > port
+    listen.bind("127.0.0.1", free).close()
+
+
+# 192.0.2.1 is kept for documentation: no machine has it.
+@pytest.mark.parametrize(
+  ("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.1", 8765)]
+)
+def test_impossible_addresses_are_refused(host, port):
+  with pytest.raises(errors.ConfigError, match="Cannot listen"):
+    listen.bind(host, port)
+
+
+def test_unknown_host_is_looked_up_once(monkeypatch):
+  asked = []
+
+  def fail(host, *_, **__):
+    asked.append(host)
+    raise socket.gaierror("not known")
+
+  monkeypatch.setattr(socket, "getaddrinfo", fail)
+  with pytest.raises(errors.ConfigError, match="unknown"):
+    listen.bind("host.invalid", 8765)
+  assert asked == ["host.invalid"]
+
+
+def test_bound_port_lets_nobody_in_before_it_listens():
+  with (
+    listen.bind("127.0.0.1", 0) as bound,
+    pytest.raises(ConnectionRefusedError),
+  ):
+    socket.create_connection(bound.getsockname())
+
+
+def test_sigterm_ends_the_block_only():
+  before = signal.getsignal(signal.SIGTERM)
+  reached = []
+  with listen.stoppable():
+    os.kill(os.getpid(), signal.SIGTERM)
+    reached.append("not here")
+  assert reached == []
+  assert signal.getsignal(signal.SIGTERM) is before

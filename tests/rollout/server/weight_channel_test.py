@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may replace a server's weights, and with what."""
+
+import asyncio
+import pathlib
+import subprocess
+import sys
+
+from rollout import process_name, wire
+from rollout.server import app
+from tests import scripted_server
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_TRAINER = """
+import time
+from rollout import process_name
+print(process_name.this_process(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_versions_only_grow_within_a_channel(tmp_path):
+  async def test():
+    async with scripted_server.Server().client() as client:
+      await client.post(
+        "/init_communicator", json=scripted_server.init(tmp_path)
+      )
+      new, old = (
+        scripted_server.push(tmp_path, 7),
+        scripted_server.push(tmp_path, 6),
+      )
+      assert (await client.post("/update_weights", json=new)).status_code == 200
+      for stale in (old, {**new, "digest": "0" * 64}):
+        reply = await client.post("/update_weights", json=stale)
+        scripted_server.assert_refused(reply, 409, "stale")
+      # A run that resumes opens a channel anew, and may be behind.
+      await client.post("/close_communicator", json={"trainer_id": "t"})
+      await client.post(
+        "/init_communicator", json=scripted_server.init(tmp_path)
+      )
+      reply = await client.post("/update_weights", json=old)
+      assert reply.status_code == 200
+
+  scripted_server.run(test)
+
+
+def test_handshake_refuses_whatever_differs(tmp_path):
+  async def test():
+    transposed = [
+      {"name": "a.weight", "shape": [4, 3]},
+      {"name": "b.weight", "shape": [5]},
+    ]
+    async with scripted_server.Server(allowed=tmp_path).client() as client:
+      for changes, error in [
+        ({"role": "student"}, "role"),
+        ({"tokenizer_digest": "other"}, "tokenizer"),
+        ({"tensors": transposed}, "weights"),
+        ({"tensors": transposed[1:]}, "weights"),
+        ({"weights_root": str(tmp_path / "absent")}, "weights_root"),
+        ({"weights_root": str(tmp_path.parent)}, "weights_root"),
+        ({"weights_root": "."}, "weights_root"),
+      ]:
+        body = scripted_server.init(tmp_path, **changes)
+        reply = await client.post("/init_communicator", json=body)
+        scripted_server.assert_refused(reply, 409, error)
+      reply = await client.post(
+        "/update_weights", json=scripted_server.push(tmp_path, 1)
+      )
+      scripted_server.assert_refused(reply, 409, "no_channel")
+
+  scripted_server.run(test)
+
+
+def test_relative_root_is_refused_wherever_the_server_runs(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+
+  async def test():
+    async with scripted_server.Server().client() as client:
+      reply = await client.post(
+        "/init_communicator", json=scripted_server.init(".")
+      )
+      scripted_server.assert_refused(reply, 409, "weights_root")
+
+  scripted_server.run(test)
+
+
+def test_second_trainer_waits_until_the_first_is_gone(tmp_path):
+  async def test():
+    served = scripted_server.Server()
+    async with served.client() as client:
+      for trainer_id, at_s, status in [
+        ("t", 0.0, 200),
+        ("u", 9.0, 409),  # The refusal is not a word from t.
+        ("t", 9.5, 200),  # A heartbeat.
+        ("u", 19.0, 409),
+        ("u", 19.6, 200),
+        ("t", 19.7, 409),
+      ]:
+        served.now = at_s
+        body = scripted_server.init(tmp_path, trainer_id)
+        reply = await client.post("/init_communicator", json=body)
+        assert reply.status_code == status, (trainer_id, at_s)
+      for path, body in [
+        ("/update_weights", scripted_server.push(tmp_path, 1)),
+        ("/close_communicator", {"trainer_id": "t"}),
+      ]:
+        reply = await client.post(path, json=body)
+        scripted_server.assert_refused(reply, 409, "other_trainer")
+
+  scripted_server.run(test)
+
+
+def test_trainer_is_not_lost_while_it_waits_for_an_answer(tmp_path):
+  async def test():
+    served = scripted_server.Server()
+    served.engine.go.clear()
+    async with served.client() as client:
+      await client.post(
+        "/init_communicator", json=scripted_server.init(tmp_path)
+      )
+      task = asyncio.create_task(
+        client.post("/generate", json=scripted_server.request())
+      )
+      await scripted_server.until(lambda: served.engine.num_calls)
+      served.now = 100.0
+      assert served.weights.trainer_id == "t"
+      served.engine.go.set()
+      await task
+      served.now = 109.0
+      assert served.weights.trainer_id == "t"
+      served.now = 111.0
+      assert served.weights.trainer_id is None
+
+  scripted_server.run(test)
+
+
+def test_lost_trainer_is_noticed_without_anybody_asking(tmp_path, monkeypatch):
+  monkeypatch.setattr(app, "_WATCH_S", 0.005)
+
+  async def test():
+    served = scripted_server.Server()
+    served.weights.init(wire.InitRequest(**scripted_server.init(tmp_path)))
+    async with served.app.router.lifespan_context(served.app):
+      await asyncio.sleep(0.02)
+      assert served.weights._open is not None
+      served.now = 10.5
+      await scripted_server.until(lambda: served.weights._open is None)
+
+  scripted_server.run(test)
+
+
+def test_trainer_that_died_on_this_machine_is_replaced_at_once(tmp_path):
+  async def test():
+    served = scripted_server.Server()
+    with subprocess.Popen(
+      [sys.executable, "-c", _TRAINER], cwd=_ROOT, stdout=subprocess.PIPE
+    ) as trainer:
+      name = trainer.stdout.readline().decode().strip()
+      async with served.client() as client:
+        old = scripted_server.init(tmp_path, process=name)
+        new = scripted_server.init(
+          tmp_path, "u", process=process_name.this_process()
+        )
+        await client.post("/init_communicator", json=old)
+        reply = await client.post("/init_communicator", json=new)
+        scripted_server.assert_refused(reply, 409, "other_trainer")
+        trainer.kill()
+        trainer.wait(10)
+        with served.weights.loading(1):  # What it pushed comes to its end.
+          reply = await client.post("/init_communicator", json=new)
+          scripted_server.assert_refused(reply, 409, "other_trainer")
+        reply = await client.post("/init_communicator", json=new)
+        assert reply.status_code == 200
+
+  scripted_server.run(test)
+
+
+def test_student_weights_are_never_replaced(tmp_path):
+  async def test():
+    served = scripted_server.Server(role="student")
+    async with served.client() as client:
+      body = scripted_server.init(tmp_path, role="student")
+      reply = await client.post("/init_communicator", json=body)
+      assert reply.status_code == 200
+      reply = await client.post(
+        "/update_weights", json=scripted_server.push(tmp_path, 1)
+      )
+      scripted_server.assert_refused(reply, 409, "frozen")
+    assert served.engine.loaded == []
+
+  scripted_server.run(test)

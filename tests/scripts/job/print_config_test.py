@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every value of a config is shown, with what set it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from scripts import launch, launch_overrides
+from scripts.job import print_config
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_SFT = "configs/run/teacher_sft.py"
+
+# ml_collections loads config files by a method that Python has deprecated.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:the load_module:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
+  monkeypatch.chdir(_ROOT)
+
+
+def _rows(text):
+  return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+
+
+def test_a_value_is_of_the_recipe_its_variant_or_who_set_it():
+  recipe = f"{_SFT}:smoke"
+  config = launch_overrides.load(recipe, ["--config.seed=5"])
+  rows = _rows(print_config.table(recipe, config, {"seed": "me"}))
+  assert rows["seed"] == ["5", "me"]
+  assert rows["packing.length"] == ["128", recipe]
+  assert rows["packing.too_long"] == ["'drop'", _SFT]
+
+
+def test_the_launcher_names_the_override_behind_a_value(capsys):
+  words = ["max_steps=4", "report_to=null", "--config.seed=1"]
+  words += ["per_device_train_batch_size=16", "--print_config"]
+  assert launch.main(["2", "teacher_rcl:smoke", *words]) == 0
+  rows = _rows(capsys.readouterr().out)
+  assert rows["loop.num_steps"] == ["4", "max_steps=4"]
+  assert rows["report.to"] == ["'none'", "report_to=null"]
+  assert rows["seed"] == ["1", "command", "line"]
+  assert rows["mesh.fsdp"] == ["2", "launcher"]
+  assert rows["batch.per_device"] == ["16", "launcher"]
+
+
+@pytest.mark.slow
+def test_reading_the_beginning_is_no_failure():
+  reading, writing = os.pipe()
+  os.close(reading)
+  result = subprocess.run(
+    [sys.executable, "-c", "from scripts import origins; origins.show('a')"],
+    cwd=_ROOT,
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    timeout=120,
+    check=False,
+  )
+  os.close(writing)
+  assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_secret_is_not_shown(monkeypatch):
+  values = {
+    "api_key": "abc",
+    "judge": {"token": "def", "max_completion_tokens": 7, "password": ""},
+  }
+  config = ml_collections.ConfigDict(values)
+  monkeypatch.setattr(launch_overrides, "load", lambda *_: config)
+  text = print_config.table("recipe.py", config, {})
+  assert "abc" not in text
+  assert "def" not in text
+  assert _rows(text)["judge.max_completion_tokens"] == ["7", "recipe.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "rcl"])
+def test_a_training_script_prints_and_does_nothing(tmp_path, name):
+  script = {"sft": "train_sft", "rcl": "train_grpo"}[name]
+  result = subprocess.run(
+    [
+      *(sys.executable, "-m", f"scripts.{script}", "--print_config"),
+      f"--config=configs/run/teacher_{name}.py:smoke",
+      *(f"--workdir={tmp_path}/run", "--config.seed=5"),
+    ],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  assert _rows(result.stdout)["seed"] == ["5", "command", "line"]
+  assert not (tmp_path / "run").exists()
