@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 _Json = TypeVar("_Json")
 FinishReason = Literal["stop", "length"]
+# A ConfigDict or one of its sections: its values have no static type.
+Config = Any
 
 
 @dataclasses.dataclass(frozen=True)

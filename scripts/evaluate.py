@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a teacher: its student alone against its student taught.
+"""Evaluates a teacher: the student alone against the taught student.
 
   python -m scripts.evaluate --config=configs/run/teaching_eval.py:smoke \
     --workdir=results/eval --config.model.path=results/grpo/export
 
 Writes `records.jsonl`, one line per question, and `summary.json`, with 95 %
-intervals. Interrupted, it goes on where the records end.
+intervals. Run again after an interruption, it continues from the records.
 """
 
 import functools
@@ -19,8 +19,8 @@ from scripts.job import arguments, components, processes
 
 
 def main() -> None:
-  """Teaches every question once, and says what came of it."""
-  config, workdir = arguments.parse()
+  """Runs the protocol on every question, then prints and saves metrics."""
+  config, workdir = arguments.parse("evaluation")
   from_first = distributed.OnFirstProcess("evaluation")
   with components.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)

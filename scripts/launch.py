@@ -22,7 +22,7 @@ from absl import flags, logging
 from atlas_jax import errors
 from rollout import placement, supervisor
 from scripts import launch_overrides, launch_servers
-from scripts.job import print_config
+from scripts.job import print_config, recipes
 
 _PRINT_CONFIG = "--print_config"
 _OPTIONS = {
@@ -68,10 +68,8 @@ def _launch(argv: Sequence[str]) -> int:
     world = supervisor.Command("The small world", _world(job), {}, None, 10.0)
     if code := supervisor.run([], world, max_wait_s=0.0):
       return code
-  module = "train_grpo" if "reward" in job.config else "train_sft"
-  if "teacher" in job.config:
-    module = "train_gkd"
-  command = (sys.executable, "-m", f"scripts.{module}", *settings)
+  program = recipes.PROGRAMS[job.config.recipe]
+  command = (sys.executable, "-m", program, *settings)
   training = supervisor.Command(
     "Training",
     (*command, f"--workdir={job.workdir}"),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distils a teacher into a policy, by GKD.
+"""Distills a teacher into a policy by GKD.
 
   python -m scripts.train_gkd --config=configs/run/teacher_gkd.py:smoke \
     --workdir=results/gkd
 
-The workdir is the only state: run the same line again and it resumes.
+All state is in the workdir: the same command resumes a stopped run.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import functools
 
 from atlas_jax import distributed, sharding
 from atlas_jax.data import packing, sets
-from atlas_jax.train import gkd, gkd_batches
+from atlas_jax.train import gkd, gkd_batches, loop
 from scripts import program
 from scripts.job import arguments, components, exports, print_config, processes
 from scripts.plan import report
@@ -20,9 +20,9 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan():
+  if print_config.print_config() or report.print_plan("gkd"):
     return
-  config, workdir = arguments.parse()
+  config, workdir = arguments.parse("gkd")
   with (
     components.start(workdir, config) as should_stop,
     contextlib.ExitStack() as opened,
@@ -62,18 +62,17 @@ def main() -> None:
       role = opened.enter_context(
         components.open_role("policy", start, mesh, config)
       )
-    export = functools.partial(
-      exports.write,
+    export = exports.writer(
       workdir,
       base,
       policy,
+      config,
       facts={
         "Recipe": "GKD",
         "Data": config.data.path,
         "Data fingerprint": train_set.fingerprint(),
         "Teacher": config.teacher.path,
       },
-      **config.export,
     )
     params = gkd.train(
       policy,
@@ -83,12 +82,9 @@ def main() -> None:
       sampler=role and role.sampler,
       train_set=train_set,
       eval_set=eval_set,
-      on_save=export,
       mesh=mesh,
       config=config,
-      workdir=workdir,
-      writer=writer,
-      should_stop=should_stop,
+      run=loop.Run(workdir, writer, export, should_stop),
     )
     export(params, None)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains by GRPO: a teacher by what its student does, or a model by itself.
+"""Trains by GRPO: a teacher, rewarded on its student, or a single model.
 
   python -m scripts.train_grpo --config=configs/run/teacher_rcl.py:smoke \
     --workdir=results/grpo --config.model.path=results/sft/export
 
-The workdir is the only state: run the same line again and it resumes.
+All state is in the workdir: the same command resumes a stopped run.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import functools
 from atlas_jax import sharding
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine
-from atlas_jax.train import grpo
+from atlas_jax.train import grpo, loop
 from scripts import program
 from scripts.job import (
   arguments,
@@ -28,9 +28,9 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan():
+  if print_config.print_config() or report.print_plan("grpo"):
     return
-  config, workdir = arguments.parse()
+  config, workdir = arguments.parse("grpo")
   functions = reward_functions.parse()
   with (
     components.start(workdir, config) as should_stop,
@@ -57,7 +57,7 @@ def main() -> None:
       student = components.open_model(
         mesh,
         **config.student,
-        # The reward rlt scores here, also where the student answers elsewhere.
+        # The reward rlt scores in this process even if servers sample.
         with_params=config.rollout.backend == "jax"
         or bool(config.reward.weights.rlt),
       )
@@ -75,11 +75,11 @@ def main() -> None:
     reward_fn = opened.enter_context(
       components.open_reward(reader, functions, config)
     )
-    export = functools.partial(
-      exports.write,
+    export = exports.writer(
       workdir,
       base,
       policy,
+      config,
       facts={
         "Recipe": "GRPO",
         "Data": config.data.path,
@@ -87,7 +87,6 @@ def main() -> None:
         "Student": config.student.path if "student" in config else "none",
         "Reward": combine.describe(config.reward.weights, functions),
       },
-      **config.export,
     )
     params = grpo.train(
       policy,
@@ -96,12 +95,9 @@ def main() -> None:
       reward_fn=reward_fn,
       questions=questions,
       held_out=held_out,
-      on_save=export,
       mesh=mesh,
       config=config,
-      workdir=workdir,
-      writer=writer,
-      should_stop=should_stop,
+      run=loop.Run(workdir, writer, export, should_stop),
     )
     export(params, None)
 

@@ -4,14 +4,14 @@
   python -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke \
     --workdir=results/sft
 
-The workdir is the only state: run the same line again and it resumes.
+All state is in the workdir: the same command resumes a stopped run.
 """
 
 import functools
 
 from atlas_jax import distributed, sharding
 from atlas_jax.data import loader, packing, sets
-from atlas_jax.train import sft
+from atlas_jax.train import loop, sft
 from scripts import program
 from scripts.job import arguments, components, exports, print_config, processes
 from scripts.plan import report
@@ -19,13 +19,13 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan():
+  if print_config.print_config() or report.print_plan("sft"):
     return
-  config, workdir = arguments.parse()
+  config, workdir = arguments.parse("sft")
   with components.start(workdir, config) as should_stop:
     writer = components.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.num_microbatches(mesh, **config.batch)  # Refuses early.
+    sharding.num_microbatches(mesh, **config.batch)  # Fails early.
     sharding.check_length(
       mesh, config.packing.length, where="--config.packing.length"
     )
@@ -49,29 +49,25 @@ def main() -> None:
     distributed.agree(
       {"data": train_set.fingerprint(), "held out": eval_set.fingerprint()}
     )
-    export = functools.partial(
-      exports.write,
+    export = exports.writer(
       workdir,
       base,
       policy,
+      config,
       facts={
         "Recipe": "SFT",
         "Data": config.data.path,
         "Data fingerprint": train_set.fingerprint(),
       },
-      **config.export,
     )
     params = sft.train(
       policy,
       params,
       train_set=train_set,
       eval_set=eval_set,
-      on_save=export,
       mesh=mesh,
       config=config,
-      workdir=workdir,
-      writer=writer,
-      should_stop=should_stop,
+      run=loop.Run(workdir, writer, export, should_stop),
     )
     export(params, None)
 

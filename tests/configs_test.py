@@ -207,7 +207,13 @@ def test_every_section_is_the_keywords_of_its_function(recipe, variant):
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
 def test_no_key_is_there_for_nobody(recipe, variant):
   functions, paths = _READERS[recipe]
-  reads = set.union(*map(_reads, (*paths, "scripts/job/components.py")))
+  shared = (
+    "atlas_jax/train/loop.py",
+    "scripts/job/components.py",
+    "scripts/job/exports.py",
+    "scripts/launch.py",
+  )
+  reads = set.union(*map(_reads, (*paths, *shared)))
   for name, section in _sections(_config(recipe, variant)):
     # A section is read whole by its function; of any other, and of the whole,
     # each key is read by name.

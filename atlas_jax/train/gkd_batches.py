@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy is distilled on: its own completions, or those of the data."""
+"""The completions of each GKD step, by the policy or from the data."""
 
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +18,10 @@ from atlas_jax.train.telemetry import clock as train_clock
 
 
 class CompletionBatches:
-  """Gives the prompts of each step, with completions.
+  """Returns the prompts of each step with completions.
 
-  Who writes them is drawn anew for each step, and everything else too, from the
-  seed and the step. So a resumed run repeats the one that was not interrupted.
+  Whether the policy samples them is drawn for each step from the seed and the
+  step, like everything else. So a resumed run equals an uninterrupted one.
   """
 
   def __init__(  # noqa: PLR0913 - a config section beside collaborators.
@@ -39,26 +38,27 @@ class CompletionBatches:
     max_prob_error: float,
     compare_every: int,
   ) -> None:
-    """Samples nothing yet.
+    """Validates the settings; sampling starts with `take`.
 
     Args:
-      policy: what is trained.
-      sampler: of it; None where nothing is sampled.
-      train_set: prompts, with completions of others.
-      params: how it completes; the step is added to the seed.
-      vocab_size: ids from here on the teacher does not have.
-      chunk_tokens: tokens whose logits exist at one time.
-      on_policy_fraction: the chance of a step to be sampled: GKD's lambda.
-      max_dropped_fraction: of a batch's prompts, in [0, 1).
+      policy: the model to train.
+      sampler: of the policy; None if nothing is sampled.
+      train_set: prompts with the completions of the data.
+      params: sampling parameters; the step is added to the seed.
+      vocab_size: of the teacher; completions with larger ids are dropped.
+      chunk_tokens: tokens whose logits exist at the same time.
+      on_policy_fraction: probability that a step is sampled from the policy;
+        the paper's lambda.
+      max_dropped_fraction: of a batch's completions, in [0, 1).
       max_prob_error: see `agreement.check`.
-      compare_every: steps between those which are held to it, if sampled.
+      compare_every: steps between comparisons of trainer and sampler.
 
     Raises:
-      errors.ConfigError: if a fraction is none.
+      errors.ConfigError: if a setting is out of its range.
     """
     _check(on_policy_fraction, max_dropped_fraction, compare_every)
     if on_policy_fraction and sampler is None:
-      raise ValueError("Nothing can be sampled without a sampler.")
+      raise ValueError("on_policy_fraction > 0 requires a sampler.")
     self._policy, self._sampler, self._train_set = policy, sampler, train_set
     self._params, self._vocab_size = params, vocab_size
     self._fraction = on_policy_fraction
@@ -78,23 +78,23 @@ class CompletionBatches:
     )
 
   def is_sampled(self, step: int) -> bool:
-    """Tells whether the policy writes the completions of a step."""
+    """Returns whether the policy samples the completions of a step."""
     drawn = np.random.default_rng((self._params.seed, step)).random()
     return drawn < self._fraction
 
   def take(
     self, trained: decoder.Params, step: int, clock: train_clock.Clock
   ) -> tuple[list[rollout_packing.Written], dict[str, float]]:
-    """Gives the completions of a step, and metrics.
+    """Returns the completions of a step and metrics.
 
     Args:
-      trained: the weights of this step, which sample.
-      step: the number of steps done.
-      clock: is told the phases.
+      trained: the trained parameters, pushed to the sampler if it samples.
+      step: the number of completed steps.
+      clock: records the phases.
 
     Raises:
-      errors.RolloutError: if too many prompts are without completions.
-      RuntimeError: if the sampler did not take the weights it was given.
+      errors.RolloutError: if too many completions are missing.
+      RuntimeError: if the sampler does not hold the pushed weights.
     """
     with clock.phase("data"):
       batch = self._train_set.batch(step)
@@ -120,19 +120,19 @@ class CompletionBatches:
     num_microbatches: int,
     step: int,
   ) -> dict[str, float]:
-    """Measures how far sampler and trainer are apart, where that is due.
+    """Compares the log-probabilities of sampler and trainer, if it is due.
 
     Args:
-      trained: the weights of this step.
-      batch: what they wrote, laid out.
+      trained: the trained parameters that sampled the batch.
+      batch: packed completions, on the mesh.
       num_microbatches: of the batch.
-      step: the number of steps done.
+      step: the number of completed steps.
 
     Raises:
       errors.DivergedError: see `agreement.check`.
     """
     is_due = step % self._compare_every == 0
-    # The first of a process is held to it too: its sampler is new.
+    # The first sampled step of a process is checked too: its sampler is new.
     if not self.is_sampled(step) or not (is_due or self._is_new):
       return {}
     self._is_new = False
@@ -152,12 +152,12 @@ class CompletionBatches:
     groups: Sequence[Sequence[types.Completion]],
     step: int,
   ) -> tuple[list[rollout_packing.Written], dict[str, float]]:
-    """Takes the completions that both models can read."""
+    """Keeps the completions whose tokens both models have."""
     versions = {c.version for group in groups for c in group}
     if not versions <= {step}:
       raise RuntimeError(
-        f"Completions of versions {sorted(versions)} at step {step}: the "
-        "sampler did not take the weights it was given."
+        f"Completions have versions {sorted(versions)} at step {step}: the "
+        "sampler does not hold the pushed weights."
       )
     kept = [
       (prompt, completion)
@@ -172,9 +172,9 @@ class CompletionBatches:
         f"{num_wanted - len(kept)} of {num_wanted} completions are missing.",
         where=f"step {step}, --config.completions.max_dropped_fraction="
         f"{self._max_dropped:g}",
-        why="Servers gave their prompts up, or the policy wrote tokens which "
-        "the teacher's head does not have.",
-        fix="Look at the servers' logs, and at docs/rollout.md.",
+        why="Servers failed on their prompts, or the policy sampled ids "
+        "outside the teacher's vocabulary.",
+        fix="See the servers' logs and docs/rollout.md.",
       )
     written = [
       rollout_packing.Written(prompt.token_ids, c.token_ids, c.logprobs)
@@ -191,15 +191,15 @@ class CompletionBatches:
     }
 
 
-def max_new_tokens(config: Any) -> int:  # Any: a ConfigDict.
-  """Reads what may be sampled after a prompt; 0 where nothing is."""
+def max_new_tokens(config: types.Config) -> int:
+  """Returns the most tokens sampled after a prompt; 0 if none are sampled."""
   if not config.completions.on_policy_fraction:
     return 0
   return config.sampling.complete.max_completion_tokens
 
 
 def of_data(batch: Sequence[pairs.Pair]) -> list[rollout_packing.Written]:
-  """Gives the completions of the data; nobody has told their probabilities."""
+  """Returns the completions of the data, with log-probabilities of zero."""
   return [
     rollout_packing.Written(
       pair.prompt, pair.completion, np.zeros(len(pair.completion), np.float32)
@@ -223,7 +223,7 @@ def _measure(
   chunk_tokens: int,
   support: logprobs.Support | None,
 ) -> dict[str, jax.Array]:
-  """Scores a batch as its sampler did, and compares."""
+  """Scores a batch as its sampler did and measures the difference."""
   logprobs_BT = score.by_microbatches(
     functools.partial(
       score.token_stats,
@@ -250,11 +250,11 @@ def _check(
     or compare_every < 1
   ):
     raise errors.ConfigError(
-      "Completions cannot be had like this.",
-      where="--config.completions",
-      why=f"on_policy_fraction={on_policy_fraction} is from 0 to 1, "
-      f"max_dropped_fraction={max_dropped_fraction} from 0 to below 1, and "
-      f"compare_every={compare_every} at least 1.",
+      "Invalid completions: on_policy_fraction must be in [0, 1], "
+      "max_dropped_fraction in [0, 1) and agreement.every_steps at least 1.",
+      where="--config.completions, --config.agreement",
+      why=f"They are {on_policy_fraction}, {max_dropped_fraction} and "
+      f"{compare_every}.",
       fix="Set on_policy_fraction to 1.0, max_dropped_fraction to 0.25 and "
-      "compare_every to 10, for example.",
+      "every_steps to 10, for example.",
     )

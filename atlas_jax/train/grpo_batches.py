@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records for each step: sampled in time, or ahead of it.
+"""The records of each step, sampled during it or one step ahead.
 
 With a staleness of 0 every step samples with its own weights. With 1, the next
-batch is sampled while this step trains, so by the weights that this step began
-with; `losses.correction` weighs what they would say less or more.
-Steps at which trainer and sampler are compared are always sampled in time.
+batch is sampled while this step trains, with the weights this step started
+from; `losses.correction` weights its tokens. Steps at which trainer and sampler
+are compared never sample ahead.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from atlas_jax.train.telemetry import clock as train_clock
 
 STALE = "stale"
 
-# Records of a step, and the metrics of having sampled them.
+# The records of a step and the metrics of sampling them.
 _Sampled = tuple[list[types.TeachingRecord], dict[str, float]]
 
 
 class RolloutBatches:
-  """Samples the batch of each step; at most one of the next is under way.
+  """Samples the batch of each step, and at most one batch ahead.
 
-  What a step samples depends on the seed, the step, the weights and the state
-  that `get_state` gives alone. So a resumed run repeats the one that was not
-  interrupted, the batch included that was under way.
+  A batch depends only on the seed, the step, the weights and `get_state`. So a
+  resumed run equals an uninterrupted one, including the batch that was being
+  sampled ahead.
   """
 
   def __init__(
@@ -44,28 +44,29 @@ class RolloutBatches:
     compare_every: int,
     max_dropped_fraction: float,
   ) -> None:
-    """Starts nothing yet.
+    """Validates the settings; sampling starts with `take`.
 
     Args:
-      protocol: samples; nobody else may while a batch is under way, see
-        `settle`.
-      questions: what is taught.
-      seed: with the step added, of sampling.
-      num_steps: no batch is sampled for steps from this one on.
-      max_staleness: 0 or 1; steps between the weights that sample and those
-        that train.
-      compare_every: steps between those which are sampled in time.
+      protocol: samples records. It must not be used elsewhere while a batch is
+        sampled ahead; see `settle`.
+      questions: the training questions.
+      seed: sampling at a step uses `seed + step`.
+      num_steps: steps of the run; later steps are not sampled ahead.
+      max_staleness: 0 or 1, steps between the weights that sample and the
+        weights that train.
+      compare_every: steps between comparisons of trainer and sampler.
       max_dropped_fraction: of a batch's questions; in [0, 1).
 
     Raises:
-      errors.ConfigError: if these do not go together.
+      errors.ConfigError: if the settings contradict each other.
     """
     if max_staleness not in (0, 1) or compare_every < 1 + max_staleness:
       raise errors.ConfigError(
-        "This overlap cannot be had.",
+        "Invalid overlap: max_staleness must be 0 or 1, and every_steps at "
+        "least 1 + max_staleness.",
         where=f"--config.overlap.max_staleness={max_staleness}, "
         f"--config.agreement.every_steps={compare_every}",
-        why="One batch at most is sampled ahead, and none of a step at which "
+        why="At most one batch is sampled ahead, and never for a step at which "
         "trainer and sampler are compared.",
         fix="Set max_staleness to 0, or to 1 with agreement.every_steps of at "
         "least 2, for example 20.",
@@ -87,13 +88,13 @@ class RolloutBatches:
     self._executor.shutdown(cancel_futures=True)
 
   def settle(self) -> None:
-    """Waits until no batch is under way; a failure shows when it is taken."""
+    """Waits for the batch being sampled ahead; `take` raises its failure."""
     futures.wait(self._ahead.values())
 
   def get_state(self) -> checkpoint.HostState:
-    """Gives what a resumed run must have; waits for the batch under way.
+    """Returns the state to resume from; waits for the batch sampled ahead.
 
-    A batch that failed is no part of it, and is sampled again.
+    A batch that failed is left out and sampled again.
     """
     self.settle()
     ahead = []
@@ -104,7 +105,7 @@ class RolloutBatches:
     return {"ahead": ahead, "protocol": self._protocol.get_state()}
 
   def set_state(self, state: checkpoint.HostState) -> None:
-    """Takes what `get_state` gave, in a process before this one."""
+    """Restores what `get_state` returned in an earlier process."""
     self._protocol.set_state(state["protocol"])
     for step, records, metrics in state["ahead"]:
       self._ahead[step] = futures.Future()
@@ -112,29 +113,29 @@ class RolloutBatches:
       self._ahead[step].set_result((taken, metrics))
 
   def push(self, params: decoder.Params, step: int) -> None:
-    """Gives the weights of `step` to the policy's sampler, once."""
+    """Pushes the weights of `step` to the policy's sampler, once."""
     self.settle()
     if self._protocol.policy.sampler.version != step:
       self._protocol.policy.sampler.update_weights(params, step)
 
   def take(self, step: int, clock: train_clock.Clock) -> _Sampled:
-    """Gives the batch of `step`; samples now if it was not sampled ahead.
+    """Returns the batch of `step`, sampling it now unless it was ahead.
 
     Args:
-      step: the number of steps done.
-      clock: is told the phases of what is sampled now.
+      step: the number of completed steps.
+      clock: records the phases of sampling now.
 
     Returns:
-      The records, and as metrics the fraction of questions without any, and
-      the seconds that sampling ahead took: those passed while the step before
+      The records and metrics: the fraction of questions without records, and
+      the seconds of sampling ahead, which passed while the previous step
       trained.
 
     Raises:
-      errors.RolloutError: if too many questions are without records.
+      errors.RolloutError: if too many questions have no records.
     """
     if self._first_step is None:
       self._first_step = step
-    # The step before may still be asked for.
+    # `row_ids` may still be called for the previous step.
     self._refilled = {step - 1: self._refilled.get(step - 1, [])}
     ready = self._ahead.pop(step, None)
     sampled = self._sample(step, clock) if ready is None else ready.result()
@@ -157,29 +158,29 @@ class RolloutBatches:
     num_questions: int,
     clock: train_clock.Clock,
   ) -> list[types.TeachingRecord]:
-    """Samples for other questions than those that `records` has.
+    """Samples questions that `records` does not have yet.
 
-    Source: Yu et al., arXiv:2503.14476, section 3.2, dynamic sampling; here
-    only what is missing is sampled again.
+    Source: Yu et al., arXiv:2503.14476, section 3.2, dynamic sampling; only the
+    missing groups are sampled again.
 
     Args:
-      step: whose weights the policy's sampler holds.
-      records: of this step so far.
-      num_questions: how many to ask, if there are as many left.
-      clock: is told the phases; waiting for the batch ahead is in none.
+      step: the step whose weights the policy's sampler holds.
+      records: the records of this step so far.
+      num_questions: how many questions to sample, if as many are left.
+      clock: records the phases, without the wait for the batch ahead.
 
     Returns:
-      Records of those questions; none if there are none left, or none wanted,
-      or the samplers gave up on all of them.
+      Records of new questions; empty if none are left or wanted, or if the
+      samplers failed on all of them.
     """
     asked = {record.question.row_id for record in records}
-    # In the same order each time, so that every call goes on from the last.
+    # The order depends on the step only, so each call continues the last one.
     order = np.random.default_rng((self._seed, step, 1))
     questions = self._questions.questions
     others = (questions[i] for i in order.permutation(len(questions)))
     fresh = [q for q in others if q.row_id not in asked][:num_questions]
     self._refilled.setdefault(step, []).extend(q.row_id for q in fresh)
-    # After the batch that is being sampled ahead: one sampler, one at a time.
+    # On the single thread that samples ahead: one batch at a time.
     return self._executor.submit(
       self._protocol.run,
       fresh,
@@ -188,7 +189,7 @@ class RolloutBatches:
     ).result()
 
   def is_compared(self, step: int) -> bool:
-    """Tells whether trainer and sampler are compared at a step."""
+    """Returns whether trainer and sampler are compared at a step."""
     return step == self._first_step or step % self._compare_every == 0
 
   def drop_stale(
@@ -197,21 +198,21 @@ class RolloutBatches:
     rewarded: Sequence[types.Reward],
     step: int,
   ) -> tuple[list[types.Reward], dict[str, float]]:
-    """Takes the reward from what weights too old have written.
+    """Removes the rewards of completions by weights that are too old.
 
     Returns:
-      The rewards, missing as `STALE` where dropped, and metrics.
+      The rewards, missing with reason `STALE` where removed, and metrics.
 
     Raises:
-      RuntimeError: if nothing is left, or weights are from the future: the
-        sampler did not take what it was given.
+      RuntimeError: if every completion is too old or any is newer than `step`:
+        the sampler does not hold the pushed weights.
     """
     versions = [r.teacher_rollout.completion.version for r in records]
     lags = [step - version for version in versions]
     if min(lags) < 0 or min(lags) > self._max_staleness:
       raise RuntimeError(
-        f"Completions of versions {sorted(set(versions))} at step {step}: the "
-        "sampler did not take the weights it was given."
+        f"Completions have versions {sorted(set(versions))} at step {step}: "
+        "the sampler does not hold the pushed weights."
       )
     kept = [
       dataclasses.replace(reward, value=None, missing_reason=STALE)
@@ -226,7 +227,7 @@ class RolloutBatches:
     }
 
   def take_metrics(self) -> dict[str, float]:
-    """Gives what the samplers did since it was last asked, by role."""
+    """Returns the samplers' metrics since the last call, by role."""
     return {
       f"rollout/{name}_{metric}": value
       for name, role in self._protocol.roles.items()
@@ -234,7 +235,7 @@ class RolloutBatches:
     }
 
   def row_ids(self, step: int) -> list[str]:
-    """Names the questions of a step: its batch, then those asked beside it."""
+    """Returns the ids of a step's questions: its batch, then its refills."""
     batch = [question.row_id for question in self._questions.batch(step)]
     return batch + self._refilled.get(step, [])
 

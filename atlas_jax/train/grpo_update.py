@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rewarded records to updates of the policy."""
+"""Updates the policy from rewarded records: the training half of a GRPO step.
+
+rewards -> group advantages -> packed batches -> old and reference
+log-probabilities -> gradient steps on the clipped surrogate.
+"""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,14 +29,25 @@ from atlas_jax.train import (
 from atlas_jax.train.guards import agreement, alarm
 from atlas_jax.train.telemetry import flops
 
-# `score.token_stats_and_balance` as it is configured here.
+# `score.token_stats_and_balance` with the settings of a run.
 _StatsFn = Callable[
   [decoder.Params, optimizer_step.Batch], tuple[logprobs.TokenStats, jax.Array]
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+  """The jitted functions of an update."""
+
+  score: Callable[..., jax.Array]
+  score_reference: Callable[..., jax.Array]
+  step: optimizer_step.Step
+  advantages: Callable[[jax.Array, jax.Array], jax.Array]
+  divergences: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
 class GrpoUpdate:
-  """Turns rewarded records into updates."""
+  """Computes advantages and log-probabilities of records, and updates."""
 
   def __init__(
     self,
@@ -40,39 +56,38 @@ class GrpoUpdate:
     *,
     shardings: Any,  # Any: a tree like the state's.
     mesh: jax.sharding.Mesh,
-    config: Any,  # Any: a ConfigDict, whose values have no static type.
+    config: types.Config,
   ) -> None:
-    """Compiles nothing yet.
+    """Validates the config; programs are compiled at their first call.
 
     Args:
-      policy: what is trained. Where it has a base, that is the reference.
-      optimizer: clipping included.
-      shardings: where the state stays, as `state.shardings` tells.
-      mesh: as `sharding.make_mesh` makes it.
+      policy: the model to train. If it has a frozen base, that is the
+        reference.
+      optimizer: with gradient clipping.
+      shardings: of the train state, from `train_state.shardings`.
+      mesh: see `sharding.make_mesh`.
       config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
-        `packing`, `reference`, `agreement`, `alarm`, `score`, `experts` and
+        `packing`, `reference`, `agreement`, `alarm`, `logits`, `experts` and
         `sampling`.
 
     Raises:
-      errors.ConfigError: if nothing could be learnt with them.
+      errors.ConfigError: if a setting is invalid, or leaves nothing to train
+        on.
     """
     sampling = config.sampling.teach
     _check_sampling(sampling)
     _check_rows(config)
     score.check_balance(policy.model, **config.experts)
+    self._policy, self._config = policy, config
     self._objective = grpo.Objective(
       **config.loss, max_tokens=sampling.max_completion_tokens
     )
-    self._is_penalised = (
+    self._penalizes_reward = (
       self._objective.kl_coef > 0 and self._objective.kl_in == "reward"
     )
-    self._batch, self._reference = config.batch, config.reference
-    self._filter_equal = config.groups.filter_equal
-    self._group_size = sampling.group_size
-    self._max_prob_error = config.agreement.max_prob_error
     self._alarm = alarm.Alarm(**config.alarm)
     self._rows = sharding.of_batch(mesh)
-    self._lay_out = functools.partial(
+    self._pack = functools.partial(
       rollout_packing.lay_out,
       num_minibatches=config.batch.num_minibatches,
       num_shards=sharding.num_row_shards(mesh),
@@ -80,42 +95,14 @@ class GrpoUpdate:
       per_device=config.batch.per_device,
       **config.packing,
     )
-    token_stats = _token_stats(config)
-    stats_fn = functools.partial(token_stats, policy.model)
-    self._policy = policy
-    self._score = self._score_reference = _scorer(stats_fn)
-    if policy.frozen:
-      self._score_reference = _scorer(
-        functools.partial(token_stats, policy.base)
-      )
-    correct = functools.partial(correction.sampler_weights, **config.correction)
-    loss_fn = functools.partial(
-      _loss,
-      policy.model,
-      stats_fn,
-      objective=self._objective,
-      correct=correct,
-      **config.experts,
-    )
-    self._step = optimizer_step.make_step(
-      train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+    self._programs = _programs(
+      policy,
       optimizer,
-      frozen=policy.frozen,
+      self._objective,
       shardings=shardings,
+      mesh=mesh,
+      config=config,
     )
-    self._advantages = jax.jit(
-      functools.partial(advantages.group_advantages, **config.advantages)
-    )
-    self._divergences = jax.jit(
-      functools.partial(
-        kl.of_sequences, estimator=self._objective.kl_estimator
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
-    # Refuses their settings now, not after the first batch was sampled.
-    number, flag = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
-    jax.eval_shape(self._advantages, number, flag)
-    jax.eval_shape(correct, number, number, flag)
 
   def update(
     self,
@@ -125,22 +112,24 @@ class GrpoUpdate:
     *,
     is_compared: bool,
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Does the updates of one step; none if there is nothing to learn from.
+    """Performs the updates of one step; none if no record can be trained on.
 
-    Trainer and sampler are measured where both had the same weights, and held
-    to the bound if `is_compared`.
+    The agreement of trainer and sampler is measured if both had the same
+    weights, and checked against its bound if `is_compared`.
 
     Args:
       state: donated.
-      records: group by group.
-      rewarded: one for each; a missing one is no part of its group.
+      records: in whole groups, group by group.
+      rewarded: one reward per record; a missing one leaves its group.
       is_compared: see above.
 
     Raises:
       errors.DivergedError: see `agreement.check` and `alarm.Alarm.check`.
     """
+    config = self._config
     step = int(state.step)
-    rewards_PC, valid_PC = group_rewards(rewarded, self._group_size)
+    group_size = config.sampling.teach.group_size
+    rewards_PC, valid_PC = group_rewards(rewarded, group_size)
     keep = self._kept(records, rewards_PC, valid_PC)
     varied_P1 = advantages.has_variance(rewards_PC, valid_PC)
     rollouts = [records[i].teacher_rollout for i in keep]
@@ -148,7 +137,7 @@ class GrpoUpdate:
     metrics: dict[str, Any] = {
       "groups/used_fraction": float(jnp.mean(varied_P1)),
       "num_tokens": sum(lengths),
-      "num_flops": self._batch.num_iterations
+      "num_flops": config.batch.num_iterations
       * flops.of_update(
         self._policy.model.config,
         lengths,
@@ -156,7 +145,7 @@ class GrpoUpdate:
       ),
     }
     if keep:
-      parts = [self._scored(state, part) for part in self._lay_out(rollouts)]
+      parts = [self._scored(state, part) for part in self._pack(rollouts)]
       num_places = sum(part.batch["token_ids"].size for part in parts)
       metrics["padding_fraction"] = 1.0 - sum(lengths) / num_places
       self._add_advantages(parts, keep, rewards_PC, valid_PC)
@@ -169,7 +158,7 @@ class GrpoUpdate:
           agreement.check(
             float(measured["rollout/prob_error"]),
             step=step,
-            max_prob_error=self._max_prob_error,
+            max_prob_error=config.agreement.max_prob_error,
           )
       metrics |= updated
     self._alarm.check(metrics, step=step + 1)
@@ -181,20 +170,21 @@ class GrpoUpdate:
     rewards_PC: jax.Array,
     valid_PC: jax.Array,
   ) -> list[int]:
-    """Chooses the records that are trained on.
+    """Returns the indices of the records to train on.
 
-    A group whose rewards are all equal has no advantage; if it is filtered out,
-    it is no part of the loss's mean and of the divergence either.
+    A group of equal rewards has zero advantages. If such groups are filtered,
+    they do not count in the mean of the loss and of the KL either.
     """
+    groups, batch = self._config.groups, self._config.batch
     kept_PC = valid_PC
-    if self._filter_equal:
+    if groups.filter_equal:
       kept_PC = valid_PC & advantages.has_variance(rewards_PC, valid_PC)
     return [
       i
       for i, kept in enumerate(np.ravel(kept_PC))
       if kept
       and not (
-        self._batch.mask_truncated
+        batch.mask_truncated
         and records[i].teacher_rollout.completion.finish_reason == "length"
       )
     ]
@@ -202,20 +192,23 @@ class GrpoUpdate:
   def _scored(
     self, state: train_state.TrainState, part: rollout_packing.Part
   ) -> rollout_packing.Part:
-    """Adds what stays as it is through a step's updates.
+    """Adds the log-probabilities that stay fixed during a step's updates.
 
-    With one update a step the policy that is trained is the old one itself, and
-    the update scores it.
+    With a single update per step the trained policy is the old policy, and the
+    update itself computes the old log-probabilities.
     """
+    config, programs = self._config, self._programs
     batch, reference = sharding.put(part.batch, self._rows), state.reference
-    num_updates = self._batch.num_minibatches * self._batch.num_iterations
-    if num_updates > 1 or self._is_penalised:
+    num_updates = config.batch.num_minibatches * config.batch.num_iterations
+    if num_updates > 1 or self._penalizes_reward:
       params = self._policy.all_params(state.params)
-      batch["old_logprobs"] = self._score(params, batch, part.num_microbatches)
+      batch["old_logprobs"] = programs.score(
+        params, batch, part.num_microbatches
+      )
     if self._policy.frozen and self._objective.kl_coef:
-      reference = self._policy.frozen  # The adapters are switched off.
+      reference = self._policy.frozen  # The model without its adapters.
     if reference is not None:
-      batch["ref_logprobs"] = self._score_reference(
+      batch["ref_logprobs"] = programs.score_reference(
         reference, batch, part.num_microbatches
       )
     return part._replace(batch=batch)
@@ -227,15 +220,15 @@ class GrpoUpdate:
     rewards_PC: jax.Array,
     valid_PC: jax.Array,
   ) -> None:
-    """Adds the advantages to scored batches, 0 for rows of padding.
+    """Adds `advantages` to scored batches; padding rows get 0.
 
-    Where the divergence counts in the reward, that of records which are not
-    trained on is taken as 0.
+    If the KL is part of the reward, records that are not trained on have none
+    measured and count as 0.
     """
-    if self._is_penalised:
+    if self._penalizes_reward:
       penalty_PC = np.zeros_like(rewards_PC)
       for part in parts:
-        penalty_B = self._divergences(
+        penalty_B = self._programs.divergences(
           part.batch["old_logprobs"],
           part.batch["ref_logprobs"],
           part.batch["loss_mask"],
@@ -243,8 +236,9 @@ class GrpoUpdate:
         rollouts, places = zip(*part.members, strict=True)
         penalty_PC.flat[np.take(keep, rollouts)] = np.take(penalty_B, places)
       rewards_PC = rewards_PC - self._objective.kl_coef * penalty_PC
-    advantages_PC = np.asarray(self._advantages(rewards_PC, valid_PC))
+    advantages_PC = np.asarray(self._programs.advantages(rewards_PC, valid_PC))
     for part in parts:
+      # Rollout i of the part is record keep[i], and row `place` of its batch.
       rollouts, places = zip(*part.members, strict=True)
       advantages_B = np.zeros(len(part.batch["places"]), np.float32)
       advantages_B[list(places)] = advantages_PC.flat[np.take(keep, rollouts)]
@@ -253,16 +247,16 @@ class GrpoUpdate:
   def _fit(
     self, state: train_state.TrainState, parts: Sequence[rollout_packing.Part]
   ) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Updates on scored batches, one after the other."""
+    """Updates on scored batches, one after another."""
     collected = []
-    for _ in range(self._batch.num_iterations):
+    for _ in range(self._config.batch.num_iterations):
       for part in parts:
-        state, metrics = self._step(
+        state, metrics = self._programs.step(
           state, part.batch, num_microbatches=part.num_microbatches
         )
         collected.append(metrics)
     means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
-    # Its value: the next update donates the array itself.
+    # As an int: the next update donates the array.
     means["num_nonfinite"] = int(state.num_nonfinite)
     return state, means
 
@@ -273,7 +267,7 @@ class GrpoUpdate:
 
     Source: Gorbatovski et al., arXiv:2404.09656, equations 4 and 5.
     """
-    every, mix = self._reference.sync_every, self._reference.mix
+    every, mix = self._config.reference.sync_every, self._config.reference.mix
     if state.reference is None or not every or (int(state.step) + 1) % every:
       return state
 
@@ -288,14 +282,14 @@ class GrpoUpdate:
 def group_rewards(
   rewarded: Sequence[types.Reward], group_size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Lays rewards out by group: float32[P, C], and bool[P, C] for which exist.
+  """Returns rewards by group, float32[P, C], and their validity, bool[P, C].
 
   Raises:
-    ValueError: if they are no whole groups.
+    ValueError: if the rewards do not form whole groups.
   """
   if len(rewarded) % group_size:
     raise ValueError(
-      f"{len(rewarded)} rewards are no whole groups of {group_size}."
+      f"{len(rewarded)} rewards do not form whole groups of {group_size}."
     )
   values = [0.0 if r.value is None else r.value for r in rewarded]
   valid = [r.value is not None for r in rewarded]
@@ -306,13 +300,13 @@ def group_rewards(
 
 
 def count_varied(rewarded: Sequence[types.Reward], group_size: int) -> int:
-  """Counts the groups that have something to teach: rewards that differ."""
+  """Returns the number of groups whose rewards differ."""
   varied_P1 = advantages.has_variance(*group_rewards(rewarded, group_size))
   return int(varied_P1.sum())
 
 
-def _check_rows(config: Any) -> None:  # Any: a ConfigDict.
-  """Refuses sizes of rows and parts that there are not."""
+def _check_rows(config: types.Config) -> None:
+  """Validates the sizes of rows and minibatches."""
   for name, value, least in (
     ("batch.per_device", config.batch.per_device, 0),
     ("batch.num_minibatches", config.batch.num_minibatches, 1),
@@ -320,37 +314,82 @@ def _check_rows(config: Any) -> None:  # Any: a ConfigDict.
   ):
     if value < least:
       raise errors.ConfigError(
-        "Rows cannot be laid out like this.",
+        f"Invalid batch layout: {name} must be >= {least}, got {value}.",
         where=f"--config.{name}={value}",
-        why=f"It counts something, and is {least} or more.",
-        fix=f"Set it to {least}, or to more.",
+        why="It is a count.",
+        fix=f"Set it to {least} or more.",
       )
 
 
-def _check_sampling(
-  sampling: Any,  # Any: a ConfigDict, like `types.SamplingParams`.
-) -> None:
-  """Refuses sampling that nothing could be learnt from."""
+def _check_sampling(sampling: types.Config) -> None:
+  """Rejects sampling without an importance ratio or without a group."""
   if sampling.temperature == 0:
     raise errors.ConfigError(
-      "The policy must be sampled at a temperature.",
+      "GRPO requires sampling.teach.temperature > 0.",
       where="--config.sampling.teach.temperature=0",
-      why="What is drawn greedily has no importance ratio.",
+      why="Greedy completions have no importance ratio.",
       fix="Set it above 0, for example to 1.",
     )
   if sampling.group_size < 2:
     raise errors.ConfigError(
-      "A group of one completion has nothing to be compared with.",
+      "GRPO requires sampling.teach.group_size >= 2, got "
+      f"{sampling.group_size}.",
       where=f"--config.sampling.teach.group_size={sampling.group_size}",
-      why="Its advantage is its reward less that of its group.",
+      why="An advantage is a reward minus the mean of its group.",
       fix="Set it to 2 or more, for example 8.",
     )
 
 
+def _programs(
+  policy: trainable.Policy,
+  optimizer: optax.GradientTransformation,
+  objective: grpo.Objective,
+  *,
+  shardings: Any,  # Any: a tree like the state's.
+  mesh: jax.sharding.Mesh,
+  config: types.Config,
+) -> _Programs:
+  """Defines the jitted functions and traces those that validate settings."""
+  token_stats = _token_stats(config)
+  stats_fn = functools.partial(token_stats, policy.model)
+  score_policy = score_reference = _scorer(stats_fn)
+  if policy.frozen:
+    score_reference = _scorer(functools.partial(token_stats, policy.base))
+  correct = functools.partial(correction.sampler_weights, **config.correction)
+  loss_fn = functools.partial(
+    _loss,
+    policy.model,
+    stats_fn,
+    objective=objective,
+    correct=correct,
+    **config.experts,
+  )
+  step = optimizer_step.make_step(
+    train_optimizer.freeze(loss_fn, config.optimizer.frozen),
+    optimizer,
+    frozen=policy.frozen,
+    shardings=shardings,
+  )
+  group_advantages = jax.jit(
+    functools.partial(advantages.group_advantages, **config.advantages)
+  )
+  divergences = jax.jit(
+    functools.partial(kl.of_sequences, estimator=objective.kl_estimator),
+    out_shardings=sharding.replicated(mesh),
+  )
+  # Invalid settings raise here instead of after the first batch is sampled.
+  number, flag = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+  jax.eval_shape(group_advantages, number, flag)
+  jax.eval_shape(correct, number, number, flag)
+  return _Programs(
+    score_policy, score_reference, step, group_advantages, divergences
+  )
+
+
 def _token_stats(
-  config: Any,  # Any: a ConfigDict.
+  config: types.Config,
 ) -> Callable[..., tuple[logprobs.TokenStats, jax.Array]]:
-  """Configures `score.token_stats_and_balance` by how tokens are sampled."""
+  """Configures `score.token_stats_and_balance` to match the sampling."""
   sampling = config.sampling.teach
   cut = sampling.top_p < 1.0 or sampling.top_k > 0
   return functools.partial(
@@ -362,7 +401,7 @@ def _token_stats(
 
 
 def _scorer(stats_fn: _StatsFn) -> Callable[..., jax.Array]:
-  """Compiles `_logprobs`, for each number of microbatches."""
+  """Jits `_logprobs`, once per number of microbatches."""
   return jax.jit(functools.partial(_logprobs, stats_fn), static_argnums=2)
 
 
@@ -372,14 +411,16 @@ def _logprobs(
   batch: optimizer_step.Batch,
   num_microbatches: int,
 ) -> jax.Array:
-  """Scores the completions of a batch by the policy, or by the reference.
+  """Returns the log-probabilities of completions, float32[B, C].
 
-  One microbatch at a time, so that it takes less memory than an update does.
+  It scores one microbatch at a time, to use less memory than an update.
   """
   params = train_state.on_device(params)  # A reference may be offloaded.
   scores_RT = score.by_microbatches(
     lambda params, part: stats_fn(params, part)[0],
-    *(params, batch, num_microbatches),
+    params,
+    batch,
+    num_microbatches,
   )
   return rollout_packing.gather_scores(
     scores_RT, batch["places"], num_microbatches=num_microbatches
@@ -398,7 +439,8 @@ def _loss(
 ) -> tuple[jax.Array, tuple[jax.Array, optimizer_step.Metrics]]:
   """Computes the surrogate of a microbatch; see `optimizer_step.LossFn`.
 
-  What is not scored yet is the policy's own, without a gradient.
+  Old or reference log-probabilities missing from the batch are the policy's
+  own, without a gradient.
   """
   packed, balance = stats_fn(params, batch)
   logprobs_BT, entropy_BT = (

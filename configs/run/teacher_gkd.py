@@ -9,17 +9,16 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 
 import ml_collections
 
-from configs import lora, mesh, optimizer, rollout
+from configs import lora, mesh, optimizer, rollout, sections
 from configs.data import selection, world
 from configs.model import frozen, hf, tiny
 
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
+  config.recipe = "gkd"
   config.seed = 42
-  config.world = dict(
-    directory="", with_teacher=False
-  )  # components.ensure_world
+  config.world = sections.get_world()
   config.model = hf.get_config("Qwen/Qwen2.5-7B-Instruct")
   config.teacher = frozen.get_config("Qwen/Qwen2.5-14B-Instruct")
   config.lora = lora.get_config()
@@ -41,9 +40,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     on_policy_fraction=1.0, max_dropped_fraction=0.25
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
-  config.agreement = dict(
+  config.agreement = dict(  # guards.agreement
     max_prob_error=1.02, every_steps=10
-  )  # guards.agreement
+  )
   # A prompt with its completion, and rows of several, have `length` tokens.
   config.packing = dict(length=8192, packed=True, too_long="drop")
   config.batch = dict(num_prompts=256, per_device=1)
@@ -61,29 +60,12 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.optimizer = optimizer.get_config()
   config.optimizer.weight_decay = 0.01
   config.offload = dict(optimizer=False)  # train.train_state.Offload
-  config.loop = dict(  # train.loop.Settings
-    num_steps=0,
-    log_every=10,
-    eval_every=100,
-    save_every=100,
-    max_nonfinite=5,
-    profile_steps="",  # Those to trace: "3:5".
-    watchdog_s=3600.0,
-  )
-  config.report = dict(  # telemetry.sinks.open_sinks
-    to="none", project="atlas_jax", group="", name=""
-  )
-  config.checkpoint = dict(  # checkpoint.Checkpointer
-    keep=3,
-    max_failed=3,
-    allow_changed="",
-    best_metric="eval/loss",
-    best_mode="min",
-    load_best=True,
-  )
-  config.export = dict(  # exports.write
-    enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
-  )
+  config.loop = sections.get_loop()
+  config.loop.log_every = 10
+  config.report = sections.get_report()
+  config.checkpoint = sections.get_checkpoint()
+  config.checkpoint.load_best = True
+  config.export = sections.get_export()
 
   if variant == "smoke":
     _make_smoke(config)

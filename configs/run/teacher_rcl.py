@@ -11,7 +11,7 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
 
 import ml_collections
 
-from configs import lora, mesh, optimizer, rollout
+from configs import lora, mesh, optimizer, rollout, sections
 from configs.data import prompts, selection, world
 from configs.loss import cispo, dapo, dr_grpo, grpo, gspo, rcl, rloo
 from configs.model import frozen, hf, tiny
@@ -29,19 +29,11 @@ _LOSSES = dict(
 
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
-  size, _, loss = variant.rpartition(",")
-  if variant in ("full", "smoke"):
-    size, loss = variant, "rcl"
-  if size not in ("", "full", "smoke") or loss not in _LOSSES:
-    raise ValueError(
-      f"Unknown variant {variant!r}; there is :smoke, any of "
-      f"{', '.join(_LOSSES)}, and both as in :smoke,dapo."
-    )
+  is_smoke, loss = _parse(variant)
   config = ml_collections.ConfigDict()
+  config.recipe = "grpo"
   config.seed = 42
-  config.world = dict(
-    directory="", with_teacher=False
-  )  # components.ensure_world
+  config.world = sections.get_world()
   config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.lora = lora.get_config()
@@ -57,9 +49,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
-  config.agreement = dict(
-    max_prob_error=1.02, every=1
-  )  # guards.agreement.check
+  config.agreement = dict(  # guards.agreement
+    max_prob_error=1.02, every_steps=1
+  )
   config.alarm = dict(  # guards.alarm
     max_ratio=100.0, max_kl=10.0, stop=False, min_used_fraction=0.1
   )
@@ -67,9 +59,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.logits = dict(chunk_tokens=512)  # train.score.token_stats
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.reference = dict(sync_every=64, mix=0.6)
-  config.offload = dict(
+  config.offload = dict(  # train.train_state.Offload
     optimizer=False, reference=False
-  )  # train.train_state.Offload
+  )
   config.batch = dict(
     num_questions=4,
     num_iterations=1,
@@ -77,10 +69,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     per_device=1,
     mask_truncated=True,
   )
-  config.packing = dict(
+  config.packing = dict(  # train.rollout_packing.lay_out
     length=4096, packed=True
-  )  # train.rollout_packing.lay_out
-  # loss, advantages, groups, ...: what makes GRPO, DAPO, RLOO, ... of it.
+  )
+  # The sections loss, advantages and groups define GRPO, DAPO, RLOO, ...
   config.update(_LOSSES[loss].get_config())
   config.schedule = dict(  # train.schedule.make
     learning_rate=1e-6,
@@ -90,40 +82,36 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     decay_fraction=0.0,
   )
   config.optimizer = optimizer.get_config()
-  config.loop = dict(  # train.loop.Settings
-    num_steps=250,
-    log_every=1,
-    eval_every=10,
-    save_every=10,
-    max_nonfinite=5,
-    profile_steps="",  # Those to trace: "3:5".
-    watchdog_s=3600.0,
-  )
+  config.loop = sections.get_loop()
+  config.loop.update(num_steps=250, eval_every=10, save_every=10)
   config.evaluation = dict(num_questions=64, num_bootstrap=1000)
-  config.report = dict(  # telemetry.sinks.open_sinks
-    to="none", project="atlas_jax", group="", name=""
-  )
+  config.report = sections.get_report()
   config.samples = dict(  # telemetry.samples.SampleLog
     log_completions_every=10,
     num_completions=8,
     stored_fraction=0.1,
     successful_reward=1.0,
   )
-  config.checkpoint = dict(  # checkpoint.Checkpointer
-    keep=3,
-    max_failed=3,
-    allow_changed="",
-    best_metric="",
-    best_mode="max",
-    load_best=False,
-  )
-  config.export = dict(  # exports.write
-    enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
-  )
+  config.checkpoint = sections.get_checkpoint()
+  config.checkpoint.update(best_metric="", best_mode="max")
+  config.export = sections.get_export()
 
-  if size == "smoke":
+  if is_smoke:
     _make_smoke(config)
   return config
+
+
+def _parse(variant: str) -> tuple[bool, str]:
+  """Returns whether a variant is the smoke one, and the name of its loss."""
+  size, _, loss = variant.rpartition(",")
+  if variant in ("full", "smoke"):
+    size, loss = variant, "rcl"
+  if size not in ("", "full", "smoke") or loss not in _LOSSES:
+    raise ValueError(
+      f"Unknown variant {variant!r}; there is :smoke, any of "
+      f"{', '.join(_LOSSES)}, and both as in :smoke,dapo."
+    )
+  return size == "smoke", loss
 
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:

@@ -9,17 +9,16 @@ Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 
 import ml_collections
 
-from configs import lora, mesh, optimizer
+from configs import lora, mesh, optimizer, sections
 from configs.data import arc_atlas, selection, world
 from configs.model import hf, tiny
 
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
+  config.recipe = "sft"
   config.seed = 42
-  config.world = dict(
-    directory="", with_teacher=False
-  )  # components.ensure_world
+  config.world = sections.get_world()
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
@@ -44,29 +43,10 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.optimizer.weight_decay = 1e-4
   config.optimizer.adamw.beta2 = 0.95
   config.offload = dict(optimizer=False)  # train.train_state.Offload
-  config.loop = dict(  # train.loop.Settings
-    num_steps=0,
-    log_every=1,
-    eval_every=100,
-    save_every=100,
-    max_nonfinite=5,
-    profile_steps="",  # Those to trace: "3:5".
-    watchdog_s=3600.0,
-  )
-  config.report = dict(  # telemetry.sinks.open_sinks
-    to="none", project="atlas_jax", group="", name=""
-  )
-  config.checkpoint = dict(  # checkpoint.Checkpointer
-    keep=3,
-    max_failed=3,
-    allow_changed="",
-    best_metric="eval/loss",
-    best_mode="min",
-    load_best=False,
-  )
-  config.export = dict(  # exports.write
-    enabled=True, keep_steps=0, dtype="bfloat16", max_shard_bytes=5 * 10**9
-  )
+  config.loop = sections.get_loop()
+  config.report = sections.get_report()
+  config.checkpoint = sections.get_checkpoint()
+  config.export = sections.get_export()
 
   if variant == "smoke":
     config.world.directory = world.DIRECTORY

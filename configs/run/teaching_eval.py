@@ -10,7 +10,7 @@
 
 import ml_collections
 
-from configs import mesh, rollout
+from configs import mesh, rollout, sections
 from configs.data import prompts, selection, world
 from configs.model import frozen, tiny
 from configs.run import teacher_rcl
@@ -18,10 +18,9 @@ from configs.run import teacher_rcl
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
+  config.recipe = "evaluation"
   config.seed = 7
-  config.world = dict(
-    directory="", with_teacher=False
-  )  # components.ensure_world
+  config.world = sections.get_world()
   config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
   config.student = frozen.get_config("Qwen/Qwen3-4B")
   config.mesh = mesh.get_config()

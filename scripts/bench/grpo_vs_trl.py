@@ -30,7 +30,7 @@ import numpy as np
 
 from atlas_jax import chat, sharding, types
 from atlas_jax.data import sets
-from atlas_jax.train import grpo
+from atlas_jax.train import grpo, loop
 from configs.run import rlvr
 from scripts import program, small_world
 from scripts.job import components
@@ -196,12 +196,13 @@ def _ours(directory: pathlib.Path) -> None:
       reward_fn=reward_fn,
       questions=questions,
       held_out=(),
-      on_save=lambda *_: None,
       mesh=mesh,
       config=config,
-      workdir=workdir,
-      writer=components.open_writer(workdir, config),
-      should_stop=after_step,
+      run=loop.Run(
+        workdir,
+        components.open_writer(workdir, config),
+        should_stop=after_step,
+      ),
     )
 
 

@@ -1,61 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of every job: what it does, and where it writes."""
+"""The flags of every program: the config and where to write."""
 
 import os
 import pathlib
-from typing import Any
 
 from absl import flags
 import jax
 from ml_collections import config_flags
 
-from atlas_jax import errors
+from atlas_jax import errors, types
+from scripts.job import recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where everything is written.", required=True
+  "workdir", None, "The directory to write to.", required=True
 )
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps",
   "",
-  "Steps to trace, as 3:5; the same as --config.loop.profile_steps.",
+  "Steps to trace, such as 3:5; same as --config.loop.profile_steps.",
 )
-# The user's own: whoever can write there can run code here.
+# In the user's home: write access to it is permission to run code here.
 _CACHES = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
 _COMPILE_CACHE = flags.DEFINE_string(
   "compile_cache",
   os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{_CACHES}/atlas_jax/programs"),
-  "A folder that keeps compiled programs for the next run; empty for none.",
+  "JAX's persistent compilation cache; empty to disable it.",
 )
 flags.mark_flag_as_required("config")
 
 
-def parse() -> tuple[Any, pathlib.Path]:  # Any: a ConfigDict of anything.
-  """Gives the config and the workdir, once flags are parsed.
+def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
+  """Returns the config and the workdir, and sets JAX's compilation cache.
 
-  Tells JAX where to keep compiled programs.
+  Args:
+    recipe: the value of `config.recipe` that the program runs.
 
   Raises:
-    errors.ConfigError: if a flag is of an optimizer that is not the one in use,
-      or of steps where there are none.
+    errors.ConfigError: if the config is for another program, or a flag sets an
+      optimizer that is not used, or steps to profile where there are none.
   """
   config = _CONFIG.value
+  found = config.get("recipe")
+  if found != recipe:
+    program = recipes.PROGRAMS.get(found)
+    raise errors.ConfigError(
+      f"config.recipe must be {recipe!r} for this program, got {found!r}.",
+      where="--config",
+      why=f"{recipes.PROGRAMS[recipe]} runs no other recipe.",
+      fix=f"Run python -m {program} with the same flags."
+      if program
+      else f"Set config.recipe to one of {', '.join(recipes.PROGRAMS)}.",
+    )
   for path in config_flags.get_override_values(flags.FLAGS["config"]):
     match path.split("."):
       case ["optimizer", section, _] if section != config.optimizer.name:
         raise errors.ConfigError(
-          "A setting is of an optimizer that is not used.",
+          "The flag sets an optimizer that is not used.",
           where=f"--config.{path}",
           why=f"--config.optimizer.name is {config.optimizer.name}.",
-          fix=f"Leave it out, or set --config.optimizer.name={section}.",
+          fix=f"Remove it, or set --config.optimizer.name={section}.",
         )
   if _PROFILE_STEPS.value:
     if "loop" not in config:
       raise errors.ConfigError(
-        "There are no steps to profile.",
+        "--profile_steps requires a training recipe.",
         where=f"--profile_steps={_PROFILE_STEPS.value}",
-        why="This job trains nothing.",
-        fix="Leave it out.",
+        why="Evaluation has no training steps.",
+        fix="Remove the flag.",
       )
     config.loop.profile_steps = _PROFILE_STEPS.value
   jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value or None)

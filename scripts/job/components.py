@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process start, and the pieces that every main puts together."""
+"""Starts a job and opens its parts: models, samplers, rewards, writers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -9,7 +9,6 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 from absl import logging
 import jax
@@ -27,9 +26,9 @@ from scripts.job import preemption, workdirs
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-  """A model directory, opened; `params` is empty if others hold them.
+  """An opened model directory; `params` is empty if only servers need them.
 
-  `name` is what it was asked for by: a path, or an id on the Hub.
+  `name` is the path or Hub id that the user gave.
   """
 
   name: str
@@ -42,44 +41,43 @@ class OpenModel:
 @contextlib.contextmanager
 def start(
   workdir: pathlib.Path,
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
 ) -> Iterator[Callable[[], bool]]:
-  """Takes the workdir for this run alone, and listens for signals.
+  """Locks the workdir for this run and listens for signals.
 
-  Of several processes the first holds it for all, once they agree on it and on
-  the config, which is written to `config.json`. If the config names a small
-  world that does not exist yet, it is made first.
+  Process 0 holds the lock for all processes, which must agree on the workdir
+  and the config. The config is written to `config.json`. If it names a small
+  world that does not exist yet, that is created first.
 
   Yields:
-    A function that tells whether a signal asked the run to stop.
+    A function that returns whether a signal asked the run to stop.
 
   Raises:
-    errors.ConfigError: if the workdir cannot be used, another run uses it, the
-      config names no data or would train what is kept in few bits, or that of
-      another process differs.
-    errors.OutOfMemoryError: with advice, in place of XLA's error.
+    errors.ConfigError: if the workdir is unusable or in use, `data.path` is not
+      set, quantized parameters would be trained, or processes disagree.
+    errors.OutOfMemoryError: in place of XLA's error, with suggestions.
   """
   if config.data.path is None:
     raise errors.ConfigError(
-      "The config names no data.",
+      "data.path is not set.",
       where="--config.data.path",
-      why="This recipe leaves it to you.",
+      why="This recipe has no default dataset.",
       fix="Set --config.data.path to a file, a folder or a Hub dataset.",
     )
-  if "lora" in config:  # Before a large model is read for nothing.
+  if "lora" in config:  # Fails before a large model is loaded.
     trainable.check_kept(
       config.model.param_dtype,
       rank=config.lora.rank,
       remat=config.model.remat,
     )
-  with contextlib.ExitStack() as held, _out_of_memory_told():
+  with contextlib.ExitStack() as held, _explained_out_of_memory():
     if distributed.is_first():
       held.enter_context(workdirs.lock(workdir))
       workdirs.write_config(workdir, config)
       if config.world.directory:
         ensure_world(**config.world)
     distributed.wait("workdir")
-    # What the first process wrote, all must see.
+    # Every process must see the files that process 0 wrote.
     distributed.agree({**workdirs.facts(workdir), **workdirs.flat(config)})
     logging.info("Devices: %s", jax.devices())
     with preemption.listen() as should_stop:
@@ -87,8 +85,8 @@ def start(
 
 
 @contextlib.contextmanager
-def _out_of_memory_told() -> Iterator[None]:
-  """Turns what XLA says of memory into advice."""
+def _explained_out_of_memory() -> Iterator[None]:
+  """Replaces out-of-memory errors of XLA and the host by advice."""
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -98,45 +96,45 @@ def _out_of_memory_told() -> Iterator[None]:
     raise errors.OutOfMemoryError(
       f"The {'host' if is_host else 'device'} is out of memory.",
       where=_memory_in_use(),
-      why=str(error).partition("\n")[0] or "It could not be allocated.",
-      fix="Make the batch smaller, or split it into more microbatches "
-      "(--config.batch); recompute more (--config.model.remat); or split the "
-      "model over more devices (--config.mesh); --plan tells what each part "
-      "takes. The last checkpoint is kept.",
+      why=str(error).partition("\n")[0] or "An allocation failed.",
+      fix="Use a smaller batch or more microbatches (--config.batch), more "
+      "rematerialization (--config.model.remat) or more devices "
+      "(--config.mesh). --plan lists the bytes of each part. The last "
+      "checkpoint is kept.",
     ) from error
 
 
 def _memory_in_use() -> str:
-  """Tells what the devices say of themselves; those of a CPU say nothing."""
+  """Describes peak memory per device; CPU devices report none."""
   stats = [(d, d.memory_stats() or {}) for d in jax.local_devices()]
-  told = [
-    f"{device}: {s['peak_bytes_in_use'] / 1e9:.2f} GB at its peak, of "
+  described = [
+    f"{device}: peak {s['peak_bytes_in_use'] / 1e9:.2f} GB of "
     f"{s['bytes_limit'] / 1e9:.2f} GB"
     for device, s in stats
     if "bytes_limit" in s and "peak_bytes_in_use" in s
   ]
-  return "; ".join(told) or "this process"
+  return "; ".join(described) or "this process"
 
 
 def ensure_world(*, directory: str, with_teacher: bool) -> None:
-  """Makes the small world in `directory`, unless it is there.
+  """Creates the small world in `directory` unless it exists.
 
   Raises:
-    errors.ConfigError: if it could not be made.
+    errors.ConfigError: if creating it fails.
   """
   needed = ["world.json"] + ["teacher_run/export"] * with_teacher
   if all((pathlib.Path(directory) / name).exists() for name in needed):
     return
-  logging.info("Making the small world in %s; a few minutes.", directory)
+  logging.info("Creating the small world in %s; this takes minutes.", directory)
   command = [sys.executable, "-m", "scripts.make_world"]
   options = [f"--directory={directory}", f"--teacher={with_teacher}"]
   code = subprocess.run([*command, *options], check=False).returncode
   if code:
     raise errors.ConfigError(
-      "The small world could not be made.",
+      "Creating the small world failed.",
       where=directory,
-      why=f"scripts.make_world ended with code {code}; see above.",
-      fix="Mend what it reports; what is done already is kept.",
+      why=f"scripts.make_world exited with code {code}; see above.",
+      fix="Fix the error it reports and run again; finished parts are kept.",
     )
 
 
@@ -154,18 +152,18 @@ def open_model(
   """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
 
   Args:
-    mesh: where the parameters go.
-    path: a directory, or `owner/name`.
+    mesh: the parameters are sharded over it.
+    path: a directory, or `owner/name` on the Hub.
     dtype: of activations.
-    param_dtype: of parameters; float32 for masters that are trained, int8 or
-      nf4 for a base that is not: see `quantized`.
+    param_dtype: of parameters; float32 for trained masters, int8 or nf4 for a
+      frozen base: see `quantized`.
     attention: see `decoder.build`.
     remat: see `decoder.build`.
     unroll: see `decoder.build`.
-    with_params: whether to load any; a student on servers needs none here.
+    with_params: whether to load parameters; a student on servers needs none.
 
   Raises:
-    errors.AtlasError: if the directory or the tokenizer cannot be used.
+    errors.AtlasError: if the model directory or its tokenizer is unusable.
   """
   if remat == "offload":
     train_state.check_host_memory(mesh, where="--config.model.remat=offload")
@@ -201,21 +199,21 @@ def open_policy(
   alpha: float,
   targets: Sequence[str],
 ) -> tuple[trainable.Policy, decoder.Params]:
-  """Splits a model into what stays and what is trained.
+  """Splits a model into frozen and trained parameters.
 
   Args:
     opened: the model.
-    mesh: where its parameters are.
-    seed: decides where adapters start.
-    path: a PEFT directory to start from instead; empty for none.
+    mesh: over which its parameters are sharded.
+    seed: of the initial adapters.
+    path: a PEFT directory with initial adapters; empty for random ones.
     rank: see `lora.Lora`.
     alpha: see `lora.Lora`.
     targets: see `lora.Lora`.
 
   Raises:
-    errors.ConfigError: if the model cannot have such adapters, or those at
-      `path` are others.
-    errors.CheckpointError: if they cannot be used.
+    errors.ConfigError: if the model does not support these adapters, or those
+      at `path` have other settings.
+    errors.CheckpointError: if those at `path` are unusable.
   """
   adapters = lora.Lora(rank=rank, alpha=alpha, targets=targets)
   policy, trained = trainable.create(
@@ -239,10 +237,10 @@ def policy_at_start(
   *,
   adapters_path: str,
 ) -> OpenModel:
-  """Gives the model that a policy is before its first step.
+  """Returns the model that the policy equals before its first step.
 
-  Adapters from a PEFT directory are not in the base, so it is merged with them;
-  new ones, where the path is empty, change nothing.
+  Adapters loaded from a PEFT directory are merged into the base. New adapters,
+  where the path is empty, are zero and change nothing.
   """
   if not adapters_path:
     return opened
@@ -254,15 +252,15 @@ def open_protocol(
   policy: OpenModel,
   student: OpenModel,
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
 ) -> Iterator[protocol.Protocol]:
-  """Lets a policy teach a student, as `config` says.
+  """Opens the teaching protocol between a policy and a student.
 
-  Its sections are `rollout`, `sampler`, `templates` and `sampling`; `seed` is
-  that of the baseline answers.
+  It reads the sections `rollout`, `sampler`, `templates` and `sampling`, and
+  `seed` for the baseline answers.
 
   Raises:
-    errors.AtlasError: if rollout servers are asked for and cannot be used.
+    errors.AtlasError: if the rollout servers are unusable.
   """
   params = {
     f"{name}_params": types.SamplingParams(**section, seed=config.seed)
@@ -284,14 +282,15 @@ def open_protocol(
 def open_single_model(
   policy: OpenModel,
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: as in `open_protocol`.
+  config: types.Config,
 ) -> Iterator[single_model.SingleModelRollouts]:
-  """Lets a policy answer by itself, as `config` says.
+  """Opens rollouts of a policy that answers questions by itself.
 
-  Its sections are `rollout`, `sampler` and `sampling`; `template` asks.
+  It reads the sections `rollout`, `sampler` and `sampling`, and the prompt
+  `template`.
 
   Raises:
-    errors.AtlasError: if rollout servers are asked for and cannot be used.
+    errors.AtlasError: if the rollout servers are unusable.
   """
   params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
   with open_role("policy", policy, mesh, config) as role:
@@ -305,12 +304,12 @@ def open_role(
   role: wire.Role,
   opened: OpenModel,
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: as in `open_protocol`.
+  config: types.Config,
 ) -> Iterator[protocol.Role]:
-  """Opens a model's sampler, as the sections `rollout` and `sampler` say.
+  """Opens a model's sampler from the sections `rollout` and `sampler`.
 
   Raises:
-    errors.AtlasError: if rollout servers are asked for and cannot be used.
+    errors.AtlasError: if the rollout servers are unusable.
   """
   with sampler.open_sampler(
     role,
@@ -328,7 +327,7 @@ def open_role(
 
 
 def share() -> process_group.ProcessShare:
-  """Tells which of the processes that train as one this is."""
+  """Returns this process's share in work that processes divide."""
   return process_group.ProcessShare(
     jax.process_index(), jax.process_count(), distributed.exchange
   )
@@ -336,12 +335,12 @@ def share() -> process_group.ProcessShare:
 
 def open_writer(
   workdir: pathlib.Path,
-  config: Any,  # Any: as in start.
+  config: types.Config,
 ) -> writer.Writer:
-  """Opens what takes a run's metrics: files, console, and trackers.
+  """Opens the outputs of a run's metrics: files, console and trackers.
 
   Raises:
-    errors.ConfigError: if a tracker is asked for that cannot be had.
+    errors.ConfigError: if a requested tracker is not available.
   """
   if not distributed.is_first():
     return writer.Silent(workdir, ())
@@ -355,11 +354,11 @@ def open_writer(
 def open_reward(
   reader: rlt.Student | None,
   functions: custom.Functions,
-  config: Any,  # Any: as in `open_protocol`.
+  config: types.Config,
 ) -> Iterator[types.RewardFn]:
-  """Opens the reward of the config's section, and of the user's functions.
+  """Opens the reward of the section `reward` and of the user's functions.
 
-  Of several processes the first one rewards, with the devices of all.
+  Process 0 computes the rewards, using the devices of all processes.
 
   Raises:
     errors.ConfigError: see `combine.open_reward`.
@@ -380,7 +379,7 @@ def open_reward(
     own = None
     if distributed.is_first():
       own = opened.enter_context(open_own(weights, functions))
-    elif weights["rlt"]:  # All devices score for it, and so all processes.
+    elif weights["rlt"]:  # Every process takes part in scoring.
       others = dict.fromkeys(weights, 0.0) | {"rlt": 1.0}
       without = dataclasses.replace(functions, weights={})
       own = opened.enter_context(open_own(others, without))
@@ -394,21 +393,21 @@ def open_student_scorer(
   student: OpenModel,
   teaching: protocol.Protocol,
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: as in `open_protocol`.
+  config: types.Config,
 ) -> rlt.Student | None:
-  """Lets a student say how likely it finds a solution, if it is in here.
+  """Opens a scorer of solutions by the student, if its parameters are here.
 
   Raises:
-    errors.ConfigError: if the reward `rlt` is asked for and the student reads
-      other tokens than the policy writes.
+    errors.ConfigError: if the reward `rlt` is used and student and policy have
+      different tokenizers.
   """
   same = policy.tokenizer.get_vocab() == student.tokenizer.get_vocab()
   if config.reward.weights.rlt and not same:
     raise errors.ConfigError(
-      "The reward rlt needs one tokenizer.",
+      "The reward rlt requires policy and student to share a tokenizer.",
       where=f"{policy.directory}, {student.directory}",
-      why="It compares what policy and student think of the same tokens.",
-      fix="Take models of one family, or set --config.reward.weights.rlt=0.",
+      why="It compares log-probabilities of the same tokens.",
+      fix="Use models of one family, or set --config.reward.weights.rlt=0.",
     )
   if not student.params:
     return None
@@ -423,7 +422,7 @@ def open_student_scorer(
 
 
 def fingerprint(opened: OpenModel) -> str:
-  """Names the weights of a model directory by a digest of its files."""
+  """Returns a SHA-256 digest of a model directory's weight files."""
   digest = hashlib.sha256()
   for path in sorted(opened.directory.glob("*.safetensors")):
     with path.open("rb") as file:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves: a Hugging Face directory that says what it trained."""
+"""Exports a run's weights as a Hugging Face directory with a model card."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import pathlib
 import shutil
 from typing import Any
@@ -10,12 +11,25 @@ from typing import Any
 from absl import logging
 import jax
 
-from atlas_jax import distributed
+from atlas_jax import distributed, types
 from atlas_jax.models import decoder, lora, quantized
 from atlas_jax.train import trainable
-from atlas_jax.train.telemetry import writer
+from atlas_jax.train.telemetry import writer as train_writer
 from conversion import card, peft_adapters, save, verify
 from scripts.job import components
+
+
+def writer(
+  workdir: pathlib.Path,
+  opened: components.OpenModel,
+  policy: trainable.Policy,
+  config: types.Config,
+  facts: Mapping[str, str],
+) -> Callable[[decoder.Params, int | None], None]:
+  """Returns `write` for a run, as `loop.Run.on_save` and for its end."""
+  return functools.partial(
+    write, workdir, opened, policy, facts=facts, **config.export
+  )
 
 
 def write(  # noqa: PLR0913 - one argument per config key.
@@ -31,26 +45,28 @@ def write(  # noqa: PLR0913 - one argument per config key.
   dtype: Any,  # Any: one of `save.save`'s literals, out of a config.
   max_shard_bytes: int,
 ) -> None:
-  """Writes a Hugging Face directory, and compares its logits with the model's.
+  """Writes a Hugging Face directory and compares its logits with the model's.
 
-  Of several processes each writes a part, and none holds all parameters.
-  Adapters are merged into it, and at the end written by themselves too.
+  Each process writes the parts it owns; none holds all parameters. Adapters are
+  merged, and at the end of a run also written as a PEFT directory.
 
   Args:
-    workdir: the directory is `export` in it, or `export-STEP`; that of the
-      adapters, which PEFT opens, is `adapter`.
+    workdir: receives `export`, or `export-STEP`, and `adapter`, which PEFT
+      opens.
     opened: the model that was trained.
-    policy: what of it.
-    trained: its weights now.
-    step: how many steps are done; None at the end of the run.
-    facts: for the model card, beside the run's last metrics.
-    enabled: whether to write `export`; the last checkpoint has its weights too.
-    keep_steps: how many of the newest `export-STEP` to keep; 0 to write none.
-    dtype: of the weights.
-    max_shard_bytes: of one file.
+    policy: which of its parameters were trained.
+    trained: the trained parameters.
+    step: number of completed steps; None at the end of the run.
+    facts: for the model card, next to the run's last metrics.
+    enabled: whether to write `export`. The last checkpoint holds the same
+      weights.
+    keep_steps: number of newest `export-STEP` to keep; 0 writes none.
+    dtype: of the written weights.
+    max_shard_bytes: largest size of one file.
 
   Raises:
-    errors.CheckpointError: if it cannot be written, or says something else.
+    errors.CheckpointError: if writing fails, or the logits of the written
+      weights differ.
   """
   if not (enabled if step is None else keep_steps):
     return
@@ -58,7 +74,7 @@ def write(  # noqa: PLR0913 - one argument per config key.
   about = card.Card(
     base=opened.name,
     facts=facts,
-    metrics=writer.last(workdir),
+    metrics=train_writer.last(workdir),
     rounded_to=quantized.kind_of(opened.params) or "",
   )
   directory = workdir / ("export" if step is None else f"export-{step}")
@@ -73,15 +89,17 @@ def write(  # noqa: PLR0913 - one argument per config key.
     overwrite=True,
     share=components.share(),
   )
-  # Its few rows need not divide over the mesh.
+  # The check uses few rows, which need not divide over the mesh.
   model = dataclasses.replace(opened.model, layout=None)
   difference = verify.logits_equal(directory, params, model, tolerance=1e-4)
   logging.info(
-    "Exported to %s; logits differ by %.1e at most. %s",
-    *(directory, difference, save.describe_carried(opened.directory)),
+    "Exported to %s; largest difference of logits %.1e. %s",
+    directory,
+    difference,
+    save.describe_carried(opened.directory),
   )
   if policy.adapters is not None and jax.process_count() > 1:
-    trained = jax.tree.map(distributed.gather, trained)  # They are small.
+    trained = jax.tree.map(distributed.gather, trained)  # Adapters are small.
   if not distributed.is_first():
     return
   if step is None and policy.adapters is not None:
@@ -89,10 +107,15 @@ def write(  # noqa: PLR0913 - one argument per config key.
       workdir / "adapter", opened, policy.adapters, trained, about
     )
   if step is not None:
-    numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
-    steps = sorted(int(number) for number in numbers if number.isdecimal())
-    for old in steps[:-keep_steps]:
-      shutil.rmtree(workdir / f"export-{old}")
+    _prune_steps(workdir, keep_steps)
+
+
+def _prune_steps(workdir: pathlib.Path, keep: int) -> None:
+  """Removes all but the newest `keep` of the `export-STEP` directories."""
+  numbers = (p.name.removeprefix("export-") for p in workdir.iterdir())
+  steps = sorted(int(number) for number in numbers if number.isdecimal())
+  for old in steps[:-keep]:
+    shutil.rmtree(workdir / f"export-{old}")
 
 
 def _write_adapters(
@@ -102,9 +125,11 @@ def _write_adapters(
   trained: decoder.Params,
   about: card.Card,
 ) -> None:
-  """Writes a PEFT directory, unless the family's files leave no names."""
+  """Writes a PEFT directory, if PEFT supports the model family."""
   if not peft_adapters.has_names(opened.model):
-    logging.warning("PEFT has no names for these adapters; only merged.")
+    logging.warning(
+      "PEFT has no names for this family's adapters; exported merged only."
+    )
     return
   peft_adapters.save_directory(
     directory,

@@ -76,7 +76,7 @@ class _Devices:
     return self.fraction * self.memory
 
 
-def print_plan() -> bool:
+def print_plan(recipe: str) -> bool:
   """Prints the plan if the flags ask for one; tells whether.
 
   Raises:
@@ -86,7 +86,7 @@ def print_plan() -> bool:
     return False
   devices = _parse(_PLAN.value)
   _simulate(devices.number)
-  config, workdir = arguments.parse()
+  config, workdir = arguments.parse(recipe)
   facts = plan_checks.run(config)
   _print_checks(facts.checks)
   if facts.shape is None:

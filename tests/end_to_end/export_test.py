@@ -10,7 +10,7 @@ import pytest
 
 from atlas_jax import sharding
 from atlas_jax.data import sets
-from atlas_jax.train import sft
+from atlas_jax.train import loop, sft
 from configs.run import teacher_sft
 from scripts.job import components, exports
 from tests import fakes, tiny
@@ -76,12 +76,9 @@ def _train(tmp_path, family, **changes):
     params,
     train_set=train_set,
     eval_set=eval_set,
-    on_save=lambda *_: None,
     mesh=mesh,
     config=config,
-    workdir=tmp_path,
-    writer=components.open_writer(tmp_path, config),
-    should_stop=lambda: False,
+    run=loop.Run(tmp_path, components.open_writer(tmp_path, config)),
   )
   exports.write(tmp_path, base, policy, params, None, facts={}, **config.export)
   return base, policy.merged_params(params), mesh

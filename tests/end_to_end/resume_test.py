@@ -20,7 +20,7 @@ import pytest
 
 from atlas_jax import errors, sharding, types
 from atlas_jax.data import sets
-from atlas_jax.train import gkd, grpo, sft
+from atlas_jax.train import gkd, grpo, loop, sft
 from atlas_jax.train.telemetry import writer
 from configs.run import teacher_gkd, teacher_rcl, teacher_sft
 from scripts.job import components
@@ -79,7 +79,7 @@ def _shorten(config, home):
   config.schedule.warmup_fraction = 0.5
 
 
-def _opened(config, workdir):
+def _opened(config, workdir, should_stop):
   """Opens what all recipes need."""
   mesh = jax.make_mesh(
     (1,) * len(sharding.AXES),
@@ -92,11 +92,11 @@ def _opened(config, workdir):
     base, mesh, seed=config.seed, **config.lora
   )
   common = {
-    "on_save": lambda *_: None,
     "mesh": mesh,
     "config": config,
-    "workdir": workdir,
-    "writer": writer.Writer(workdir, ()),
+    "run": loop.Run(
+      workdir, writer.Writer(workdir, ()), should_stop=should_stop
+    ),
   }
   return base, policy, params, common
 
@@ -109,7 +109,7 @@ def _train_sft(home, workdir, should_stop):
   config.packing.packed = False
   config.optimizer.name = "muon"
   workdir.mkdir(exist_ok=True)
-  base, policy, params, common = _opened(config, workdir)
+  base, policy, params, common = _opened(config, workdir, should_stop)
   config.held_out.fraction = 0.3
   train_set, eval_set = sets.conversations(
     base.tokenizer,
@@ -125,7 +125,6 @@ def _train_sft(home, workdir, should_stop):
     params,
     train_set=train_set,
     eval_set=eval_set,
-    should_stop=should_stop,
     **common,
   )
 
@@ -152,7 +151,7 @@ def _train_grpo(home, workdir, should_stop):
   for phase in config.sampling.values():
     phase.max_completion_tokens = 8
   workdir.mkdir(exist_ok=True)
-  base, policy, params, common = _opened(config, workdir)
+  base, policy, params, common = _opened(config, workdir, should_stop)
   mesh = common["mesh"]
   questions, held_out = sets.questions(
     sets.Selection(**config.data),
@@ -170,7 +169,6 @@ def _train_grpo(home, workdir, should_stop):
       reward_fn=_share_of_low_ids,
       questions=questions,
       held_out=held_out,
-      should_stop=should_stop,
       **common,
     )
 
@@ -203,7 +201,7 @@ def _train_gkd(home, workdir, should_stop):
   config.batch.num_prompts = 2
   config.sampling.complete.max_completion_tokens = 8
   workdir.mkdir(exist_ok=True)
-  base, policy, params, common = _opened(config, workdir)
+  base, policy, params, common = _opened(config, workdir, should_stop)
   mesh = common["mesh"]
   train_set, eval_set = sets.completions(
     base.tokenizer,
@@ -225,7 +223,6 @@ def _train_gkd(home, workdir, should_stop):
       sampler=role.sampler,
       train_set=train_set,
       eval_set=eval_set,
-      should_stop=should_stop,
       **common,
     )
 

@@ -101,4 +101,4 @@ def test_another_tokenizer_is_refused(home, tmp_path):
   done = _run(home, tmp_path / "run", f"--config.teacher.path={other}")
   assert done.returncode == 2, done.stderr
   assert "Policy and teacher have different tokenizers." in done.stderr
-  assert "They number 2 tokens differently: 'a'" in done.stderr
+  assert "2 tokens have different ids: 'a'" in done.stderr

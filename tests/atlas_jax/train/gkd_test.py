@@ -12,7 +12,7 @@ import pytest
 from atlas_jax import chat, errors, sharding
 from atlas_jax.data import sets
 from atlas_jax.losses import gkd as gkd_loss
-from atlas_jax.train import gkd, gkd_batches, rollout_packing
+from atlas_jax.train import gkd, gkd_batches, loop, rollout_packing
 from atlas_jax.train.telemetry import writer
 from configs.run import teacher_gkd
 from rollout import jax_sampler
@@ -122,12 +122,13 @@ class _Run:
       sampler=self.sampler,
       train_set=self.train_set,
       eval_set=self.eval_set,
-      on_save=lambda *_: None,
       mesh=self.mesh,
       config=self.config,
-      workdir=self.workdir,
-      writer=writer.Writer(self.workdir, ()),
-      should_stop=should_stop,
+      run=loop.Run(
+        self.workdir,
+        writer.Writer(self.workdir, ()),
+        should_stop=should_stop,
+      ),
     )
 
   def told(self):

@@ -226,7 +226,7 @@ def test_what_is_too_old_is_dropped_and_counted(tokenizer):
 def test_a_sampler_of_other_weights_is_refused(tokenizer, versions):
   collector, _ = _collector(tokenizer)
   records = _with_versions(_run(collector, [0])[0], versions)
-  with pytest.raises(RuntimeError, match="did not take the weights"):
+  with pytest.raises(RuntimeError, match="does not hold the pushed weights"):
     collector.drop_stale(records, [types.Reward(1.0)] * 4, 5)
 
 

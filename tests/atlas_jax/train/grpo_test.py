@@ -14,7 +14,7 @@ from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
 from atlas_jax.models import lora, quantized
 from atlas_jax.teaching import protocol, templates
-from atlas_jax.train import grpo, rollout_packing, score, trainable
+from atlas_jax.train import grpo, loop, rollout_packing, score, trainable
 from atlas_jax.train.telemetry import writer as train_writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
@@ -284,13 +284,14 @@ def _train(
       mix=loader.Mix((len(_QUESTIONS),), (), seed=config.seed),
       batch_size=config.batch.num_questions,
     ),
-    on_save=lambda *_: None,
     held_out=_QUESTIONS[:held_out],
     mesh=tiny.mesh(),
     config=config,
-    workdir=workdir,
-    writer=train_writer.Writer(workdir, ()),
-    should_stop=lambda: sampler.version + 1 == stop_at,
+    run=loop.Run(
+      workdir,
+      train_writer.Writer(workdir, ()),
+      should_stop=lambda: sampler.version + 1 == stop_at,
+    ),
   )
   return params, sampler
 

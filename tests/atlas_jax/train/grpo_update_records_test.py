@@ -127,10 +127,10 @@ def test_a_missing_reward_is_no_reward_of_zero():
 
 def test_missing_rewards_are_counted_and_never_averaged():
   rewarded = [types.Reward(0.5), types.Reward(None, "no judge")] * 2
-  described = grpo._describe(_group(0), rewarded)
+  described = grpo._record_metrics(_group(0), rewarded)
   assert described["rewards/unavailable"] == 2
   assert described["reward"] == 0.5
-  none = grpo._describe(_group(0), [types.Reward(None, "no judge")] * 4)
+  none = grpo._record_metrics(_group(0), [types.Reward(None, "no judge")] * 4)
   assert none["rewards/unavailable"] == 4
   assert "reward" not in none
 

@@ -212,7 +212,9 @@ def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
   def scored(learner, state, part):
     part = plain(learner, state, part)
     assert "old_logprobs" not in part.batch
-    old = learner._score(state.params, part.batch, part.num_microbatches)
+    old = learner._programs.score(
+      state.params, part.batch, part.num_microbatches
+    )
     return part._replace(batch={**part.batch, "old_logprobs": old})
 
   alone, metrics, _ = _update(config)
@@ -289,7 +291,7 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
   rewards_PC, valid_PC = grpo_update.group_rewards(rewarded, _SIZE)
   keep = learner._kept(records, rewards_PC, valid_PC)
   assert keep == [i for i in range(len(records)) if i != 5]
-  (part,) = learner._lay_out([records[i].teacher_rollout for i in keep])
+  (part,) = learner._pack([records[i].teacher_rollout for i in keep])
   part = learner._scored(state, part)
   learner._add_advantages([part], keep, rewards_PC, valid_PC)
 
@@ -352,7 +354,7 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
       config=config,
     )
     rollouts = [record.teacher_rollout for record in _records()[0]]
-    (part,) = learner._lay_out(rollouts)
+    (part,) = learner._pack(rollouts)
     scores.append(learner._scored(state, part).batch)
   np.testing.assert_array_equal(
     scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
@@ -362,7 +364,7 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
 
 
 def test_rewards_that_are_no_whole_groups_are_refused():
-  with pytest.raises(ValueError, match="no whole groups of 4"):
+  with pytest.raises(ValueError, match="do not form whole groups of 4"):
     grpo_update.group_rewards([types.Reward(1.0)] * 6, 4)
 
 

@@ -8,9 +8,10 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import pytest
 
-from atlas_jax import checkpoint, checkpoint_format, errors, sharding
+from atlas_jax import checkpoint_format, errors, sharding
 from atlas_jax.train import loop, optimizer_step, train_state
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train.telemetry import clock, writer
@@ -96,24 +97,28 @@ def _run(  # The loop's settings are what is left.
     "watchdog_s": 0.0,
     **changes,
   }
-  final = loop.run(
+  config = ml_collections.ConfigDict(
+    {"loop": arguments, "checkpoint": {**_KEPT, **dict(kept)}}
+  )
+  final = loop.train(
     state(),
     loop.Task(
       do_step,
       evaluate,
-      on_save=on_save,
       row_ids=lambda step: [f"row {step}"],
       clock=clock.Clock(),
       get_host_state=lambda: dict(host_state),
       set_host_state=lambda state: given.append(state),
     ),
-    loop.Settings(**arguments),
-    checkpointer=checkpoint.Checkpointer(
-      workdir / "checkpoints", identity={}, **{**_KEPT, **dict(kept)}
+    config,
+    loop.Run(
+      workdir,
+      writer.Writer(workdir, ()),
+      on_save=on_save,
+      should_stop=lambda: done[-1] + 1 == stop_after,
     ),
-    workdir=workdir,
-    writer=writer.Writer(workdir, ()),
-    should_stop=lambda: done[-1] + 1 == stop_after,
+    num_steps=arguments["num_steps"],
+    identity={},
   )
   return final, done
 
@@ -277,12 +282,10 @@ def test_the_best_evaluation_is_saved_and_may_be_what_a_run_ends_with(
   assert _saved(tmp_path) == sorted({best, 6})
 
 
-def test_the_recipe_is_told_of_every_save(tmp_path):
-  told = []
-  _run(
-    tmp_path, on_save=lambda state, step: told.append((step, int(state.step)))
-  )
-  assert told == [(2, 2), (4, 4), (6, 6)]
+def test_on_save_is_called_after_every_save(tmp_path):
+  saved = []
+  _run(tmp_path, on_save=lambda params, step: saved.append((step, set(params))))
+  assert saved == [(step, {"kernel"}) for step in (2, 4, 6)]
 
 
 def test_some_steps_can_be_traced(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import packing, sets
 from atlas_jax.models import lora
-from atlas_jax.train import sft, train_state, trainable
+from atlas_jax.train import loop, sft, train_state, trainable
 from atlas_jax.train.telemetry import writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
@@ -173,12 +173,9 @@ def _train(
     params,
     train_set=train_set,
     eval_set=eval_set,
-    on_save=lambda *_: None,
     mesh=mesh,
     config=config,
-    workdir=workdir,
-    writer=writer.Writer(workdir, ()),
-    should_stop=should_stop,
+    run=loop.Run(workdir, writer.Writer(workdir, ()), should_stop=should_stop),
   )
 
 
