@@ -1,42 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sourced, from the repository root, by the scripts that need .venv.
+# Sourced, from the repository root, by the scripts that need an environment.
 
-# Prints a Python that the pins of requirements/ support.
-_find_python() {
-  local candidate
-  for candidate in python3.11 python3 python3.12; do
-    # Run, not looked up: a version manager leaves names of absent versions.
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-      >/dev/null 2>&1; then
-      echo "$candidate"
-      return
-    fi
+# Prints the pythons that may be Python $1, most explicit first.
+_candidates() {
+  printf '%s\n' "python$1" python3 python \
+    "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$1".*/bin/python \
+    "${UV_PYTHON_INSTALL_DIR:-${HOME:-}/.local/share/uv/python}/cpython-$1".*/bin/python3
+}
+
+# find_python [VERSION]: prints a Python of that version, or of the first of
+# 3.12 and 3.11 that is found on PATH or among pyenv's and uv's versions.
+find_python() {
+  local version candidate versions=("${1:-3.12}")
+  [[ $# -gt 0 ]] || versions+=(3.11)
+  for version in "${versions[@]}"; do
+    while IFS= read -r candidate; do
+      # Run it: version managers put names of missing versions on PATH.
+      if "$candidate" -c "import sys
+sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
+        echo "$candidate"
+        return
+      fi
+    done < <(_candidates "$version")
   done
-  echo "No Python 3.11 or newer was found on PATH. Install python3.11 (with" \
-    "its venv module) and run this line again." >&2
+  echo "Python ${versions[*]} was not found on PATH or among the versions of" \
+    "pyenv and uv. Install python${versions[0]} with its venv module, then run" \
+    "this command again." >&2
   return 2
 }
 
-# ensure_environment NAME...: makes .venv hold requirements/NAME.txt of each
-# name. A copy of each file in .venv tells what is installed already.
+# ensure_environment NAME...: installs requirements/NAME.txt of each name into
+# $environment (.venv by default), created with Python $python_version (3.12,
+# else 3.11). A copy of each file in it records what is installed.
 ensure_environment() {
-  local name python missing="" files=()
+  local name python missing="" files=() target="${environment:-.venv}"
   for name in "$@"; do
     files+=(-r "requirements/$name.txt")
-    cmp -s "requirements/$name.txt" ".venv/installed/$name.txt" || missing=1
+    cmp -s "requirements/$name.txt" "$target/installed/$name.txt" || missing=1
   done
   [[ -n "$missing" ]] || return 0
 
-  # pip comes last, so a .venv without it was interrupted.
-  if [[ ! -x .venv/bin/pip ]]; then
-    python=$(_find_python) || exit 2
-    "$python" -m venv --clear .venv
+  # venv installs pip last, so an environment without pip is incomplete.
+  if [[ ! -x "$target/bin/pip" ]]; then
+    python=$(find_python ${python_version:+"$python_version"}) || exit 2
+    "$python" -m venv --clear "$target"
   fi
-  echo "Installing requirements ($*) into .venv; the first time takes minutes."
-  .venv/bin/python -m pip install -qq --disable-pip-version-check \
+  echo "Installing requirements ($*) into $target; the first time takes minutes."
+  "$target/bin/python" -m pip install -qq --disable-pip-version-check \
     "${files[@]}"
-  mkdir -p .venv/installed
+  mkdir -p "$target/installed"
   for name in "$@"; do
-    cp "requirements/$name.txt" ".venv/installed/$name.txt"
+    cp "requirements/$name.txt" "$target/installed/$name.txt"
   done
 }

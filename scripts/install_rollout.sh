@@ -30,7 +30,7 @@ python="$environment/bin/python"
 
 if ! cmp -s "$pins" "$environment/installed.txt"; then
   if [[ ! -x "$environment/bin/pip" ]]; then
-    base=$(_find_python) || exit 2
+    base=$(find_python) || exit 2
     "$base" -m venv --clear "$environment"
   fi
   echo "Installing vLLM for $device into $environment; this takes minutes."

@@ -239,7 +239,7 @@ def test_contradicting_batch_sizes_are_refused():
 
 
 def test_a_recipe_without_data_asks_for_it():
-  with pytest.raises(errors.ConfigError, match="data.path is not set"):
+  with pytest.raises(errors.ConfigError, match=r"data\.path is not set"):
     _resolve("configs/run/teacher_rcl.py")
   job = _resolve("configs/run/teacher_rcl.py", "dataset_id_or_path=q.jsonl")
   assert job.config.data.path == "q.jsonl"
