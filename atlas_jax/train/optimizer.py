@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers, put together from optax.
+"""Optimizers, as chains of optax transformations.
 
-Each is a direction. Clipping before it, weight decay and the learning rate
-after it are the same for all, and so are the parameters that stay frozen.
+All of them are clip -> direction -> weight decay -> learning rate, restricted
+to the parameters that are not frozen; they differ in the direction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,17 @@ import optax.contrib
 from atlas_jax import errors
 
 Name = Literal["adamw", "lion", "adafactor", "muon"]
-_LossFn = Callable[[Any, Any], Any]  # Any: see `step.LossFn`.
+_LossFn = Callable[[Any, Any], Any]  # Any: see `optimizer_step.LossFn`.
 
-# The axes of stacked kernels that are the rows and the columns of one matrix.
+# Axes of the stacked kernels that form the rows and columns of a matrix; axis 0
+# is the layer.
 _MATRICES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
   r"layers/attention/[qkv]/kernel": ((1,), (2, 3)),
   r"layers/attention/o/kernel": ((1, 2), (3,)),
   r"layers/mlp/(gate|up|down)/kernel": ((1,), (2,)),
 }
-# The root mean square of AdamW's updates. With it a learning rate and a weight
-# decay serve Muon too: Liu et al., arXiv:2502.16982, section 2.2.
+# The RMS of AdamW's updates. Scaled to it, Muon can share AdamW's learning rate
+# and weight decay: Liu et al., arXiv:2502.16982, section 2.2.
 _ADAMW_RMS = 0.2
 
 
@@ -46,26 +47,26 @@ def make_optimizer(  # noqa: PLR0913 - one argument per config key.
   adafactor: Mapping[str, float],
   muon: Mapping[str, float],
 ) -> optax.GradientTransformation:
-  """Makes an optimizer.
+  """Creates an optimizer.
 
   Patterns are regular expressions that match a whole `/`-joined path.
 
   Args:
-    schedule: the learning rate, which scales the weight decay too.
-    name: which of the four sections counts.
-    max_grad_norm: the gradient's global norm is clipped to it; 0.0 for never.
-    weight_decay: decoupled from the gradient, arXiv:1711.05101.
+    schedule: learning rate; it also scales the weight decay.
+    name: which of the four sections is used.
+    max_grad_norm: clips the gradient's global norm; 0.0 disables clipping.
+    weight_decay: decoupled weight decay, arXiv:1711.05101.
     not_decayed: patterns of the parameters without weight decay.
-    frozen: patterns of the parameters that stay as they are, and for which
-      nothing is stored. `freeze` keeps them out of the gradient.
-    adamw: keyword arguments of `_adamw`; the next three likewise.
-    lion: of `_lion`.
-    adafactor: of `_adafactor`.
-    muon: of `_muon`.
+    frozen: patterns of the parameters that are not updated and have no
+      optimizer state. `freeze` excludes them from the gradient.
+    adamw: keyword arguments of `_adamw`.
+    lion: keyword arguments of `_lion`.
+    adafactor: keyword arguments of `_adafactor`.
+    muon: keyword arguments of `_muon`.
 
   Raises:
-    errors.ConfigError: if there is no optimizer of that name; out of `init`,
-      if a pattern of `frozen` matches no parameter.
+    errors.ConfigError: if the name is unknown; from `init`, if a pattern in
+      `frozen` matches no parameter.
   """
   direction = _direction(
     name, adamw=adamw, lion=lion, adafactor=adafactor, muon=muon
@@ -89,12 +90,12 @@ def make_optimizer(  # noqa: PLR0913 - one argument per config key.
 
 
 def freeze(loss_fn: _LossFn, frozen: Sequence[str]) -> _LossFn:
-  """Makes a loss constant in parameters: no gradient of them is computed.
+  """Returns the loss without gradients of the frozen parameters.
 
-  So the gradient's norm, which is logged and clipped, is that of the others.
+  So the gradient norm that is logged and clipped excludes them.
   """
 
-  def partly_constant(params: Any, batch: Any) -> Any:
+  def frozen_loss(params: Any, batch: Any) -> Any:
     params = jax.tree.map(
       lambda x, is_frozen: jax.lax.stop_gradient(x) if is_frozen else x,
       params,
@@ -102,13 +103,13 @@ def freeze(loss_fn: _LossFn, frozen: Sequence[str]) -> _LossFn:
     )
     return loss_fn(params, batch)
 
-  return partly_constant
+  return frozen_loss
 
 
 def _direction(
   name: Name, **sections: Mapping[str, float]
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of that name by its section."""
+  """Returns the named direction, configured by its section."""
   directions = {
     "adamw": _adamw,
     "lion": _lion,
@@ -117,11 +118,11 @@ def _direction(
   }
   if name not in directions:
     raise errors.ConfigError(
-      f"There is no optimizer {name!r}.",
+      f"Unknown optimizer {name!r}.",
       where="--config.optimizer.name",
-      why=f"They are {', '.join(directions)}. Their states are float32; those "
-      "of 8 bits are in no library this is built on.",
-      fix="Name one of them; adafactor takes the least memory.",
+      why=f"Supported optimizers: {', '.join(directions)}. Their states are "
+      "float32; 8-bit states are not supported.",
+      fix="Set one of them; adafactor uses the least memory.",
     )
   return directions[name](**sections[name])
 
@@ -129,21 +130,23 @@ def _direction(
 def _adamw(
   *, beta1: float, beta2: float, epsilon: float
 ) -> optax.GradientTransformation:
-  """Kingma and Ba, arXiv:1412.6980."""
+  """Adam: Kingma and Ba, arXiv:1412.6980."""
   return optax.scale_by_adam(beta1, beta2, epsilon)
 
 
 def _lion(*, beta1: float, beta2: float) -> optax.GradientTransformation:
-  """Chen et al., arXiv:2302.06675: the sign of a momentum."""
+  """Lion, the sign of a momentum: Chen et al., arXiv:2302.06675."""
   return optax.scale_by_lion(beta1, beta2)
 
 
 def _adafactor(*, decay_exponent: float) -> optax.GradientTransformation:
-  """Shazeer and Stern, arXiv:1804.04235, with absolute learning rates.
+  """Adafactor with absolute learning rates.
 
-  The second moment is stored as one row and one column per matrix, spanned by
-  a parameter's two largest axes. All layers are one parameter: the clipping of
-  updates, to a root mean square of 1, sees them together.
+  The second moment of a matrix, spanned by a parameter's two largest axes, is
+  stored as one row and one column. The layers are stacked in one parameter, so
+  updates are clipped to an RMS of 1 over all layers together.
+
+  Source: Shazeer and Stern, arXiv:1804.04235.
 
   Args:
     decay_exponent: the second moment's decay at update t is 1 - t^-exponent.
@@ -157,16 +160,16 @@ def _adafactor(*, decay_exponent: float) -> optax.GradientTransformation:
 def _muon(
   *, momentum: float, beta1: float, beta2: float, epsilon: float
 ) -> optax.GradientTransformation:
-  """Jordan et al., 2024: orthogonal updates of the layers' matrices.
+  """Muon, orthogonalized updates of the layers' matrices: Jordan et al., 2024.
 
-  Each layer's matrix counts for itself. Embeddings, the head, norms and biases
-  get AdamW.
+  Each layer's matrix is orthogonalized separately. Embeddings, head, norms and
+  biases use AdamW.
 
   Args:
-    momentum: of the matrices; Nesterov's.
-    beta1: of AdamW for the rest; the next two likewise.
-    beta2: see above.
-    epsilon: see above.
+    momentum: Nesterov momentum of the matrices.
+    beta1: AdamW's beta1, for the other parameters.
+    beta2: AdamW's beta2.
+    epsilon: AdamW's epsilon.
   """
   matrices = optax.chain(
     optax.contrib.scale_by_muon(
@@ -187,7 +190,7 @@ def _muon(
 
 
 def _axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-  """Tells what Muon sees as the matrix of a parameter; None if nothing."""
+  """Returns a parameter's matrix axes; None if Muon does not apply to it."""
   for pattern, axes in _MATRICES.items():
     if re.fullmatch(pattern, path):
       return optax.contrib.MuonDimensionNumbers(*axes)
@@ -195,7 +198,10 @@ def _axes(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def _scale_to_adamw(updates: Any, params: Any) -> Any:
-  """Scales orthogonal matrices to the root mean square of AdamW's updates."""
+  """Scales orthogonal updates to the RMS of AdamW's updates.
+
+  An orthogonal matrix of sides m and n has an RMS of 1 / sqrt(max(m, n)).
+  """
   del params
 
   def scale(
@@ -210,15 +216,15 @@ def _scale_to_adamw(updates: Any, params: Any) -> Any:
 
 
 def _frozen_labels(tree: Any, *, patterns: Sequence[str]) -> Any:
-  """Labels each parameter "frozen" or "trained"; every pattern must count."""
+  """Labels parameters "frozen" or "trained"; every pattern must match one."""
   paths = jax.tree.leaves(_map_paths(str, tree))
   for pattern in patterns:
     if not any(re.fullmatch(pattern, path) for path in paths):
       raise errors.ConfigError(
-        f"No parameter is called {pattern!r}.",
+        f"Pattern {pattern!r} matches no parameter.",
         where="--config.optimizer.frozen",
         why=f"The parameters are {', '.join(paths)}.",
-        fix="Write a regular expression that matches a whole name.",
+        fix="Use a regular expression that matches a whole path.",
       )
   return jax.tree.map(
     lambda is_frozen: "frozen" if is_frozen else "trained",
@@ -227,7 +233,7 @@ def _frozen_labels(tree: Any, *, patterns: Sequence[str]) -> Any:
 
 
 def _mask(tree: Any, patterns: Sequence[str]) -> Any:  # Any: mirrors the tree.
-  """Tells for each parameter whether one of the patterns matches its path."""
+  """Returns, for each parameter, whether any pattern matches its path."""
   return _map_paths(
     lambda path: any(re.fullmatch(p, path) for p in patterns), tree
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update: gradient over microbatches, clip, apply."""
+"""The optimizer update: accumulate gradients over microbatches, and apply."""
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
@@ -15,14 +15,13 @@ from atlas_jax.train import train_state
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Takes all parameters. Returns the mean loss of a batch, the weight of that
-# mean (how many tokens or sequences it is over) and metrics, which are means of
-# the same weight.
+# From all parameters and a batch to the mean loss, its weight (the number of
+# tokens or sequences averaged over) and metrics, means of the same weight.
 LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 
 
 class Step(Protocol):
-  """One update; see `make_step`."""
+  """The type of `make_step`'s result."""
 
   def __call__(
     self,
@@ -31,7 +30,7 @@ class Step(Protocol):
     *,
     num_microbatches: int = 1,
   ) -> tuple[train_state.TrainState, Metrics]:
-    """Gives the new state and metrics; donates the old state."""
+    """Returns the new state and metrics; donates the old state."""
     ...
 
 
@@ -42,24 +41,24 @@ def make_step(
   frozen: Mapping[str, Any],  # Any: nested dicts with arrays as leaves.
   shardings: Any,  # Any: a tree like the state's.
 ) -> Step:
-  """Makes the jitted update; it donates the state.
+  """Returns the jitted update; it donates the state.
 
-  The loss is the mean over the whole batch, however many microbatches it is
-  split into: each one's mean counts by its weight. An update whose loss or
-  gradient is not finite is skipped and counted.
+  The loss is the mean over the whole batch for any number of microbatches:
+  sum_m weight_m loss_m / sum_m weight_m. An update with a non-finite loss or
+  gradient is skipped and counted.
 
   Args:
     loss_fn: the mean loss of a batch, with its weight.
-    optimizer: clipping included.
-    frozen: the parameters that are not in the state; nothing is computed or
-      kept for their training. The loss gets both, as `lora.join` has them.
-    shardings: where the state stays, as `state.shardings` tells. The compiler
-      would move some of it after the first update, so that a resumed run would
-      be another program.
+    optimizer: the optimizer, including clipping.
+    frozen: parameters outside the state; they have no gradients and no
+      optimizer state. `loss_fn` receives `lora.join(frozen, state.params)`.
+    shardings: the state's shardings, from `train_state.shardings`. Without them
+      the compiler may reshard the state after the first update, and a resumed
+      run would compile a different program.
 
   Returns:
     A function from state and batch to the new state and metrics. It splits the
-    rows into `num_microbatches` parts, whose gradients are added up.
+    rows into `num_microbatches` parts and accumulates their gradients.
   """
 
   def step(
@@ -106,28 +105,29 @@ def make_step(
 def split(batch: Batch, num_microbatches: int) -> Batch:
   """Splits rows into microbatches, along a new first axis.
 
-  Row i goes to microbatch i % n, so that a device keeps rows of its own.
+  Row i goes to microbatch i % n, so that no row moves to another device: rows
+  are sharded in contiguous blocks.
   """
 
-  def of(x: jax.Array) -> jax.Array:
+  def split_rows(x: jax.Array) -> jax.Array:
     x = x.reshape(-1, num_microbatches, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  return {name: of(x) for name, x in batch.items()}
+  return {name: split_rows(x) for name, x in batch.items()}
 
 
 def held_out(
   loss_fn: LossFn, params: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-  """Averages the metrics of a loss over batches, by the weight of each.
+  """Computes the weighted mean of a loss's metrics over held-out batches.
 
   Args:
-    loss_fn: jitted.
-    params: all that it takes.
-    batches: of held-out data.
+    loss_fn: the loss, jitted.
+    params: all parameters.
+    batches: the held-out data.
 
   Returns:
-    The means, with `eval/` before their names.
+    The means, with names prefixed by `eval/`.
   """
   queued = [loss_fn(params, batch)[1] for batch in batches]
   weights, means = zip(*jax.device_get(queued), strict=True)
@@ -144,23 +144,23 @@ def _accumulate(
   batch: Batch,
   num_microbatches: int,
 ) -> tuple[Any, Metrics]:
-  """Adds up weighted gradients and metrics, then divides by the weight."""
+  """Computes the weighted mean of gradients and metrics over microbatches."""
 
-  def of(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
+  def weighted(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
     grads, (weight, metrics) = grad_fn(params, microbatch)
     return grads, weight, {k: v * weight for k, v in metrics.items()}
 
   if num_microbatches == 1:
-    grads, weight, metrics = of(batch)
+    grads, weight, metrics = weighted(batch)
   else:
     microbatches = split(batch, num_microbatches)
     zeros = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      jax.eval_shape(of, {k: v[0] for k, v in microbatches.items()}),
+      jax.eval_shape(weighted, {k: v[0] for k, v in microbatches.items()}),
     )
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, of(microbatch)), None
+      return jax.tree.map(jnp.add, total, weighted(microbatch)), None
 
     (grads, weight, metrics), _ = jax.lax.scan(add, zeros, microbatches)
   weight = jnp.maximum(weight, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate as a function of updates done."""
+"""Learning rate schedules."""
 
 import math
 import typing
@@ -21,26 +21,27 @@ def make(
   decay_fraction: float,
   num_updates: int,
 ) -> optax.Schedule:
-  """Makes the learning rate as a function of updates done.
+  """Returns the learning rate as a function of updates done.
 
-  It rises linearly to its peak, and then
+  After a linear warmup to the peak it
 
-    constant  stays;
-    linear    falls to zero along a line;
-    cosine    falls to zero along half a cosine, arXiv:1608.03983;
-    wsd       stays, then falls to zero along a line, arXiv:2404.06395.
+    constant  stays constant;
+    linear    decays linearly to zero;
+    cosine    decays to zero as half a cosine, arXiv:1608.03983;
+    wsd       stays constant, then decays linearly to zero, arXiv:2404.06395.
 
   Args:
     learning_rate: the peak.
-    schedule: one of these.
-    warmup_fraction: the part of all updates that rises; 0.0 if told in updates.
-    warmup_updates: the same as a number; 0 if told as a fraction.
-    decay_fraction: the part of all updates that falls; of "wsd" alone, 0.0
-      for the others.
-    num_updates: in all.
+    schedule: one of the above.
+    warmup_fraction: warmup as a fraction of all updates; 0.0 if
+      `warmup_updates` is set.
+    warmup_updates: warmup in updates; 0 if `warmup_fraction` is set.
+    decay_fraction: decay as a fraction of all updates; "wsd" only, 0.0 for the
+      others.
+    num_updates: total number of updates.
 
   Raises:
-    errors.ConfigError: if the settings contradict each other.
+    errors.ConfigError: if the settings are invalid or contradictory.
   """
   _check(schedule, warmup_fraction, warmup_updates, decay_fraction)
   num_warmup = warmup_updates or round(warmup_fraction * num_updates)
@@ -57,7 +58,7 @@ def make(
       rest = optax.linear_schedule(
         learning_rate, 0.0, num_decay, num_rest - num_decay
       )
-  # The first update is not lost on a rate of zero.
+  # Starts above zero, so that the first update has an effect.
   warmup = optax.linear_schedule(
     learning_rate / max(1, num_warmup), learning_rate, max(1, num_warmup - 1)
   )
@@ -67,19 +68,20 @@ def make(
 def num_steps(
   num_epochs: float, num_steps: int, *, steps_per_epoch: int
 ) -> int:
-  """Reads how long to train, told in epochs or in steps.
+  """Returns the number of steps to train, from steps or epochs.
 
   Raises:
-    errors.ConfigError: if it is told in neither way, or in both.
+    errors.ConfigError: unless exactly one of them is set.
   """
   if min(num_epochs, num_steps) < 0 or bool(num_epochs) == bool(num_steps):
     raise errors.ConfigError(
-      "The length of the run must be told in one way.",
+      "Exactly one of num_epochs and loop.num_steps must be set, got "
+      f"{num_epochs} and {num_steps}.",
       where="--config.num_epochs, --config.loop.num_steps",
-      why=f"They are {num_epochs} and {num_steps}.",
-      fix="Set one of them, and the other to 0.",
+      why="Each of them determines the length of the run.",
+      fix="Set one of them above 0, and the other to 0.",
     )
-  # A part of an epoch is rounded up, so that some step is always done.
+  # Rounded up, so that there is at least one step.
   return num_steps or math.ceil(num_epochs * steps_per_epoch)
 
 
@@ -89,35 +91,38 @@ def _check(
   warmup_updates: int,
   decay_fraction: float,
 ) -> None:
-  """Refuses what does not exist, contradicts itself or would be ignored."""
+  """Rejects unknown, contradictory and ignored settings."""
   if schedule not in typing.get_args(Name):
     raise errors.ConfigError(
-      f"There is no schedule {schedule!r}.",
+      f"Unknown schedule {schedule!r}.",
       where="--config.schedule.schedule",
-      why=f"The schedules are {', '.join(typing.get_args(Name))}.",
-      fix="Name one of them.",
+      why=f"Supported schedules: {', '.join(typing.get_args(Name))}.",
+      fix="Set one of them.",
     )
   if warmup_fraction and warmup_updates:
     raise errors.ConfigError(
-      "The warm-up is told in two ways.",
+      "At most one of warmup_fraction and warmup_updates can be set, got "
+      f"{warmup_fraction} and {warmup_updates}.",
       where="--config.schedule.warmup_fraction, .warmup_updates",
-      why=f"They are {warmup_fraction} and {warmup_updates}.",
+      why="Each of them determines the length of the warmup.",
       fix="Set one of them to 0.",
     )
   if (schedule == "wsd") != (decay_fraction > 0):
     raise errors.ConfigError(
-      "The schedule wsd has a decay_fraction, and no other has.",
+      "decay_fraction must be above 0 for schedule wsd and 0 for all others, "
+      f"got {decay_fraction} for {schedule}.",
       where="--config.schedule.decay_fraction",
-      why=f"It is {decay_fraction}, and the schedule is {schedule}.",
-      fix="Set it above 0 for wsd, for example to 0.1, and else to 0.",
+      why="Only wsd has a separate decay phase.",
+      fix="Set it to 0.1 for wsd, for example, and to 0 otherwise.",
     )
   if warmup_updates < 0 or not (
     warmup_fraction >= 0 and warmup_fraction + decay_fraction <= 1
   ):
     raise errors.ConfigError(
-      "The learning rate cannot rise and fall like this.",
-      where="--config.schedule",
-      why=f"warmup_fraction={warmup_fraction}, "
-      f"warmup_updates={warmup_updates}, decay_fraction={decay_fraction}.",
-      fix="None may be below 0, and the fractions sum to 1 at most.",
+      "Invalid schedule: warmup must not be negative, and warmup_fraction + "
+      "decay_fraction must be at most 1.",
+      where=f"--config.schedule: warmup_fraction={warmup_fraction}, "
+      f"warmup_updates={warmup_updates}, decay_fraction={decay_fraction}",
+      why="Warmup and decay are disjoint parts of all updates.",
+      fix="Lower warmup_fraction or decay_fraction; use values >= 0.",
     )

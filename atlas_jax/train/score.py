@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model thinks of given tokens: where models meet losses."""
+"""Computes log-probabilities of given tokens under a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -22,16 +22,16 @@ def token_stats(
   chunk_tokens: int,
   support: logprobs.Support | None = None,
 ) -> logprobs.TokenStats:
-  """Scores every token but the first of each row.
+  """Computes statistics of every token but the first of each row.
 
   Args:
     model: the decoder.
     params: its parameters.
     batch: `token_ids`, `positions` and `segment_ids`, int32[B, T]. The first
-      token of a packed segment is scored as well; its mask must leave it out.
+      token of each later packed segment is scored too; masks must exclude it.
     temperature: divides the logits.
-    chunk_tokens: tokens whose logits exist at one time.
-    support: what a sampler drew from; None for the whole vocabulary.
+    chunk_tokens: number of tokens whose logits are in memory at a time.
+    support: the sampler's truncation; None for the whole vocabulary.
 
   Returns:
     Statistics [B, T - 1] of `token_ids[:, 1:]`.
@@ -55,7 +55,7 @@ def token_stats_and_balance(
   chunk_tokens: int,
   support: logprobs.Support | None = None,
 ) -> tuple[logprobs.TokenStats, jax.Array]:
-  """Computes `token_stats`, and the balance that `add_balance` takes."""
+  """Computes `token_stats`, and the balance loss for `add_balance`."""
   hidden_BTD, balance = model.hidden_and_balance(
     params, batch["token_ids"], batch["positions"], batch["segment_ids"]
   )
@@ -79,9 +79,9 @@ def by_microbatches(
   batch: Mapping[str, jax.Array],
   num_microbatches: int,
 ) -> jax.Array:
-  """Computes log-probabilities [B, T - 1] of one microbatch after the other.
+  """Computes log-probabilities [B, T - 1], one microbatch at a time.
 
-  So that it takes less memory than an update does.
+  So peak memory is below that of an update.
   """
   names = ("token_ids", "positions", "segment_ids")
   parts = optimizer_step.split({n: batch[n] for n in names}, num_microbatches)
@@ -97,9 +97,9 @@ def add_balance(
   *,
   router_aux_coef: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Adds what keeps experts evenly used to a loss, and to its metrics.
+  """Adds the weighted balance loss of the experts to a loss and its metrics.
 
-  Of a model without experts both stay as they are.
+  Both are returned unchanged for a model without experts.
   """
   if not model.config.experts:
     return loss, metrics
@@ -108,23 +108,24 @@ def add_balance(
 
 
 def check_balance(model: decoder.Model, *, router_aux_coef: float) -> None:
-  """Refuses a weight of the balance that would be ignored, or do harm.
+  """Validates the weight of the balance loss.
 
   Raises:
-    errors.ConfigError: naming it.
+    errors.ConfigError: if it is negative, or set for a model without experts.
   """
-  has_none = router_aux_coef and not model.config.experts
-  if has_none or router_aux_coef < 0.0:
+  is_ignored = router_aux_coef and not model.config.experts
+  if is_ignored or router_aux_coef < 0.0:
+    rule = "be 0.0 without experts" if is_ignored else "not be negative"
     raise errors.ConfigError(
-      "Experts cannot be balanced so.",
+      f"router_aux_coef must {rule}, got {router_aux_coef}.",
       where=f"--config.experts.router_aux_coef={router_aux_coef}",
-      why="The model has none." if has_none else "Below 0 it would unbalance.",
+      why="It is the weight of the loss that balances the load of experts.",
       fix="Set it to 0.0.",
     )
 
 
 class Scorer:
-  """A `types.Score` of a model whose parameters are in this process."""
+  """A `types.Score` for a model whose parameters are in this process."""
 
   def __init__(
     self,
@@ -135,13 +136,13 @@ class Scorer:
     max_rows: int,
     chunk_tokens: int,
   ) -> None:
-    """Keeps the parameters; copies nothing.
+    """Creates a scorer; the parameters are not copied.
 
     Args:
       model: the decoder.
-      params: its parameters, which nobody may donate.
-      mesh: where they are; rows are spread as in any batch.
-      max_rows: completions scored at once.
+      params: its parameters, which must not be donated.
+      mesh: mesh of the parameters; batches are sharded over its rows.
+      max_rows: maximum number of completions per batch.
       chunk_tokens: see `token_stats`.
     """
     self._model, self._params, self._max_rows = model, params, max_rows
@@ -167,7 +168,7 @@ class Scorer:
       for prompt, completion in zip(prompts, completions, strict=True)
     ]
     lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
-    # Rows of like length share a batch.
+    # Sorted by length to reduce padding.
     order = [i for i in np.argsort(lengths).tolist() if lengths[i] <= limit]
     scores: list[tuple[float, ...] | None] = [None] * len(pairs)
     for start in range(0, len(order), self._max_rows):
@@ -178,6 +179,7 @@ class Scorer:
       batch = sharding.put(batch, self._batch)
       stats = self._stats(self._params, batch, temperature=temperature)
       for i, row in zip(chosen, np.asarray(stats.logprobs), strict=False):
-        begin = len(pairs[i][0]) - 1  # The first token of a row has no score.
+        # Column t - 1 holds the score of token t.
+        begin = len(pairs[i][0]) - 1
         scores[i] = tuple(row[begin : lengths[i] - 1].tolist())
     return scores

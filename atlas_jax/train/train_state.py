@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a step changes, and the memory that it lies in."""
+"""The training state, its shardings and its memory kinds."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -16,12 +16,15 @@ _HOST = "pinned_host"
 
 
 class TrainState(NamedTuple):
-  """Saved and restored as one.
+  """The state of training, saved and restored as a unit.
 
-  `step` counts the recipe's steps, `num_nonfinite` the updates in a row that
-  were skipped because they were not finite. `params` is what is trained, which
-  may be adapters alone. `reference` is None where nothing is measured from one,
-  or it is the base of the adapters.
+  Attributes:
+    step: number of the recipe's steps done.
+    num_nonfinite: number of consecutive skipped non-finite updates.
+    params: the trained parameters, possibly only adapters.
+    opt_state: the optimizer's state.
+    reference: parameters of the reference; None if there is no KL term, or if
+      the reference is the adapters' base.
   """
 
   step: jax.Array
@@ -33,13 +36,13 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Offload:
-  """What waits in the host's memory until a step needs it.
+  """What is kept in host memory between steps.
 
-  The numbers stay the same, bit for bit; each step moves them over the bus. It
-  has not been run on a GPU or TPU yet.
+  Results are bitwise the same; each step transfers the data to the device. Not
+  tested on a GPU or TPU yet.
   """
 
-  optimizer: bool = False  # Its moments: twice the parameters, with AdamW.
+  optimizer: bool = False  # The moments: twice the parameters with AdamW.
   reference: bool = False
 
 
@@ -51,25 +54,25 @@ def create(
   reference: Mapping[str, Any] | None = None,
   offload: Offload = Offload(),
 ) -> TrainState:
-  """Starts at step 0; the optimizer's moments are split as the parameters are.
+  """Creates the state at step 0; moments are sharded as their parameters.
 
   Raises:
-    errors.ConfigError: if something is to be offloaded that is not there, or
-      the devices cannot reach the host's memory.
+    errors.ConfigError: if a missing reference is offloaded, or the devices have
+      no access to pinned host memory.
   """
   abstract = describe(
     params, optimizer, mesh=mesh, reference=reference, offload=offload
   )
 
-  # Two arrays, not one: a step donates both.
+  # `step` and `num_nonfinite` need separate buffers, since a step donates both.
   def zero() -> jax.Array:
     return jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
 
-  # Moments are zeros, which know nothing of the parameters they belong to:
-  # without this they would all lie on the first device.
-  places = shardings(abstract)
-  opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-  reference = jax.tree.map(jax.device_put, reference, places.reference)
+  # Moments are zeros that do not depend on the parameters: without explicit
+  # shardings they would all be placed on the first device.
+  target = shardings(abstract)
+  opt_state = jax.jit(optimizer.init, out_shardings=target.opt_state)(params)
+  reference = jax.tree.map(jax.device_put, reference, target.reference)
   return TrainState(zero(), zero(), params, opt_state, reference)
 
 
@@ -81,27 +84,29 @@ def describe(
   reference: Mapping[str, Any] | None = None,
   offload: Offload = Offload(),
 ) -> TrainState:
-  """Tells what `create` would make, of arrays or of what describes them.
+  """Describes the state that `create` returns, without allocating it.
+
+  `params` and `reference` may be arrays or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    The state, with `jax.ShapeDtypeStruct` as leaves that know their sharding.
+    The state with `jax.ShapeDtypeStruct`s with shardings as leaves.
 
   Raises:
     errors.ConfigError: see `create`.
   """
   if offload.reference and reference is None:
     raise errors.ConfigError(
-      "There is no reference to offload.",
+      "offload.reference=True, but this run stores no reference.",
       where="--config.offload.reference=True",
-      why="There is none where --config.loss.kl_coef is 0, or where adapters "
-      "are trained: then it is the base model without them.",
-      fix="Leave it out.",
+      why="Without --config.loss.kl_coef no reference is used, and with "
+      "adapters it is the base model.",
+      fix="Set --config.offload.reference=False.",
     )
   if offload.optimizer or offload.reference:
     check_host_memory(mesh, where="--config.offload")
-  everywhere = sharding.replicated(mesh)
-  zero: Any = jax.ShapeDtypeStruct(  # Any: it stands for an array.
-    (), jnp.int32, sharding=everywhere
+  replicated = sharding.replicated(mesh)
+  zero: Any = jax.ShapeDtypeStruct(  # Any: stands for an array.
+    (), jnp.int32, sharding=replicated
   )
   return TrainState(
     step=zero,
@@ -109,17 +114,19 @@ def describe(
     params=placed(params, shardings(params)),
     opt_state=placed(
       jax.eval_shape(optimizer.init, params),
-      _of_moments(optimizer, params, everywhere, offload.optimizer),
+      _moment_shardings(optimizer, params, replicated, offload.optimizer),
     ),
     reference=placed(
       reference,
-      jax.tree.map(lambda leaf: _place_of(leaf, offload.reference), reference),
+      jax.tree.map(
+        lambda leaf: _with_memory(leaf, offload.reference), reference
+      ),
     ),
   )
 
 
-def placed(tree: Any, places: Any) -> Any:  # Any: a pytree, and its like.
-  """Describes arrays as they would be on their shardings."""
+def placed(tree: Any, places: Any) -> Any:  # Any: pytrees of one structure.
+  """Returns `jax.ShapeDtypeStruct`s of the leaves, with the given shardings."""
   return jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -129,59 +136,65 @@ def placed(tree: Any, places: Any) -> Any:  # Any: a pytree, and its like.
   )
 
 
-def shardings(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
-  """Tells where each array lies, of a state or a part of it."""
+def shardings(tree: Any) -> Any:  # Any: pytrees of one structure.
+  """Returns the sharding of each array of a state, or of a part of it."""
   return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def on_device(tree: Any) -> Any:  # Any: a pytree of arrays, and its like.
-  """Moves what waits in the host's memory to where computing is done.
+def on_device(tree: Any) -> Any:  # Any: pytrees of one structure.
+  """Transfers arrays from host memory to device memory.
 
-  Inside `jit` it costs what is moved, and nothing where all is there already.
+  Inside `jit`, arrays that are already in device memory cost nothing.
   """
   return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def check_host_memory(mesh: jax.sharding.Mesh, *, where: str) -> None:
-  """Refuses the setting `where` if the devices cannot reach such memory.
+  """Checks that the devices can access pinned host memory.
 
   Raises:
-    errors.ConfigError: see above.
+    errors.ConfigError: naming the setting `where`, if they cannot.
   """
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
   if _HOST not in kinds:
     raise errors.ConfigError(
-      "Nothing can be offloaded here.",
+      f"Offloading needs {_HOST} memory, which {device} does not have.",
       where=where,
-      why=f"The memories of {device} are {', '.join(kinds)}; none is {_HOST}.",
-      fix="Leave offload out, or split the state over more devices.",
+      why=f"The memory kinds of {device} are {', '.join(kinds)}.",
+      fix="Disable offloading, or shard the state over more devices.",
     )
 
 
-def _of_moments(
+def _moment_shardings(
   optimizer: optax.GradientTransformation,
   params: Mapping[str, Any],
-  everywhere: jax.sharding.Sharding,
+  replicated: jax.sharding.Sharding,
   is_offloaded: bool,
 ) -> Any:  # Any: a tree like the optimizer's state.
-  """Tells where a moment lies: by its parameter, whose path ends its own."""
+  """Returns the shardings of the optimizer's state.
+
+  A moment is sharded as its parameter, whose path is a suffix of the moment's
+  path: `[1].mu["head"]["kernel"]` is a moment of `["head"]["kernel"]`.
+  """
   by_name = {
-    _name(path): param for path, param in jax.tree.leaves_with_path(params)
+    _dict_keys(path): param for path, param in jax.tree.leaves_with_path(params)
   }
 
-  def of(path: Sequence[Any], moment: jax.ShapeDtypeStruct) -> Any:
-    param = by_name.get(_name(path))
-    # A factored moment is called like its parameter, but is a row of it.
+  def sharding_of(path: Sequence[Any], moment: jax.ShapeDtypeStruct) -> Any:
+    param = by_name.get(_dict_keys(path))
+    # Adafactor's factored moments have their parameter's path, but its rows or
+    # columns only.
     if param is None or param.shape != moment.shape:
-      return everywhere
-    return _place_of(param, is_offloaded)
+      return replicated
+    return _with_memory(param, is_offloaded)
 
-  return jax.tree.map_with_path(of, jax.eval_shape(optimizer.init, params))
+  abstract = jax.eval_shape(optimizer.init, params)
+  return jax.tree.map_with_path(sharding_of, abstract)
 
 
-def _name(path: Sequence[Any]) -> tuple[Any, ...]:
-  """The dictionary keys that end a path, the last one first."""
+def _dict_keys(path: Sequence[Any]) -> tuple[Any, ...]:
+  """Returns the dictionary keys at the end of a path, the last one first."""
 
   def is_key(entry: object) -> bool:
     return isinstance(entry, jax.tree_util.DictKey)
@@ -189,6 +202,7 @@ def _name(path: Sequence[Any]) -> tuple[Any, ...]:
   return tuple(itertools.takewhile(is_key, reversed(path)))
 
 
-def _place_of(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
+def _with_memory(array: jax.Array, is_offloaded: bool) -> jax.sharding.Sharding:
+  """Returns the array's sharding, in host memory if it is offloaded."""
   place = array.sharding
   return place.with_memory_kind(_HOST) if is_offloaded else place

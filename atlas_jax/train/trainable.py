@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model is trained: all of it, or adapters over what stays."""
+"""Splits a model's parameters into trained and frozen ones."""
 
 import dataclasses
 import functools
@@ -13,16 +13,17 @@ from atlas_jax.models import decoder, lora, quantized
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A model, split into what is trained and what is not.
+  """A model with its frozen parameters.
 
-  What is trained is an argument throughout, since every update replaces it.
+  The trained parameters are an argument of each method, since every update
+  replaces them.
 
   Attributes:
-    model: of `whole` parameters.
-    base: of `merged` parameters, and of `frozen` ones.
-    frozen: the base's parameters where adapters are trained, else empty. Its
-      kernels may be kept in few bits.
-    adapters: what they are; None where all parameters are trained.
+    model: the model that `all_params` are for, including adapters.
+    base: the model without adapters, for `merged_params` and `frozen`.
+    frozen: the base's parameters if adapters are trained, else empty. Its
+      kernels may be quantized.
+    adapters: the adapters' settings; None if all parameters are trained.
   """
 
   model: decoder.Model
@@ -31,13 +32,13 @@ class Policy:
   adapters: lora.Lora | None
 
   def all_params(self, trained: decoder.Params) -> decoder.Params:
-    """Gives all parameters, of what a step has trained; copies nothing."""
+    """Returns all parameters of `model`, without copying."""
     return lora.join(self.frozen, trained)
 
   def merged_params(self, trained: decoder.Params) -> decoder.Params:
-    """Gives the parameters of a model without adapters that says the same.
+    """Returns parameters of `base` with the adapters merged in.
 
-    Of kernels that are kept in few bits they are in the model's dtype.
+    If the frozen kernels are quantized, the result is in the model's dtype.
     """
     if self.adapters is None:
       return trained
@@ -47,7 +48,7 @@ class Policy:
     return jax.device_put(merged, quantized.places(self.frozen))
 
   def identity(self) -> dict[str, str]:
-    """Names what a checkpoint of the trained part belongs to."""
+    """Returns what a checkpoint of trained parameters must match."""
     config = self.base.config
     model = {
       f"model.{field.name}": str(getattr(config, field.name))
@@ -66,7 +67,7 @@ class Policy:
 
 
 def full_policy(model: decoder.Model) -> Policy:
-  """Gives the policy all of which is trained."""
+  """Returns a policy in which all parameters are trained."""
   return Policy(model, model, {}, None)
 
 
@@ -78,14 +79,14 @@ def create(
   mesh: jax.sharding.Mesh,
   key: jax.Array,
 ) -> tuple[Policy, decoder.Params]:
-  """Splits a model into a policy and what of it is trained.
+  """Creates a policy and its initial trained parameters.
 
   Args:
-    model: without adapters.
-    params: its own.
-    adapters: of rank 0 to train the parameters themselves.
-    mesh: where the parameters are.
-    key: decides where adapters start.
+    model: the model without adapters.
+    params: its parameters.
+    adapters: the adapters' settings; rank 0 trains all parameters instead.
+    mesh: mesh of the parameters.
+    key: PRNG key of the adapters' initialization.
 
   Raises:
     errors.ConfigError: see `lora.adapt`.
@@ -103,19 +104,18 @@ def create(
 def split(
   model: decoder.Model, params: decoder.Params, adapters: lora.Lora
 ) -> tuple[Policy, decoder.Params]:
-  """Tells what of a model is trained; computes nothing.
+  """Splits parameters into frozen and trained ones, without computing anything.
 
   Args:
-    model: without adapters.
-    params: its own, or what describes them.
-    adapters: of rank 0 to train the parameters themselves.
+    model: the model without adapters.
+    params: its parameters, or `jax.ShapeDtypeStruct`s of them.
+    adapters: the adapters' settings; rank 0 trains all parameters instead.
 
   Returns:
-    The policy, and the trained parameters as `jax.ShapeDtypeStruct`.
+    The policy, and the trained parameters as `jax.ShapeDtypeStruct`s.
 
   Raises:
-    errors.ConfigError: see `lora.adapt`; also if what is kept in few bits would
-      be trained, or restored for all layers at once.
+    errors.ConfigError: see `lora.adapt` and `check_kept`.
   """
   check_kept(
     quantized.kind_of(params) or "", rank=adapters.rank, remat=model.remat
@@ -128,33 +128,34 @@ def split(
 
 
 def check_kept(param_dtype: str, *, rank: int, remat: str) -> None:
-  """Refuses to train what is kept in few bits, or to keep it as floats too.
+  """Checks that quantized parameters are used with adapters and remat.
 
   Args:
-    param_dtype: of the policy's parameters; of floats there is nothing to say.
-    rank: of the adapters.
-    remat: of the policy; see `decoder.build`.
+    param_dtype: dtype of the policy's parameters; float dtypes always pass.
+    rank: rank of the adapters.
+    remat: remat setting of the policy; see `decoder.build`.
 
   Raises:
-    errors.ConfigError: naming what to set.
+    errors.ConfigError: if parameters are quantized and the rank is 0 or remat
+      is "none".
   """
   if param_dtype not in quantized.KINDS:
     return
   if not rank:
     raise errors.ConfigError(
-      f"Parameters kept as {param_dtype} cannot be trained.",
+      f"Parameters stored as {param_dtype} cannot be trained.",
       where=f"--config.model.param_dtype={param_dtype}",
-      why="An update would be lost in rounding. Adapters can be trained beside "
-      "them, and --config.lora.rank is 0.",
+      why="Rounding would discard updates. Adapters over them can be trained, "
+      "but --config.lora.rank is 0.",
       fix="Set --config.lora.rank=16, for example, or "
       "--config.model.param_dtype=float32.",
     )
   if remat == "none":
     raise errors.ConfigError(
-      f"A base kept as {param_dtype} would be restored for all layers at once.",
+      f"param_dtype={param_dtype} does not support remat=none.",
       where="--config.model.remat=none",
-      why="It keeps what a layer computed with for the backward pass: whole "
-      "kernels.",
+      why="Without remat, the dequantized kernels of all layers are stored for "
+      "the backward pass.",
       fix="Set --config.model.remat=dots, or block.",
     )
 
@@ -167,13 +168,13 @@ def _merge(
   scale: float,
   dtype: jnp.dtype | None,
 ) -> decoder.Params:
-  """Merges adapters; of a base that must be restored first, into `dtype`.
+  """Merges adapters into the base; `dtype` is None unless it is quantized.
 
-  What comes out as it went in is not copied.
+  Unmodified parameters are not copied.
   """
   if dtype is None:
     return lora.merge(frozen, trained, scale)
-  # Rounded once: after what the adapters add.
+  # Dequantized to float32, and rounded once, after adding the adapters.
   restored = quantized.restore(frozen, jnp.dtype(jnp.float32))
   merged = lora.merge(restored, trained, scale)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), merged)

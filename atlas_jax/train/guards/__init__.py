@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches over a run: alarms, agreement, non-finite values, hangs."""
+"""Run guards: metric alarms, sampler agreement, non-finite updates, hangs."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far sampler and trainer are apart, and how far is too far.
+"""Compares the sampler's log-probabilities with the trainer's.
 
-Both score the same tokens with the same weights, so what remains is precision
-and kernels, or a fault: weights that did not arrive, another tokenizer,
-another temperature. docs/agreement.md tells them apart.
+Both score the same tokens with the same weights. Differences come from
+precision and kernels, or from a fault: stale weights, another tokenizer,
+another temperature. docs/agreement.md explains how to find the cause.
 """
 
 import jax
@@ -20,20 +20,20 @@ def measure(
   rollout_logprobs_BT: jax.Array,
   loss_mask_BT: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Compares the log-probabilities of the sampled tokens.
+  """Computes agreement metrics over the sampled tokens.
 
-  With d the trainer's log-probability less the sampler's, over the counted
-  tokens: the mean of |d|, the mean of exp |d|, and Schulman's estimate of the
-  KL divergence of sampler to trainer, the mean of exp(d) - 1 - d.
+  With d = old_logprobs - rollout_logprobs, averaged over the masked-in tokens:
+  mean |d|, mean exp |d|, and mean exp(d) - 1 - d, Schulman's k3 estimate of
+  KL(sampler || trainer).
 
   Args:
-    old_logprobs_BT: by the trainer, at the sampling temperature.
-    rollout_logprobs_BT: by the sampler, of the distribution it drew from.
-    loss_mask_BT: bool; the tokens that count. The rest may hold anything.
+    old_logprobs_BT: from the trainer, at the sampling temperature.
+    rollout_logprobs_BT: from the sampler, under the distribution it drew from.
+    loss_mask_BT: bool; the tokens that count. Values elsewhere are ignored.
 
   Returns:
     float32 scalars `rollout/logprob_gap` and `rollout/kl` in nats, and
-    `rollout/prob_error`, a factor of at least 1.
+    `rollout/prob_error`, a ratio of at least 1.
   """
   gap_BT = jnp.where(loss_mask_BT, old_logprobs_BT - rollout_logprobs_BT, 0.0)
   size_BT = jnp.abs(gap_BT)
@@ -45,10 +45,10 @@ def measure(
 
 
 def check(prob_error: float, *, step: int, max_prob_error: float) -> None:
-  """Refuses to train on what the sampler understands otherwise.
+  """Checks that sampler and trainer agree.
 
   Raises:
-    errors.DivergedError: if `prob_error` is above the bound, or no number.
+    errors.DivergedError: if `prob_error` is above the bound, or NaN.
   """
   if prob_error <= max_prob_error:
     return
@@ -56,9 +56,9 @@ def check(prob_error: float, *, step: int, max_prob_error: float) -> None:
     f"Trainer and sampler disagree by a factor of {prob_error:.6g} per token.",
     where=f"step {step}, rollout/prob_error; "
     f"--config.agreement.max_prob_error={max_prob_error:g}",
-    why="The same tokens under the same version of the weights: the sampler's "
-    "weights, dtype, temperature or tokenizer are not the trainer's.",
-    fix="Compare --config.rollout.dtype with --config.model.dtype, then go "
-    "through docs/agreement.md. Raise the bound only for a gap that you can "
-    "explain.",
+    why="Both scored the same tokens under the same version of the weights, "
+    "so the sampler's weights, dtype, temperature or tokenizer differ from the "
+    "trainer's.",
+    fix="Compare --config.rollout.dtype with --config.model.dtype, then follow "
+    "docs/agreement.md. Raise the bound only if you can explain the gap.",
   )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run in which nothing goes on any more.
+"""Exits a process in which no step finishes in time.
 
-A lost host or a dead disk lets others wait for ever, and pay for it. So a
-process in which no step ends in time tells where it hangs, and exits.
+After a lost host or a failed disk the other processes would wait, and be paid
+for, indefinitely. The watchdog prints the stacks of all threads and exits.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,29 +17,29 @@ from absl import logging
 
 from atlas_jax import errors
 
-_GRACE_S = 5.0  # Of the timer, which comes second.
+_GRACE_S = 5.0  # Delay of the timer after the thread.
 _CLOCK_MONOTONIC = 1
 _SIGEV_THREAD = 2
 
 
 class Watchdog:
-  """Exits with all stacks and `errors.Exit.HANG`, unless it hears of progress.
+  """Prints all stacks and exits with `errors.Exit.HANG` without a `beat`.
 
-  A thread does so. It cannot while another one hangs with Python's lock in its
-  hands; then a timer of the C library does, which needs no lock.
+  A thread does so. If another thread hangs while holding the GIL, this thread
+  cannot run; then a C library timer, which needs no GIL, exits the process.
   """
 
   def __init__(
-    self, seconds: float, steps: Callable[[], Sequence[int]]
+    self, seconds: float, saved_steps: Callable[[], Sequence[int]]
   ) -> None:
-    """Watches nothing yet.
+    """Creates a watchdog, which starts on entering the context.
 
     Args:
-      seconds: that may pass between two calls of `beat`; 0.0 for ever.
-      steps: gives those on disk.
+      seconds: maximum time between two calls of `beat`; 0.0 disables it.
+      saved_steps: returns the steps of the checkpoints on disk.
     """
-    self._seconds, self._steps = seconds, steps
-    self._done = "No step is done yet"
+    self._seconds, self._saved_steps = seconds, saved_steps
+    self._progress = "No step is done yet"
     self._thread: threading.Timer | None = None
     self._timer = _Timer() if seconds and sys.platform == "linux" else None
 
@@ -51,21 +51,21 @@ class Watchdog:
     self._disarm()
 
   def beat(self, step: int) -> None:
-    """Hears that there is progress, and which step is the last one done."""
-    self._done = f"The last step done is {step}"
+    """Restarts the timeout; `step` is the last step done."""
+    self._progress = f"The last step done is {step}"
     self._disarm()
     self._arm()
 
   def _arm(self) -> None:
     if not self._seconds:
       return
-    self._thread = threading.Timer(self._seconds, self._bark)
+    self._thread = threading.Timer(self._seconds, self._exit)
     self._thread.daemon = True
     self._thread.start()
     if self._timer is not None:
-      later = self._seconds + _GRACE_S
-      faulthandler.dump_traceback_later(later, file=sys.stderr)
-      self._timer.set(later + 1.0)
+      timeout = self._seconds + _GRACE_S
+      faulthandler.dump_traceback_later(timeout, file=sys.stderr)
+      self._timer.set(timeout + 1.0)
 
   def _disarm(self) -> None:
     if self._thread is not None:
@@ -74,31 +74,32 @@ class Watchdog:
       faulthandler.cancel_dump_traceback_later()
       self._timer.set(0.0)
 
-  def _bark(self) -> None:
+  def _exit(self) -> None:
     logging.error(
-      "NO PROGRESS for %g s. %s. What every thread is doing:",
-      *(self._seconds, self._done),
+      "NO PROGRESS for %g s. %s. Stacks of all threads:",
+      self._seconds,
+      self._progress,
     )
     logging.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     logging.error(
-      "The newest checkpoint is that of step %s. Run the same command again to "
-      "go on from there; --config.loop.watchdog_s sets how long to wait.",
-      max(self._steps(), default="none"),
+      "Latest checkpoint: step %s. Rerun the same command to resume from it; "
+      "--config.loop.watchdog_s sets this timeout.",
+      max(self._saved_steps(), default="none"),
     )
     logging.flush()
     os._exit(errors.Exit.HANG)
 
 
 class _Timer:
-  """A timer of POSIX, at whose end the C library calls `_exit`.
+  """A POSIX timer that calls the C library's `_exit` when it expires.
 
-  SIGEV_THREAD calls a function in a thread of its own: here one of the C
-  library, so that no line of Python has to run.
+  SIGEV_THREAD calls a function in a new thread. The function is a C function,
+  so no Python code has to run.
   """
 
   def __init__(self) -> None:
-    """Is not set yet."""
+    """Creates a stopped timer."""
     self._libc = ctypes.CDLL(None, use_errno=True)
     self._timer = ctypes.c_void_p()
     event = _Event(
@@ -113,9 +114,9 @@ class _Timer:
     )
 
   def set(self, seconds: float) -> None:
-    """Begins to count anew; 0.0 stops it."""
-    whole, rest = divmod(seconds, 1.0)
-    end = _Times(0, 0, int(whole), int(rest * 1e9))
+    """Restarts the timer; 0.0 stops it."""
+    whole, fraction = divmod(seconds, 1.0)
+    end = _Times(0, 0, int(whole), int(fraction * 1e9))
     self._check(
       self._libc.timer_settime(self._timer, 0, ctypes.byref(end), None)
     )
@@ -127,7 +128,7 @@ class _Timer:
 
 
 class _Event(ctypes.Structure):
-  """struct sigevent, of 64 bytes."""
+  """C `struct sigevent`, 64 bytes."""
 
   _fields_ = (
     ("value", ctypes.c_void_p),
@@ -139,7 +140,7 @@ class _Event(ctypes.Structure):
 
 
 class _Times(ctypes.Structure):
-  """struct itimerspec: an interval and an end, in seconds and nanoseconds."""
+  """C `struct itimerspec`: interval and expiry, in seconds and nanoseconds."""
 
   _fields_ = tuple(
     (name, ctypes.c_long)

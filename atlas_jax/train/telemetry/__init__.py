@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports: metrics, time, speed, samples, traces."""
+"""Metrics, progress, timing, speed, samples and profiles of a run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a run goes, phase by phase."""
+"""Measures how much time a run spends in each phase."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -10,21 +10,21 @@ IDLE = "idle"
 
 
 class Clock:
-  """Splits the time of one thread between phases, leaving none out.
+  """Attributes all time of one thread to phases.
 
-  What happens in no phase is `IDLE`, and a phase within another stops the outer
-  one. So the seconds of all phases always add up to the time that has passed.
+  Time outside any phase counts as `IDLE`, and a nested phase pauses the outer
+  one, so the seconds of all phases add up to the elapsed time.
   """
 
   def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-    """Starts in no phase; `now` tells the time in seconds."""
+    """Starts in `IDLE`; `now` returns the time in seconds."""
     self._now, self._last = now, now()
     self._phase = IDLE
     self._seconds: dict[str, float] = collections.defaultdict(float)
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Counts the time of a `with` block as that of `name`."""
+    """Attributes the time of a `with` block to phase `name`."""
     outer = self._switch(name)
     try:
       yield
@@ -32,13 +32,13 @@ class Clock:
       self._switch(outer)
 
   def take(self) -> dict[str, float]:
-    """Gives the seconds of each phase since the last call."""
+    """Returns the seconds of each phase since the last call."""
     self._switch(self._phase)
     taken, self._seconds = self._seconds, collections.defaultdict(float)
     return dict(taken)
 
   def move(self, seconds: float, to: str) -> None:
-    """Counts seconds of the present phase, just over, as those of `to`."""
+    """Moves seconds that have just elapsed from the current phase to `to`."""
     self._seconds[self._phase] -= seconds
     self._seconds[to] += seconds
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows while it goes on: a bar on a terminal, else timed lines."""
+"""Progress of a run: a bar on a terminal, log lines otherwise."""
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
@@ -13,18 +13,27 @@ import rich.progress
 import rich.table
 import rich.text
 
-# Beginnings and ends of metrics that would crowd the line.
+# Prefixes and suffixes of metrics that are left out of the line.
 _FILE_ONLY = (
-  *("seconds", "rewards/", "rollout/", "groups/", "ratio_", "clip_", "num_"),
-  *("teaching/num_", "teaching/seconds", "teaching/LR", "teaching/leak_rate"),
+  "seconds",
+  "rewards/",
+  "rollout/",
+  "groups/",
+  "ratio_",
+  "clip_",
+  "num_",
+  "teaching/num_",
+  "teaching/seconds",
+  "teaching/LR",
+  "teaching/leak_rate",
 )
-_BOUNDS = ("_low", "_high")
+_BOUNDS = ("_low", "_high")  # Of confidence intervals.
 _MAX_SILENCE_S = 30.0
 _MAX_CELL = 300
 
 
 class Console:
-  """Progress of a run on stderr; that nobody reads it is no failure."""
+  """Shows progress on stderr; a closed stderr is ignored."""
 
   def __init__(
     self,
@@ -33,22 +42,22 @@ class Console:
     num_steps: int,
     now: Callable[[], float] = time.monotonic,
   ) -> None:
-    """Begins at `step`; with a bar if stderr is a terminal."""
+    """Starts at `step`, with a bar if stderr is a terminal."""
     self._num_steps, self._now = num_steps, now
     self._first_step, self._start = step, now()
     self._last_line = self._start
     self._bar = _Bar(step, num_steps) if sys.stderr.isatty() else None
 
   def advance(self, step: int) -> None:
-    """Moves on to `step`; a line is written if there was none for long."""
+    """Advances to `step`; logs a line after 30 s without one."""
     if self._bar is not None:
       self._bar.advance(step)
     elif self._now() - self._last_line > _MAX_SILENCE_S:
-      self._line(step, "")
+      self._log(step, "")
 
-  def tell(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes a line of metrics."""
-    self._line(
+  def report(self, step: int, values: Mapping[str, float]) -> None:
+    """Logs a line of metrics."""
+    self._log(
       step,
       " ".join(
         f"{name}={value:.4g}"
@@ -59,16 +68,16 @@ class Console:
     )
 
   def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Shows rows on a terminal; in a log they would be hard to read."""
+    """Prints a table on a terminal; not in a log, where it is unreadable."""
     if self._bar is not None and rows:
       self._bar.table(title, rows)
 
   def close(self) -> None:
-    """Takes the bar away."""
+    """Removes the bar."""
     if self._bar is not None:
       self._bar.close()
 
-  def _line(self, step: int, text: str) -> None:
+  def _log(self, step: int, text: str) -> None:
     self._last_line = self._now()
     logging.info(
       "step %d/%d %s%s", step, self._num_steps, text, self._eta(step)
@@ -85,7 +94,7 @@ class Console:
 
 
 class _Bar:
-  """A bar below the lines of the log."""
+  """A progress bar below the log lines."""
 
   def __init__(self, step: int, num_steps: int) -> None:
     self._console = rich.console.Console(stderr=True)
@@ -100,7 +109,8 @@ class _Bar:
       refresh_per_second=2,
     )
     self._task = self._progress.add_task("", completed=step, total=num_steps)
-    # absl keeps the stderr it began with; lines must go around the bar.
+    # rich replaces sys.stderr while the bar is shown, to print lines above it;
+    # absl's handler holds the original stream.
     self._handler = logging.get_absl_handler().python_handler
     self._stream = self._handler.stream
     with contextlib.suppress(OSError):
@@ -124,6 +134,6 @@ class _Bar:
 
 
 def _cell(value: object) -> rich.text.Text:
-  """Shows the beginning of a value; brackets in it are no markup."""
+  """Formats a value, truncated; brackets are not parsed as markup."""
   text = f"{value:.3f}" if isinstance(value, float) else str(value)
   return rich.text.Text(text[:_MAX_CELL] + "..." * (len(text) > _MAX_CELL))

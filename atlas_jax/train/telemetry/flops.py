@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's arithmetic costs, and what a device could do at most.
+"""Counts model FLOPs, and lists the peak FLOP/s of devices.
 
-Model FLOPs are those which the mathematics needs: what is computed again in
-the backward pass (see `remat`) is not counted, nor are norms, activations,
-rotations and the softmax. A multiplication and an addition are two.
+Model FLOPs exclude recomputation in the backward pass (see `remat`), norms,
+activations, rotary embeddings and the softmax. A multiply-add counts as two.
 """
 
 from collections.abc import Sequence
@@ -12,11 +11,11 @@ import numpy as np
 
 from atlas_jax.models import decoder_config
 
-# Dense bfloat16 FLOP/s of one JAX device, by how its `device_kind` begins; of
-# two names that fit, the first. From the makers' data sheets, without sparsity:
+# Dense bfloat16 FLOP/s of one JAX device, by prefix of its `device_kind`; the
+# first match counts. From the vendors' data sheets, without sparsity:
 # nvidia.com (B200, H200, H100, A100, L40S, L4, RTX Blackwell and Ada
 # architecture papers) and cloud.google.com/tpu/docs (system architecture).
-# A device of TPU v2 and v3 is one of a chip's two cores.
+# On TPU v2 and v3, a JAX device is one of a chip's two cores.
 _PEAKS = (
   ("NVIDIA GB200", 2500e12),
   ("NVIDIA B200", 2250e12),
@@ -47,21 +46,21 @@ def of_forward(
 ) -> float:
   """Counts the model FLOPs of one forward pass.
 
-  A token costs 2 N + 4 L H Q T: N numbers in the kernels it meets, L layers
-  of H heads that are Q wide, and T tokens that it sees. T is counted exactly:
-  its own position and those before it in its own sequence, as many as the
-  window leaves. Taken over a sequence it is half of the T in the paper, which
-  counts masked scores too.
+  A token costs 2 N + 4 L H Q T, with N parameters in the kernels applied to it,
+  L layers, H query heads of width Q, and T tokens it attends to. T is exact:
+  the token itself and the earlier tokens of its sequence within the window.
+  Averaged over a sequence it is half of the paper's T, which includes masked
+  scores.
 
-  The embedding's table is looked up and not multiplied, so it counts only
-  where it is the head as well. Of a mixture count the experts a token goes to.
+  The embedding is a lookup, so it counts only if it is tied to the head. In a
+  mixture of experts, the chosen experts of a token count.
 
   Source: Chowdhery et al., arXiv:2204.02311, appendix B.
 
   Args:
-    config: of the model.
-    lengths: tokens of each sequence. Packed ones are as many sequences, and
-      padding is none.
+    config: configuration of the model.
+    lengths: number of tokens of each sequence, without padding. Packed
+      sequences are listed separately.
   """
   return _kernels(config, lengths) + _scores(config, lengths)
 
@@ -74,14 +73,14 @@ def of_update(
 ) -> float:
   """Counts the model FLOPs of a forward and a backward pass.
 
-  The backward pass costs twice the forward one, 6 N + 12 L H Q T together: a
-  product's gradient by its input, and by its kernel.
+  The backward pass costs twice the forward pass, since each product has a
+  gradient by its input and one by its kernel: 6 N + 12 L H Q T in total.
 
   Args:
-    config: of the model.
-    lengths: as in `of_forward`.
-    is_base_frozen: whether only adapters are trained. Then kernels have no
-      gradient of their own; that of adapters is too small to count.
+    config: see `of_forward`.
+    lengths: see `of_forward`.
+    is_base_frozen: whether only adapters are trained. Then kernel gradients are
+      not computed; those of the adapters are negligible and not counted.
   """
   kernel_passes = 2 if is_base_frozen else 3
   kernels = kernel_passes * _kernels(config, lengths)
@@ -89,13 +88,13 @@ def of_update(
 
 
 def lengths(segment_ids_BT: np.ndarray) -> list[int]:
-  """Counts the tokens of each sequence of a packed batch; 0 is padding."""
+  """Returns the length of each sequence in a packed batch; 0 is padding."""
   counts = [np.bincount(ids_T)[1:] for ids_T in segment_ids_BT]
   return [int(n) for n in np.concatenate(counts) if n]
 
 
 def peak(device_kind: str) -> float | None:
-  """Gives a device's dense bfloat16 FLOP/s; None if it is unknown."""
+  """Returns a device's peak dense bfloat16 FLOP/s; None if it is unknown."""
   peaks = (flops for kind, flops in _PEAKS if device_kind.startswith(kind))
   return next(peaks, None)
 
@@ -116,13 +115,15 @@ def _kernels(
 def _scores(
   config: decoder_config.DecoderConfig, lengths: Sequence[int]
 ) -> float:
-  """Counts queries times keys, and weights times values."""
+  """Counts the products of queries with keys, and of weights with values."""
 
   def num_seen(is_local: bool) -> int:
+    # Token t attends to min(t + 1, W) tokens, for a window of W. The sum over
+    # n tokens is W (W + 1) / 2 + (n - W) W, with W = n without a window.
     total = 0
     for length in lengths:
-      growing = min(length, config.window or length) if is_local else length
-      total += growing * (growing + 1) // 2 + (length - growing) * growing
+      window = min(length, config.window or length) if is_local else length
+      total += window * (window + 1) // 2 + (length - window) * window
     return total
 
   num_local = sum(config.local)

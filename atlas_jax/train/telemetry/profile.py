@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces a few steps of a run, to see what its devices do."""
+"""Profiles a range of training steps with `jax.profiler`."""
 
 import pathlib
 import re
@@ -11,10 +11,10 @@ from atlas_jax import errors
 
 
 def parse(steps: str, num_steps: int) -> range:
-  """Reads "a:b" as the steps from a to b, both included; "" is none.
+  """Parses "a:b" as the steps a to b, inclusive; "" is an empty range.
 
   Raises:
-    errors.ConfigError: if these are no steps of the run.
+    errors.ConfigError: unless 1 <= a <= b <= num_steps.
   """
   if not steps:
     return range(0)
@@ -22,34 +22,34 @@ def parse(steps: str, num_steps: int) -> range:
   first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last <= num_steps:
     raise errors.ConfigError(
-      f"No steps can be profiled between {steps}.",
+      f"profile_steps must be FIRST:LAST, got {steps!r}.",
       where=f"--config.loop.profile_steps={steps}",
-      why=f"They are a first and a last step of 1 to {num_steps}.",
-      fix="Set it to 3:5, for example; the first steps still compile.",
+      why=f"Both must be steps of the run, from 1 to {num_steps}, in order.",
+      fix="Set it to 3:5, for example; the first steps include compilation.",
     )
   return range(first, last + 1)
 
 
 class Profile:
-  """A trace of some steps, which `xprof`, TensorBoard and Perfetto can open."""
+  """Writes a trace that `xprof`, TensorBoard and Perfetto can open."""
 
   def __init__(self, steps: range, workdir: pathlib.Path) -> None:
-    """Traces nothing yet; the trace goes to `profile/` in the workdir."""
+    """Configures a trace of `steps`, written to `profile/` in the workdir."""
     self._steps, self._directory = steps, workdir / "profile"
     self._is_tracing = False
 
   def __enter__(self) -> "Profile":
-    """Waits for the first of the steps."""
+    """Returns the profile; tracing starts in `before`."""
     return self
 
   def __exit__(self, *error: object) -> None:
-    """Ends the trace of a run that ended before the last of them."""
+    """Stops a trace that is still running."""
     self._stop()
 
   def before(self, step: int, queued: object) -> None:
-    """Begins the trace before its first step, and ends it after its last.
+    """Starts the trace before its first step, and stops it after its last.
 
-    Devices may still be at work for the step before, on what is `queued`.
+    Waits for `queued`, the results of the previous step, before it stops.
     """
     if self._is_tracing and step not in self._steps:
       jax.block_until_ready(queued)
@@ -62,4 +62,4 @@ class Profile:
     if self._is_tracing:
       self._is_tracing = False
       jax.profiler.stop_trace()
-      logging.info("The profile of steps is in %s.", self._directory)
+      logging.info("Wrote profile to %s.", self._directory)

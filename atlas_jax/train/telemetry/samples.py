@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher wrote, kept to be read: tables, and the teachings that worked.
+"""Saves samples of a teacher's completions, for reading.
 
 Under the workdir:
 
   completions/step-N.jsonl         a sample of a step, with every reward part
   stored_completions/N.csv         step, prompt, completion, reward
-  successful_teaching/step_..json  one per teaching whose reward is high enough
+  successful_teaching/step_..json  one per teaching with a high enough reward
 
-N counts steps done, as in `metrics.jsonl`. A step done again after a resume
-replaces its files. The last two have the names and fields of ATLAS.
+N counts steps done, as in `metrics.jsonl`. A step repeated after a resume
+replaces its files. The last two use ATLAS's file names and fields.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,12 +28,12 @@ from atlas_jax.train.telemetry import writer as train_writer
 _CSV_COLUMNS = ("step", "prompt", "completion", "reward")
 _SHOWN = ("question", "completion", "taught", "reward")
 
-# A record, and what it got.
+# A record and its reward.
 _Rewarded = tuple[types.TeachingRecord, types.Reward]
 
 
 class SampleLog:
-  """Keeps samples of each step on disk."""
+  """Saves samples of each step to disk."""
 
   def __init__(
     self,
@@ -46,26 +46,26 @@ class SampleLog:
     stored_fraction: float,
     successful_reward: float,
   ) -> None:
-    """Sets what is kept.
+    """Configures which samples are saved.
 
     Args:
-      writer: of the run; takes the tables.
-      tokenizer: of the policy.
-      seed: decides the samples.
+      writer: writer of the run; receives the tables.
+      tokenizer: tokenizer of the policy.
+      seed: seed of the sampling.
       log_completions_every: steps between samples of completions; 0 for none.
-      num_completions: that a table shows.
-      stored_fraction: the chance of a completion to be in the CSV file.
-      successful_reward: teachings with this reward or more are kept, of every
+      num_completions: rows per table.
+      stored_fraction: probability that a completion is stored in the CSV file.
+      successful_reward: teachings with at least this reward are saved, at every
         step.
 
     Raises:
-      errors.ConfigError: if the fraction is none.
+      errors.ConfigError: if `stored_fraction` is outside [0, 1].
     """
     if not 0.0 <= stored_fraction <= 1.0:
       raise errors.ConfigError(
-        "The fraction of completions to store is no fraction.",
+        f"stored_fraction must be in [0, 1], got {stored_fraction}.",
         where=f"--config.samples.stored_fraction={stored_fraction}",
-        why="It is a chance, between 0 and 1.",
+        why="It is the probability that a completion is stored.",
         fix="Set it to 0.1, for example, or to 0 to store none.",
       )
     self._writer, self._tokenizer, self._seed = writer, tokenizer, seed
@@ -79,24 +79,24 @@ class SampleLog:
     records: Sequence[types.TeachingRecord],
     rewarded: Sequence[types.Reward],
   ) -> None:
-    """Keeps what is worth keeping of graded records after `step` steps."""
+    """Saves samples of the rewarded records after `step` steps."""
     if isinstance(self._writer, train_writer.Silent):
-      return  # Another process keeps it.
+      return  # Another process saves them.
     pairs = list(zip(records, rewarded, strict=True))
     if self._every and step % self._every == 0:
       rng = np.random.default_rng((self._seed, step))
       size = min(self._num_completions, len(pairs))
       chosen = sorted(rng.choice(len(pairs), size, replace=False))
-      rows = _fill([self._row(*pairs[i]) for i in chosen])
+      rows = _with_all_columns([self._row(*pairs[i]) for i in chosen])
       self._writer.table(step, "completions", rows, shown=_SHOWN)
       is_stored = rng.random(len(pairs)) < self._stored_fraction
-      self._store(step, [pairs[i] for i in np.flatnonzero(is_stored)])
-    self._keep_successful(step, pairs)
+      self._write_csv(step, [pairs[i] for i in np.flatnonzero(is_stored)])
+    self._write_successful(step, pairs)
 
   def _row(
     self, record: types.TeachingRecord, reward: types.Reward
   ) -> dict[str, Any]:  # Any: text, numbers or None.
-    """Makes a row of the table; each with the first of several answers."""
+    """Returns a table row, with the first of several answers."""
     taught, baseline = _first(record.taught), _first(record.baseline)
     completion = record.teacher_rollout.completion
     return {
@@ -117,8 +117,8 @@ class SampleLog:
       **{f"rewards/{name}": part for name, part in reward.parts.items()},
     }
 
-  def _store(self, step: int, pairs: Sequence[_Rewarded]) -> None:
-    """Writes the CSV file of a step."""
+  def _write_csv(self, step: int, pairs: Sequence[_Rewarded]) -> None:
+    """Writes the stored completions of a step."""
     if not self._stored_fraction:
       return
     text = io.StringIO()
@@ -134,14 +134,14 @@ class SampleLog:
       prompt = record.teacher_rollout.prompt.text
       table.writerow([step, prompt, self._text(record), reward.value])
     folder = self._folder("stored_completions")
-    train_writer.write_whole(folder / f"{step}.csv", text.getvalue())
+    train_writer.write_atomically(folder / f"{step}.csv", text.getvalue())
 
-  def _keep_successful(self, step: int, pairs: Sequence[_Rewarded]) -> None:
-    """Writes a file for each teaching that did well."""
+  def _write_successful(self, step: int, pairs: Sequence[_Rewarded]) -> None:
+    """Writes one file per successful teaching."""
     folder = self._folder("successful_teaching")
     prefix = f"step_{step:06d}_sample_"
     for path in folder.glob(f"{prefix}*.json"):
-      path.unlink()  # Of this step, before a resume.
+      path.unlink()  # Written by this step before a resume.
     now = datetime.datetime.now(datetime.UTC)
     microseconds = round(now.timestamp() * 1e6)
     for i, (record, reward) in enumerate(pairs):
@@ -151,17 +151,17 @@ class SampleLog:
         "step": step,
         "timestamp": now.isoformat(),
         "sample_index": i,
-        **self._lesson(record, reward),
+        **self._atlas_fields(record, reward),
       }
-      train_writer.write_whole(
+      train_writer.write_atomically(
         folder / f"{prefix}{i}_{microseconds}.json",
         json.dumps(fields, ensure_ascii=False, indent=2) + "\n",
       )
 
-  def _lesson(
+  def _atlas_fields(
     self, record: types.TeachingRecord, reward: types.Reward
   ) -> dict[str, Any]:  # Any: JSON.
-    """Names a record's fields as ATLAS does; its history has one lesson."""
+    """Returns a record under ATLAS's field names, with an empty history."""
     taught = _first(record.taught).text
     baseline = _first(record.baseline).text
     return {
@@ -192,12 +192,14 @@ class SampleLog:
 
 
 def _first(attempts: Sequence[types.Attempt]) -> types.Attempt:
-  """Gives the first answer, or an empty one where there is none."""
+  """Returns the first answer, or an empty one if there are no answers."""
   return attempts[0] if attempts else types.Attempt("", 0, "stop")
 
 
-def _fill(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Gives every row the columns of all; a missing reward has no parts."""
+def _with_all_columns(
+  rows: Iterable[Mapping[str, Any]],  # Any: as in `_row`.
+) -> list[dict[str, Any]]:
+  """Adds missing columns, as None; a missing reward has no parts."""
   rows = list(rows)
   columns = dict.fromkeys(column for row in rows for column in row)
   return [{column: row.get(column) for column in columns} for row in rows]

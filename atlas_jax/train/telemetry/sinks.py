@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard, W&B and trackio, none of which can hold up a run.
+"""TensorBoard, W&B and trackio, which can neither block nor fail a run.
 
-Each gets its own thread and a bounded queue. What one of them does not take, or
-takes too slowly, is dropped, and told once: `metrics.jsonl` holds everything.
+Each tracker has its own thread and a bounded queue. Metrics that it rejects or
+consumes too slowly are dropped, with one warning; `metrics.jsonl` is complete.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from absl import logging
 
 from atlas_jax import errors
 
-# Of a table: column names to values that JSON can hold.
+# A table row: column names to JSON values.
 Row = Mapping[str, Any]  # Any: text, numbers or None.
 
 NONE = "none"
@@ -34,40 +34,40 @@ _MAX_CLOSE_S = 20.0
 
 
 class Sink(Protocol):
-  """Takes the metrics of a run somewhere; may raise, and may block."""
+  """A backend for the metrics of a run; may raise, and may block."""
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Takes finite metrics after `step` steps."""
+    """Writes finite metrics after `step` steps."""
     ...
 
   def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-    """Takes rows with the same columns; there is at least one."""
+    """Writes a table of at least one row; all rows have the same columns."""
     ...
 
   def close(self) -> None:
-    """Writes what is not written yet."""
+    """Flushes and closes the backend."""
     ...
 
 
 def open_sinks(
   workdir: pathlib.Path,
-  resolved: Mapping[str, Any],  # Any: a config's values, as JSON holds them.
+  resolved: Mapping[str, Any],  # Any: a config's values, as JSON.
   *,
   to: str,
   project: str,
   group: str,
   name: str,
 ) -> list["Background"]:
-  """Makes the trackers of a run, which are yet to be started.
+  """Returns the trackers of a run, not started yet.
 
   Args:
-    workdir: TensorBoard's files go to `tensorboard/` in it. Its name is the
-      run's, if `name` is empty.
-    resolved: the run's config, for the trackers that keep it.
-    to: "none", or names of trackers, separated by commas.
-    project: what W&B and trackio file the run under.
-    group: likewise, within the project; may be empty.
-    name: of the run.
+    workdir: TensorBoard writes to `tensorboard/` in it. Its name is the run's
+      name if `name` is empty.
+    resolved: the run's config, stored by W&B and trackio.
+    to: "none", or comma-separated tracker names.
+    project: project of the run in W&B and trackio.
+    group: group of the run within the project; may be empty.
+    name: name of the run.
 
   Raises:
     errors.ConfigError: for an unknown tracker, or one that is not installed.
@@ -90,114 +90,115 @@ def open_sinks(
 
 
 def _check(tracker: str, to: str) -> None:
-  """Refuses what cannot be had, before a run begins."""
+  """Checks that a tracker is known and installed."""
   if tracker not in _PACKAGES:
     raise errors.ConfigError(
-      f"There is no tracker {tracker!r}.",
+      f"Unknown tracker {tracker!r}.",
       where=f"--config.report.to={to}",
-      why=f"Known are {', '.join(_PACKAGES)}; {NONE} is for none of them.",
-      fix="Name one of these, or several with commas between.",
+      why=f"Supported trackers: {', '.join(_PACKAGES)}; or {NONE}.",
+      fix="Set one or more of them, separated by commas.",
     )
   package = _PACKAGES[tracker]
   if importlib.util.find_spec(package) is None:
     raise errors.ConfigError(
-      f"The package of {tracker} is not installed.",
+      f"Tracker {tracker!r} is not installed.",
       where=f"--config.report.to={to}",
-      why=f"There is no module {package}.",
-      fix=f"pip install {package}, or leave {tracker} out.",
+      why=f"Module {package} was not found.",
+      fix=f"pip install {package}, or remove {tracker} from report.to.",
     )
 
 
 class Background:
-  """Feeds a sink from a thread, so that it can neither stop nor slow a run."""
+  """Feeds a sink from its own thread, so that it cannot block or fail a run."""
 
   def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
-    """Opens nothing yet."""
+    """Creates the thread; `start` opens the sink."""
     self._name, self._open_sink = name, open_sink
     self._jobs: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(
       _MAX_WAITING
     )
     self._has_warned = False
     self._thread = threading.Thread(
-      target=self._work, name=f"sink-{name}", daemon=True
+      target=self._run, name=f"sink-{name}", daemon=True
     )
 
   def start(self) -> None:
-    """Opens the sink, in the thread: that too may fail or block."""
+    """Starts the thread, which opens the sink: that too may fail or block."""
     self._thread.start()
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Hands metrics over; does not wait."""
-    self._put(lambda sink: sink.scalars(step, values))
+    """Enqueues metrics; does not block."""
+    self._enqueue(lambda sink: sink.scalars(step, values))
 
   def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-    """Hands a table over; does not wait."""
-    self._put(lambda sink: sink.table(step, name, rows))
+    """Enqueues a table; does not block."""
+    self._enqueue(lambda sink: sink.table(step, name, rows))
 
   def close(self, max_wait_s: float = _MAX_CLOSE_S) -> None:
-    """Lets the sink finish, if it does so in time."""
+    """Waits up to `max_wait_s` for the sink to finish."""
     deadline = time.monotonic() + max_wait_s
     try:
       self._jobs.put(None, timeout=max_wait_s)
     except queue.Full:
-      self._warn("it does not take what it is given")
+      self._warn("its queue is full")
       return
     self._thread.join(max(0.0, deadline - time.monotonic()))
     if self._thread.is_alive():
-      self._warn(f"it was not done {max_wait_s:.0f} s after the end")
+      self._warn(f"it did not finish within {max_wait_s:.0f} s")
 
-  def _put(self, job: Callable[[Sink], None]) -> None:
+  def _enqueue(self, job: Callable[[Sink], None]) -> None:
     try:
       self._jobs.put_nowait(job)
     except queue.Full:
-      self._warn("it takes metrics more slowly than they come")
+      self._warn("it is slower than the run")
 
-  def _work(self) -> None:
+  def _run(self) -> None:
     sink: Sink | None = None
-    with _Contained(self._warn_closed):
+    with _Suppress(self._warn_not_opened):
       sink = self._open_sink()
     while (job := self._jobs.get()) is not None:
       if sink is not None:
-        with _Contained(self._warn):
+        with _Suppress(self._warn):
           job(sink)
     if sink is not None:
-      with _Contained(self._warn):
+      with _Suppress(self._warn):
         sink.close()
 
-  def _warn_closed(self, why: str) -> None:
+  def _warn_not_opened(self, why: str) -> None:
     advice = _ADVICE.get(self._name)
-    self._warn(f"{why} at its start{f' ({advice})' if advice else ''}")
+    self._warn(f"{why} while opening{f' ({advice})' if advice else ''}")
 
   def _warn(self, why: str) -> None:
     if not self._has_warned:
       self._has_warned = True
       logging.warning(
-        "Some metrics are missing in %s: %s. metrics.jsonl has them all.",
-        *(self._name, why),
+        "Dropping metrics of tracker %s: %s. metrics.jsonl has all metrics.",
+        self._name,
+        why,
       )
 
 
-class _Contained:
-  """Ends a block that raises, whatever it raises, and tells of it.
+class _Suppress:
+  """Suppresses and reports any exception of a block.
 
-  A tracker's code is not ours, and may fail in any way it likes.
+  The block runs a tracker's code, which may raise anything.
   """
 
-  def __init__(self, tell: Callable[[str], None]) -> None:
-    self._tell = tell
+  def __init__(self, report: Callable[[str], None]) -> None:
+    self._report = report
 
   def __enter__(self) -> None:
     pass
 
   def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
-    del error  # A library's message may hold a key, or an address with one.
+    del error  # A library's message may contain a key, or a URL with one.
     if kind is not None:
-      self._tell(f"it raised {kind.__name__}")
+      self._report(f"it raised {kind.__name__}")
     return True
 
 
 class _TensorBoard:
-  """Event files, by tensorboardX: it needs no TensorFlow and no torch."""
+  """Event files written by tensorboardX, which needs no TensorFlow or torch."""
 
   def __init__(self, directory: pathlib.Path) -> None:
     writer = importlib.import_module("tensorboardX").SummaryWriter
@@ -215,7 +216,7 @@ class _TensorBoard:
 
 
 class _WandB:
-  """A run of Weights & Biases, the same one after a resume."""
+  """A Weights & Biases run, resumed when the workdir is resumed."""
 
   def __init__(
     self,
@@ -229,7 +230,8 @@ class _WandB:
     self._run = self._wandb.init(
       **tracked, dir=workdir, id=path.read_text("utf-8"), resume="allow"
     )
-    # W&B's own step never goes back, as ours does after a crash.
+    # W&B's own step cannot decrease; ours does when a run resumes from an
+    # earlier checkpoint.
     self._run.define_metric("*", step_metric="step")
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -246,7 +248,7 @@ class _WandB:
 
 
 class _Trackio:
-  """A run of trackio, kept on this machine."""
+  """A trackio run, stored on this machine."""
 
   def __init__(self, tracked: Mapping[str, Any]) -> None:  # Any: as above.
     module = importlib.import_module("trackio")
@@ -264,7 +266,7 @@ class _Trackio:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-  """Writes rows as a Markdown table."""
+  """Formats rows as a Markdown table."""
   lines = [list(rows[0]), ["---"] * len(rows[0])]
   lines += [[_cell(value) for value in row.values()] for row in rows]
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

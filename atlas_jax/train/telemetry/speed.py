@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a run is, and what its time goes to."""
+"""Measures throughput, utilization and goodput of a run."""
 
 from collections.abc import Mapping
 import threading
@@ -12,27 +12,28 @@ from atlas_jax.train.telemetry import clock as train_clock
 from atlas_jax.train.telemetry import flops
 
 INIT, COMPILE = "init", "compile"
-# What teaches the model nothing; the rest is its goodput.
+# Phases without training progress; goodput is the fraction of all others.
 _OVERHEAD = (INIT, COMPILE, "data", "save", "eval", train_clock.IDLE)
-# What the compiler takes, besides tracing; from its cache it is read instead.
+# Events of compilation after tracing. With a cache hit, the second one is the
+# time to read the cache.
 _COMPILING = (
   "/jax/core/compile/jaxpr_to_mlir_module_duration",
   "/jax/core/compile/backend_compile_duration",
 )
 _COMPILED = _COMPILING[-1]
-# Before any device is touched, or a file read.
+# Start of the process, approximately: before devices or files are accessed.
 _IMPORTED = time.monotonic()
 
 
 class Speed:
-  """Turns the seconds of a run's phases into speeds and shares.
+  """Computes throughput and time shares from the phases of a clock.
 
-  It listens to the compiler while it is open: what that takes out of a phase is
-  a phase of its own.
+  While it is open it listens to JAX's compilation events, and moves compilation
+  time from the current phase to the phase `COMPILE`.
   """
 
   def __init__(self, clock: train_clock.Clock) -> None:
-    """Ends the initialisation, which has been since the process began."""
+    """Records startup time since process start."""
     clock.take()
     self._clock = clock
     self._init_s: float | None = time.monotonic() - _IMPORTED
@@ -42,32 +43,32 @@ class Speed:
     device = jax.devices()[0]
     self._peak = flops.peak(device.device_kind)
     if self._peak is None:
-      logging.info("Unknown device %r: there is no mfu.", device.device_kind)
+      logging.info("No mfu: unknown device kind %r.", device.device_kind)
 
   def __enter__(self) -> "Speed":
-    """Listens from now on."""
-    jax.monitoring.register_event_duration_secs_listener(self._hear)
+    """Starts listening to compilation events."""
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
     return self
 
   def __exit__(self, *error: object) -> None:
-    """Listens no more, and tells where the time went."""
-    jax.monitoring.unregister_event_duration_listener(self._hear)
+    """Stops listening, and logs the time share of each phase."""
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
     self._add(self._clock.take())
     total = sum(self._seconds.values())
     shares = sorted(self._seconds.items(), key=lambda item: -item[1])
     logging.info(
-      "%.1f s in all: %s.",
+      "Run took %.1f s: %s.",
       total,
       ", ".join(f"{name} {s / total:.1%}" for name, s in shares),
     )
 
   def take(self, mean: Mapping[str, float], num_steps: int) -> dict[str, float]:
-    """Splits the time since the last call: seconds per step, and speeds.
+    """Returns timing metrics since the last call.
 
     Args:
-      mean: metrics, averaged over the steps since then. Speeds are told of
-        what is there of `num_tokens` and `num_flops`.
-      num_steps: done since then.
+      mean: metrics averaged over the steps since then. `num_tokens` and
+        `num_flops` yield throughput if they are present.
+      num_steps: steps done since then.
     """
     taken = self._clock.take()
     self._add(taken)
@@ -79,12 +80,12 @@ class Speed:
     if self._init_s is not None:
       times["init_s"], self._init_s = self._init_s, None
     self._num_compiles = 0
-    return times | self._speeds(mean, taken)
+    return times | self._throughput(mean, taken)
 
-  def _speeds(
+  def _throughput(
     self, mean: Mapping[str, float], taken: Mapping[str, float]
   ) -> dict[str, float]:
-    """Divides by the seconds of a step that are its own."""
+    """Divides per-step counts by the step's time without eval and saves."""
     num_devices = jax.device_count()
     speeds = {}
     if "num_tokens" in mean:
@@ -93,7 +94,7 @@ class Speed:
       speeds["tokens_per_s"] = per_s
       speeds["device_tokens_per_s"] = per_s / num_devices
     if "num_flops" in mean:
-      # Devices compute a step while the host makes the next one's data.
+      # Devices compute a step while the host loads the next one's data.
       updating = taken.get("train", 0.0) + taken.get("data", 0.0)
       per_s = mean["num_flops"] / updating / num_devices
       speeds["device_tflops"] = per_s / 1e12
@@ -110,9 +111,9 @@ class Speed:
     for phase, seconds in taken.items():
       self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
-  def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
+  def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
     if event == _COMPILED:
       self._num_compiles += 1
-    # Other threads have time of their own.
+    # The clock measures this thread only.
     if event in _COMPILING and threading.get_ident() == self._thread:
       self._clock.move(duration_secs, COMPILE)

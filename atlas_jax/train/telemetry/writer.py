@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: `metrics.jsonl` is the truth, the rest a view of it."""
+"""Writes the metrics of a run to `metrics.jsonl`, console and trackers."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -15,47 +15,46 @@ from atlas_jax.train.telemetry import console, sinks
 
 
 class Writer:
-  """Metrics and tables of a run, on disk, on the console and to trackers.
+  """Writes metrics and tables to disk, to the console and to trackers.
 
-  Each call appends one line to `metrics.jsonl`, with its step and time. Opened
-  again after a resume, it drops the lines of steps that will be done again, so
-  that each step is told once. Tables are files of their own, which a step done
-  again replaces.
+  Each `write` appends one line to `metrics.jsonl`, with step and time. After a
+  resume the lines of steps that will be repeated are dropped, so each step is
+  logged once. Tables are separate files, which a repeated step replaces.
   """
 
   def __init__(
     self, workdir: pathlib.Path, trackers: Sequence[sinks.Background]
   ) -> None:
-    """Takes the run's folder, and what else shall have its metrics."""
+    """Stores the workdir and trackers; `begin` opens them."""
     self.workdir, self._trackers = workdir, trackers
 
   def begin(self, *, step: int, num_steps: int) -> None:
-    """Opens everything, and keeps the lines up to `step`, the steps done."""
+    """Opens all outputs, and drops lines after `step`, the steps done."""
     path = self.workdir / "metrics.jsonl"
-    lines = _lines(path) if path.exists() else []
+    lines = _read_lines(path) if path.exists() else []
     kept = [line for number, line in lines if number <= step]
     last = max((number for number, _ in lines), default=step)
     if last > step:
-      logging.info("Lost, and done again: steps %d to %d.", step + 1, last)
-    write_whole(path, "".join(kept))
+      logging.info("Repeating lost steps %d to %d.", step + 1, last)
+    write_atomically(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._console = console.Console(step=step, num_steps=num_steps)
     for tracker in self._trackers:
       tracker.start()
 
   def advance(self, step: int) -> None:
-    """Shows that `step` steps are done."""
+    """Shows progress on the console: `step` steps are done."""
     self._console.advance(step)
 
   def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
-    """Writes metrics after `step` steps, and shows them."""
+    """Writes metrics after `step` steps to all outputs."""
     values = {k: float(v) for k, v in metrics.items()}
-    # JSON has no NaN; null is what a reader can test for.
+    # JSON has no NaN or infinity; readers can test for null.
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
     line = json.dumps({"step": step, "time": time.time(), **row})
     self._file.write(line + "\n")
     self._file.flush()
-    self._console.tell(step, values)
+    self._console.report(step, values)
     finite = {k: v for k, v in values.items() if math.isfinite(v)}
     for tracker in self._trackers:
       tracker.scalars(step, finite)
@@ -68,14 +67,14 @@ class Writer:
     *,
     shown: Sequence[str],
   ) -> None:
-    """Writes rows of the same columns to `NAME/step-STEP.jsonl`.
+    """Writes rows with the same columns to `NAME/step-STEP.jsonl`.
 
-    Trackers get all columns, the console those which are `shown`.
+    Trackers receive all columns, the console only those in `shown`.
     """
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path = self.workdir / name / f"step-{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(lines))
+    write_atomically(path, "".join(lines))
     if rows:
       self._console.table(
         f"{name} of step {step}",
@@ -85,7 +84,7 @@ class Writer:
         tracker.table(step, name, rows)
 
   def close(self) -> None:
-    """Makes sure that every line is on disk."""
+    """Flushes `metrics.jsonl` to disk and closes all outputs."""
     self._console.close()
     self._file.flush()
     os.fsync(self._file.fileno())
@@ -95,18 +94,18 @@ class Writer:
 
 
 class Silent(Writer):
-  """Takes what another process of the run tells already, and keeps nothing."""
+  """Discards everything, in processes other than the first of a run."""
 
   def begin(self, *, step: int, num_steps: int) -> None:
-    """Opens nothing."""
+    """Does nothing."""
     del step, num_steps
 
   def advance(self, step: int) -> None:
-    """Shows nothing."""
+    """Does nothing."""
     del step
 
   def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
-    """Writes nothing."""
+    """Does nothing."""
     del step, metrics
 
   def table(
@@ -117,39 +116,39 @@ class Silent(Writer):
     *,
     shown: Sequence[str],
   ) -> None:
-    """Writes nothing."""
+    """Does nothing."""
     del step, name, rows, shown
 
   def close(self) -> None:
-    """Has nothing to close."""
+    """Does nothing."""
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file of which nobody ever sees a part."""
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a file by renaming, so that readers never see part of it."""
   partial = path.with_name(f"{path.name}.tmp")
   partial.write_text(text, encoding="utf-8")
   partial.replace(path)
 
 
 def last(workdir: pathlib.Path) -> dict[str, tuple[int, float]]:
-  """Reads the last finite value of what tells how good a run's weights are.
+  """Returns the last finite value of each quality metric, with its step.
 
-  Returns:
-    The loss, the reward and all of the last evaluation, each with its step.
+  These are `loss`, `reward` and every `eval/` metric, read from the workdir's
+  `metrics.jsonl`; empty if it is missing.
   """
   path = workdir / "metrics.jsonl"
   found: dict[str, tuple[int, float]] = {}
   for line in path.read_text("utf-8").splitlines() if path.exists() else ():
     row = json.loads(line)
     for name, value in row.items():
-      is_told = name in ("loss", "reward") or name.startswith("eval/")
-      if is_told and value is not None:
+      is_quality = name in ("loss", "reward") or name.startswith("eval/")
+      if is_quality and value is not None:
         found[name] = (row["step"], value)
   return found
 
 
-def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
-  """Reads whole lines with their steps; a torn last line is dropped."""
+def _read_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+  """Returns (step, line) pairs; drops a partially written last line."""
   lines = []
   for line in path.read_text("utf-8").splitlines(keepends=True):
     try:

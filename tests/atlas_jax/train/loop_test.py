@@ -302,7 +302,7 @@ def test_a_trace_ends_with_its_run(tmp_path):
 
 @pytest.mark.parametrize("steps", ["0:1", "3:2", "5:7", "3", "a:b"])
 def test_a_trace_of_no_steps_is_refused(tmp_path, steps):
-  with pytest.raises(errors.ConfigError, match="steps can be profiled"):
+  with pytest.raises(errors.ConfigError, match="profile_steps must be"):
     _run(tmp_path, profile_steps=steps)
 
 

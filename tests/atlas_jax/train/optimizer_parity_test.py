@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten updates of AdamW by torch, and of Adafactor by transformers."""
+"""Ten updates against torch's AdamW and transformers' Adafactor."""
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ def _theirs(make, max_grad_norm):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_adamw_equals_that_of_torch(max_grad_norm):
+def test_adamw_matches_torch(max_grad_norm):
   found = _ours("adamw", max_grad_norm)
   expected = _theirs(
     lambda groups: torch.optim.AdamW(groups, lr=_RATE), max_grad_norm
@@ -69,7 +69,7 @@ def test_adamw_equals_that_of_torch(max_grad_norm):
     np.testing.assert_allclose(found[name], value, atol=1e-5)
 
 
-def test_adafactor_equals_that_of_transformers():
+def test_adafactor_matches_transformers():
   found = _ours("adafactor", 0.0)
   expected = _theirs(
     lambda groups: optimization.Adafactor(

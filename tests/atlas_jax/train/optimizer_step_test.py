@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update: the same however it is split, spread or interrupted by NaN."""
+"""An update does not depend on microbatches or mesh; NaN is skipped."""
 
 import functools
 import math
@@ -39,7 +39,7 @@ def _optimizer():
 
 
 def _regression(aggregate):
-  """A masked regression, whose mean is over tokens or over sequences."""
+  """Returns a masked regression loss, averaged over tokens or sequences."""
 
   def loss_fn(params, batch):
     error_BT = jnp.square(batch["x"] @ params["kernel"] - batch["y"])
@@ -58,7 +58,7 @@ def _data(seed=0):
   return {
     "x": jax.random.normal(keys[0], (_ROWS, _TOKENS, _WIDTH)),
     "y": jax.random.normal(keys[1], (_ROWS, _TOKENS)),
-    # A row in which nothing counts, and one in which all does.
+    # One row is fully masked out, and one fully masked in.
     "mask": mask.at[2].set(False).at[5].set(True),
   }
 
@@ -78,7 +78,7 @@ def _start(loss_fn):
 
 
 def _assert_close(left, right):
-  # Only what is near zero is let off the relative bound.
+  # Values near zero are exempt from the relative bound.
   assert jax.tree.structure(left) == jax.tree.structure(right)
   for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
     a, b = np.asarray(a), np.asarray(b)
@@ -87,7 +87,7 @@ def _assert_close(left, right):
 
 @pytest.mark.parametrize("aggregate", reduce.AGGREGATES)
 @pytest.mark.parametrize("num_microbatches", [2, 8])
-def test_microbatches_add_up_to_one_batch(aggregate, num_microbatches):
+def test_microbatches_match_the_whole_batch(aggregate, num_microbatches):
   loss_fn = _regression(aggregate)
   whole, whole_metrics = _start(loss_fn)[1](_start(loss_fn)[0], _data())
   state, step = _start(loss_fn)
@@ -96,7 +96,7 @@ def test_microbatches_add_up_to_one_batch(aggregate, num_microbatches):
   _assert_close(split_metrics, whole_metrics)
 
 
-def test_gradient_norm_is_that_of_the_whole_loss_before_clipping():
+def test_grad_norm_is_of_the_whole_loss_before_clipping():
   loss_fn = _regression("token_mean")
   state, step = _start(loss_fn)
   grads = jax.grad(lambda p: loss_fn(p, _data())[0])(state.params)
@@ -107,7 +107,7 @@ def test_gradient_norm_is_that_of_the_whole_loss_before_clipping():
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(num_microbatches):
+def test_a_nonfinite_update_is_skipped_and_counted(num_microbatches):
   state, step = _start(_regression("token_mean"))
   step = functools.partial(step, num_microbatches=num_microbatches)
   state, _ = step(state, _data())
@@ -146,7 +146,7 @@ def _sft_state(mesh, model):
 
 
 def _sft_batch(model, seed, num_tokens=16):
-  """Two segments to a row, of which the last tokens are padding."""
+  """Returns rows of two segments, followed by padding."""
   tokens, _, _ = tiny.batch(model, 8, num_tokens, seed=seed)
   lengths = [num_tokens - 9, 6, 3]
   segments = np.repeat([1, 2, 0], lengths)
@@ -190,7 +190,7 @@ def _ten_steps_of_one(family):
 
 
 def _distance(left, right):
-  """Gives the largest relative difference between two arrays of a tree."""
+  """Returns the largest relative difference between arrays of two trees."""
   distances = jax.tree.map(
     lambda a, b: np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b),
     jax.device_get(left),
@@ -211,22 +211,23 @@ _MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "sizes"), _MESHES, ids=str)
-def test_eight_devices_train_as_one_does(family, sizes):
+def test_eight_devices_match_one(family, sizes):
   one, one_losses = _ten_steps_of_one(family)
   mesh = tiny.mesh(**sizes)
   parts = 1 if sharding.num_row_shards(mesh) == 8 else 2
   eight, eight_losses, step = _ten_steps(family, mesh, num_microbatches=parts)
   np.testing.assert_allclose(eight_losses, one_losses, rtol=1e-6)
-  # In the norm: Adam divides by small moments, so single elements differ more.
+  # Norms are compared: Adam divides by small moments, so single elements
+  # differ more.
   assert _distance(eight.params, one.params) <= 1e-6
   assert _distance(eight.opt_state, one.opt_state) <= 1e-5
-  # Where the state lies is where it began: one program, and none more.
+  # The state's shardings do not change, so only one program is compiled.
   start = train_state.shardings(_sft_state(mesh, _model(family, mesh)))
   assert train_state.shardings(eight) == start
   assert step.func._cache_size() == 1
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_as_their_parameters():
   mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   model = _model("qwen2", mesh)
   state = _sft_state(mesh, model)
@@ -235,10 +236,10 @@ def test_moments_lie_where_their_parameters_do():
     assert train_state.shardings(moment) == train_state.shardings(state.params)
 
 
-def test_no_device_holds_activations_of_the_rows_of_others():
+def test_no_device_holds_activations_of_other_devices_rows():
   mesh = tiny.mesh(fsdp=8)
   rows = sharding.of_batch(mesh)
-  num_tokens = 13  # This and the 8 rows are sizes of nothing else.
+  num_tokens = 13  # No other axis has this size, or the 8 of the rows.
   layout = sharding.of_activations(mesh)
   model = tiny.build("qwen2", **_SHAPE, head_dim=4, layout=layout)
   state = _sft_state(mesh, model)
@@ -261,7 +262,7 @@ def test_no_device_holds_activations_of_the_rows_of_others():
   program = step.func.lower({}, state, batch).compile().as_text()
   shapes = set(re.findall(r"\b(?:f32|pred)\[([\d,]+)\]", program))
   assert f"1,{num_tokens},24" in shapes
-  # All rows are together only where each device has an eighth of their width.
+  # Arrays of all rows hold at most an eighth of the width per device.
   of_all_rows = re.compile(rf"\b(8,{num_tokens}|{8 * num_tokens})\b")
   sizes = {
     shape: math.prod(map(int, shape.split(",")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update of each optimizer against its paper; what it leaves alone."""
+"""One update of each optimizer against its paper; frozen parameters."""
 
 import functools
 
@@ -39,9 +39,10 @@ def test_one_update_is_the_papers_with_clipping_and_masked_decay(name):
   chain = _make(name=name, weight_decay=0.1)
   updates = _one_update(chain, params, grads)
   for path, value in params["layers"].items():
-    # After one update Adam's moments are unbiased to the gradient itself, and
-    # Adafactor's, of what is not a large matrix, is its square. So all three
-    # are left with its sign; clipping matters where there is an epsilon.
+    # After one update Adam's bias-corrected moments are the gradient and its
+    # square, and Adafactor's unfactored moment is its square. So all three
+    # directions are the gradient's sign; clipping matters only relative to
+    # epsilon.
     decay = 0.1 if path == "kernel" else 0.0
     expected = -0.01 * (np.sign(value) + decay * np.asarray(value))
     np.testing.assert_allclose(updates["layers"][path], expected, rtol=1e-5)
@@ -51,7 +52,7 @@ def test_one_update_is_the_papers_with_clipping_and_masked_decay(name):
   ("max_grad_norm", "norm"), [(1.0, 1.0), (30.0, 20.0), (0.0, 20.0)]
 )
 def test_the_global_norm_is_clipped_if_it_is_greater(max_grad_norm, norm):
-  # With such an epsilon Adam is proportional to the gradient.
+  # With a large epsilon Adam's update is proportional to the gradient.
   chain = _make(1.0, **{"max_grad_norm": max_grad_norm, "adamw.epsilon": 1e6})
   params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
   grads = {"a": jnp.array([12.0]), "b": jnp.array([-16.0])}
@@ -77,7 +78,7 @@ def _model():
 
 
 def _by_layer(params, layer):
-  """Cuts one layer out of the stack."""
+  """Selects one layer of the stack."""
   layers = jax.tree.map(lambda x: x[layer : layer + 1], params["layers"])
   return {**params, "layers": layers}
 
@@ -95,7 +96,7 @@ def test_muon_makes_each_layers_matrices_orthogonal():
     for matrix in matrices:
       singular = np.linalg.svd(matrix, compute_uv=False)
       scaled = singular / (0.2 * np.sqrt(max(matrix.shape)))
-      # Newton-Schulz ends near one, not at it.
+      # Newton-Schulz converges near one, not to it.
       assert (scaled > 0.5).all()
       assert (scaled < 1.3).all()
     alone = _one_update(
@@ -133,7 +134,7 @@ def test_adafactor_stores_a_row_and_a_column():
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_what_is_frozen_stays_and_has_no_state(name):
+def test_frozen_parameters_are_unchanged_and_have_no_state(name):
   params, grads = _model()
   frozen = ("embed/.*", "layers/mlp/(up|down)/kernel")
   free, partly = (
@@ -150,13 +151,13 @@ def test_what_is_frozen_stays_and_has_no_state(name):
   assert sizes[0] < 0.8 * sizes[1]
 
 
-def test_a_pattern_that_freezes_nothing_is_refused():
+def test_a_pattern_without_a_match_is_rejected():
   with pytest.raises(errors.ConfigError, match="embed/embeding") as caught:
     _make(frozen=("embed/embeding",)).init(_model()[0])
   assert "embed/embedding" in caught.value.why
 
 
-def test_frozen_parameters_have_no_gradient_but_the_loss_sees_them():
+def test_frozen_parameters_have_no_gradient_but_affect_the_loss():
   def loss(params, batch):
     return jnp.sum(params["a"] * params["b"]) * batch
 
@@ -167,7 +168,7 @@ def test_frozen_parameters_have_no_gradient_but_the_loss_sees_them():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw_8bit"])
-def test_an_unknown_optimizer_is_refused(name):
+def test_an_unknown_optimizer_is_rejected(name):
   with pytest.raises(errors.ConfigError, match="adamw, lion, adafactor, muon"):
     _make(name=name)
 
@@ -177,9 +178,7 @@ def _bits(tree):
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_states_lie_with_their_parameters_and_resume_bit_for_bit(
-  name, tmp_path
-):
+def test_moments_are_sharded_and_resume_is_bitwise(name, tmp_path):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   even = {
     "hidden_size": 24,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts in packed rows: every token is there once, and is found again."""
+"""Packed rollouts contain every token once, at the recorded place."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ _SIZES = st.lists(
 
 
 def _rollouts(sizes):
-  """Makes rollouts of (prompt, completion) tokens, no two of them equal."""
+  """Returns rollouts of (prompt, completion) lengths, of distinct tokens."""
   rng = np.random.default_rng(0)
   rollouts, first = [], 1
   for num_prompt, num_written in sizes:
@@ -50,7 +50,7 @@ def _lay_out(rollouts, **changes):
   st.integers(0, 2),
 )
 @hypothesis.settings(deadline=None, max_examples=50)
-def test_every_token_is_there_once_and_is_found_again(
+def test_every_token_is_packed_once_and_found_by_its_place(
   sizes, num_minibatches, num_shards, packed, per_device
 ):
   rollouts = _rollouts(sizes)
@@ -75,28 +75,30 @@ def test_every_token_is_there_once_and_is_found_again(
     if not packed:
       assert batch["segment_ids"].max() == 1
 
-    # The score of a token is the token itself: takes find what was written.
+    # With token ids as scores, the gathered scores are the completions.
     found = rollout_packing.gather_scores(
-      *(ids[:, 1:], batch["places"]), num_microbatches=part.num_microbatches
+      ids[:, 1:], batch["places"], num_microbatches=part.num_microbatches
     )
-    for i, at in part.members:
+    for i, b in part.members:
       assert i % num_minibatches == number
       completion = rollouts[i].completion
-      mask = batch["loss_mask"][at]
-      assert tuple(np.asarray(found)[at][mask]) == completion.token_ids
+      mask = batch["loss_mask"][b]
+      assert tuple(np.asarray(found)[b][mask]) == completion.token_ids
       np.testing.assert_allclose(
-        batch["rollout_logprobs"][at][mask], completion.logprobs, rtol=1e-6
+        batch["rollout_logprobs"][b][mask], completion.logprobs, rtol=1e-6
       )
-    empty = set(range(len(batch["places"]))) - {at for _, at in part.members}
+    empty = set(range(len(batch["places"]))) - {b for _, b in part.members}
     assert not batch["loss_mask"][list(empty)].any()
     _check_segments(batch)
   assert sorted(seen) == list(range(1, sum(map(sum, sizes)) + 1))
 
 
 def _check_segments(batch):
-  """Sees that a segment is one sequence, with positions from 0."""
+  """Asserts that a segment is one sequence, with positions from 0."""
   for ids, segments, positions in zip(
-    *(batch["token_ids"], batch["segment_ids"], batch["positions"]),
+    batch["token_ids"],
+    batch["segment_ids"],
+    batch["positions"],
     strict=True,
   ):
     for segment in range(1, segments.max() + 1):
@@ -106,18 +108,18 @@ def _check_segments(batch):
       np.testing.assert_array_equal(positions[where], np.arange(len(where)))
 
 
-def test_devices_and_microbatches_have_about_as_many_tokens():
+def test_devices_and_microbatches_have_similar_token_counts():
   sizes = np.random.default_rng(1).integers(1, 12, (200, 2)).tolist()
   (part,) = _lay_out(_rollouts(sizes), num_shards=4, per_device=1, length=128)
   num_tokens = (part.batch["segment_ids"] > 0).sum(axis=1)
   assert part.num_microbatches > 2
   assert num_tokens.min() > 0.9 * num_tokens.max()
-  # A microbatch is every so manieth row; the devices have runs of them.
+  # Devices have contiguous rows; row r is in microbatch r % M.
   split = num_tokens.reshape(4, -1, part.num_microbatches)
   assert split.shape[1] == 1
 
 
-def test_rows_are_as_few_as_it_takes_up_to_a_quarter():
+def test_the_number_of_rows_is_within_a_quarter_of_the_minimum():
   sizes = np.random.default_rng(1).integers(1, 12, (200, 2)).tolist()
   packed, apart = (
     _lay_out(_rollouts(sizes), length=length, packed=packed)[0]
@@ -128,7 +130,7 @@ def test_rows_are_as_few_as_it_takes_up_to_a_quarter():
   assert apart.batch["token_ids"].size > 2.5 * total
 
 
-def test_a_sequence_longer_than_a_row_makes_rows_longer():
+def test_a_longer_sequence_extends_the_rows():
   (part,) = _lay_out(_rollouts([(30, 12), (3, 3)]))
   assert part.batch["token_ids"].shape == (1, 64)
 
@@ -140,7 +142,7 @@ def test_without_a_prompt_the_first_token_is_not_scored():
   )
 
 
-def test_rows_of_one_score_batch_are_rounded_up():
+def test_the_number_of_rows_of_a_score_batch_is_rounded_up():
   batch = rollout_packing.make_tokens(
     [((5, 6), (7,)), ((8,), (9,))] * 2, multiple=3
   )
@@ -149,15 +151,15 @@ def test_rows_of_one_score_batch_are_rounded_up():
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 1), (7, 8), (8, 10)])
-def test_few_numbers_of_rows_are_used(count, expected):
-  assert rollout_packing._next(count) == expected
+def test_row_factors_have_three_significant_bits(count, expected):
+  assert rollout_packing._next_factor(count) == expected
 
 
 @hypothesis.given(
   _SIZES, st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 2)
 )
 @hypothesis.settings(deadline=None, max_examples=50)
-def test_whole_rows_mark_every_completion_once(
+def test_pack_rows_masks_in_every_completion_once(
   sizes, num_shards, packed, per_device
 ):
   rollouts = _rollouts(sizes)
@@ -181,7 +183,7 @@ def test_whole_rows_mark_every_completion_once(
   assert sorted(ids[mask].tolist()) == sorted(written)
   prompts = [t for r in rollouts for t in r.prompt.token_ids]
   assert sorted(ids[ids > 0].tolist()) == sorted(prompts + written)
-  told = {
+  logprobs = {
     token: logprob
     for r in rollouts
     for token, logprob in zip(
@@ -189,9 +191,9 @@ def test_whole_rows_mark_every_completion_once(
     )
   }
   np.testing.assert_allclose(
-    batch["rollout_logprobs"][mask], [told[t] for t in ids[mask].tolist()]
+    batch["rollout_logprobs"][mask], [logprobs[t] for t in ids[mask].tolist()]
   )
-  # The same rows as where completions are taken out of them.
+  # The rows match those of `lay_out`.
   (part,) = _lay_out(
     rollouts, num_shards=num_shards, packed=packed, per_device=per_device
   )
@@ -199,7 +201,7 @@ def test_whole_rows_mark_every_completion_once(
     np.testing.assert_array_equal(batch[name], part.batch[name])
 
 
-def test_nothing_predicts_a_first_token_without_a_prompt():
+def test_pack_rows_masks_out_a_first_token_without_a_prompt():
   batch, _ = rollout_packing.pack_rows(
     [rollout_packing.Written((), (5, 6, 7), (0.0, 0.0, 0.0))],
     num_shards=1,

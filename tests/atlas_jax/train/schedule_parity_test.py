@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedules against those of transformers."""
+"""Schedules against transformers."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def _reference(name, **options):
     ),
   ],
 )
-def test_rates_equal_those_of_transformers(name, theirs, options):
+def test_rates_match_transformers(name, theirs, options):
   rate = schedule.make(
     learning_rate=_RATE,
     schedule=name,
@@ -53,8 +53,8 @@ def test_rates_equal_those_of_transformers(name, theirs, options):
   )
   rates = np.array([rate(i) for i in range(_NUM_UPDATES)])
   expected = _reference(theirs, **options)
-  # Theirs begins at zero, so that the first update does nothing; ours leaves
-  # that one out, and is a step ahead until the peak.
+  # Theirs starts at zero, so that the first update does nothing; ours starts
+  # one update later in the warmup.
   np.testing.assert_allclose(
     rates[:_NUM_WARMUP], expected[1 : _NUM_WARMUP + 1], rtol=1e-6
   )

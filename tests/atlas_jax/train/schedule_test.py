@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of the schedules, and what they refuse."""
+"""Shapes of the schedules, and invalid settings."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_cosine_rises_to_the_peak_and_falls_to_zero():
   np.testing.assert_allclose(rates[4:], cosine, atol=1e-6)
 
 
-def test_linear_falls_along_a_line():
+def test_linear_decays_linearly():
   rates = _rates(schedule="linear")
   np.testing.assert_allclose(rates[4:], 2.0 - np.arange(17) / 8, atol=1e-6)
 
@@ -40,20 +40,20 @@ def test_constant_stays_at_the_peak():
   np.testing.assert_allclose(rates[3:], 2.0)
 
 
-def test_wsd_stays_and_falls_in_the_end():
+def test_wsd_is_constant_before_its_decay():
   rates = _rates(schedule="wsd", decay_fraction=0.25)
   np.testing.assert_allclose(rates[3:16], 2.0)
   np.testing.assert_allclose(rates[15:], 2.0 - 0.4 * np.arange(6), atol=1e-6)
 
 
-def test_a_warmup_told_in_updates_is_that_long():
-  told = _rates(warmup_fraction=0.0, warmup_updates=4)
-  np.testing.assert_array_equal(told, _rates())
+def test_warmup_updates_match_the_same_warmup_fraction():
+  rates = _rates(warmup_fraction=0.0, warmup_updates=4)
+  np.testing.assert_array_equal(rates, _rates())
 
 
 @pytest.mark.parametrize("num_updates", [1, 2, 3])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
-def test_no_update_is_lost_on_a_rate_of_zero(name, num_updates):
+def test_no_update_has_a_rate_of_zero(name, num_updates):
   decay_fraction = 0.1 if name == "wsd" else 0.0
   for warmup_fraction in (0.0, 0.05, 0.5, 0.9):
     rates = _rates(
@@ -66,18 +66,18 @@ def test_no_update_is_lost_on_a_rate_of_zero(name, num_updates):
 
 
 @pytest.mark.parametrize(
-  ("changes", "told"),
+  ("changes", "message"),
   [
     ({"schedule": "cosin"}, "constant, linear, cosine, wsd"),
-    ({"warmup_updates": 3}, "in two ways"),
-    ({"decay_fraction": 0.1}, "no other has"),
-    ({"schedule": "wsd"}, "no other has"),
-    ({"schedule": "wsd", "decay_fraction": 0.9}, "sum to 1"),
-    ({"warmup_fraction": 1.1}, "sum to 1"),
-    ({"warmup_fraction": -0.1}, "below 0"),
-    ({"warmup_fraction": 0.0, "warmup_updates": -1}, "below 0"),
+    ({"warmup_updates": 3}, "At most one of"),
+    ({"decay_fraction": 0.1}, "above 0 for schedule wsd"),
+    ({"schedule": "wsd"}, "above 0 for schedule wsd"),
+    ({"schedule": "wsd", "decay_fraction": 0.9}, "at most 1"),
+    ({"warmup_fraction": 1.1}, "at most 1"),
+    ({"warmup_fraction": -0.1}, "not be negative"),
+    ({"warmup_fraction": 0.0, "warmup_updates": -1}, "not be negative"),
   ],
 )
-def test_settings_that_cannot_be_honoured_are_refused(changes, told):
-  with pytest.raises(errors.ConfigError, match=told):
+def test_invalid_settings_are_rejected(changes, message):
+  with pytest.raises(errors.ConfigError, match=message):
     _rates(**changes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Given tokens have the same score in any batch, and it is the model's own."""
+"""Scores match the model's log-probabilities, in any batch."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def _naive(model, params, prompt, completion, temperature):
 
 def test_scores_are_the_models_log_probabilities(world):
   model, params, prompts, completions = world
-  scorer = _scorer(model, params, max_rows=2)  # So two batches.
+  scorer = _scorer(model, params, max_rows=2)  # Two batches.
   scores = scorer(prompts, completions, temperature=0.7)
   for prompt, completion, found in zip(
     prompts, completions, scores, strict=True
@@ -67,7 +67,7 @@ def test_scores_are_the_models_log_probabilities(world):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_a_batch_changes_no_score(world):
+def test_scores_do_not_depend_on_the_batch(world):
   model, params, prompts, completions = world
   scorer = _scorer(model, params)
   together = scorer(prompts, completions, temperature=1.0)
@@ -76,7 +76,7 @@ def test_a_batch_changes_no_score(world):
   assert scorer([], [], temperature=1.0) == []
 
 
-def test_what_does_not_fit_has_no_score(world):
+def test_a_completion_beyond_the_context_has_no_score(world):
   model, params, prompts, completions = world
   long = tuple(range(40)) + tuple(range(40))
   scores = _scorer(model, params)(

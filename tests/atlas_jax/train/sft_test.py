@@ -273,7 +273,7 @@ def test_offload_is_refused_where_the_host_cannot_be_reached(
 ):
   monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
   config = _config(**{"offload.optimizer": True})
-  with pytest.raises(errors.ConfigError, match="be offloaded here"):
+  with pytest.raises(errors.ConfigError, match="Offloading needs"):
     _train(tokenizer, _write(tmp_path), tmp_path / "run", config)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is offloaded waits in the host's memory, and changes no number."""
+"""Offloaded state stays in host memory, and results do not change."""
 
 import functools
 import re
@@ -98,9 +98,7 @@ def _assert_same(left, right):
     (_BOTH, "pinned_host", "pinned_host"),
   ],
 )
-def test_what_is_offloaded_stays_in_the_hosts_memory(
-  offload, moments, reference
-):
+def test_offloaded_state_stays_in_host_memory(offload, moments, reference):
   start = _start(offload)
   step = _make_step(offload)
   for state in (start, _train(_start(offload), step, range(3))):
@@ -112,7 +110,7 @@ def test_what_is_offloaded_stays_in_the_hosts_memory(
   assert step.func._cache_size() == 1
 
 
-def test_offloading_changes_no_bit():
+def test_offloading_is_bitwise_equal():
   states = [
     _train(_start(offload), _make_step(offload), range(4))
     for offload in (train_state.Offload(), _BOTH)
@@ -120,7 +118,7 @@ def test_offloading_changes_no_bit():
   _assert_same(*states)
 
 
-def test_an_update_that_is_skipped_leaves_offloaded_moments_as_they_are():
+def test_a_skipped_update_does_not_change_offloaded_moments():
   step = _make_step(_BOTH)
   state = _train(_start(_BOTH), step, range(2))
   before = jax.device_get(state.opt_state)
@@ -135,7 +133,7 @@ def test_an_update_that_is_skipped_leaves_offloaded_moments_as_they_are():
 
 @pytest.mark.parametrize("saved", [train_state.Offload(), _BOTH])
 @pytest.mark.parametrize("resumed", [train_state.Offload(), _BOTH])
-def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
+def test_a_checkpoint_is_restored_into_the_configured_memory(
   tmp_path, saved, resumed
 ):
   checkpointer = checkpoint.Checkpointer(
@@ -160,7 +158,7 @@ def test_a_checkpoint_is_restored_into_the_memory_that_is_asked_for(
   _assert_same(_train(restored, _make_step(resumed), (2, 3)), straight)
 
 
-def test_another_optimizer_begins_anew_with_the_parameters_of_the_old(tmp_path):
+def test_another_optimizer_resets_its_state_and_keeps_parameters(tmp_path):
   def open_saver(optimizer):
     return checkpoint.Checkpointer(
       tmp_path,
@@ -187,14 +185,14 @@ def test_another_optimizer_begins_anew_with_the_parameters_of_the_old(tmp_path):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_on_accelerators_moments_are_moved_before_anything_else(platform):
-  """Told by the program, which needs no accelerator to be looked at."""
+def test_accelerators_transfer_moments_before_using_them(platform):
+  """Checked in the lowered program, which needs no accelerator."""
   batch = {n: jnp.ones((_ROWS, _WIDTH)) for n in "xy"}
   traced = _make_step(_OPTIMIZER).func.trace({}, _start(_OPTIMIZER), batch)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   main = text[text.index("@main") :].partition("func.func")[0]
   lines = main.splitlines()
-  # Of the arguments, then of the results.
+  # The arguments, then the results.
   before, _, after = lines[0].partition("->")
   on_host = re.findall(r'%(arg\d+): [^%]*mhlo.memory_kind = "pinned_', before)
   num_moments = 2 * len(_params())
@@ -205,15 +203,15 @@ def test_on_accelerators_moments_are_moved_before_anything_else(platform):
     assert '_xla_buffer_placement = "device"' in uses[0]
 
 
-def test_devices_without_host_memory_are_refused(monkeypatch):
+def test_devices_without_host_memory_are_rejected(monkeypatch):
   monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
-  with pytest.raises(errors.ConfigError, match="be offloaded here") as caught:
+  with pytest.raises(errors.ConfigError, match="Offloading needs") as caught:
     _start(_BOTH)
   assert caught.value.exit_code == errors.Exit.CONFIG
   assert "pinned_host" in caught.value.why
   _start(train_state.Offload())
 
 
-def test_a_reference_that_is_not_there_cannot_be_offloaded():
-  with pytest.raises(errors.ConfigError, match="no reference to offload"):
+def test_offloading_a_missing_reference_is_rejected():
+  with pytest.raises(errors.ConfigError, match="stores no reference"):
     train_state.create(_params(), _optimizer(), mesh=_mesh(), offload=_BOTH)

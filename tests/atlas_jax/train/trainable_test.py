@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained: split over the mesh, and merged where the base is."""
+"""Trained parameters are sharded, and merged with their base's sharding."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def _create(adapters, **sizes):
   )
 
 
-def test_without_adapters_everything_is_trained_as_it_is():
+def test_without_adapters_all_parameters_are_trained():
   off = lora.Lora(rank=0, alpha=1.0, targets=())
   params, policy, trained = _create(off, data=8)
   assert trained is params
@@ -46,7 +46,7 @@ def test_without_adapters_everything_is_trained_as_it_is():
   assert all(jax.tree.leaves(same))
 
 
-def test_adapters_and_base_are_the_same_on_any_mesh_and_stay_split():
+def test_adapters_and_base_match_on_any_mesh_and_stay_sharded():
   _, wide, wide_adapters = _create(_LORA, data=2, fsdp=2, tensor=2)
   _, flat, flat_adapters = _create(_LORA, fsdp=-1)
   assert wide.identity() == flat.identity()
@@ -77,7 +77,7 @@ def written(tmp_path_factory):
 
 
 def _create_kept(written, kind, adapters=_LORA, *, remat="dots", **sizes):
-  """Creates a policy over a base in few bits."""
+  """Creates a policy over a quantized base."""
   directory, model = written
   model = tiny.build(
     "qwen3", num_hidden_layers=1, remat=remat, **tiny.blocks("qwen3")
@@ -95,7 +95,7 @@ def _create_kept(written, kind, adapters=_LORA, *, remat="dots", **sizes):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_what_is_merged_is_the_rounded_base_with_its_adapters(written, kind):
+def test_merged_parameters_are_the_quantized_base_with_adapters(written, kind):
   policy, adapters = _create_kept(written, kind, fsdp=2, tensor=2)
   adapters = jax.tree.map(lambda x: x + 0.1, adapters)
   merged = policy.merged_params(adapters)
@@ -111,14 +111,14 @@ def test_what_is_merged_is_the_rounded_base_with_its_adapters(written, kind):
   places = sharding.of_params(tiny.mesh(fsdp=2, tensor=2), merged)
   assert jax.tree.map(lambda leaf: leaf.sharding, merged) == places
   assert {leaf.dtype.name for leaf in jax.tree.leaves(merged)} == {"float32"}
-  # A checkpoint knows the rounded base, wherever that lies.
+  # The identity depends on the quantized base, not on its mesh.
   assert policy.identity() == single.identity()
   assert policy.identity()["base.kept_as"] == kind
   other, _ = _create_kept(written, {"int8": "nf4", "nf4": "int8"}[kind])
   assert policy.identity()["base"] != other.identity()["base"]
 
 
-def test_what_is_merged_is_of_the_precision_that_the_trainer_computes_in(
+def test_merged_parameters_have_the_trainers_dtype(
   written,
 ):
   policy, adapters = _create_kept(written, "nf4")
@@ -126,12 +126,12 @@ def test_what_is_merged_is_of_the_precision_that_the_trainer_computes_in(
   policy = dataclasses.replace(policy, base=coarse)
   merged = policy.merged_params(adapters)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(merged)} == {"bfloat16"}
-  # Adapters that add nothing leave what a layer is restored to.
+  # Zero adapters leave the dequantized kernels.
   restored = quantized.restore(policy.frozen, coarse.dtype)
   jax.tree.map(np.testing.assert_array_equal, merged, restored)
 
 
-def test_what_is_kept_in_few_bits_is_not_trained_and_not_kept_as_floats(
+def test_quantized_parameters_require_adapters_and_remat(
   written,
 ):
   off = lora.Lora(rank=0, alpha=1.0, targets=())
@@ -139,6 +139,8 @@ def test_what_is_kept_in_few_bits_is_not_trained_and_not_kept_as_floats(
     _create_kept(written, "int8", off)
   assert caught.value.where == "--config.model.param_dtype=int8"
   assert "--config.lora.rank=16" in caught.value.fix
-  with pytest.raises(errors.ConfigError, match="all layers at once") as caught:
+  with pytest.raises(
+    errors.ConfigError, match="does not support remat=none"
+  ) as caught:
     _create_kept(written, "nf4", remat="none")
   assert "remat=dots" in caught.value.fix

@@ -260,7 +260,7 @@ def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
   talker, monkeypatch
 ):
   monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
-  with pytest.raises(errors.ConfigError, match="be offloaded here") as caught:
+  with pytest.raises(errors.ConfigError, match="Offloading needs") as caught:
     components.open_model(
       _mesh(), path=str(talker[0]), **{**_MODEL, "remat": "offload"}
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measure against NumPy; what it ignores; where the bound lies."""
+"""Agreement metrics against NumPy, with padding, and the bound."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ def _batch(gap=0.1):
   return old_BT, rollout_BT, generator.random((3, 5)) < 0.6
 
 
-def test_measure_is_that_of_the_counted_tokens():
+def test_metrics_are_means_over_the_masked_in_tokens():
   old_BT, rollout_BT, loss_mask_BT = _batch()
   gap = (old_BT - rollout_BT)[loss_mask_BT]
   measured = agreement.measure(old_BT, rollout_BT, loss_mask_BT)
@@ -31,7 +31,7 @@ def test_measure_is_that_of_the_counted_tokens():
 
 
 @pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, 1e9])
-def test_padding_does_not_count(garbage):
+def test_padding_is_ignored(garbage):
   old_BT, rollout_BT, loss_mask_BT = _batch()
   clean = agreement.measure(old_BT, rollout_BT, loss_mask_BT)
   dirty_BT = jnp.where(loss_mask_BT, old_BT, garbage)
@@ -40,7 +40,7 @@ def test_padding_does_not_count(garbage):
     np.testing.assert_array_equal(dirty[name], value)
 
 
-def test_equal_logprobs_are_an_error_of_one_and_no_divergence():
+def test_equal_logprobs_have_a_prob_error_of_one_and_zero_kl():
   old_BT, _, loss_mask_BT = _batch()
   measured = agreement.measure(old_BT, old_BT, loss_mask_BT)
   assert float(measured["rollout/prob_error"]) == 1.0
@@ -48,7 +48,7 @@ def test_equal_logprobs_are_an_error_of_one_and_no_divergence():
 
 
 def test_both_directions_of_a_gap_count():
-  """A mean of the gap itself would be 0 here."""
+  """The mean of the signed gap is 0 here."""
   rollout_BT = np.array([[-1.0, -1.0]], np.float32)
   old_BT = rollout_BT + np.array([[0.5, -0.5]], np.float32)
   mask_BT = np.ones((1, 2), bool)
@@ -58,7 +58,7 @@ def test_both_directions_of_a_gap_count():
   )
 
 
-def test_up_to_the_bound_training_goes_on():
+def test_training_continues_at_the_bound():
   agreement.check(1.02, step=3, max_prob_error=1.02)
 
 

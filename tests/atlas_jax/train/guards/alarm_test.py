@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy that runs away is told of: by what, how far; and may be stopped."""
+"""Metrics out of bounds are logged with their value, and can stop a run."""
 
 from absl import logging
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from atlas_jax import errors
 from atlas_jax.train.guards import alarm
 
-_CALM = {
+_NORMAL = {
   "groups/used_fraction": 0.1,
   "ratio_max": jnp.float32(1.5),
   "kl": jnp.float32(0.1),
@@ -26,7 +26,7 @@ def _alarm(**changes):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def warnings(monkeypatch):
   lines = []
   monkeypatch.setattr(
     logging, "warning", lambda text, *args: lines.append(text % args)
@@ -45,35 +45,37 @@ def told(monkeypatch):
     ({"kl": jnp.float32(23.5)}, "kl is 23.5, above --config.alarm.max_kl=10."),
   ],
 )
-def test_what_is_out_of_bounds_is_told_and_stops_a_run_if_asked_to(
-  told, metrics, line
+def test_a_metric_above_its_bound_is_logged_and_can_stop_a_run(
+  warnings, metrics, line
 ):
-  _alarm().check({**_CALM, **metrics}, step=7)
-  assert len(told) == 1
-  assert told[0].startswith(f"ALARM at step 7: {line}")
+  _alarm().check({**_NORMAL, **metrics}, step=7)
+  assert len(warnings) == 1
+  assert warnings[0].startswith(f"ALARM at step 7: {line}")
   with pytest.raises(errors.DivergedError, match="moved too far") as caught:
-    _alarm(stop=True).check({**_CALM, **metrics}, step=7)
+    _alarm(stop=True).check({**_NORMAL, **metrics}, step=7)
   assert caught.value.exit_code == 4
   assert caught.value.where.startswith("step 7; --config.alarm.max_")
   key = "max_" + next(iter(metrics)).removesuffix("_max")
-  _alarm(**{key: 0.0}).check({**_CALM, **metrics}, step=7)
-  assert len(told) == 2  # Of the two calls before.
+  _alarm(**{key: 0.0}).check({**_NORMAL, **metrics}, step=7)
+  assert len(warnings) == 2  # From the two calls above.
 
 
-def test_what_is_calm_or_no_number_is_not(told):
-  """NaN is what `nonfinite` is for."""
+def test_metrics_within_bounds_and_nan_are_not_logged(warnings):
+  """`nonfinite` handles NaN."""
   for metrics in ({}, {"ratio_max": 100.0}, {"kl": jnp.nan}):
-    _alarm(stop=True).check({**_CALM, **metrics}, step=1)
-  assert told == []
+    _alarm(stop=True).check({**_NORMAL, **metrics}, step=1)
+  assert warnings == []
 
 
-def test_groups_that_teach_nothing_are_told_of_and_never_stop_a_run(told):
-  """Even if no group is left, and so nothing was updated."""
+def test_a_low_used_fraction_is_logged_and_never_stops_a_run(warnings):
+  """Even if no group is used, and the step makes no update."""
   _alarm(stop=True).check({"groups/used_fraction": 0.0}, step=3)
-  assert len(told) == 1
-  assert told[0].startswith("ALARM at step 3: groups/used_fraction is 0, below")
+  assert len(warnings) == 1
+  assert warnings[0].startswith(
+    "ALARM at step 3: groups/used_fraction is 0, below"
+  )
   _alarm(min_used_fraction=0.0).check({"groups/used_fraction": 0.0}, step=4)
-  assert len(told) == 1
+  assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,6 @@ def test_groups_that_teach_nothing_are_told_of_and_never_stop_a_run(told):
     {"stop": True, "max_ratio": 0.0, "max_kl": 0.0},
   ],
 )
-def test_an_alarm_that_would_always_or_never_ring_is_refused(changes):
-  with pytest.raises(errors.ConfigError, match="no such alarm"):
+def test_invalid_bounds_are_rejected(changes):
+  with pytest.raises(errors.ConfigError, match="Invalid alarm"):
     _alarm(**changes)

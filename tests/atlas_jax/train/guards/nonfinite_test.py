@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skipped updates are seen one step late, and none is lost."""
+"""Skipped updates are checked one step late, and none is missed."""
 
 import json
 
@@ -10,7 +10,7 @@ from atlas_jax.train.guards import nonfinite
 
 
 class _OnDevice:
-  """A value that tells when it is waited for."""
+  """A value that records whether it was read."""
 
   def __init__(self, value):
     self.value, self.is_read = value, False
@@ -28,7 +28,7 @@ def _metrics(count, loss=float("nan"), norm=float("inf")):
   return {"num_nonfinite": count, "loss": loss, "grad_norm": norm}
 
 
-def test_a_step_is_waited_for_when_the_next_one_is_queued(tmp_path):
+def test_a_step_is_read_when_the_next_one_is_queued(tmp_path):
   watch = _watch(tmp_path)
   counts = [_OnDevice(0) for _ in range(3)]
   for step, count in enumerate(counts, start=1):
@@ -38,7 +38,7 @@ def test_a_step_is_waited_for_when_the_next_one_is_queued(tmp_path):
   assert counts[-1].is_read
 
 
-def test_what_was_skipped_is_named_once_it_is_too_much(tmp_path):
+def test_too_many_skipped_updates_raise_and_write_their_rows(tmp_path):
   watch = _watch(tmp_path)
   for step, count in enumerate((1, 0, 1, 2), start=1):
     watch.add(step, _metrics(count))
@@ -46,10 +46,10 @@ def test_what_was_skipped_is_named_once_it_is_too_much(tmp_path):
     watch.settle()
   assert caught.value.exit_code == 4
   assert "nonfinite-4.json" in caught.value.where
-  told = json.loads((tmp_path / "nonfinite-4.json").read_text())
-  # The finite step between ends the first row of them; rows of a step are
-  # those of the number of steps done before it.
-  assert told == {
+  written = json.loads((tmp_path / "nonfinite-4.json").read_text())
+  # The finite step 2 resets the list; `row_ids` receives the number of steps
+  # done before a step.
+  assert written == {
     "skipped": [
       {"step": s, "loss": "nan", "grad_norm": "inf", "rows": [f"row {s - 1}"]}
       for s in (3, 4)
@@ -57,7 +57,7 @@ def test_what_was_skipped_is_named_once_it_is_too_much(tmp_path):
   }
 
 
-def test_a_recipe_whose_step_had_nothing_to_learn_is_fine(tmp_path):
+def test_a_step_without_an_update_is_accepted(tmp_path):
   watch = _watch(tmp_path, max_nonfinite=0)
   watch.add(1, {})
   watch.settle()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hangs ends, and tells where; what goes on is left alone."""
+"""A hanging process exits with its stacks; a running one is left alone."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from atlas_jax.train.guards import watchdog
 
 def stuck():
   if sys.argv[1] == "lock":
-    ctypes.PyDLL(None).sleep(60)  # Keeps Python's lock.
+    ctypes.PyDLL(None).sleep(60)  # Holds the GIL.
   threading.Event().wait(60)
 
 watchdog._GRACE_S = float(sys.argv[2])
@@ -28,9 +28,9 @@ with watchdog.Watchdog(0.5, lambda: [4, 6]) as dog:
 """
 
 
-# Where the thread can speak, it ends the process long before the timer would.
+# If the thread can run, it exits long before the timer expires.
 @pytest.mark.parametrize(("how", "grace_s"), [("wait", 300.0), ("lock", 0.5)])
-def test_a_hang_ends_with_stacks_and_a_code_of_its_own(how, grace_s):
+def test_a_hang_exits_with_stacks_and_its_own_code(how, grace_s):
   started = time.monotonic()
   child = subprocess.run(
     [sys.executable, "-c", _HANGS, how, str(grace_s)],
@@ -42,13 +42,13 @@ def test_a_hang_ends_with_stacks_and_a_code_of_its_own(how, grace_s):
   assert child.returncode == 124, child.stderr
   assert time.monotonic() - started < 40
   assert "in stuck" in child.stderr
-  if how == "wait":  # Nobody can speak who has not Python's lock.
+  if how == "wait":  # Logging needs the GIL.
     assert "NO PROGRESS for 0.5 s. The last step done is 7." in child.stderr
-    assert "checkpoint is that of step 6" in child.stderr
+    assert "Latest checkpoint: step 6." in child.stderr
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_when_it_is_over_nobody_watches(seconds):
+def test_no_thread_is_left_after_exit(seconds):
   before = set(threading.enumerate())
   with watchdog.Watchdog(seconds, lambda: []) as dog:
     dog.beat(1)

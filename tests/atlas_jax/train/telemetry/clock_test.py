@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No second is lost, and none is counted twice."""
+"""All time is attributed to phases, once."""
 
 import pytest
 
@@ -7,17 +7,17 @@ from atlas_jax.train.telemetry import clock
 
 
 class _Now:
-  """A clock that a test moves on."""
+  """A clock that tests advance."""
 
   def __init__(self):
     self.seconds = 100.0
 
   def __call__(self):
-    """Tells the time."""
+    """Returns the time."""
     return self.seconds
 
 
-def test_phases_and_what_is_between_them_add_up_to_the_time_passed():
+def test_phases_and_idle_time_add_up_to_the_elapsed_time():
   now = _Now()
   watch = clock.Clock(now)
   now.seconds += 0.25
@@ -35,7 +35,7 @@ def test_phases_and_what_is_between_them_add_up_to_the_time_passed():
   assert sum(taken.values()) == now.seconds - 100.0
 
 
-def test_what_is_taken_is_not_given_again():
+def test_take_returns_time_once():
   now = _Now()
   watch = clock.Clock(now)
   with watch.phase("eval"):
@@ -45,7 +45,7 @@ def test_what_is_taken_is_not_given_again():
   assert watch.take() == {"eval": 2.0, "idle": 0.0}
 
 
-def test_a_phase_that_fails_is_over():
+def test_an_exception_leaves_the_phase():
   now = _Now()
   watch = clock.Clock(now)
 
@@ -60,7 +60,7 @@ def test_a_phase_that_fails_is_over():
   assert watch.take() == {"idle": 2.0, "train": 1.0}
 
 
-def test_seconds_may_be_moved_to_another_phase():
+def test_move_attributes_seconds_to_another_phase():
   now = _Now()
   watch = clock.Clock(now)
   with watch.phase("train"):

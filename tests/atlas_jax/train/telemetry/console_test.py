@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run is seen to go on, whoever looks at it, and goes on if nobody does."""
+"""Progress in logs and on terminals; a closed stderr is ignored."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from atlas_jax.train.telemetry import console
 
-_ROOT = pathlib.Path(__file__).parents[3]
+_ROOT = pathlib.Path(__file__).parents[4]
 _SCRIPT = """
 import sys, time
 from absl import flags, logging
@@ -25,7 +25,7 @@ shown = console.Console(step=0, num_steps=200)
 for step in range(1, 201):
   shown.advance(step)
   if step % 50 == 0:
-    shown.tell(step, {"loss": 0.5})
+    shown.report(step, {"loss": 0.5})
     shown.table("completions", [{"text": "[b]x", "reward": 1.0}])
     time.sleep(0.3)
 shown.close()
@@ -37,13 +37,13 @@ def _messages(caplog):
   return [record.getMessage() for record in caplog.records]
 
 
-def test_a_log_gets_timed_lines_and_the_end_in_sight(caplog):
+def test_a_log_line_has_metrics_and_the_expected_end(caplog):
   caplog.set_level(logging.INFO)
   now = [0.0]
   shown = console.Console(step=10, num_steps=20, now=lambda: now[0])
   now[0] = 40.0
   crowd = dict.fromkeys(["seconds/train", "eval/teaching/NDR_low"], 1.0)
-  shown.tell(12, {"loss": 0.123456, **crowd})
+  shown.report(12, {"loss": 0.123456, **crowd})
   (line,) = _messages(caplog)
   assert re.fullmatch(
     r"step 12/20 loss=0\.1235 eta=0:02:40 \(\d\d:\d\d\)", line
@@ -61,7 +61,7 @@ def test_a_log_is_never_silent_for_long(caplog):
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_a_bar_and_a_table(tmp_path):
+def test_a_terminal_shows_a_bar_and_a_table(tmp_path):
   ours, theirs = pty.openpty()
   process = _start(tmp_path, theirs)
   os.close(theirs)
@@ -78,7 +78,7 @@ def test_a_terminal_gets_a_bar_and_a_table(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [pty.openpty, os.pipe])
-def test_nobody_reading_any_more_is_no_failure(tmp_path, make):
+def test_a_closed_stderr_is_ignored(tmp_path, make):
   ours, theirs = make()
   process = _start(tmp_path, theirs)
   os.close(theirs)
@@ -102,5 +102,5 @@ def _start(tmp_path, stderr):
 def _read(descriptor):
   try:
     return os.read(descriptor, 4096)
-  except OSError:  # Linux says so at the end of a terminal.
+  except OSError:  # Linux raises at the end of a terminal.
     return b""

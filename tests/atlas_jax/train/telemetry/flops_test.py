@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs are those of the compiled products, and of the paper's formula."""
+"""FLOPs against the compiler's count and the paper's formula."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def _leaves(tree):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_it_is_the_formula_of_the_paper(tied):
+def test_update_flops_match_the_papers_formula(tied):
   model = tiny.build("qwen3", tie_word_embeddings=tied)
   config, length = model.config, 17
   num_params = sum(
@@ -25,7 +25,7 @@ def test_it_is_the_formula_of_the_paper(tied):
     for name, leaf in _leaves(model.abstract_params).items()
     if name.endswith("kernel") or (tied and name == "embed/embedding")
   )
-  # The paper's T is every token of the sequence; half of them are seen.
+  # The paper's T is the sequence length; a token attends to half on average.
   num_seen = (length + 1) / 2
   attention = config.num_layers * config.num_heads * config.head_width
   per_token = 6 * num_params + 12 * attention * num_seen
@@ -36,17 +36,15 @@ def test_it_is_the_formula_of_the_paper(tied):
 @pytest.mark.parametrize(
   ("family", "changes"), [("qwen2", {}), ("qwen3", {}), ("llama", {})]
 )
-def test_a_forward_pass_has_as_many_products_as_the_compiler_counts(
-  family, changes
-):
-  # Wide enough for norms and rotations not to matter.
+def test_forward_flops_match_the_compilers_count(family, changes):
+  # Wide enough to make norms and rotary embeddings negligible.
   wide = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
   shape = {**wide, "head_dim": 64, "num_hidden_layers": 1}
   model = tiny.build(family, **shape, **changes)
   batch = tiny.batch(model, 2, 64)
   compiled = jax.jit(model.logits).lower(model.abstract_params, *batch)
   counted = compiled.compile().cost_analysis()["flops"]
-  # The compiler counts masked scores as well: as many again, less one each.
+  # The compiler also counts the T (T - 1) / 2 masked scores of a sequence.
   config = model.config
   masked = 4 * config.num_heads * config.head_width * 2 * 64 * 63 / 2
   expected = flops.of_forward(config, [64, 64]) + masked
@@ -61,12 +59,12 @@ def test_packed_sequences_cost_what_they_cost_alone():
   assert flops.of_forward(config, []) == 0
 
 
-def test_lengths_are_of_segments_without_padding():
+def test_lengths_exclude_padding():
   segment_ids_BT = np.array([[1, 1, 2, 0], [1, 2, 2, 3], [0, 0, 0, 0]])
   assert flops.lengths(segment_ids_BT) == [2, 1, 1, 2, 1]
 
 
-def test_a_window_bounds_what_a_token_sees():
+def test_a_window_limits_the_attended_tokens():
   config = tiny.build("gemma2").config  # One local layer, window 5; one not.
   kernels = flops.of_forward(config, [1]) - 2 * 4 * 3 * 8
   for length in (3, 5, 9):
@@ -91,7 +89,7 @@ def test_only_the_chosen_experts_count():
   assert flops.of_forward(config, [1]) == 2 * active + scores
 
 
-def test_frozen_kernels_have_no_gradient_of_their_own():
+def test_gradients_of_frozen_kernels_are_not_counted():
   config = tiny.build("qwen2").config
   whole = flops.of_update(config, [4], is_base_frozen=False)
   frozen = flops.of_update(config, [4], is_base_frozen=True)
@@ -116,6 +114,6 @@ def test_frozen_kernels_have_no_gradient_of_their_own():
     ("", None),
   ],
 )
-def test_peaks_are_known_by_the_name_of_the_device(kind, tflops):
+def test_peaks_are_found_by_device_kind(kind, tflops):
   expected = None if tflops is None else pytest.approx(tflops * 1e12)
   assert flops.peak(kind) == expected

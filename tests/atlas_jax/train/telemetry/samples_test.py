@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept has ATLAS's names, is whole, and is there once."""
+"""Saved samples have ATLAS's fields, are complete and are saved once."""
 
 import csv
 import json
@@ -11,11 +11,23 @@ from atlas_jax.train.telemetry import samples, writer
 from tests import fakes
 
 _FIELDS = {
-  *("step", "timestamp", "sample_index", "prompt", "student_approach"),
-  *("teaching_content", "full_teacher_response", "student_solution"),
-  *("baseline_solution", "ground_truth", "reward", "prior_reward"),
-  *("reward_breakdown", "guidance_history", "step_context"),
-  *("student_full_response", "baseline_full_response"),
+  "step",
+  "timestamp",
+  "sample_index",
+  "prompt",
+  "student_approach",
+  "teaching_content",
+  "full_teacher_response",
+  "student_solution",
+  "baseline_solution",
+  "ground_truth",
+  "reward",
+  "prior_reward",
+  "reward_breakdown",
+  "guidance_history",
+  "step_context",
+  "student_full_response",
+  "baseline_full_response",
 }
 
 
@@ -67,7 +79,7 @@ _REWARDED = [
 ]
 
 
-def test_a_teaching_that_worked_is_kept_with_every_field(tmp_path, tokenizer):
+def test_a_successful_teaching_is_saved_with_all_fields(tmp_path, tokenizer):
   _save(tmp_path, tokenizer, 7, _REWARDED)
   paths = sorted((tmp_path / "successful_teaching").iterdir())
   assert [path.name.rpartition("_")[0] for path in paths] == [
@@ -88,7 +100,7 @@ def test_a_teaching_that_worked_is_kept_with_every_field(tmp_path, tokenizer):
   assert lesson["reward_breakdown"] == {"gain": 1.0, "brevity": 0.5}
 
 
-def test_a_step_that_is_done_again_leaves_no_second_copy(tmp_path, tokenizer):
+def test_a_repeated_step_replaces_its_files(tmp_path, tokenizer):
   _save(tmp_path, tokenizer, 2, _REWARDED)
   _save(tmp_path, tokenizer, 20, _REWARDED)
   _save(tmp_path, tokenizer, 2, [types.Reward(2.0)])
@@ -124,7 +136,7 @@ def test_the_table_has_every_part_of_every_reward(tmp_path, tokenizer):
   assert all(row["version"] == 4 for row in rows)
 
 
-def test_completions_are_sampled_every_so_many_steps(tmp_path, tokenizer):
+def test_completions_are_sampled_at_the_interval(tmp_path, tokenizer):
   for step in (1, 2, 3):
     _save(tmp_path, tokenizer, step, _REWARDED)
   assert [p.name for p in (tmp_path / "completions").iterdir()] == [
@@ -134,9 +146,12 @@ def test_completions_are_sampled_every_so_many_steps(tmp_path, tokenizer):
   assert len(rows) == 3
 
 
-def test_nothing_is_kept_that_was_not_asked_for(tmp_path, tokenizer):
+def test_disabled_samples_are_not_saved(tmp_path, tokenizer):
   _save(
-    *(tmp_path, tokenizer, 2, _REWARDED),
+    tmp_path,
+    tokenizer,
+    2,
+    _REWARDED,
     log_completions_every=0,
     successful_reward=9.0,
   )
@@ -145,6 +160,6 @@ def test_nothing_is_kept_that_was_not_asked_for(tmp_path, tokenizer):
   assert not list((tmp_path / "successful_teaching").iterdir())
 
 
-def test_a_chance_outside_of_zero_and_one_is_refused(tmp_path, tokenizer):
-  with pytest.raises(errors.ConfigError, match="no fraction"):
+def test_a_stored_fraction_outside_of_0_and_1_is_rejected(tmp_path, tokenizer):
+  with pytest.raises(errors.ConfigError, match="stored_fraction must be in"):
     _save(tmp_path, tokenizer, 2, _REWARDED, stored_fraction=10)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tracker may do what it likes: the run goes on, and is told once."""
+"""A failing or blocking tracker costs one warning, and never the run."""
 
 import logging
 import sys
@@ -13,20 +13,20 @@ from atlas_jax.train.telemetry import sinks
 
 
 class _Sink:
-  """Keeps what it is given; can be made to raise or to block."""
+  """Records its calls; can raise or block."""
 
   def __init__(self, do=lambda: None):
-    self.given, self.closed, self._do = [], False, do
+    self.calls, self.closed, self._do = [], False, do
 
-  def scalars(self, *given):
-    """Takes metrics."""
+  def scalars(self, *args):
+    """Records metrics."""
     self._do()
-    self.given.append(given)
+    self.calls.append(args)
 
   table = scalars
 
   def close(self):
-    """Is over."""
+    """Records that it is closed."""
     self.closed = True
 
 
@@ -48,15 +48,13 @@ def test_everything_arrives_in_order(caplog):
     tracker.scalars(step, {"loss": 1.0})
   tracker.table(5, "completions", [{"text": "a"}])
   tracker.close()
-  assert [given[0] for given in sink.given] == list(range(6))
+  assert [step for step, *_ in sink.calls] == list(range(6))
   assert sink.closed
   assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, SystemExit])
-def test_what_a_tracker_raises_is_told_once_and_without_its_words(
-  caplog, error
-):
+def test_an_exception_is_logged_once_and_without_its_message(caplog, error):
   def fail():
     raise error("https://user:secret@host")
 
@@ -71,17 +69,17 @@ def test_what_a_tracker_raises_is_told_once_and_without_its_words(
 
 
 def test_a_tracker_that_cannot_be_opened_costs_a_warning(caplog):
-  def refuse():
+  def fail():
     raise OSError("no key")
 
-  tracker = _start(refuse)
+  tracker = _start(fail)
   tracker.scalars(1, {"loss": 1.0})
   tracker.close()
   (record,) = caplog.records
-  assert "OSError at its start" in record.getMessage()
+  assert "OSError while opening" in record.getMessage()
 
 
-def test_a_tracker_that_blocks_slows_nothing(caplog):
+def test_a_blocking_tracker_does_not_slow_the_run(caplog):
   released = threading.Event()
   tracker = _start(lambda: _Sink(lambda: released.wait(60)))
   started = time.monotonic()
@@ -93,16 +91,16 @@ def test_a_tracker_that_blocks_slows_nothing(caplog):
   assert len(caplog.records) == 1
 
 
-def test_none_is_none(tmp_path):
+def test_none_opens_no_tracker(tmp_path):
   assert _open(tmp_path, "none") == []
 
 
-def test_an_unknown_tracker_is_refused(tmp_path):
+def test_an_unknown_tracker_is_rejected(tmp_path):
   with pytest.raises(errors.ConfigError, match="tensorboard, wandb, trackio"):
     _open(tmp_path, "tensorbord")
 
 
-def test_a_package_that_is_missing_is_named_with_its_command(
+def test_a_missing_package_is_reported_with_its_install_command(
   tmp_path, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, "wandb", None)
@@ -111,7 +109,7 @@ def test_a_package_that_is_missing_is_named_with_its_command(
     _open(tmp_path, "wandb")
 
 
-def test_tensorboard_gets_numbers_and_tables(tmp_path):
+def test_tensorboard_files_contain_metrics_and_tables(tmp_path):
   pytest.importorskip("tensorboardX")
   (tracker,) = _open(tmp_path, "tensorboard")
   tracker.start()

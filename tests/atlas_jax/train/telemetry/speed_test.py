@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speeds are of the time that is a step's own; compiling is none of it."""
+"""Throughput excludes evaluation, saving and compilation."""
 
 import threading
 
@@ -11,13 +11,13 @@ from atlas_jax.train.telemetry import clock, flops, speed
 
 
 class _Now:
-  """A clock that a test moves on."""
+  """A clock that tests advance."""
 
   def __init__(self):
     self.seconds = 0.0
 
   def __call__(self):
-    """Tells the time."""
+    """Returns the time."""
     return self.seconds
 
 
@@ -27,7 +27,7 @@ def _spend(watch, now, **phases):
       now.seconds += seconds
 
 
-def test_tokens_and_flops_are_over_the_seconds_that_are_theirs(monkeypatch):
+def test_throughput_excludes_eval_and_save(monkeypatch):
   monkeypatch.setattr(flops, "_PEAKS", (("cpu", 2e12),))
   now = _Now()
   watch = clock.Clock(now)
@@ -53,7 +53,7 @@ def test_an_unknown_device_has_no_mfu():
   assert "mfu" not in times
 
 
-def test_goodput_is_of_all_time_since_the_process_began(monkeypatch):
+def test_goodput_includes_startup_time(monkeypatch):
   monkeypatch.setattr(speed.time, "monotonic", lambda: speed._IMPORTED + 5.0)
   now = _Now()
   watch = clock.Clock(now)
@@ -68,7 +68,7 @@ def test_goodput_is_of_all_time_since_the_process_began(monkeypatch):
   assert second["goodput"] == pytest.approx(11 / 20)
 
 
-def test_what_the_compiler_takes_is_no_part_of_the_phase():
+def test_compilation_is_a_separate_phase():
   watch = clock.Clock()
   with speed.Speed(watch) as gauge:
     with watch.phase("train"):
@@ -84,7 +84,7 @@ def test_what_the_compiler_takes_is_no_part_of_the_phase():
   assert "seconds/compile" not in again
 
 
-def test_programs_of_other_threads_are_counted_and_take_no_time_here():
+def test_compilations_of_other_threads_are_counted_but_not_timed():
   watch = clock.Clock()
   with speed.Speed(watch) as gauge:
     thread = threading.Thread(
@@ -97,7 +97,7 @@ def test_programs_of_other_threads_are_counted_and_take_no_time_here():
   assert "seconds/compile" not in times
 
 
-def test_nothing_is_heard_after_the_end():
+def test_compilations_after_exit_are_not_counted():
   watch = clock.Clock()
   with speed.Speed(watch) as gauge:
     pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step is told once, whatever happened in between."""
+"""Every step is logged once, also after a crash and a resume."""
 
 import json
 
@@ -7,23 +7,23 @@ from atlas_jax.train.telemetry import writer
 
 
 class _Tracker:
-  """Keeps what it is given."""
+  """Records its calls."""
 
   def __init__(self):
-    self.given = []
+    self.calls = []
 
   def start(self):
-    """Is ready."""
+    """Does nothing."""
 
-  def scalars(self, *given):
-    """Takes metrics."""
-    self.given.append(given)
+  def scalars(self, *args):
+    """Records metrics."""
+    self.calls.append(args)
 
   table = scalars
 
   def close(self):
-    """Says that nothing more comes."""
-    self.given.append("closed")
+    """Records that it is closed."""
+    self.calls.append("closed")
 
 
 def _open(workdir, step=0, trackers=()):
@@ -44,13 +44,13 @@ def _rows(workdir):
   return [json.loads(line) for line in lines]
 
 
-def test_lines_of_steps_done_again_are_dropped(tmp_path):
+def test_lines_of_repeated_steps_are_dropped(tmp_path):
   _write(tmp_path, [1, 2, 3, 4], start=0)
   _write(tmp_path, [3, 4, 5], start=2)
   assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_a_torn_last_line_is_dropped_and_a_lost_newline_restored(tmp_path):
+def test_a_partial_last_line_is_dropped_and_a_missing_newline_added(tmp_path):
   path = tmp_path / "metrics.jsonl"
   _write(tmp_path, [1, 2], start=0)
   whole = path.read_text()
@@ -61,17 +61,17 @@ def test_a_torn_last_line_is_dropped_and_a_lost_newline_restored(tmp_path):
     path.write_text(whole)
 
 
-def test_what_is_not_finite_is_null_and_goes_to_no_tracker(tmp_path):
+def test_nonfinite_metrics_are_null_and_not_sent_to_trackers(tmp_path):
   tracker = _Tracker()
   log = _open(tmp_path, trackers=[tracker])
   log.write(1, {"loss": float("nan"), "max": float("inf"), "ok": 2})
   log.close()
   (row,) = _rows(tmp_path)
   assert (row["loss"], row["max"], row["ok"]) == (None, None, 2.0)
-  assert tracker.given == [(1, {"ok": 2.0}), "closed"]
+  assert tracker.calls == [(1, {"ok": 2.0}), "closed"]
 
 
-def test_a_table_is_a_file_that_the_same_step_replaces(tmp_path):
+def test_a_repeated_step_replaces_its_table(tmp_path):
   tracker = _Tracker()
   log = _open(tmp_path, trackers=[tracker])
   path = tmp_path / "completions/step-3.jsonl"
@@ -80,12 +80,12 @@ def test_a_table_is_a_file_that_the_same_step_replaces(tmp_path):
     log.table(3, "completions", rows, shown=["text"])
     lines = path.read_text("utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == [text, "\u00e9"]
-    assert tracker.given[-1][:2] == (3, "completions")
+    assert tracker.calls[-1][:2] == (3, "completions")
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   log.close()
 
 
-def test_the_last_of_each_is_found_with_its_step(tmp_path):
+def test_last_returns_the_last_finite_value_with_its_step(tmp_path):
   assert writer.last(tmp_path) == {}
   log = _open(tmp_path)
   log.write(1, {"loss": 3.0, "eval/loss": 2.5, "step_s": 1.0})
