@@ -21,7 +21,7 @@ from scripts.job import arguments, components, processes
 def main() -> None:
   """Teaches every question once, and says what came of it."""
   config, workdir = arguments.parse()
-  from_first = distributed.OnFirstProcess("evaluation")
+  from_first = distributed.FirstProcessBroadcast("evaluation")
   with components.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     data = sets.Selection(**config.data)
