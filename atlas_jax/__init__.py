@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains teacher language models with JAX."""
+"""Training of teacher language models with JAX."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to token ids and a loss mask, by the tokenizer's own template."""
+"""Converts messages to token ids and a loss mask with the chat template."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -20,32 +20,33 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   """Loads a tokenizer that can render conversations and pad batches.
 
   Args:
-    directory: a local checkpoint, or the id of one on the Hub.
+    directory: a local checkpoint, or a Hub id.
 
   Raises:
-    errors.ConfigError: if there is no usable tokenizer, or it has no chat
-      template, no pad token or no end-of-sequence token.
+    errors.ConfigError: if the tokenizer cannot be loaded, or it has no chat
+      template, pad token or end-of-sequence token.
   """
   where = os.fspath(directory)
   try:
-    # Left out, it would ask whoever sits there whether to run a model's code.
+    # By default, transformers prompts on the terminal before running remote
+    # code.
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       where, trust_remote_code=False
     )
   except (OSError, ValueError, KeyError) as error:
     raise errors.ConfigError(
-      "No tokenizer could be loaded.",
+      "Failed to load the tokenizer.",
       where=where,
       why=_first_line(error),
-      fix="Name a folder with tokenizer.json and tokenizer_config.json, or "
-      "the Hub id of a checkpoint which this machine can reach.",
+      fix="Set the path to a folder with tokenizer.json and "
+      "tokenizer_config.json, or to a Hub id that this machine can download.",
     ) from error
   if not tokenizer.chat_template:
     raise errors.ConfigError(
       "The tokenizer has no chat template.",
       where=where,
-      why="Base models often ship none; conversations cannot be rendered.",
-      fix="Use the instruction-tuned tokenizer of the same family, or put its "
+      why="Base models often have none; conversations cannot be rendered.",
+      fix="Use the instruction-tuned tokenizer of the same family, or copy its "
       "chat_template.jinja next to tokenizer_config.json.",
     )
   for name in ("pad_token", "eos_token"):
@@ -53,15 +54,15 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
       raise errors.ConfigError(
         f"The tokenizer has no {name}.",
         where=where,
-        why="tokenizer_config.json sets none.",
-        fix=f'Add "{name}" to tokenizer_config.json, naming a special token '
-        "that is in the vocabulary.",
+        why="tokenizer_config.json does not set it.",
+        fix=f'Set "{name}" in tokenizer_config.json to a special token of the '
+        "vocabulary.",
       )
   return tokenizer
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-  """Names a tokenizer by its vocabulary and its chat template."""
+  """Returns a SHA-256 digest of the vocabulary and the chat template."""
   parts = (sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -69,37 +70,37 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, directory: str | os.PathLike[str]
 ) -> None:
-  """Refuses a tokenizer that is not the model's.
+  """Validates that the tokenizer's ids are below the model's `vocab_size`.
 
   Raises:
-    errors.ConfigError: if it writes ids that the model does not have.
+    errors.ConfigError: if the tokenizer produces larger ids.
   """
-  # Tokens which were added on top may go unused, as Gemma's for images.
+  # Other added tokens are not checked: they may be unused, e.g. Gemma's image
+  # tokens.
   used = tokenizer.pad_token_id, tokenizer.eos_token_id
   largest = max(
     tokenizer.vocab_size - 1, *(i for i in used if isinstance(i, int))
   )
   if largest >= vocab_size:
     raise errors.ConfigError(
-      "The tokenizer is not the model's.",
+      "The tokenizer does not match the model.",
       where=os.fspath(directory),
-      why=f"It writes ids up to {largest}, and config.json has a vocab_size of "
-      f"{vocab_size}.",
-      fix="Copy the tokenizer's files from the checkpoint that the weights are "
-      "of.",
+      why=f"It produces ids up to {largest}, but config.json has a vocab_size "
+      f"of {vocab_size}.",
+      fix="Copy the tokenizer files from the checkpoint of the weights.",
     )
 
 
 def render(
   tokenizer: Tokenizer, messages: Sequence[types.Message]
 ) -> tuple[str, tuple[int, ...]]:
-  """Renders a prompt up to where the assistant begins to write.
+  """Renders a prompt that ends with the header of the assistant's turn.
 
   Returns:
     The text and its token ids.
 
   Raises:
-    errors.DataError: if the template refuses these messages.
+    errors.DataError: if the template rejects the messages.
   """
   text = _apply_template(tokenizer, messages, add_header=True)
   return text, tuple(_encode(tokenizer, text))
@@ -108,22 +109,24 @@ def render(
 def tokenize(
   tokenizer: Tokenizer, messages: Sequence[types.Message]
 ) -> tuple[list[int], list[bool]]:
-  """Tokenizes a whole conversation and marks what the assistant wrote.
+  """Tokenizes a conversation and computes its loss mask.
 
-  What a sampler would be given and what it would write are encoded apart, so
-  no token spans the border and the first prompt's ids are those of `render`,
-  whatever the completion starts with.
+      text       <|user|>  Q  <|end|>  <|assistant|>  A  <|end|>  newline
+      loss_mask     0      0     0           0        1     1        0
+
+  Prompts and completions are encoded separately. So no token spans their
+  border, and the first prompt has the same ids as in `render`.
 
   Returns:
-    Token ids, and a loss mask that is True exactly on the assistant's tokens
-    with the end-of-turn token: not on headers, nor on the newline that ChatML
-    puts after a turn.
+    Token ids, and a loss mask that is True on the tokens of the assistant's
+    turns and their end-of-turn tokens, and False on headers and on the newline
+    that ChatML adds after a turn.
 
   Raises:
-    errors.DataError: if no turn is the assistant's, the template refuses these
-      messages, or it writes an assistant's turn differently once others follow.
-    errors.ConfigError: if the template does not close the assistant's turns
-      with a special token, or the tokenizer cannot encode a text in parts.
+    errors.DataError: if there is no assistant turn, the template rejects the
+      messages, or it renders an assistant turn differently when others follow.
+    errors.ConfigError: if the template does not end assistant turns with a
+      special token, or the tokenizer cannot encode a text in parts.
   """
   text = _apply_template(tokenizer, messages, add_header=False)
   token_ids: list[int] = []
@@ -145,13 +148,13 @@ def tokenize(
 def stop_token_ids(
   tokenizer: Tokenizer, directory: str | os.PathLike[str]
 ) -> tuple[int, ...]:
-  """Returns the ids that end a completion, sorted.
+  """Returns the sorted ids of the tokens that stop a completion.
 
-  They are the tokenizer's end-of-sequence token and those which the
-  checkpoint's generation_config.json names, if `directory` holds one.
+  These are the tokenizer's end-of-sequence token and the eos_token_id of
+  generation_config.json, if `directory` has this file.
 
   Raises:
-    errors.ConfigError: if that file cannot be read.
+    errors.ConfigError: if the file is invalid.
   """
   path = pathlib.Path(directory) / "generation_config.json"
   try:
@@ -166,7 +169,7 @@ def stop_token_ids(
     if isinstance(token_id, int) and not isinstance(token_id, bool):
       ids.add(token_id)
     elif token_id is not None:
-      raise _bad_generation_config(path, f"{token_id!r} is no token id.")
+      raise _bad_generation_config(path, f"{token_id!r} is not a token id.")
   return tuple(sorted(ids))
 
 
@@ -183,13 +186,13 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 def _written_spans(
   tokenizer: Tokenizer, messages: Sequence[types.Message], text: str
 ) -> Iterator[tuple[int, int]]:
-  """Yields where in `text` the assistant wrote, end-of-turn token included."""
+  """Yields the span of each assistant turn, including its end-of-turn token."""
   turns = [i for i, turn in enumerate(messages) if turn.role == "assistant"]
   if not turns:
     raise _bad_conversation(
       messages,
-      why="No turn is the assistant's, so there is nothing to learn.",
-      fix="Give the row an answer, or leave it out.",
+      why="It has no assistant turn, so no token has a loss.",
+      fix="Add an assistant turn to the row, or remove the row.",
     )
   for i in turns:
     header = _apply_template(tokenizer, messages[:i], add_header=True)
@@ -200,7 +203,7 @@ def _written_spans(
       continue
     end = len(turn.rstrip())
     if not turn.endswith(specials, len(header), end):
-      raise _bad_template(turn, "It closes no turn with a special token.")
+      raise _bad_template(turn, "It ends no turn with a special token.")
     if turn.startswith(specials, len(header)) and header == _apply_template(
       tokenizer, messages[:i], add_header=False
     ):
@@ -215,29 +218,29 @@ def _end_in_text(
   text: str,
   specials: Sequence[str],
 ) -> int:
-  """Finds where a turn ends which the template would end differently if last.
+  """Returns the end of a turn that is rendered differently as the last turn.
 
-  Qwen3's gives the last turn an empty thinking block, and takes the thinking
-  out of earlier ones: such a turn cannot be trained, since what was written is
-  nowhere in `text`.
+  Qwen3's template adds an empty thinking block to the last turn and removes the
+  thinking of earlier turns. A turn whose thinking was removed cannot be
+  trained: its completion is not in `text`.
   """
   content = messages[turn].content
   for written in (content, content.strip()):
     for closing in specials:
-      told = header + written + closing
-      if text.startswith(told):
-        return len(told)
+      rendered = header + written + closing
+      if text.startswith(rendered):
+        return len(rendered)
   raise _bad_conversation(
     messages,
-    why=f"The chat template writes turn {turn + 1}, the assistant's, in one "
-    "way to generate it and in another to read it back.",
+    why=f"The chat template renders assistant turn {turn + 1} differently in "
+    "the conversation than during generation.",
     fix="Split the conversation into rows that end with their only assistant "
     "turn, or change the template.",
   )
 
 
 def _check_parts(tokenizer: Tokenizer, text: str, token_ids: list[int]) -> None:
-  """Refuses tokenizers which add characters to each text they encode."""
+  """Raises if the tokenizer adds characters to each text it encodes."""
   whole = _encode(tokenizer, text)
   if whole != token_ids and tokenizer.decode(whole) != tokenizer.decode(
     token_ids
@@ -245,14 +248,14 @@ def _check_parts(tokenizer: Tokenizer, text: str, token_ids: list[int]) -> None:
     raise errors.ConfigError(
       "The tokenizer cannot encode a conversation in parts.",
       where=repr(text[:80]),
-      why="It adds characters, often a space, in front of every text.",
+      why="It adds characters, often a space, to the start of every text.",
       fix="Use a tokenizer without a prefix space (add_prefix_space, "
       "add_dummy_prefix or legacy set to false).",
     )
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-  # The template has written the special tokens, a leading one included.
+  # The template already adds all special tokens, including a leading one.
   return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -264,7 +267,7 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 def _apply_template(
   tokenizer: Tokenizer, messages: Sequence[types.Message], *, add_header: bool
 ) -> str:
-  """Renders messages, and the header of an assistant's turn if asked to."""
+  """Renders messages, followed by an assistant header if `add_header`."""
   try:
     text = tokenizer.apply_chat_template(
       [dataclasses.asdict(message) for message in messages],
@@ -274,9 +277,9 @@ def _apply_template(
   except (jinja2.TemplateError, ValueError, TypeError) as error:
     raise _bad_conversation(
       messages,
-      why=f"The chat template refuses it: {_first_line(error)}",
-      fix="Write the turns as the model expects them, often an optional "
-      "system turn, then user and assistant in turn.",
+      why=f"The chat template rejects it: {_first_line(error)}",
+      fix="Use the order of turns that the model expects: often an optional "
+      "system turn, then alternating user and assistant turns.",
     ) from error
   return str(text)
 
@@ -286,8 +289,8 @@ def _bad_conversation(
 ) -> errors.DataError:
   first = repr(messages[0].content[:60]) if messages else "no turn"
   return errors.DataError(
-    "A conversation cannot be rendered.",
-    where=f"{len(messages)} turns, beginning with {first}",
+    "Invalid conversation.",
+    where=f"{len(messages)} turns, starting with {first}",
     why=why,
     fix=fix,
   )
@@ -295,8 +298,8 @@ def _bad_conversation(
 
 def _bad_template(turn: str, why: str) -> errors.ConfigError:
   return errors.ConfigError(
-    "The chat template cannot be trained with.",
-    where=f"the end of what it wrote: {turn[-80:]!r}",
+    "The chat template is not supported for training.",
+    where=f"end of the rendered turn: {turn[-80:]!r}",
     why=why,
     fix="Use the template of an instruction-tuned model of this family.",
   )
@@ -304,7 +307,7 @@ def _bad_template(turn: str, why: str) -> errors.ConfigError:
 
 def _bad_generation_config(path: pathlib.Path, why: str) -> errors.ConfigError:
   return errors.ConfigError(
-    "The stop tokens cannot be read.",
+    "Failed to read the stop tokens.",
     where=str(path),
     why=why,
     fix="Set eos_token_id to a token id or a list of them, or delete the file.",

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One saved step: a directory of arrays, what they belong to, and digests.
+"""The on-disk format of one saved step.
 
-  state/           the arrays, by orbax
+  state/           arrays, written by orbax
   about.json       identity, environment, shapes, metrics of an evaluation
-  host_state.json  what a recipe keeps beside the arrays
+  host_state.json  the recipe's state outside of the arrays
   manifest.json    a digest of every file, written last
 
-Orbax restores a flipped bit without a word. So a directory without a manifest,
-or that does not match it, is not restored.
+Orbax does not detect flipped bits. So a directory is restored only if all its
+files match the manifest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from atlas_jax import errors
 
-STATE = "state"  # Where orbax writes.
+STATE = "state"  # Folder that orbax writes.
 _ABOUT = "about.json"
 _HOST_STATE = "host_state.json"
 _MANIFEST = "manifest.json"
@@ -42,10 +42,10 @@ def write(
   *,
   identity: Mapping[str, str],
 ) -> None:
-  """Writes a step, and waits for it.
+  """Writes a step and waits until it is on disk.
 
   Args:
-    directory: not yet under its final name, since a write may be interrupted.
+    directory: a temporary name, to be renamed by the caller once complete.
     state: the arrays.
     identity: see `checkpoint.Checkpointer`.
   """
@@ -60,7 +60,7 @@ def describe(
   identity: Mapping[str, str],
   metrics: Mapping[str, float | jax.Array],
 ) -> dict[str, Any]:  # Any: JSON.
-  """Gives what `seal` writes of a state, without writing it."""
+  """Returns the contents of about.json for `seal`."""
   return {
     "format": _FORMAT,
     "saved_at": time.time(),
@@ -73,36 +73,37 @@ def describe(
 
 def seal(
   directory: pathlib.Path,
-  about: Mapping[str, Any],  # Any: JSON, as `describe` gives it.
+  about: Mapping[str, Any],  # Any: JSON, from `describe`.
   host_state: Mapping[str, Any],  # Any: JSON.
 ) -> None:
-  """Writes what is no array and, last, the digests of all files."""
+  """Writes the JSON files and, last, the digests of all files."""
   _write_json(directory / _ABOUT, about)
   _write_json(directory / _HOST_STATE, host_state)
   _write_json(directory / _MANIFEST, _digests(directory))
 
 
 def damage(path: pathlib.Path) -> str:
-  """Tells which files of a step are not what was written; "" if all are."""
+  """Describes the missing or changed files of a step; "" if it is undamaged."""
   manifest = _read_manifest(path)
   if manifest is None:
-    return f"{_MANIFEST}, which is written last, is missing or torn"
+    return f"{_MANIFEST} is missing or incomplete"
   changed = changes(manifest, _digests(path))
-  told = [
+  damaged = [
     f"{name} is missing"
     if now == _NOTHING
     else f"{name} has SHA-256 {now[:_MAX_DIGEST]}, not {was[:_MAX_DIGEST]}"
     for name, (was, now) in changed.items()
   ]
-  more = f"; and {len(told) - _MAX_LISTED} more" * (len(told) > _MAX_LISTED)
-  return "; ".join(told[:_MAX_LISTED]) + more
+  num_more = len(damaged) - _MAX_LISTED
+  more = f"; and {num_more} more" if num_more > 0 else ""
+  return "; ".join(damaged[:_MAX_LISTED]) + more
 
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads what a step holds; None if that is damaged. Arrays may be, too.
+  """Reads about.json; None if it is damaged. Does not check other files.
 
   Raises:
-    errors.CheckpointError: if it was written in another format.
+    errors.CheckpointError: if the step has another format.
   """
   manifest, about = _read_manifest(path), _read_json(path / _ABOUT)
   if manifest is None or about is None:
@@ -111,37 +112,38 @@ def read(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
     return None
   if about.get("format") != _FORMAT:
     raise errors.CheckpointError(
-      "A checkpoint was made by another release.",
+      "The checkpoint was saved by another release.",
       where=str(path),
-      why=f"Its format is {about.get('format')}, and this is {_FORMAT}.",
-      fix="Finish the run with the release it began with, or export there and "
-      "begin a new run with --config.model.path.",
+      why=f"Its format is {about.get('format')}; this release reads format "
+      f"{_FORMAT}.",
+      fix="Finish the run with the release that started it, or export there "
+      "and start a new run with --config.model.path.",
     )
   return about
 
 
 def read_host_state(path: pathlib.Path) -> dict[str, Any]:  # Any: JSON.
-  """Reads what a recipe kept beside the arrays of a sound step."""
+  """Reads the host state of an undamaged step."""
   return json.loads((path / _HOST_STATE).read_text("utf-8"))
 
 
 def check(path: pathlib.Path) -> None:
-  """Refuses a step of which a file is missing, or has changed.
+  """Validates that no file of a step is missing or changed.
 
   Raises:
-    errors.CheckpointError: naming it.
+    errors.CheckpointError: with the names of the damaged files.
   """
   if why := damage(path):
     raise errors.CheckpointError(
-      "A checkpoint is damaged.",
+      "The checkpoint is damaged.",
       where=str(path),
       why=f"{why}.",
-      fix="Take another step, or restore the folder from a copy.",
+      fix="Use another step, or restore the folder from a backup.",
     )
 
 
 def arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
-  """Names every array of a state, with its type and shape."""
+  """Returns the dtype and shape of every array of a state, by name."""
   return {
     name(path): f"{leaf.dtype}{list(leaf.shape)}"
     for path, leaf in jax.tree.leaves_with_path(state)
@@ -149,12 +151,12 @@ def arrays(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
 
 
 def name(path: Sequence[Any]) -> str:  # Any: JAX's kinds of keys.
-  """Joins the keys of a path into a name."""
+  """Joins the keys of a pytree path with slashes."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def environment(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
-  """Tells what the bits of a run depend on, besides its identity."""
+  """Returns versions, devices and mesh, which affect results bit for bit."""
   meshes = (
     leaf.sharding.mesh.shape
     for leaf in jax.tree.leaves(state)
@@ -173,7 +175,7 @@ def environment(state: Any) -> dict[str, str]:  # Any: a pytree of arrays.
 def changes(
   saved: Mapping[str, str], wanted: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
-  """Gives what was and what is, for each name at which they differ."""
+  """Returns (saved, wanted) for each name whose values differ."""
   return {
     name: (saved.get(name, _NOTHING), wanted.get(name, _NOTHING))
     for name in sorted(saved.keys() | wanted.keys())
@@ -182,7 +184,7 @@ def changes(
 
 
 def table(changed: Mapping[str, tuple[str, str]]) -> str:
-  """Lays `changes` out to be read; many are cut short."""
+  """Formats `changes` as a table of at most `_MAX_LISTED` rows."""
   rows = [("", "then", "now")]
   rows += [(name, *values) for name, values in changed.items()][:_MAX_LISTED]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -196,7 +198,7 @@ def table(changed: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
-  """Reads a file; None if it is not there, or torn."""
+  """Reads a JSON file; None if it is missing or invalid."""
   try:
     return json.loads(path.read_text("utf-8"))
   except (OSError, ValueError):
@@ -204,7 +206,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:  # Any: JSON.
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, str] | None:
-  """Reads the digests of a step; None if it has none that can be read."""
+  """Reads the digests of a step; None if they are missing or invalid."""
   manifest = _read_json(path / _MANIFEST)
   is_whole = isinstance(manifest, dict) and _ABOUT in manifest
   return manifest if is_whole else None
@@ -218,14 +220,14 @@ def _write_json(path: pathlib.Path, value: Any) -> None:  # Any: JSON.
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:
-  """SHA-256 of every file, by its path inside the directory."""
+  """Returns the SHA-256 of every file, by its path in the directory."""
   paths = [
     path
     for path in sorted(directory.rglob("*"))
     if path.is_file() and path.name != _MANIFEST
   ]
   names = [path.relative_to(directory).as_posix() for path in paths]
-  with futures.ThreadPoolExecutor() as threads:  # Hashing holds no lock.
+  with futures.ThreadPoolExecutor() as threads:  # Hashing releases the GIL.
     return dict(zip(names, threads.map(_digest, paths), strict=True))
 
 

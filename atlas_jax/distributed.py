@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that train as one: how they meet, and what they agree on.
+"""Multi-process training: initialization, barriers and host-side broadcasts.
 
-Each runs the same program on its own devices, and loads its own rows. If one is
-lost the others cannot go on: JAX aborts them within `max_silence_s`.
+Each process runs the same program on its own devices and loads its own rows. If
+one process is lost, JAX aborts the others within `max_silence_s`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +27,20 @@ _SHUTDOWN_S = 60
 _MAX_FILES_S = 3600
 _MAX_SHOWN = 40
 _Json = TypeVar("_Json")
-# What is broken says so in many words; these are in all of them.
+# Each message of a broken connection contains one of these.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "oordination")
 
 
 class Address(NamedTuple):
-  """Where process 0 is met, how many there are, and which one this is."""
+  """The coordinator's HOST:PORT, the number of processes and this one's id."""
 
   coordinator: str
   num_processes: int
   process_id: int
 
 
-def is_told(environ: Mapping[str, str]) -> bool:
-  """Tells whether Slurm, Open MPI or a TPU pod started several processes."""
+def is_cluster_job(environ: Mapping[str, str]) -> bool:
+  """Returns whether Slurm, Open MPI or a TPU pod started several processes."""
   counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
   return (
     any(environ.get(name, "1") != "1" for name in counts)
@@ -52,22 +52,22 @@ def is_told(environ: Mapping[str, str]) -> bool:
 def initialize(
   address: Address | None, *, max_wait_s: int, max_silence_s: int
 ) -> None:
-  """Waits until all processes are there. Nothing may use a device before.
+  """Connects all processes. Must be called before any device is used.
 
   Args:
-    address: where they meet; None asks the cluster.
-    max_wait_s: what they may take to come.
-    max_silence_s: after so long without a sign of life, one counts as lost.
+    address: of the coordinator; None to detect it from the cluster.
+    max_wait_s: time limit for all processes to connect.
+    max_silence_s: a process without a heartbeat for so long counts as lost.
 
   Raises:
-    errors.ConfigError: if no cluster tells, or the address cannot be used.
-    errors.LostProcessError: naming those that did not come, where the address
-      is given. Otherwise JAX aborts.
+    errors.ConfigError: if no cluster is detected, or the address is invalid.
+    errors.LostProcessError: if a process did not connect; lists the missing
+      ones. With `address` of None, JAX aborts instead.
   """
   if address is not None:
     _check(address)
-    logging.info("Process %d of %d: waiting for the others.", *address[:0:-1])
-    _call_roll(address, deadline=time.monotonic() + max_wait_s)
+    logging.info("Waiting for processes: process=%d of %d", *address[:0:-1])
+    _wait_for_all(address, deadline=time.monotonic() + max_wait_s)
   try:
     jax.distributed.initialize(
       coordinator_address=address and address.coordinator,
@@ -79,42 +79,45 @@ def initialize(
     )
   except ValueError as error:
     raise errors.ConfigError(
-      "It is not known where the processes meet.",
+      "The coordinator's address is not set.",
       where="--distributed",
       why=str(error),
       fix="Set --coordinator_address=HOST:PORT, --num_processes and "
       "--process_id.",
     ) from error
   logging.info(
-    "Process %d of %d, with %d of %d devices.",
-    *(jax.process_index(), jax.process_count()),
-    *(jax.local_device_count(), jax.device_count()),
+    "Connected processes: process=%d of %d, local devices=%d of %d",
+    jax.process_index(),
+    jax.process_count(),
+    jax.local_device_count(),
+    jax.device_count(),
   )
 
 
 def is_first() -> bool:
-  """Tells whether this process is the one that writes, and speaks for all."""
+  """Returns whether this is process 0, which writes files and logs metrics."""
   return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-  """Waits until all processes are here; `name` says where that is.
+  """Waits at a barrier for all processes; `name` must be unique.
 
-  It is no collective: the first may be at its files for longer than those wait.
+  The barrier uses the coordination service, not a device collective: the first
+  process may write files for longer than the timeout of a collective.
   """
   barrier = ocp.multihost.get_barrier_sync_fn()
   barrier(key=name, timeout_ms=1000 * _MAX_FILES_S)
 
 
 def gather(array: jax.Array) -> np.ndarray:
-  """Brings an array that lies on all processes' devices to each of them."""
+  """Returns the full value of a sharded array in every process."""
   return multihost_utils.process_allgather(array, tiled=True)
 
 
 def exchange(text: str) -> list[str]:
-  """Gives a text to all processes, and gets theirs, in order.
+  """Returns the texts of all processes, in order of process index.
 
-  It waits for those that are at their files. Spaces at the end may be added.
+  Waits at a barrier first. Texts may be padded with spaces at the end.
   """
   if jax.process_count() == 1:
     return [text]
@@ -122,31 +125,31 @@ def exchange(text: str) -> list[str]:
   mine = text.encode()
   longest = int(multihost_utils.process_allgather(np.int32(len(mine))).max())
   padded = np.frombuffer(mine.ljust(longest), np.uint8)
-  told = multihost_utils.process_allgather(padded)
-  return [row.tobytes().decode() for row in told]
+  rows = multihost_utils.process_allgather(padded)
+  return [row.tobytes().decode() for row in rows]
 
 
-_exchanges = itertools.count()  # No two waits have one name.
+_exchanges = itertools.count()  # Each barrier needs a unique name.
 
 
-class OnFirstProcess:
-  """Lets the first process do what must be done once, such as asking a server.
+class FirstProcessBroadcast:
+  """Runs functions in the first process and broadcasts their results.
 
-  The others wait, and get what it got. All call it alike: the n-th call of one
-  is the n-th call of all. No devices are used, so a thread may wait here while
-  another trains.
+  For work that must be done once, e.g. a request to a server. Implements
+  `types.OnFirstProcess`. All processes must make the same calls in the same
+  order. No devices are used, so a thread may wait here while another trains.
   """
 
   def __init__(self, name: str) -> None:
-    """Tells these calls from those of others, by a name."""
+    """Sets the name that distinguishes these calls from other broadcasts."""
     self._name, self._numbers = name, itertools.count()
 
   def __call__(self, make: Callable[[], _Json]) -> _Json:
-    """Gives what `make` makes in the first process; JSON.
+    """Returns the JSON value of `make` in the first process, within an hour.
 
     Raises:
-      errors.LostProcessError: in the others, if it failed there, or took more
-        than an hour.
+      errors.LostProcessError: in the other processes, if `make` raised in the
+        first.
     """
     if jax.process_count() == 1:
       return make()
@@ -162,7 +165,7 @@ class OnFirstProcess:
     else:
       made = _receive(client, key)
       if made == _FAILED:
-        raise lost("process 0", f"It failed at {self._name}.")
+        raise lost("process 0", f"Process 0 failed during {self._name}.")
       value = json.loads(zlib.decompress(made))
     wait(key)
     if is_first():
@@ -170,10 +173,10 @@ class OnFirstProcess:
     return value
 
 
-# A message of the coordination service is not to be larger than 4 MB.
+# Messages of the coordination service are limited to 4 MB.
 _MAX_MESSAGE = 2**20
 _FAILED = b""
-_FAST = 1  # Of zlib.
+_FAST = 1  # zlib level.
 
 
 def _send(
@@ -181,7 +184,7 @@ def _send(
   key: str,
   data: bytes,
 ) -> None:
-  """Leaves bytes with the coordination service."""
+  """Stores bytes in the coordination service, in parts."""
   count = -(-len(data) // _MAX_MESSAGE)
   for i in range(count):
     part = data[i * _MAX_MESSAGE : (i + 1) * _MAX_MESSAGE]
@@ -193,7 +196,7 @@ def _receive(
   client: Any,  # Any: as in `_send`.
   key: str,
 ) -> bytes:
-  """Waits for bytes that the first process sends."""
+  """Waits for the bytes that the first process stores under `key`."""
   timeout_ms = 1000 * _MAX_FILES_S
   get = client.blocking_key_value_get_bytes
   count = int(get(f"{key}/count", timeout_ms))
@@ -201,10 +204,10 @@ def _receive(
 
 
 def agree(facts: Mapping[str, str]) -> None:
-  """Refuses to go on where the facts of the processes differ.
+  """Validates that `facts` are the same in all processes.
 
   Raises:
-    errors.ConfigError: in every process, with a table.
+    errors.ConfigError: in every process, with the values that differ.
   """
   if jax.process_count() == 1:
     return
@@ -213,18 +216,18 @@ def agree(facts: Mapping[str, str]) -> None:
     raise errors.ConfigError(
       "The processes do not run the same job.",
       where=f"process {jax.process_index()} of {jax.process_count()}",
-      why="They differ in:\n    " + "\n    ".join(lines),
-      fix="Start all with the same command line, code and data, and with a "
-      "--workdir that all of them see.",
+      why="These differ:\n    " + "\n    ".join(lines),
+      fix="Start all processes with the same command line, code and data, and "
+      "with a --workdir on a shared file system.",
     )
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Ends when all processes do, as the first may still be at its files.
+  """Waits on exit for all processes, since the first may be writing files.
 
   Raises:
-    errors.LostProcessError: in place of what a broken connection raises.
+    errors.LostProcessError: in place of JAX's error for a broken connection.
   """
   try:
     yield
@@ -240,21 +243,21 @@ def together() -> Iterator[None]:
 
 
 def lost(where: str, why: str) -> errors.LostProcessError:
-  """Tells that another process is gone."""
+  """Returns the error for the loss of another process."""
   return errors.LostProcessError(
-    "Another process of this run is lost.",
+    "Another process of this run was lost.",
     where=where,
     why=why,
-    fix="Look at the end of the other processes' logs for the cause. Then run "
-    "the same command again: it goes on from the last checkpoint.",
+    fix="Check the end of the other processes' logs for the cause. Then run "
+    "the same command again to resume from the last checkpoint.",
   )
 
 
-def _differences(told: Sequence[Mapping[str, str]]) -> list[str]:
-  """Makes a line of each fact that is not the same for all."""
+def _differences(all_facts: Sequence[Mapping[str, str]]) -> list[str]:
+  """Formats a line for each fact that differs between processes."""
   lines = []
-  for name in sorted({name for facts in told for name in facts}):
-    values = [facts.get(name, "none") for facts in told]
+  for name in sorted({name for facts in all_facts for name in facts}):
+    values = [facts.get(name, "none") for facts in all_facts]
     if len(set(values)) > 1:
       by_value = {
         value: [i for i, other in enumerate(values) if other == value]
@@ -275,20 +278,20 @@ def _check(address: Address) -> None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 <= number < count:
     raise errors.ConfigError(
-      "The processes cannot meet like this.",
+      "coordinator_address must be HOST:PORT, and process_id must be in "
+      f"[0, {count}).",
       where=f"--coordinator_address={coordinator} --num_processes={count} "
       f"--process_id={number}",
-      why="The address is HOST:PORT of process 0, and ids go from 0 to one "
-      "less than the number of processes.",
-      fix="For example --coordinator_address=127.0.0.1:9876 --num_processes=2 "
-      "--process_id=0, and the same with --process_id=1.",
+      why="The address is that of process 0, and ids number the processes.",
+      fix="For example, --coordinator_address=127.0.0.1:9876 "
+      "--num_processes=2 --process_id=0, and the same with --process_id=1.",
     )
 
 
-def _call_roll(address: Address, *, deadline: float) -> None:
-  """Waits for all, at the address that JAX takes over afterwards.
+def _wait_for_all(address: Address, *, deadline: float) -> None:
+  """Waits for all processes at the address that JAX uses afterwards.
 
-  JAX would abort after its own wait, and name nobody.
+  JAX alone would abort at its timeout, without the ids of missing processes.
   """
   host, _, port = address.coordinator.rpartition(":")
   if address.process_id == 0:
@@ -303,30 +306,30 @@ def _call_roll(address: Address, *, deadline: float) -> None:
         if link.recv(1):
           return
     time.sleep(_POLL_S)
-  raise _absent(address, "Process 0 was not there, or waited in vain itself.")
+  raise _missing(address, "Process 0 was unreachable, or timed out itself.")
 
 
 def _count(host: str, port: int, num_processes: int, deadline: float) -> None:
-  """Waits, as process 0, until every other one has said its number."""
+  """Waits in process 0 until all other processes have sent their ids."""
   missing = set(range(1, num_processes))
   with contextlib.ExitStack() as links:
     try:
       server = links.enter_context(socket.create_server((host, port)))
     except OSError as error:
       raise errors.ConfigError(
-        "Process 0 cannot be met at its address.",
+        "Process 0 cannot listen at coordinator_address.",
         where=f"--coordinator_address={host}:{port}",
         why=str(error),
-        fix="Give an address of the machine of process 0, and a free port.",
+        fix="Set it to an address of process 0's machine and a free port.",
       ) from error
     server.settimeout(_POLL_S)
     here = []
     while missing:
       if time.monotonic() > deadline:
         numbers = ", ".join(map(str, sorted(missing)))
-        raise _absent(
+        raise _missing(
           Address(f"{host}:{port}", num_processes, 0),
-          f"These did not come: {numbers}.",
+          f"Missing processes: {numbers}.",
         )
       with contextlib.suppress(OSError, ValueError):
         link = links.enter_context(server.accept()[0])
@@ -338,11 +341,11 @@ def _count(host: str, port: int, num_processes: int, deadline: float) -> None:
         link.sendall(b"!")
 
 
-def _absent(address: Address, why: str) -> errors.LostProcessError:
+def _missing(address: Address, why: str) -> errors.LostProcessError:
   return errors.LostProcessError(
-    f"Not all of {address.num_processes} processes came in time.",
+    f"Not all of {address.num_processes} processes connected in time.",
     where=f"process {address.process_id}, at {address.coordinator}",
     why=why,
-    fix="Look at their logs; raise --max_process_wait_s if they are slow to "
-    "start. No firewall may be between them and that port.",
+    fix="Check their logs and that no firewall blocks the port; raise "
+    "--max_process_wait_s if they start slowly.",
   )

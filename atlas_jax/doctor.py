@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at a machine before anything runs on it.
+"""Checks the machine and its packages before a run, and suggests fixes.
 
   python -m atlas_jax.doctor
 
-Each line is ok, warn or FAIL, with what to do about it; it ends with 0, or with
-2 if a line failed. It needs none of the libraries that it looks for.
+Each line is ok, warn or FAIL, with a fix. The exit code is 2 if a line is FAIL,
+else 0. None of the checked libraries needs to be installed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ import dataclasses
 from importlib import metadata
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -23,32 +24,45 @@ from atlas_jax import errors
 Status = Literal["ok", "warn", "FAIL"]
 Versions = Mapping[str, str]
 
-# What the tests run with, on Python 3.11.
-_TESTED = {
-  "jax": "0.10.2",
-  "jaxlib": "0.10.2",
-  "flax": "0.12.8",
+_SHARED = {
   "optax": "0.2.8",
   "orbax-checkpoint": "0.12.8",
   "transformers": "5.23.0",
   "safetensors": "0.8.0",
 }
-# Seconds for JAX to find its devices: one that another process holds may hang.
-_DEVICES_S = 120.0
+# The versions in requirements/trainer.txt, by Python version. The packages of
+# the last row are the oldest that are supported.
+_TESTED = {
+  (3, 12): {
+    "jax": "0.12.0.1",
+    "jaxlib": "0.12.0.1",
+    "flax": "0.12.12",
+    **_SHARED,
+  },
+  (3, 11): {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", **_SHARED},
+}
+_RECOMMENDED, _OLDEST = (3, 12), (3, 11)
+# The JAX release that is supported with each Python version.
+_SUPPORTED_JAX = {(3, 12): "0.12", (3, 11): "0.10.2"}
+# Time limit for JAX to start; it may hang on devices that are in use.
+_START_S = 120.0
+_START_XLA = "import jax; jax.devices()"
+# An absl log line of severity ERROR or FATAL.
+_XLA_ERROR = re.compile(r"\b[EF]\S* .*\.cc:\d+\] (.+)")
 _LIST_DEVICES = """
 import flax.nnx, jax, optax, orbax.checkpoint
 devices = jax.devices()
 print(len(devices), devices[0].platform, devices[0].device_kind, sep="|")
 """
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
-# Where rollout servers listen, the first of each role.
+# Ports of the first rollout server of each role.
 _PORTS = (8765, 8766)
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One thing that was looked at; `fix` is empty where it is ok."""
+  """The result of one check; `fix` is empty if the status is ok."""
 
   status: Status
   name: str
@@ -71,21 +85,23 @@ def main() -> int:
 
 
 def diagnose() -> Iterator[Line]:
-  """Yields what there is to say of this machine."""
-  versions = installed()
-  yield of_python(sys.version_info[:2])
-  yield from of_versions(versions)
+  """Yields the results of all checks."""
+  python, versions = sys.version_info[:2], installed()
+  yield check_python(python, versions.get("jax"))
+  yield from check_versions(python, versions)
   yield from check_version_pairs(versions)
-  yield of_devices()
-  yield from map(of_port, _PORTS)
-  yield of_space("disk", pathlib.Path.cwd(), low=50 * _GIB)
-  yield of_space("shared memory", pathlib.Path("/dev/shm"), low=_GIB)
-  yield of_memory(memory_limit(pathlib.Path("/sys/fs/cgroup")))
-  yield of_cores(len(os.sched_getaffinity(0)))
+  if flags := os.environ.get("XLA_FLAGS"):
+    yield check_xla_flags(flags)
+  yield check_devices()
+  yield from map(check_port, _PORTS)
+  yield check_space("disk", pathlib.Path.cwd(), low=50 * _GIB)
+  yield check_space("shared memory", pathlib.Path("/dev/shm"), low=_GIB)
+  yield check_memory(memory_limit(pathlib.Path("/sys/fs/cgroup")))
+  yield check_cores(len(os.sched_getaffinity(0)))
 
 
 def installed() -> dict[str, str]:
-  """Gives the versions of all packages, by their normalised names."""
+  """Returns the versions of all installed packages, by normalized name."""
   return {
     dist.name.lower().replace("_", "-"): dist.version
     for dist in metadata.distributions()
@@ -93,43 +109,50 @@ def installed() -> dict[str, str]:
   }
 
 
-def of_python(version: tuple[int, ...]) -> Line:
-  """Looks at the version of Python."""
-  found = ".".join(map(str, version))
-  if version < (3, 11):
-    return Line("FAIL", "python", found, "Install Python 3.11 or 3.12.")
-  if version > (3, 12):
-    return Line("warn", "python", found, "Tests run on 3.11 and 3.12.")
-  return Line("ok", "python", found)
+def check_python(python: tuple[int, int], jax: str | None) -> Line:
+  """Checks that the versions of Python and JAX are a supported pair."""
+  found = f"{'.'.join(map(str, python))} with jax {jax or 'not installed'}"
+  supported = _SUPPORTED_JAX.get(python, "none")
+  if jax and f"{jax}.".startswith(f"{supported}."):
+    return Line("ok", "python", f"{found}, a supported pair")
+  pairs = " or ".join(
+    f"Python {major}.{minor} with jax {release}"
+    for (major, minor), release in _SUPPORTED_JAX.items()
+  )
+  status = "FAIL" if python < _OLDEST else "warn"
+  fix = f"Install {pairs}; the first is recommended."
+  return Line(status, "python", f"{found}, not a supported pair", fix)
 
 
-def of_versions(versions: Versions) -> Iterator[Line]:
-  """Looks for the packages that training needs."""
-  for name, tested in _TESTED.items():
-    found = versions.get(name)
+def check_versions(
+  python: tuple[int, int], versions: Versions
+) -> Iterator[Line]:
+  """Checks the packages that training requires."""
+  for name, tested in _TESTED.get(python, _TESTED[_RECOMMENDED]).items():
+    found, oldest = versions.get(name), _TESTED[_OLDEST][name]
     if found is None:
       fix = "pip install -r requirements/trainer.txt"
       yield Line("FAIL", name, "not installed", fix)
     elif found == tested:
       yield Line("ok", name, found)
-    elif _parts(found) < _parts(tested):
-      fix = f"pip install '{name}>={tested}'"
-      yield Line("FAIL", name, f"{found}, older than {tested}", fix)
+    elif _parts(found) < _parts(oldest):
+      fix = f"pip install '{name}>={oldest}'"
+      yield Line("FAIL", name, f"{found}, older than {oldest}", fix)
     else:
-      fix = f"Tests run with {tested}; where something breaks, try that first."
+      fix = f"Tests run with {tested}; install it if something fails."
       yield Line("warn", name, found, fix)
 
 
 def check_version_pairs(versions: Versions) -> Iterator[Line]:
-  """Looks for versions that are known to go wrong, alone or together."""
+  """Checks for versions with known defects, alone or in combination."""
   jax, flax = (_parts(versions.get(name, "")) for name in ("jax", "flax"))
   if jax >= (0, 11, 1) and flax and flax <= (0, 12, 8):
     yield Line(
       "warn",
       "jax with flax",
-      f"{versions['jax']} with {versions['flax']}, not yet made for it",
-      "Flax names a type that JAX 0.11.1 removed. Where it cannot be imported "
-      "(see devices), take a newer Flax, or JAX 0.10.2.",
+      f"{versions['jax']} with {versions['flax']}, which does not support it",
+      "This Flax uses a type that JAX 0.11.1 removed. If the import fails (see "
+      "devices), install a newer Flax, or JAX 0.10.2.",
     )
   jaxlib = versions.get("jaxlib")
   for name in ("jax", "jax-cuda12-plugin", "jax-cuda13-plugin"):
@@ -138,60 +161,74 @@ def check_version_pairs(versions: Versions) -> Iterator[Line]:
         "FAIL",
         f"{name} with jaxlib",
         f"{versions[name]} with {jaxlib}",
-        f"They belong together: pip install '{name}=={jaxlib}'",
+        f"The versions must match: pip install '{name}=={jaxlib}'",
       )
   if _parts(versions.get("safetensors", ""))[:2] == (0, 8):
     yield Line(
       "warn",
       "safetensors",
-      "0.8 writes wrong bytes of arrays that are not contiguous",
-      "atlas_jax does not write with it. In scripts of your own pass arrays "
+      "0.8 writes wrong bytes for non-contiguous arrays",
+      "atlas_jax does not write with it. In your own scripts, pass arrays "
       "through numpy.ascontiguousarray.",
     )
   if "latex2sympy2" in versions:
     yield Line(
       "warn",
       "latex2sympy2",
-      "it pins an old antlr4, which breaks math-verify",
+      "pins an old antlr4, which breaks math-verify",
       "pip uninstall latex2sympy2; pip install math-verify[antlr4-13-2]",
     )
   if "vllm" in versions and _parts(versions["vllm"]) < (0, 32):
     yield Line(
       "FAIL",
       "vllm",
-      f"{versions['vllm']} has published holes, and other interfaces",
+      f"{versions['vllm']} has known vulnerabilities and other interfaces",
       "pip install 'vllm>=0.32.0'",
     )
   if "jax-cuda12-plugin" in versions and "torch" in versions:
     yield Line(
       "warn",
       "jax with torch",
-      "CUDA 12 for JAX beside what torch brings",
-      "Keep vLLM in an environment of its own (scripts/install_rollout.sh).",
+      "CUDA 12 for JAX and torch's CUDA in one environment",
+      "Install vLLM in a separate environment (scripts/install_rollout.sh).",
     )
 
 
-def of_devices() -> Line:
-  """Asks a process of its own for JAX's devices, so that nothing is held."""
-  command = [sys.executable, "-c", _LIST_DEVICES]
+def check_xla_flags(flags: str) -> Line:
+  """Checks XLA_FLAGS in a child process: XLA aborts on an unknown flag."""
   try:
-    done = subprocess.run(
-      command, capture_output=True, text=True, timeout=_DEVICES_S, check=False
-    )
+    done = _run_python(_START_XLA, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+  except subprocess.TimeoutExpired:
+    found = f"JAX did not start within {_START_S:g} s"
+    return Line("FAIL", "XLA_FLAGS", found, "Run unset XLA_FLAGS.")
+  if done.returncode == 0:
+    return Line("ok", "XLA_FLAGS", flags)
+  error = _XLA_ERROR.search(done.stderr)
+  return Line(
+    "FAIL",
+    "XLA_FLAGS",
+    error[1] if error else _last_line(done.stderr),
+    "Remove the flag: the installed XLA does not accept it and aborts.",
+  )
+
+
+def check_devices() -> Line:
+  """Lists JAX's devices in a child process, so this one does not hold them."""
+  try:
+    done = _run_python(_LIST_DEVICES)
   except subprocess.TimeoutExpired:
     return Line(
       "FAIL",
       "devices",
-      f"JAX has not found any within {_DEVICES_S:g} s",
-      "Another process may hold them: look with nvidia-smi, or at /dev/accel*.",
+      f"JAX found no devices within {_START_S:g} s",
+      "Check whether another process uses them: nvidia-smi, fuser /dev/accel*.",
     )
   if done.returncode:
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return Line(
       "FAIL",
       "devices",
-      last,
-      "Try it: python -c 'import flax.nnx, jax; print(jax.devices())'",
+      _last_line(done.stderr),
+      "Run python -c 'import flax.nnx, jax; print(jax.devices())'",
     )
   number, platform, kind = done.stdout.strip().splitlines()[-1].split("|")
   found = f"{number} of {kind} ({platform})"
@@ -200,15 +237,15 @@ def of_devices() -> Line:
     return Line(
       "FAIL",
       "devices",
-      f"{found}, yet there is {unused[0]}",
-      "pip install 'jax[cuda13]' for a GPU, 'jax[tpu]' for a TPU, in the "
+      f"{found}, but {unused[0]} exists",
+      "pip install 'jax[cuda13]' for a GPU or 'jax[tpu]' for a TPU, in the "
       "version of jax.",
     )
   return Line("ok", "devices", found)
 
 
-def of_port(port: int) -> Line:
-  """Tries whether a server could listen."""
+def check_port(port: int) -> Line:
+  """Checks that a server can listen on a port."""
   with socket.socket() as server:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -218,31 +255,31 @@ def of_port(port: int) -> Line:
         "warn",
         f"port {port}",
         error.strerror or str(error),
-        f"Look with ss -ltnp 'sport = :{port}', or take another: --port.",
+        f"Find its user with ss -ltnp 'sport = :{port}', or change --port.",
       )
   return Line("ok", f"port {port}", "free")
 
 
-def of_space(name: str, place: pathlib.Path, *, low: int) -> Line:
-  """Looks at what is free where files are written."""
+def check_space(name: str, place: pathlib.Path, *, low: int) -> Line:
+  """Checks that a folder has at least `low` bytes free."""
   try:
     free = shutil.disk_usage(place).free
   except OSError as error:
-    return Line("warn", name, str(error), f"Mount something at {place}.")
+    return Line("warn", name, str(error), f"Mount a file system at {place}.")
   found = f"{_gib(free)} free in {place}"
   if free >= low:
     return Line("ok", name, found)
-  fix = "Choose a larger disk by --workdir; --plan tells what a run writes."
+  fix = "Set --workdir to a larger disk; --plan shows what a run writes."
   if name == "shared memory":
     fix = (
-      "Weights go to servers through it, twice: docker run --shm-size=64g, or "
-      "--config.rollout.weights_root=FOLDER."
+      "It holds two copies of the weights sent to servers: use docker run "
+      "--shm-size=64g, or --config.rollout.weights_root=FOLDER."
     )
   return Line("warn", name, found, fix)
 
 
 def memory_limit(cgroup: pathlib.Path) -> int:
-  """Reads how much memory this process may have, in bytes."""
+  """Returns the memory limit of this process in bytes."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   for name in ("memory.max", "memory/memory.limit_in_bytes"):
     path = cgroup / name
@@ -252,20 +289,35 @@ def memory_limit(cgroup: pathlib.Path) -> int:
   return total
 
 
-def of_memory(limit: int) -> Line:
-  """Looks at the host's memory."""
+def check_memory(limit: int) -> Line:
+  """Checks the memory limit of this process."""
   if limit >= 8 * _GIB:
     return Line("ok", "memory", _gib(limit))
-  fix = "Raise the container's limit (docker run --memory); tests take 8 GiB."
+  fix = "Raise the container's limit (docker run --memory); tests need 8 GiB."
   return Line("warn", "memory", _gib(limit), fix)
 
 
-def of_cores(number: int) -> Line:
-  """Looks at the cores that this process may use."""
+def check_cores(number: int) -> Line:
+  """Checks the number of cores available to this process."""
   if number >= 2:
     return Line("ok", "cores", str(number))
-  fix = "Ask for two or more: data is read while devices compute."
+  fix = "Use two or more: data is read while devices compute."
   return Line("warn", "cores", str(number), fix)
+
+
+def _run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, **environ},
+    capture_output=True,
+    text=True,
+    timeout=_START_S,
+    check=False,
+  )
+
+
+def _last_line(text: str) -> str:
+  return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def _asked_platforms() -> str:
@@ -273,7 +325,7 @@ def _asked_platforms() -> str:
 
 
 def _parts(version: str) -> tuple[int, ...]:
-  """Reads the numbers at the start of a version; () where there is none."""
+  """Returns the leading numbers of a version; () if there are none."""
   numbers = []
   for part in version.split("."):
     if not part.isdigit():

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user is told when something stops: what, where, why, fix.
+"""Errors with four parts (what, where, why, fix) and an exit code.
 
-Every error has an exit code, so that a scheduler can tell a bad flag from a
-lost server, and an id under which the documentation explains it.
+Exit codes let a scheduler distinguish, for example, an invalid flag from a lost
+server.
 """
 
 import enum
 
 
 class Exit(enum.IntEnum):
-  """Exit codes of every script."""
+  """Exit codes of all scripts."""
 
   DONE = 0
   CONFIG = 2
@@ -25,10 +25,10 @@ class Exit(enum.IntEnum):
 
 
 class AtlasError(Exception):
-  """A failure with a known cause, told in four parts.
+  """A failure with a known cause.
 
-  Subclasses set the exit code; `what` is one sentence, `where` names the file,
-  row, tensor or flag, `why` the likely cause, `fix` what to do next.
+  Subclasses set the exit code. `what` is one sentence, `where` names the file,
+  row, tensor or flag, `why` is the likely cause, `fix` is the action to take.
   """
 
   exit_code = Exit.INTERNAL
@@ -41,46 +41,46 @@ class AtlasError(Exception):
 
 
 class ConfigError(AtlasError):
-  """A flag or a config value that cannot be honoured."""
+  """An invalid flag or config value."""
 
   exit_code = Exit.CONFIG
 
 
 class DataError(AtlasError):
-  """A data file that cannot be used."""
+  """An invalid data file."""
 
   exit_code = Exit.DATA
 
 
 class DivergedError(AtlasError):
-  """Training produced numbers that are not finite."""
+  """Training produced non-finite values."""
 
   exit_code = Exit.DIVERGED
 
 
 class CheckpointError(AtlasError):
-  """Weights or training state that cannot be loaded or written."""
+  """Weights or training state cannot be loaded or written."""
 
   exit_code = Exit.CHECKPOINT
 
 
 class RolloutError(AtlasError):
-  """A rollout server that cannot be reached, or does not do its work."""
+  """A rollout server is unreachable or fails."""
 
   exit_code = Exit.ROLLOUT
 
 
 class LostProcessError(AtlasError):
-  """One of several processes that train as one is gone, or never came."""
+  """A process of a multi-process run exited or never connected."""
 
   exit_code = Exit.LOST_PROCESS
 
 
 class PreemptedError(AtlasError):
-  """Stopped on request, with the state saved."""
+  """The run stopped on request and saved its state."""
 
   exit_code = Exit.PREEMPTED
 
 
 class OutOfMemoryError(AtlasError):
-  """A device, or the host, that has no room left."""
+  """A device or the host is out of memory."""

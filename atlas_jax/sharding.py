@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, and where each parameter lives on it.
+"""The device mesh and the sharding of parameters and batches.
 
-Rules are data: a pattern over a parameter's path, and the mesh axis of each of
-its dimensions. The first pattern that matches decides.
+Each rule is a pattern of parameter paths and the mesh axes of each dimension.
+The first matching rule applies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,19 @@ import numpy as np
 
 from atlas_jax import errors
 
-# From the slowest links to the fastest.
+# Ordered from the slowest links to the fastest.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-# Devices along these see rows of their own.
+# Rows of a batch are sharded over these axes.
 ROWS = ("data", "fsdp", "expert")
 
 _Axes: TypeAlias = str | tuple[str, ...] | None
-# Along these, devices would hold the same weights: they hold a part each.
+# Parameters are sharded over these axes as in FSDP; devices along them would
+# otherwise hold identical copies.
 _SPLIT = ("fsdp", "expert", "context")
 _EXPERT_SPLIT = ("fsdp", "context")
 
-# What a kernel that is kept in few bits has of each input, or block of them.
+# Arrays of a quantized kernel that have the kernel's dimensions. Block scales
+# have one entry per block of inputs.
 _KEPT = "(/int8|/nf4|/block_scales)?"
 
 # Stacked layers have a leading axis, which is never sharded.
@@ -46,7 +48,7 @@ RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   (rf"layers/mixture/down{_KEPT}", (None, "expert", "tensor", _EXPERT_SPLIT)),
   (rf"layers/mlp/(gate|up)/kernel{_KEPT}", (None, _SPLIT, "tensor")),
   (rf"layers/mlp/down/kernel{_KEPT}", (None, "tensor", _SPLIT)),
-  # One for all inputs of an output: only outputs can be split.
+  # Channel scales have size 1 along inputs, so only outputs can be sharded.
   (
     r"layers/attention/[qkv]/kernel/channel_scales",
     (None, None, "tensor", None),
@@ -62,7 +64,8 @@ RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   ),
   (r"layers/mlp/(gate|up)/kernel/channel_scales", (None, None, "tensor")),
   (r"layers/mlp/down/kernel/channel_scales", (None, None, _SPLIT)),
-  # An adapter's long axis is split as the kernel's is; its rank is short.
+  # A LoRA matrix is sharded like its kernel along inputs or outputs; the rank
+  # axis is small and not sharded.
   (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", (None, _SPLIT)),
   (r"layers/(attention/o|mlp/down)/lora_a", (None, "tensor")),
   (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b", (None, None, "tensor")),
@@ -80,24 +83,24 @@ def make_mesh(
   expert: int = 1,
   devices: Sequence[Any] | None = None,  # Any: JAX names no type for them.
 ) -> js.Mesh:
-  """Arranges devices in a mesh; one size may be -1, for what remains.
+  """Creates a device mesh; one size may be -1 to use all remaining devices.
 
-  Where devices come in slices with slow links between (TPU slices, GPU nodes),
-  the first axes of `AXES` are the ones that cross them.
+  If devices are in slices with slow links between them (TPU slices, GPU nodes),
+  the first axes of `AXES` cross the slices.
 
   Args:
-    data: replicas that see different rows.
-    fsdp: devices that share one copy of the parameters, and see different rows.
-    tensor: devices that share each row's matrix products.
-    context: devices that share each row's tokens. They hold a part of the
-      parameters each, as along `fsdp`; keys and values are gathered in every
-      layer.
-    expert: devices that share the experts of a mixture. They see different
-      rows, and share the other parameters as along `fsdp`.
-    devices: to use; all there are if None.
+    data: number of replicas; each sees different rows.
+    fsdp: size of the axis that shards parameters and rows.
+    tensor: size of the axis that shards the matrix products of each row.
+    context: size of the axis that shards the tokens of each row. Parameters are
+      sharded as along `fsdp`; keys and values are gathered in every layer.
+    expert: size of the axis that shards the experts of a mixture. Rows and
+      other parameters are sharded as along `fsdp`.
+    devices: devices of the mesh; None for all.
 
   Raises:
-    errors.ConfigError: if the sizes do not multiply to the devices there are.
+    errors.ConfigError: if the product of the sizes is not the number of
+      devices.
   """
   devices = jax.devices() if devices is None else devices
   found = sizes(
@@ -116,7 +119,7 @@ def make_mesh(
 
 
 def sizes(num_devices: int, **asked: int) -> dict[str, int]:
-  """Tells the size of every axis of a mesh, as `make_mesh` is asked for it.
+  """Returns the size of every mesh axis; `asked` are arguments of `make_mesh`.
 
   Raises:
     errors.ConfigError: see `make_mesh`.
@@ -129,11 +132,12 @@ def sizes(num_devices: int, **asked: int) -> dict[str, int]:
     found[free[0]] = num_devices // known
   if not valid or math.prod(found.values()) != num_devices:
     raise errors.ConfigError(
-      f"Mesh {found} does not cover the devices.",
+      f"Mesh {found} does not match {num_devices} devices.",
       where="--config.mesh",
-      why=f"There are {num_devices} devices; sizes multiply to {known}.",
-      fix="Set one axis to -1 to fill what is left, "
-      "e.g. --config.mesh.fsdp=-1.",
+      why=f"The product of the given sizes is {known}; sizes must be > 0, or "
+      "-1 for at most one axis.",
+      fix="Set one axis to -1 to use all remaining devices, e.g. "
+      "--config.mesh.fsdp=-1.",
     )
   return found
 
@@ -143,9 +147,9 @@ def arrange(
   devices: Sequence[Any],  # Any: as in `make_mesh`.
   num_slices: int,
 ) -> np.ndarray:
-  """Lays devices of several slices out, so that few axes leave a slice.
+  """Arranges devices of several slices so that few mesh axes cross slices.
 
-  Each axis, the outermost first, takes as many slices as divide it.
+  Axis i, outermost first, spans gcd(shape[i], number of slices left) slices.
   """
   outer = []
   for size in shape:
@@ -157,17 +161,17 @@ def arrange(
 def of_params(
   mesh: js.Mesh | js.AbstractMesh, abstract_params: Mapping[str, Any]
 ) -> Any:
-  """Gives each parameter its sharding.
+  """Returns the sharding of each parameter.
 
   Args:
-    mesh: as made by `make_mesh`.
-    abstract_params: nested dict with anything that has a `shape` as leaves.
+    mesh: created by `make_mesh`.
+    abstract_params: nested dict whose leaves have a `shape`.
 
   Returns:
-    The same tree of `NamedSharding`.  # Any: mirrors the tree.
+    The same tree with `NamedSharding` leaves.  # Any: mirrors the tree.
 
   Raises:
-    errors.ConfigError: if a parameter's axis does not divide; names the flag.
+    errors.ConfigError: if a dimension is not divisible by its mesh axes.
   """
 
   def rule(path: tuple[Any, ...], leaf: Any) -> js.NamedSharding:
@@ -182,24 +186,24 @@ def of_params(
 
 
 def of_batch(mesh: js.Mesh | js.AbstractMesh) -> js.NamedSharding:
-  """Rows spread over the axes that see different rows."""
+  """Returns a sharding of rows over `ROWS`."""
   return js.NamedSharding(mesh, js.PartitionSpec(ROWS))
 
 
 def of_activations(mesh: js.Mesh | js.AbstractMesh) -> js.NamedSharding:
-  """Rows spread as in a batch, and the tokens of each over `context`."""
+  """Returns a sharding of rows over `ROWS` and of tokens over `context`."""
   return js.NamedSharding(mesh, js.PartitionSpec(ROWS, "context"))
 
 
 def replicated(mesh: js.Mesh) -> js.NamedSharding:
-  """The same values on every device."""
+  """Returns a sharding with the same values on every device."""
   return js.NamedSharding(mesh, js.PartitionSpec())
 
 
 def put(tree: Any, place: js.Sharding) -> Any:  # Any: a tree of NumPy arrays.
-  """Lays arrays out that every process has whole, without asking the others.
+  """Shards arrays that every process holds in full, without communication.
 
-  `jax.device_put` would have all processes compare what they have.
+  `jax.device_put` would compare the values of all processes.
   """
 
   def put_one(array: np.ndarray) -> jax.Array:
@@ -211,15 +215,16 @@ def put(tree: Any, place: js.Sharding) -> Any:  # Any: a tree of NumPy arrays.
 
 
 def num_row_shards(mesh: js.Mesh | js.AbstractMesh) -> int:
-  """Counts the parts that rows are spread in."""
+  """Returns the number of shards that rows are split into."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def share_of_rows(mesh: js.Mesh) -> tuple[int, int]:
-  """Tells which of how many equal parts of a batch this process's devices see.
+  """Returns (index, count) of the equal part of a batch for this process.
 
   Raises:
-    errors.ConfigError: if they see rows that are not next to each other.
+    errors.ConfigError: if the rows of this process's devices are not
+      contiguous.
   """
   count = num_row_shards(mesh)
   places = of_batch(mesh).addressable_devices_indices_map((count,)).values()
@@ -227,10 +232,10 @@ def share_of_rows(mesh: js.Mesh) -> tuple[int, int]:
   first, size = mine[0], len(mine)
   if mine[-1] != first + size - 1 or first % size or count % size:
     raise errors.ConfigError(
-      "The mesh gives a process rows that lie apart.",
+      "Each process must hold contiguous rows of a batch.",
       where=f"--config.mesh, process {jax.process_index()}",
-      why=f"Of {count} parts of a batch its devices see {mine}.",
-      fix="Make the sizes of data and fsdp powers of two.",
+      why=f"Of {count} row shards, this process's devices hold {mine}.",
+      fix="Set data and fsdp to powers of two.",
     )
   return first // size, count // size
 
@@ -238,17 +243,23 @@ def share_of_rows(mesh: js.Mesh) -> tuple[int, int]:
 def check_length(
   mesh: js.Mesh | js.AbstractMesh, length: int, *, where: str
 ) -> None:
-  """Refuses rows whose tokens cannot be spread evenly; `where` set the length.
+  """Validates that `length` tokens can be sharded evenly over `context`.
+
+  Args:
+    mesh: created by `make_mesh`.
+    length: tokens of a row.
+    where: the flag that sets the length, for the error.
 
   Raises:
-    errors.ConfigError: see above.
+    errors.ConfigError: if `length` is not a multiple of the axis size.
   """
   context = mesh.shape["context"]
   if length % context:
     raise errors.ConfigError(
-      f"A row of {length} tokens does not divide over the mesh.",
+      f"Row length must be a multiple of mesh.context={context}, got {length} "
+      "tokens.",
       where=f"{where}, --config.mesh.context={context}",
-      why="Each device along context takes the same number of tokens.",
+      why="Each device along context holds the same number of tokens.",
       fix=f"Set --config.mesh.context to {math.gcd(length, context)}, or the "
       f"length to {math.ceil(length / context) * context}.",
     )
@@ -257,32 +268,32 @@ def check_length(
 def num_microbatches(
   mesh: js.Mesh | js.AbstractMesh, *, size: int, per_device: int
 ) -> int:
-  """Tells in how many parts a batch goes through the devices.
+  """Returns the number of microbatches of a batch.
 
   Args:
-    mesh: as made by `make_mesh`. The devices along `ROWS` see different rows.
+    mesh: created by `make_mesh`.
     size: rows of a batch.
-    per_device: rows that a device sees at once; 0 for all it has.
+    per_device: rows per device in a microbatch; 0 for all of its rows.
 
   Raises:
-    errors.ConfigError: if the rows cannot be spread evenly.
+    errors.ConfigError: if the rows cannot be divided evenly.
   """
   num_shards, axes = num_row_shards(mesh), " x ".join(ROWS)
   if size < 1 or size % num_shards:
     raise errors.ConfigError(
-      f"A batch of {size} rows does not divide over the mesh.",
+      f"batch.size must be a positive multiple of {num_shards}, got {size}.",
       where=f"--config.batch.size={size}",
-      why=f"{axes} is {num_shards} devices, each takes the same number.",
+      why=f"Rows are sharded evenly over {axes} = {num_shards} devices.",
       fix=f"Set it to a multiple of {num_shards}, or choose a smaller mesh.",
     )
   rows = size // num_shards
   if per_device < 0 or rows % (per_device or rows):
     raise errors.ConfigError(
-      f"A device's {rows} rows of a batch do not divide by {per_device}.",
+      f"batch.per_device must be 0 or a divisor of {rows}, got {per_device}.",
       where=f"--config.batch.per_device={per_device}",
-      why=f"A batch has {size} rows, for {num_shards} devices along {axes}; "
-      "each goes through them in parts of the same size.",
-      fix=f"Set it to a divisor of {rows}, or to 0 for all at once.",
+      why=f"Each of {num_shards} devices along {axes} has {rows} of {size} "
+      "rows, in microbatches of equal size.",
+      fix=f"Set it to a divisor of {rows}, or to 0 for a single microbatch.",
     )
   return rows // (per_device or rows)
 
@@ -305,8 +316,9 @@ def _check_divides(
       raise errors.ConfigError(
         f"Parameter {name} of shape {shape} does not divide over the mesh.",
         where=" ".join(f"--config.mesh.{k}={v}" for k, v in split.items()),
-        why=f"Its dimension {i}, of size {size}, is split over {product}: "
+        why=f"Dimension {i}, of size {size}, is sharded over {product}: "
         f"{total} devices.",
-        fix=f"Make {product} a divisor of {size}; "
-        f"{math.gcd(size, total)} is one. --config.mesh.data takes the rest.",
+        fix=f"Set {product} to a divisor of {size}, e.g. "
+        f"{math.gcd(size, total)}, and use the remaining devices for "
+        "--config.mesh.data.",
       )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records which cross package borders, and the protocols that pass them.
+"""Records shared between packages, and protocols of the objects that use them.
 
-Imports nothing heavy, so a rollout server without JAX can use it. Every record
-is a frozen dataclass and can be written as one JSON line.
+Imports only the standard library, so a rollout server without JAX can use it.
+Every record is a frozen dataclass and serializes to one JSON line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,10 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What a sampler continues.
+  """A rendered prompt and its token ids.
 
-  `row_id` names the row this prompt came from. With `SamplingParams.seed` it
-  fixes the random numbers, so a prompt samples alike in any batch.
+  `row_id` names the data row of the prompt. Together with `SamplingParams.seed`
+  it determines the random numbers, so results do not depend on the batch.
   """
 
   row_id: str
@@ -39,11 +39,11 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How completions are drawn.
+  """Sampling parameters.
 
-  `group_size` completions per prompt, each at most `max_completion_tokens`
-  long. A `temperature` of 0 is greedy; `top_p` of 1 and `top_k` of 0 keep the
-  whole vocabulary.
+  Each prompt gets `group_size` completions of at most `max_completion_tokens`
+  tokens. A `temperature` of 0 is greedy; `top_p` of 1 and `top_k` of 0 disable
+  these filters.
   """
 
   group_size: int
@@ -54,27 +54,27 @@ class SamplingParams:
   seed: int
 
   def __post_init__(self) -> None:
-    """Refuses values no sampler could honour."""
+    """Validates ranges."""
     if self.group_size < 1 or self.max_completion_tokens < 1:
       raise ValueError(
-        "group_size and max_completion_tokens must be at least 1, got "
+        "group_size and max_completion_tokens must be >= 1, got "
         f"{self.group_size} and {self.max_completion_tokens}."
       )
     if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0 or self.top_k < 0:
       raise ValueError(
-        "Expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got "
+        "temperature must be >= 0, top_p in (0, 1] and top_k >= 0, got "
         f"{self.temperature}, {self.top_p} and {self.top_k}."
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What a sampler wrote.
+  """A sampled completion.
 
-  `token_ids` end with the stop token when `finish_reason` is "stop".
-  `logprobs` are of the distribution that was drawn from (temperature, top-p and
-  top-k applied); `model_logprobs` are the model's own, at temperature 1. Both
-  in nats, one per token. `version` is that of the weights that wrote it.
+  `token_ids` end with the stop token if `finish_reason` is "stop". `logprobs`
+  are those of the sampling distribution (after temperature, top-p and top-k);
+  `model_logprobs` are the model's, at temperature 1. Both are in nats, one per
+  token. `version` is the version of the sampler's weights.
   """
 
   token_ids: tuple[int, ...]
@@ -96,7 +96,7 @@ class Rollout:
 class Question:
   """A problem with its reference answer.
 
-  `difficulty` and `solution`, the way to the answer, may be empty.
+  `difficulty` and `solution`, a worked solution, may be empty.
   """
 
   row_id: str
@@ -118,7 +118,10 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """A reward, or None with the reason why there is none."""
+  """A reward, or None with the reason why it is missing.
+
+  `parts` are the terms that `value` is computed from, for logging.
+  """
 
   value: float | None
   missing_reason: str = ""
@@ -127,12 +130,12 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class TeachingRecord:
-  """One pass of the protocol: probe, teaching, and answers with and without.
+  """One pass of the protocol: probe, teaching, baseline and taught answers.
 
-  `teaching` is None when the completion held no teaching tag. `num_teaching_
-  tokens` counts the text of `teaching` alone. `leaked` and the attempts'
-  `correct` are None until graded. `seconds` is the wall time of the taught
-  pass, shared evenly among the records of one batch.
+  `teaching` is None if the completion has no teaching tags, and
+  `num_teaching_tokens` is the length of `teaching` alone. `leaked` and the
+  attempts' `correct` are None until graded. `seconds` is the wall time of the
+  taught pass, divided by the number of records in the batch.
   """
 
   question: Question
@@ -148,33 +151,33 @@ class TeachingRecord:
 
 
 class Sampler(Protocol):
-  """Writes completions with weights that can be replaced."""
+  """Samples completions with weights that can be updated."""
 
   @property
   def version(self) -> int:
-    """The step whose weights it holds."""
+    """The step of the current weights."""
     ...
 
   def sample(
     self, prompts: Sequence[Prompt], params: SamplingParams
   ) -> list[list[Completion]]:
-    """Draws `params.group_size` completions for each prompt, in order.
+    """Samples `params.group_size` completions per prompt, in order.
 
-    None at all for a prompt that was given up: its completions are missing.
+    A prompt that the sampler dropped, e.g. after timeouts, has an empty list.
     """
     ...
 
   def update_weights(self, params: Mapping[str, Any], version: int) -> None:
-    """Takes new weights: a nested dict of arrays, known by its paths."""
+    """Replaces the weights by `params`, a nested dict of arrays."""
     ...
 
   def take_metrics(self) -> Mapping[str, float]:
-    """Gives numbers of its work since it was last asked, by name."""
+    """Returns metrics since the previous call, by name."""
     ...
 
 
 class Score(Protocol):
-  """Tells what a model thinks of tokens that others wrote."""
+  """Computes log-probabilities of given completions."""
 
   def __call__(
     self,
@@ -183,32 +186,32 @@ class Score(Protocol):
     *,
     temperature: float,
   ) -> list[tuple[float, ...] | None]:
-    """Gives each token's log-probability after its prompt, in nats.
+    """Returns per-token log-probabilities given the prompt, in nats.
 
-    One completion per prompt, in order; `temperature` divides the logits. None
-    where both together are longer than the model's context.
+    One completion per prompt, in order; `temperature` divides the logits. An
+    item is None if prompt and completion exceed the model's context.
     """
     ...
 
 
 class RewardFn(Protocol):
-  """Rewards a batch of records, all at once, in order."""
+  """Computes the rewards of a batch of records."""
 
   def __call__(self, records: Sequence[TeachingRecord]) -> list[Reward]:
-    """Returns one reward per record."""
+    """Returns one reward per record, in order."""
     ...
 
 
 class OnFirstProcess(Protocol):
-  """Does once, for all processes of a run, what must not be done by each."""
+  """Runs a function in the first process only and shares its result."""
 
   def __call__(self, make: Callable[[], _Json]) -> _Json:
-    """Gives all of them what `make` makes in the first; JSON."""
+    """Returns the JSON value of `make` in the first process, in all of them."""
     ...
 
 
 def to_json_line(record: Any) -> str:  # Any: each record class of this module.
-  """Writes a record as one line of JSON, without the newline."""
+  """Serializes a record to one line of JSON, without the newline."""
   return json.dumps(
     dataclasses.asdict(record), ensure_ascii=False, allow_nan=False
   )
@@ -217,10 +220,10 @@ def to_json_line(record: Any) -> str:  # Any: each record class of this module.
 def teaching_record(
   fields: Mapping[str, Any],  # Any: JSON.
 ) -> TeachingRecord:
-  """Reads back what `to_json_line` wrote of a `TeachingRecord`.
+  """Builds a `TeachingRecord` from the parsed output of `to_json_line`.
 
   Raises:
-    KeyError, TypeError or ValueError: if it is something else.
+    KeyError, TypeError or ValueError: if the fields are invalid.
   """
   reward = fields["reward"]
   rollout = fields["teacher_rollout"]
@@ -238,16 +241,16 @@ def teaching_record(
 
 
 def completion(fields: Mapping[str, Any]) -> Completion:  # Any: JSON.
-  """Reads back what `dataclasses.asdict` gave of a completion.
+  """Builds a `Completion` from the output of `dataclasses.asdict`.
 
   Raises:
-    KeyError, TypeError or ValueError: if it is something else.
+    KeyError, TypeError or ValueError: if the fields are invalid.
   """
   return Completion(**_tuples(fields))
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON.
-  """Makes JSON's lists the tuples they were."""
+  """Converts JSON lists to tuples."""
   return {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in fields.items()

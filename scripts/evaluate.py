@@ -21,7 +21,7 @@ from scripts.job import arguments, components, processes
 def main() -> None:
   """Runs the protocol on every question, then prints and saves metrics."""
   config, workdir = arguments.parse("evaluation")
-  from_first = distributed.OnFirstProcess("evaluation")
+  from_first = distributed.FirstProcessBroadcast("evaluation")
   with components.start(workdir, config) as should_stop:
     mesh = sharding.make_mesh(**config.mesh)
     data = sets.Selection(**config.data)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Student alone against student taught."""
+"""Evaluation of the student with and without a teaching."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the teaching protocol over a data set, and can be interrupted.
+"""Evaluates a teacher on a dataset, with resume.
 
-Records are graded and appended to a JSONL file batch by batch. Its first line
-holds the settings they came from; the same line of command carries on where
-the file ends, and other settings are refused.
+Graded records are appended to a JSONL file after each batch. Its first line
+holds the settings: a run with the same settings continues the file, a run with
+other settings is rejected.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,30 +33,28 @@ def run(
   should_stop: Callable[[], bool],
   from_first: types.OnFirstProcess,
 ) -> list[types.TeachingRecord]:
-  """Teaches every question, and writes and returns the graded records.
+  """Runs the protocol on every question and writes the graded records.
 
   Args:
-    protocol: what samples. For a paired comparison its baselines' seed is
-      `seed`.
+    protocol: samples the records. For a paired comparison, the seed of its
+      `baseline_params` must equal `seed`.
     questions: with distinct row ids.
-    batch_size: questions per pass; decides speed and memory alone.
+    batch_size: questions per pass; affects only speed and memory.
     seed: of probes, teachings and taught answers.
-    weights: names what the samplers hold, such as {"policy": checkpoint}, so
-      that records of one teacher are never taken for those of another.
-    path: the JSONL file. Missing folders are made.
-    should_stop: asked before each pass.
-    from_first: of several processes that evaluate as one, the first reads and
-      writes the file.
+    weights: identifies the samplers' weights, e.g. {"policy": checkpoint}; part
+      of the settings, so different teachers cannot share a file.
+    path: the JSONL file. Missing folders are created.
+    should_stop: called before each pass.
+    from_first: runs file access in the first of several processes.
 
   Returns:
-    All records, question by question, those read back included.
+    All records in question order, including those read from the file.
 
   Raises:
-    ConfigError: if the file holds records of other settings.
-    DataError: if a line of it cannot be read, or row ids repeat.
-    RolloutError: if a sampler gave up a prompt; the batches before are in the
-      file.
-    PreemptedError: if `should_stop` said so; what is done is in the file.
+    ConfigError: if the file has records of other settings.
+    DataError: if a line of the file is invalid, or row ids repeat.
+    RolloutError: if a sampler dropped a prompt; earlier batches are saved.
+    PreemptedError: if `should_stop` returned True; finished batches are saved.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -69,37 +67,42 @@ def run(
   ]
   done = len(records) // group_size
   if done:
-    logging.info("%s: %s of %s questions found", path, done, len(questions))
+    logging.info(
+      "Resuming evaluation: %s of %s questions in %s",
+      done,
+      len(questions),
+      path,
+    )
   for start in range(done, len(questions), batch_size):
     if should_stop():
       raise errors.PreemptedError(
         f"Stopped on request after {start} of {len(questions)} questions.",
         where=str(path),
-        why="The process was asked to stop; the records are saved.",
-        fix="Run the same command again: it goes on with the next question.",
+        why="The process received a stop signal; the records are saved.",
+        fix="Run the same command again to continue with the next question.",
       )
-    asked = questions[start : start + batch_size]
-    batch = protocol.run(asked, seed)
-    # What is missing can be had later: the next run goes on from here.
-    teaching_protocol.dropped_fraction(asked, batch, max_fraction=0.0)
-    graded = [rewards.grade(record) for record in batch]
+    batch = questions[start : start + batch_size]
+    sampled = protocol.run(batch, seed)
+    # Raises if a question was dropped: the next run samples this batch again.
+    teaching_protocol.dropped_fraction(batch, sampled, max_fraction=0.0)
+    graded = [rewards.grade(record) for record in sampled]
     lines = [types.to_json_line(record) for record in graded]
     from_first(functools.partial(_append, path, lines))
     records += graded
     logging.info(
-      "%s: %s of %s questions",
-      path,
+      "Evaluated %s of %s questions to %s",
       min(start + batch_size, len(questions)),
       len(questions),
+      path,
     )
   return records
 
 
 def read(path: pathlib.Path) -> list[types.TeachingRecord]:
-  """Reads back what `run` wrote.
+  """Reads the records that `run` wrote.
 
   Raises:
-    DataError: if a line cannot be read; with its number.
+    DataError: if a line is invalid, with its number.
   """
   lines = path.read_bytes().splitlines()
   return [
@@ -108,15 +111,15 @@ def read(path: pathlib.Path) -> list[types.TeachingRecord]:
 
 
 def _check_distinct(questions: Sequence[types.Question]) -> None:
-  """Refuses questions that the records could not tell apart."""
+  """Raises if row ids repeat."""
   seen: set[str] = set()
   for question in questions:
     if question.row_id in seen:
       raise errors.DataError(
-        f"Two questions have the row id {question.row_id!r}.",
+        f"Row ids must be unique, got {question.row_id!r} twice.",
         where=f"row {question.row_id!r}",
-        why="Records and random numbers are told apart by row id.",
-        fix="Give each row its own id, or none to number them.",
+        why="Records and random numbers are identified by row id.",
+        fix="Set a unique id for each row, or no ids to number the rows.",
       )
     seen.add(question.row_id)
 
@@ -128,7 +131,7 @@ def _header(
   seed: int,
   weights: Mapping[str, str],
 ) -> dict[str, Any]:  # Any: JSON.
-  """Describes what decides the records, with a digest of it."""
+  """Returns the settings that determine the records, and their digest."""
   settings = {
     "questions": _digest([dataclasses.asdict(q) for q in questions]),
     "seed": seed,
@@ -143,7 +146,7 @@ def _header(
     "solve": dataclasses.asdict(protocol.solve_params),
     "baseline": dataclasses.asdict(protocol.baseline_params),
   }
-  # The run's seed stands in for theirs.
+  # The run's seed replaces these.
   for phase in ("probe", "teach", "solve"):
     del settings[phase]["seed"]
   return {"digest": _digest(settings), "settings": settings}
@@ -158,15 +161,16 @@ def _resume(
   header: Mapping[str, Any],  # Any: JSON.
   group_size: int,
 ) -> list[str]:
-  """Finds the finished questions and cuts off what a crash left half-written.
+  """Returns the lines of finished questions; truncates the file after them.
 
-  A new file gets its header.
+  Writes the header of a new file. A line that a crash left incomplete, and a
+  question with fewer than `group_size` records, are removed.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   raw = path.read_bytes() if path.exists() else b""
   lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
   header_line = json.dumps(header)
-  # A crash may leave a part of the header; anything else is another's file.
+  # A crash may leave a prefix of the header; other content is not ours.
   if lines or not header_line.encode().startswith(raw):
     _check_header(path, (lines or [raw])[0], header)
     finished = (len(lines) - 1) // group_size * group_size
@@ -175,7 +179,8 @@ def _resume(
     os.truncate(path, sum(map(len, lines)))
   if not lines:
     _append(path, [header_line])
-  return [line.decode("latin-1") for line in lines[1:]]  # JSON has no bytes.
+  # Latin-1 maps bytes to str one to one, for the JSON broadcast.
+  return [line.decode("latin-1") for line in lines[1:]]
 
 
 def _check_header(
@@ -183,29 +188,29 @@ def _check_header(
   line: bytes,
   header: Mapping[str, Any],  # Any: JSON.
 ) -> None:
-  """Refuses a file that was begun with other settings."""
+  """Raises if the file has other settings."""
   try:
     found = json.loads(line)
   except ValueError:
     found = None
   if not isinstance(found, dict) or "digest" not in found:
-    problem = "Its first line is not the header of an evaluation."
+    problem = "Its first line is not an evaluation header."
   elif found["digest"] != header["digest"]:
     old, new = found.get("settings", {}), header["settings"]
     names = sorted(name for name in new if old.get(name) != new[name])
-    problem = f"These differ: {', '.join(names)}."
+    problem = f"These settings differ: {', '.join(names)}."
   else:
     return
   raise errors.ConfigError(
-    "The records' file is not of this evaluation.",
+    "The records file belongs to another evaluation.",
     where=str(path),
     why=problem,
-    fix="Name another file, or delete this one to start again.",
+    fix="Choose another file, or delete this one to start over.",
   )
 
 
 def _append(path: pathlib.Path, lines: Sequence[str]) -> None:
-  """Appends whole lines and waits until they are on the disk."""
+  """Appends lines and syncs the file to disk."""
   with path.open("a", encoding="utf-8", newline="\n") as file:
     file.write("".join(f"{line}\n" for line in lines))
     file.flush()
@@ -215,13 +220,13 @@ def _append(path: pathlib.Path, lines: Sequence[str]) -> None:
 def _parse(
   path: pathlib.Path, number: int, line: bytes
 ) -> types.TeachingRecord:
-  """Reads one record back."""
+  """Parses one record."""
   try:
     return types.teaching_record(json.loads(line))
   except (ValueError, TypeError, KeyError) as error:
     raise errors.DataError(
-      f"Line {number} is not a teaching record.",
+      f"Line {number} is not a valid teaching record.",
       where=f"{path}:{number}",
       why=f"{type(error).__name__}: {error}",
-      fix="Delete the file to evaluate again.",
+      fix="Delete the file and evaluate again.",
     ) from error

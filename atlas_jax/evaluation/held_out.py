@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teaches held-out questions while a teacher is trained."""
+"""Evaluates held-out questions during training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,22 +17,23 @@ def evaluate(
   num_bootstrap: int,
   max_dropped_fraction: float,
 ) -> dict[str, float]:
-  """Runs the protocol as its samplers are now, and measures what it did.
+  """Runs the protocol with the samplers' current weights; returns metrics.
 
   Args:
-    protocol: what samples.
+    protocol: samples the records.
     questions: with distinct row ids; at least one.
-    seed: the same for every evaluation of a run, so that two of them differ by
-      the weights alone. With that of the baselines, each pair is a fair one.
+    seed: the same for every evaluation of a run, so two evaluations differ only
+      by their weights. If it equals the baselines' seed, comparisons are
+      paired.
     num_bootstrap: see `metrics.summarize`.
     max_dropped_fraction: of the questions; see `protocol.dropped_fraction`.
 
   Returns:
-    Numbers as `flatten` names them, with `eval/` in front; of what got an
-    answer, and `eval/dropped_fraction` of what did not.
+    Metrics of the answered questions, named as by `flatten` with the prefix
+    `eval/`, and `eval/dropped_fraction`.
 
   Raises:
-    errors.RolloutError: if too many questions got no completions.
+    errors.RolloutError: if too many questions have no completions.
   """
   records = [rewards.grade(record) for record in protocol.run(questions, seed)]
   dropped = teaching_protocol.dropped_fraction(
@@ -44,9 +45,9 @@ def evaluate(
 
 
 def flatten(summary: Mapping[str, object]) -> dict[str, float]:
-  """Makes every value a number: an interval becomes `..._low`, `..._high`.
+  """Converts values to floats: an interval becomes `..._low`, `..._high`.
 
-  What is undefined, such as TES where nobody taught, is left out.
+  Undefined values (None), such as TES without teachings, are left out.
   """
   numbers: dict[str, float] = {}
   for name, value in summary.items():

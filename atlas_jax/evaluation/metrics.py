@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What graded records say: the student alone against the student taught.
+"""Metrics of graded records: the student with and without a teaching.
 
-The ATLAS documents name these metrics and leave units, and of APG and LR the
-formula, open; they are fixed here. With t and b the share of right answers with
-and without a teaching:
+The ATLAS documents name these metrics without units, and without a formula for
+APG and LR; this module defines them. Let t and b be the shares of correct
+answers with and without a teaching:
 
   APG (performance gain)      mean(t - b)
   NDR (non-degradation rate)  share of teachings with t - b >= 0
@@ -12,13 +12,13 @@ and without a teaching:
   LR  (gain per interaction)  APG / teachings per question
 
 Gains are fractions, not percentage points. The completion rate is the share of
-taught answers that end by themselves within the token limit.
+taught answers that finish within the token limit.
 
 Sources: the README of ATLAS (APG, NDR), docs/benchmarks/evaluation-
 methodology.mdx (NDR, TES), its glossary (LR).
 
-Every question weighs the same, and is the unit of every interval: answers to
-one question are not independent.
+All questions have the same weight. Intervals are over questions, since answers
+to one question are not independent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ Summary = dict[str, float | Interval | None]
 
 _Z = statistics.NormalDist().inv_cdf(0.975)
 
-# Which columns of `_per_question` are shares, and so have Wilson intervals.
+# Columns of `_per_question` that are shares, and get Wilson intervals.
 _SHARES = (
   "accuracy",
   "baseline_accuracy",
@@ -49,25 +49,24 @@ _MEANS = ("num_teaching_tokens", "num_baseline_tokens", "num_taught_tokens")
 def summarize(
   records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
 ) -> Summary:
-  """Computes every metric, with 95 % intervals.
+  """Computes all metrics with 95 % intervals.
 
-  Keys are `teaching/NDR` and so on; `accuracy` is that of the taught answers.
-  `..._interval` holds [low, high]: Wilson's for shares, where the bootstrap
-  would claim certainty at 0 and 1, and the bootstrap over questions for APG,
-  TES and LR.
+  Keys have the form `teaching/NDR`; `teaching/accuracy` is that of the taught
+  answers. `..._interval` holds [low, high]: Wilson's interval for shares, since
+  a bootstrap interval has width 0 at shares of 0 and 1, and the bootstrap over
+  questions for APG, TES and LR.
 
   Args:
     records: graded, at least one.
-    num_bootstrap: how often the questions are resampled; 0 leaves out the
-      intervals that need it.
-    seed: decides the resamples.
+    num_bootstrap: number of resamples; 0 disables bootstrap intervals.
+    seed: of the resamples.
 
   Returns:
-    The metrics. TES is None where no teaching was written, and its interval
-    also where that happens in a resample.
+    The metrics. TES is None if there are no teachings; its interval is None if
+    a resample has none.
 
   Raises:
-    ValueError: if there are no records or some are not graded.
+    ValueError: if there are no records, or some are not graded.
   """
   columns = _per_question(records)
   num_questions = len(columns["accuracy"])
@@ -99,11 +98,10 @@ def summarize(
 def of_answers(
   records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
 ) -> Summary:
-  """Computes what the records allow: with baselines `summarize`.
+  """Computes `summarize` if there are baselines, else only the accuracy.
 
-  Where nobody answered without a teaching there is nothing to compare, and only
-  the `accuracy` of the answers, with its interval. Records without an answer
-  are left out; where that is all of them, there is no metric.
+  Without baselines the result is `accuracy` and `accuracy_interval`. Records
+  without an answer are left out; if none is left, the result is empty.
   """
   answered = [record for record in records if record.taught]
   compared = [record for record in answered if record.baseline]
@@ -126,7 +124,7 @@ def of_answers(
 def by_difficulty(
   records: Sequence[types.TeachingRecord], *, num_bootstrap: int, seed: int
 ) -> dict[str, Summary]:
-  """Summarizes the records of each difficulty apart, in alphabetical order."""
+  """Summarizes the records of each difficulty, in alphabetical order."""
   difficulties = sorted({record.question.difficulty for record in records})
   return {
     difficulty: summarize(
@@ -145,21 +143,21 @@ def compare(
   num_bootstrap: int,
   seed: int,
 ) -> Summary:
-  """Compares two teachers on the same questions, paired.
+  """Computes a paired comparison of two teachers on the same questions.
 
   Returns:
-    `teaching/accuracy_difference`, taught accuracy of b minus that of a, with
+    `teaching/accuracy_difference`, the taught accuracy of b minus that of a,
     its 95 % bootstrap interval, and the number of questions.
 
   Raises:
-    ValueError: if the two do not cover the same questions.
+    ValueError: if the two cover different questions.
   """
   groups_a, groups_b = _groups(records_a), _groups(records_b)
   if groups_a.keys() != groups_b.keys():
     odd = sorted(groups_a.keys() ^ groups_b.keys())
     raise ValueError(
-      f"Expected the same questions on both sides; {len(odd)} are on one side "
-      f"only, such as {odd[0]!r}."
+      f"Both sides must have the same questions; {len(odd)} are on one side "
+      f"only, e.g. {odd[0]!r}."
     )
   difference = np.array(
     [
@@ -181,12 +179,12 @@ def compare(
 
 
 def performance_gain(means: Mapping[str, float]) -> float:
-  """Computes APG from the means of a set of questions."""
+  """Computes APG from means over questions."""
   return means["accuracy"] - means["baseline_accuracy"]
 
 
 def teaching_efficiency(means: Mapping[str, float]) -> float:
-  """Computes TES, gain per thousand tokens of teaching; NaN without any."""
+  """Computes TES, gain per thousand teaching tokens; NaN for 0 tokens."""
   if means["num_teaching_tokens"] == 0:
     return math.nan
   gain = performance_gain(means) * means["completion_rate"]
@@ -194,10 +192,10 @@ def teaching_efficiency(means: Mapping[str, float]) -> float:
 
 
 def wilson(share: float, num_trials: int) -> Interval:
-  """Computes Wilson's 95 % score interval of a share.
+  """Computes the 95 % Wilson score interval of a share.
 
-  Where a trial is the mean over several answers to one question the interval
-  errs on the wide side.
+  If a trial is the mean over several answers to one question, the interval is
+  conservative (too wide).
 
   Source: Wilson (1927), JASA 22:209-212.
   """
@@ -206,7 +204,7 @@ def wilson(share: float, num_trials: int) -> Interval:
     share * (1 - share) / num_trials + _Z**2 / (4 * num_trials**2)
   )
   scale = 1 + _Z**2 / num_trials
-  # Rounding must not leave [0, 1] nor exclude the share itself.
+  # Clamped, so rounding cannot leave [0, 1] or exclude the share.
   low = min(max((center - spread) / scale, 0.0), share)
   return [low, max(min((center + spread) / scale, 1.0), share)]
 
@@ -220,12 +218,12 @@ def bootstrap(
 ) -> Interval | None:
   """Computes the 95 % percentile interval of a statistic of column means.
 
-  Rows, one per question, are drawn with replacement and kept whole, so what
-  is paired stays paired.
+  Whole rows, one per question, are drawn with replacement, so columns stay
+  paired.
 
   Returns:
-    [low, high], or None if there are no resamples, or the statistic is
-    undefined for one of them.
+    [low, high], or None if there are no resamples or the statistic is not
+    finite for one of them.
   """
   rng = np.random.default_rng(seed)
   table = np.stack(list(columns.values()), axis=1)
@@ -241,9 +239,9 @@ def bootstrap(
 def _per_question(
   records: Sequence[types.TeachingRecord],
 ) -> dict[str, np.ndarray]:
-  """Averages what is measured over the records of each question."""
+  """Averages the measures of each question's records."""
   if not records:
-    raise ValueError("Expected at least one record, got none.")
+    raise ValueError("Expected at least one record, got 0.")
   groups = [
     [_measures(record) for record in group]
     for group in _groups(records).values()
@@ -257,7 +255,7 @@ def _per_question(
 def _groups(
   records: Sequence[types.TeachingRecord],
 ) -> dict[str, list[types.TeachingRecord]]:
-  """Gathers the records of each question, in order of appearance."""
+  """Groups records by question, in order of appearance."""
   groups: dict[str, list[types.TeachingRecord]] = {}
   for record in records:
     groups.setdefault(record.question.row_id, []).append(record)
@@ -265,7 +263,7 @@ def _groups(
 
 
 def _measures(record: types.TeachingRecord) -> dict[str, float]:
-  """Measures one record."""
+  """Computes the measures of one graded record."""
   if record.leaked is None:
     raise ValueError(f"Record {record.question.row_id!r} is not graded.")
   taught, baseline = _accuracy(record.taught), _accuracy(record.baseline)
@@ -284,7 +282,7 @@ def _measures(record: types.TeachingRecord) -> dict[str, float]:
 
 
 def _accuracy(attempts: Sequence[types.Attempt]) -> float:
-  """Returns the share of right answers among graded ones."""
+  """Returns the share of correct answers."""
   correct = [a.correct for a in attempts if a.correct is not None]
   if not attempts or len(correct) < len(attempts):
     raise ValueError("Expected graded answers, at least one per record.")

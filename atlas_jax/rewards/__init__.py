@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers compared, teaching rewarded."""
+"""Answer extraction, answer comparison and rewards."""

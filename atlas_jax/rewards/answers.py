@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the final answer in a text, and where a teaching gives it away."""
+"""Extracts final answers and detects teachings that reveal them."""
 
 import re
 
 from atlas_jax.rewards import compare, plain
 
-# Of a power, the exponent belongs to the number.
+# The exponent of a power is part of the number.
 _POWER = re.compile(r"\s*\^\s*(?:\{-?\d{1,3}\}|-?\d{1,3})")
 
-# An escaped brace is neither opening nor closing.
+# Escaped braces do not nest.
 _BRACE = re.compile(
   r"(?P<box>\\f?box(?:ed)?\s*\{)|\\[{}]|(?P<open>\{)|(?P<close>\})"
 )
-# The answer is a lookahead, so that of two on one line the last one is found.
+# The answer is matched by a lookahead, so the last of two declarations on one
+# line is found.
 _DECLARATION = re.compile(
   r"(?:\b(?:answer|correct (?:option|choice))\b[\s*]*(?:is\b|:|=)[\s*:]*"
   r"|####\s*)(?=(\S[^\n]*))",
@@ -21,12 +22,12 @@ _DECLARATION = re.compile(
 _CLAUSE_END = re.compile(
   r"[.!](?=\s|\*|$)|;|,?\s(?:because|since|so|which)\b", re.IGNORECASE
 )
-# Words between "the answer is" and the answer.
+# Words to skip between "the answer is" and the answer.
 _FILLER = re.compile(
   r"(?:(?:therefore|thus|then|now|simply|just|equal to)\b[,:]?\s*)+",
   re.IGNORECASE,
 )
-# The innermost pair: an opening tag left open does not swallow the next one.
+# Matches the innermost pair: an unclosed tag does not swallow the next one.
 _BLOCK = re.compile(r"<(solution|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _GIVEAWAY = re.compile(
   r"(?:\b(?:is|equals)|\banswer\s*:?|=|\\boxed\s*\{|<(?:solution|answer)>)[\s*:(]*$"
@@ -35,49 +36,51 @@ _GIVEAWAY_CHARACTERS = 40
 
 
 def extract(text: str) -> str | None:
-  """Finds the final answer: a declared one, else the last number, else None."""
+  """Returns the declared answer, else the last number, else None."""
   return declared(text) or _last_number(text)
 
 
 def declared(text: str) -> str | None:
-  r"""Finds the answer that a text declares to be its final one.
+  r"""Returns the answer that a text declares as final.
 
-  In this order: the last non-empty \boxed{...}, braces nesting; the last
-  <solution> or <answer> block, of which a closing statement or else the last
-  line counts; the last "answer is ...", "answer: ...", "correct choice is ..."
-  or "#### ...", up to the end of its sentence.
+  The first of these that is present:
+    1. the last non-empty \boxed{...}, with nested braces;
+    2. the last <solution> or <answer> block: its last "answer is ..."
+       statement, else its last line;
+    3. the last "answer is ...", "answer: ...", "correct choice is ..." or
+       "#### ...", up to the end of its sentence.
 
   Args:
-    text: a student's whole answer, or a reference solution.
+    text: a student's full answer, or a reference solution.
 
   Returns:
-    The answer as written, or None where nothing is declared.
+    The answer as written, or None if no answer is declared.
   """
   return _boxed(text) or _solution(text) or _stated(text)
 
 
 def leaks(teaching: str, question: str, answer: str) -> bool:
-  r"""Tells whether a teaching gives the final answer away.
+  r"""Returns whether a teaching reveals the final answer.
 
-  It does where the answer, as a number in any notation or as a whole word,
-  stands in the teaching and not in the question. An answer that the question
-  itself contains is given away only where it is announced: "answer is X",
-  "is X", "= X", \boxed{X} or <solution>X.
+  It does if the answer, as a number in any notation or as a whole word, occurs
+  in the teaching but not in the question. If the question also contains the
+  answer, only an announcement counts: "answer is X", "is X", "= X", \boxed{X}
+  or <solution>X.
 
   Args:
-    teaching: what the student will read.
-    question: what the student would read anyway.
+    teaching: text shown to the student.
+    question: the question, which the student sees in any case.
     answer: the final answer alone, without a solution around it.
   """
-  given = _occurrences(teaching, answer)
+  contexts = _occurrences(teaching, answer)
   if not _occurrences(question, answer):
-    return bool(given)
-  return any(_GIVEAWAY.search(before.casefold()) for before in given)
+    return bool(contexts)
+  return any(_GIVEAWAY.search(before.casefold()) for before in contexts)
 
 
 def _boxed(text: str) -> str | None:
-  """Returns the contents of the closed, non-empty box that opens last."""
-  opened: list[int | None] = []  # Where each box began; None for other braces.
+  """Returns the contents of the last box that is closed and non-empty."""
+  opened: list[int | None] = []  # Start of each box; None for other braces.
   found_at, found = -1, None
   for match in _BRACE.finditer(text):
     if match.lastgroup in ("box", "open"):
@@ -91,14 +94,14 @@ def _boxed(text: str) -> str | None:
 
 
 def _solution(text: str) -> str | None:
-  """Returns what the last closed solution block declares."""
+  """Returns the answer in the last closed solution block."""
   blocks = _BLOCK.findall(text)
   inner = blocks[-1][1].strip() if blocks else ""
   return _stated(inner) or (inner.splitlines()[-1].strip() if inner else None)
 
 
 def _stated(text: str) -> str | None:
-  """Returns the answer of the last "answer is ...", without its sentence."""
+  """Returns the answer of the last "answer is ..." statement."""
   statements = _DECLARATION.findall(text)
   if not statements:
     return None
@@ -109,7 +112,7 @@ def _stated(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-  """Returns the last number as written, with its divisor or percent sign."""
+  """Returns the last number as written, with exponent, divisor or percent."""
   bare, last, end = plain.text(text), None, 0
   for match in compare.NUMBER.finditer(bare):
     if match.start() >= end:
@@ -123,7 +126,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _occurrences(text: str, answer: str) -> list[str]:
-  """Lists the text just before each place where the answer stands."""
+  """Returns the text that precedes each occurrence of the answer."""
   right_side = compare.right_side(answer)
   number = compare.quantity(right_side)
   if number is not None:
@@ -132,7 +135,7 @@ def _occurrences(text: str, answer: str) -> list[str]:
       wanted.add(number.value * 100)
     starts = [start for start, n in compare.numbers(text) if n in wanted]
   elif right_side:
-    # A one-letter answer keeps its case: "A" is a choice, "a" an article.
+    # One-letter answers are case-sensitive: "A" is a choice, "a" an article.
     if len(right_side) == 1:
       text = plain.text(text)
       right_side = compare.trimmed(plain.text(answer))

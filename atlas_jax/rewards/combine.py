@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward of a run: a weighted sum of named rewards.
 
-A record that lacks one of them has none: a sum without it would be on another
-scale than those of the rest of its group.
+If one term of a record is missing, its sum is missing too: a partial sum would
+be on a different scale than the other rewards of the group.
 """
 
 import collections
@@ -24,7 +24,7 @@ Weighted = Mapping[str, tuple[float, types.RewardFn]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-  """The weight of each reward that we know; 0 leaves it out."""
+  """Weights of the built-in rewards; a reward with weight 0 is not built."""
 
   teaching: float
   rlt: float
@@ -38,7 +38,7 @@ class Weights:
 def open_reward(
   *,
   weights: Mapping[str, float],
-  teaching: Mapping[str, Any],  # Any: a function's arguments, so below.
+  teaching: Mapping[str, Any],  # Any: keyword arguments, also below.
   rlt: Mapping[str, Any],
   overlong: Mapping[str, Any],
   math_verify: Mapping[str, Any],
@@ -46,23 +46,24 @@ def open_reward(
   student: rlt_reward.Student | None,
   max_tokens: int,
 ) -> Iterator[types.RewardFn]:
-  """Opens the rewards that have a weight, and closes their processes.
+  """Opens the rewards with a nonzero weight; stops their processes on exit.
 
   Args:
-    weights: of `Weights`. The settings of a reward without one mean nothing.
-    teaching: settings of `teaching.build`.
-    rlt: settings of `rlt.build`.
-    overlong: settings of `rules.overlong`.
-    math_verify: settings of `rules.open_math`.
-    functions: the user's own, named by their paths.
-    student: scores for `rlt`; None if nobody can.
-    max_tokens: how long a completion can be.
+    weights: fields of `Weights`. The arguments of rewards with weight 0 are
+      ignored.
+    teaching: arguments of `teaching.build`.
+    rlt: arguments of `rlt.build`.
+    overlong: arguments of `rules.overlong`.
+    math_verify: arguments of `rules.open_math`.
+    functions: user-defined reward functions.
+    student: computes log-probabilities for `rlt`; None if not available.
+    max_tokens: maximum length of a completion.
 
   Yields:
-    A function of graded records.
+    A reward function of graded records.
 
   Raises:
-    errors.ConfigError: if a setting cannot be honoured, or there is no reward.
+    errors.ConfigError: if an argument is invalid, or all weights are 0.
   """
   with contextlib.ExitStack() as opened:
 
@@ -71,7 +72,7 @@ def open_reward(
         case "teaching":
           return teaching_reward.build(**teaching)
         case "rlt":
-          return rlt_reward.build(_needed(student), **rlt)
+          return rlt_reward.build(_require(student), **rlt)
         case "well_formed":
           return rules.well_formed
         case "overlong":
@@ -80,7 +81,7 @@ def open_reward(
           return rules.exact
         case "math_verify":
           return opened.enter_context(rules.open_math(**math_verify))
-      raise ValueError(f"There is no reward {name!r}.")
+      raise ValueError(f"Unknown reward {name!r}.")
 
     rewards = {
       name: (weight, open_named(name))
@@ -94,26 +95,26 @@ def open_reward(
 
 
 def weighted(rewards: Weighted) -> types.RewardFn:
-  """Makes the weighted sum of rewards.
+  """Returns a reward function that computes a weighted sum of rewards.
 
-  Its `parts` hold, as they are before weighing, every reward by its name and
-  what that one is made of.
+  The `parts` of each reward hold the unweighted terms, by name, and the parts
+  of each term.
 
   Args:
     rewards: weight and function, by name.
 
   Raises:
-    errors.ConfigError: if there is none, or a weight is not finite.
+    errors.ConfigError: if `rewards` is empty, or a weight is not finite.
   """
   wrong = {n: w for n, (w, _) in rewards.items() if not math.isfinite(w)}
   if wrong or not rewards:
     raise errors.ConfigError(
-      "There is nothing to reward."
-      if not rewards
-      else "A weight is no number.",
+      f"Reward weights must be finite, got {wrong}."
+      if wrong
+      else "At least one reward must have a nonzero weight.",
       where="--config.reward.weights, --reward_fn",
-      why=f"It is {wrong}." if wrong else "All weights are 0.",
-      fix="Give a weight to at least one reward.",
+      why="The reward of a run is the weighted sum of these terms.",
+      fix="Set a finite, nonzero weight for at least one reward.",
     )
 
   def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
@@ -124,14 +125,14 @@ def weighted(rewards: Weighted) -> types.RewardFn:
       _combine(rewards, dict(zip(columns, row, strict=True)))
       for _, *row in zip(records, *columns.values(), strict=True)
     ]
-    _tell_missing(combined)
+    _log_missing(combined)
     return combined
 
   return reward_fn
 
 
 def describe(weights: Mapping[str, float], functions: custom.Functions) -> str:
-  """Writes a weighted sum, as "1 teaching + 0.5 my_rewards:brevity"."""
+  """Formats a weighted sum, e.g. "1 teaching + 0.5 my_rewards:brevity"."""
   named = {**weights, **functions.weights}
   return " + ".join(f"{w:g} {name}" for name, w in named.items() if w)
 
@@ -139,35 +140,35 @@ def describe(weights: Mapping[str, float], functions: custom.Functions) -> str:
 def _combine(
   rewards: Weighted, row: Mapping[str, types.Reward]
 ) -> types.Reward:
-  """Adds up the rewards of one record."""
+  """Computes the weighted sum of the rewards of one record."""
   total, parts = 0.0, {}
   for name, reward in row.items():
     if reward.value is None:
       return types.Reward(None, f"{name}: {reward.missing_reason}")
     if not math.isfinite(reward.value):
-      return types.Reward(None, f"{name}: it is {reward.value}")
+      return types.Reward(None, f"{name}: value is {reward.value}")
     total += rewards[name][0] * reward.value
     parts |= {**reward.parts, name: reward.value}
   return types.Reward(total, parts=parts)
 
 
-def _tell_missing(rewards: Sequence[types.Reward]) -> None:
-  """Logs how many rewards are missing, and why."""
+def _log_missing(rewards: Sequence[types.Reward]) -> None:
+  """Logs the number of missing rewards by reason."""
   reasons = collections.Counter(
     reward.missing_reason for reward in rewards if reward.value is None
   )
   for reason, count in reasons.most_common(3):
     logging.warning(
-      "%d of %d rewards are missing: %s", count, len(rewards), reason
+      "Missing rewards: %d of %d: %s", count, len(rewards), reason
     )
 
 
-def _needed(student: rlt_reward.Student | None) -> rlt_reward.Student:
+def _require(student: rlt_reward.Student | None) -> rlt_reward.Student:
   if student is None:
     raise errors.ConfigError(
-      "Nobody can score the solution for the reward rlt.",
+      "The reward rlt requires a student that returns log-probabilities.",
       where="--config.reward.weights.rlt",
-      why="The student's weights are not in this process.",
-      fix="Load them here too, or set the weight to 0.",
+      why="The student's weights are not loaded in this process.",
+      fix="Load the student in this process, or set the weight to 0.",
     )
   return student

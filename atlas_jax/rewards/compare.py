@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Compares two answers exactly, as what they are: numbers, sets, texts.
+r"""Compares answers exactly as numbers, tuples, sets, choices or text.
 
-Numbers are fractions, never rounded floats: 1,500 is 1500, 1/2 is 0.5, 50% is
-50% and 0.5 (not 50), and 0.001 is not 0.004. There is no algebra here: that is
-math-verify's, see `rules.open_math`.
+Numbers are fractions, never rounded floats: 1,500 equals 1500, 1/2 equals 0.5,
+50% equals 0.5 (not 50), and 0.001 differs from 0.004. For symbolic equality see
+`rules.open_math`, which uses math-verify.
 """
 
 from collections.abc import Hashable, Iterator
@@ -40,13 +40,14 @@ _NOT_UNITS = re.compile(
   r"\b(?:half|halves|thirds?|quarters?|and|or|to|not|than|pi|sqrt|sin|cos|tan|log|ln|exp|"
   rf"mod|{'|'.join(_SCALES)})\b"
 )
-# Other words this short are variables.
+# All other words of one or two letters are read as variables, not units.
 _SHORT_UNIT = re.compile(
   r"am|an|as|at|by|cl|cm|db|dl|ft|g|gb|h|hr|hz|in|is|j|kb|kg|km|kw|l|lb|m|mb|"
   r"mg|mi|ml|mm|ms|mw|no|of|oz|pa|pm|s|sq|tb|v|w|yd"
 )
 _WORD = re.compile(r"[a-z]+")
-# What one is worth of another: only these can contradict each other.
+# Units that are converted. Two answers with different units differ only if both
+# units are listed here.
 _UNITS = {
   name: (kind, fractions.Fraction(size))
   for kind, sizes in {
@@ -69,9 +70,9 @@ _UNITS = {
   for names, size in sizes.items()
   for name in names.split()
 }
-# int() refuses longer numerals, and no answer is that long.
+# Longer numerals are not parsed: int() rejects strings above 4300 digits.
 _MAX_DIGITS = 1000
-# Of longer answers the end is compared.
+# Only the last characters of longer answers are compared.
 _MAX_LENGTH = 10_000
 
 # fmt: off
@@ -107,22 +108,23 @@ _AND = re.compile(r"\s*(?:\band\b|\bor\b|;)\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-  """A number, and its unit if that is one of `_UNITS`."""
+  """A number and its unit; the unit is empty unless it is in `_UNITS`."""
 
   value: fractions.Fraction
   unit: str = ""
 
 
 def equal(a: str, b: str) -> bool:
-  """Tells whether two answers are the same.
+  """Returns whether two answers are equal.
 
-  Both are read as numbers where both can be: currency, LaTeX wrappers,
-  thousands separators and a trailing period are dropped, and so are units,
-  unless both sides have one of the same kind: 1 km is 1000 m, 5 m is not 5 cm.
-  Number words up to ninety-nine are understood. Tuples and intervals are equal
-  by their brackets and members, sets and lists by their members, choices by
-  their letters; all else by its text, without case and spaces. Of an equation
-  only the part after the last `=` counts. An empty answer equals nothing.
+  If both parse as numbers, their values are compared: currency, LaTeX wrappers,
+  thousands separators and a trailing period are dropped. Units are dropped too,
+  unless both sides have a known one: 1 km equals 1000 m, 5 m differs from 5 cm.
+  Number words up to ninety-nine are parsed. Tuples and intervals are compared
+  by brackets and members, sets and lists of numbers by members in any order,
+  choices by their letters, and other answers by text, ignoring case and
+  whitespace. Only the part after the last `=` of an equation is compared. An
+  empty answer equals nothing.
   """
   a_text, b_text = right_side(a), right_side(b)
   a_number, b_number = quantity(a_text), quantity(b_text)
@@ -135,7 +137,7 @@ def equal(a: str, b: str) -> bool:
 
 
 def normalized(text: str) -> str:
-  """Returns plain lower-case text with number words as digits."""
+  """Returns plain lower-case text with number words replaced by digits."""
 
   def digits(match: re.Match[str]) -> str:
     return str(sum(_WORDS[word] for word in match.groups() if word))
@@ -144,22 +146,22 @@ def normalized(text: str) -> str:
 
 
 def right_side(answer: str) -> str:
-  """Normalizes an answer and drops what stands before its last `=`."""
+  """Normalizes an answer and drops everything up to its last `=`."""
   text = trimmed(normalized(answer[-_MAX_LENGTH:]))
   sides = [part for part in _split(text) if "=" in part]
-  if len(sides) < 2:  # Else every part has a side of its own.
+  if len(sides) < 2:  # Of several equations, `_member` splits each one.
     text = text.rsplit("=", maxsplit=1)[-1]
   text = _PREFIX.sub("", _MEMBER.sub("", trimmed(text), count=1), count=1)
   return trimmed(_NEGATIVE.sub("-", text) if _NEGATIVE.match(text) else text)
 
 
 def trimmed(text: str) -> str:
-  """Takes the punctuation around an answer away, but not the point of .5."""
+  """Strips punctuation around an answer, but keeps the point of .5."""
   return text.rstrip(" \t\r\n.,;:!*\"'").lstrip(" \t\r\n:*\"'")
 
 
 def quantity(text: str) -> Quantity | None:
-  """Reads a whole normalized answer as a number, if it is one."""
+  """Parses a whole normalized answer as a number; None if it is not one."""
   while text.startswith("(") and text.endswith(")"):
     text = text[1:-1].strip()
   match = _QUANTITY.fullmatch(text)
@@ -183,14 +185,14 @@ def quantity(text: str) -> Quantity | None:
 
 
 def fraction(numeral: str) -> fractions.Fraction | None:
-  """Reads one numeral exactly."""
+  """Parses one numeral exactly; None if it is too long."""
   if len(numeral) > _MAX_DIGITS:
     return None
   return fractions.Fraction(numeral.replace(",", ""))
 
 
 def _is_unit(text: str) -> bool:
-  """Tells whether what follows a number leaves its value alone."""
+  """Returns whether the text after a number is a unit that can be dropped."""
   return not _NOT_UNITS.search(text) and all(
     len(word) > 2 or _SHORT_UNIT.fullmatch(word) for word in _WORD.findall(text)
   )
@@ -204,7 +206,7 @@ def _same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def _letter(text: str) -> str:
-  """Returns a choice's letter; with a star if its text stands behind it."""
+  """Returns a choice's letter, with a star if the choice's text follows it."""
   match = _CHOICE.fullmatch(text)
   if match is None or (match["rest"] and not match["close"]):
     return ""
@@ -212,7 +214,7 @@ def _letter(text: str) -> str:
 
 
 def _key(text: str) -> Hashable:
-  """Reads a normalized answer as something that equal answers have alike."""
+  """Returns a key that two normalized answers share if they are equal."""
   if "\\cup" in text:
     return frozenset(map(_span, text.split("\\cup")))
   if text.startswith("{") and text.endswith("}"):
@@ -228,7 +230,7 @@ def _key(text: str) -> Hashable:
 
 
 def _span(text: str) -> Hashable:
-  """Reads an interval or a tuple, or else what a member of one is."""
+  """Parses an interval or a tuple, else a single member."""
   text = text.strip()
   if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
     members = tuple(_member(part) for part in _split(text[1:-1]))
@@ -238,22 +240,22 @@ def _span(text: str) -> Hashable:
 
 
 def _member(text: str) -> Hashable:
-  """Reads a number, or a text."""
+  """Parses a number, else returns the text without whitespace."""
   text = right_side(text)
   number = quantity(text)
   return _letters(text) if number is None else number.value
 
 
 def _letters(text: str) -> str:
-  """Writes a text without spaces and without braces that bind nothing."""
+  """Removes whitespace, braces around one character, and implied `*`."""
   text = _GROUP.sub(r"\1", "".join(text.split()))
   return re.sub(r"(?<=[\d)])\*(?=[a-z(])", "", text)
 
 
 def _split(text: str) -> list[str]:
-  """Splits a list at its outermost separators.
+  """Splits a list at separators outside of brackets.
 
-  Where some commas have a space behind them, the others are within numbers.
+  If any comma is followed by a space, commas without one belong to numbers.
   """
   comma = ", " if ", " in text else ","
   parts, depth, start = [], 0, 0
@@ -268,9 +270,10 @@ def _split(text: str) -> list[str]:
 
 
 def numbers(text: str) -> Iterator[tuple[int, fractions.Fraction]]:
-  """Yields every number in normalized text, after where it starts.
+  """Yields the start and value of every number in normalized text.
 
-  A quotient also yields its value, and a percentage its fraction.
+  A quotient also yields its value, and a percentage its fraction, at the same
+  start.
   """
   for match in NUMBER.finditer(text):
     value = fraction(match[0])

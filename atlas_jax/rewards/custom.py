@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions of the user's own, named on the command line.
+"""User-defined reward functions, named on the command line.
 
-They run in a process of their own under a deadline. What they do not give, or
-give as no finite number, is missing; one that keeps on failing ends the run.
+Each runs in a separate process with a deadline. A reward that is not returned,
+or is not finite, is missing; repeated failures stop the run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from absl import logging
 from atlas_jax import errors, types
 from atlas_jax.rewards import isolated
 
-# Calls in a row without one usable reward.
+# Limit on consecutive calls that return no usable reward.
 _MAX_FAILURES = 8
 _OPTION = re.compile(r"(?P<path>[\w.]+:\w+)(?:=(?P<weight>[^=]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-  """The user's reward functions: weights by `module:function`."""
+  """User-defined reward functions: weights by `module:function`."""
 
   weights: Mapping[str, float]
   limits: isolated.Limits
@@ -34,10 +34,11 @@ class Functions:
 def parse(
   options: Sequence[str], *, timeout_s: float, memory_gb: float
 ) -> Functions:
-  """Reads the flags --reward_fn, each `module:function` or `...=weight`.
+  """Parses --reward_fn flags, each `module:function` or `...=weight`.
 
   Raises:
-    errors.ConfigError: if one is of another form, or is there twice.
+    errors.ConfigError: if a flag has another form or is repeated, or a limit is
+      out of range.
   """
   weights = {}
   for option in options:
@@ -45,19 +46,22 @@ def parse(
     weight = _number(match["weight"] or "1") if match else None
     if match is None or weight is None or match["path"] in weights:
       raise errors.ConfigError(
-        f"--reward_fn={option} names no reward function.",
+        f"Invalid or repeated --reward_fn={option}.",
         where="--reward_fn",
-        why="It is module:function or module:function=weight, each once.",
-        fix="For example --reward_fn=my_rewards:brevity=0.5",
+        why="The form is module:function or module:function=weight, with a "
+        "finite weight; each function may be given once.",
+        fix="For example, --reward_fn=my_rewards:brevity=0.5",
       )
     weights[match["path"]] = weight
   if not (0.0 < timeout_s < math.inf and 0.0 <= memory_gb < math.inf):
     raise errors.ConfigError(
-      "A reward function needs limits.",
+      "reward_fn_timeout_s must be > 0 and reward_fn_memory_gb >= 0, both "
+      "finite.",
       where=f"--reward_fn_timeout_s={timeout_s}, "
       f"--reward_fn_memory_gb={memory_gb}",
-      why="A call without an end would stop training.",
-      fix="Give seconds above 0, and gigabytes or 0 for as many as there are.",
+      why="A call without a deadline could block training.",
+      fix="Set a positive number of seconds, and gigabytes, or 0 for no memory "
+      "limit.",
     )
   limits = isolated.Limits(timeout_s, int(memory_gb * 10**9))
   return Functions(weights, limits)
@@ -67,19 +71,19 @@ def parse(
 def open_function(
   path: str, limits: isolated.Limits
 ) -> Iterator[types.RewardFn]:
-  """Starts the process of a reward function, and ends it.
+  """Starts the process of a reward function, and stops it on exit.
 
   Args:
-    path: `module:function`, a `types.RewardFn`; one that returns plain numbers
-      will do. It is called with the records of one question at a time.
+    path: `module:function`, a `types.RewardFn` or a function that returns plain
+      numbers. It is called with the records of one question at a time.
     limits: of each call.
 
   Yields:
-    The function. It raises ConfigError when the user's failed in too many
-    calls, one after another.
+    The reward function. It raises ConfigError after too many consecutive failed
+    calls.
 
   Raises:
-    errors.ConfigError: if there is no such function.
+    errors.ConfigError: if the function cannot be imported.
   """
   num_failures = 0
 
@@ -106,21 +110,21 @@ def open_function(
 
 
 def _read(answer: isolated.Answer, num_records: int) -> list[types.Reward]:
-  """Checks what a function gave for that many records."""
+  """Validates the rewards that a function returned for `num_records`."""
   if answer.failure:
     return [types.Reward(None, answer.failure)] * num_records
   if len(answer.value) != num_records:
-    why = f"it gave {len(answer.value)} rewards for {num_records} records"
+    why = f"returned {len(answer.value)} rewards for {num_records} records"
     return [types.Reward(None, why)] * num_records
   return [_finite(fields) for fields in answer.value]
 
 
 def _finite(fields: dict[str, Any]) -> types.Reward:  # Any: JSON.
-  """Reads one reward; it and all its parts must be finite."""
+  """Parses one reward; it is missing unless all its numbers are finite."""
   reward = types.Reward(**fields)
   for value in (reward.value, *reward.parts.values()):
     if value is not None and not math.isfinite(value):
-      return types.Reward(None, f"it gave {value}")
+      return types.Reward(None, f"returned {value}")
   return reward
 
 
@@ -128,9 +132,9 @@ def _always_fails(path: str, reason: str) -> errors.ConfigError:
   return errors.ConfigError(
     f"A reward function failed {_MAX_FAILURES} times in a row.",
     where=f"--reward_fn={path}",
-    why=f"The last time, {reason}.",
-    fix="Mend the function; a traceback, if there was any, is above. Or give "
-    "it more with --reward_fn_timeout_s and --reward_fn_memory_gb.",
+    why=f"Last failure: {reason}.",
+    fix="Fix the function (any traceback is above), or raise "
+    "--reward_fn_timeout_s or --reward_fn_memory_gb.",
   )
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that may raise, hang or eat memory, in processes of their own.
+"""Runs functions that may raise, hang or exhaust memory in separate processes.
 
-A worker is a fresh Python, reached by JSON lines on a socket. Whatever happens
-in there costs the answer it was asked for and no other: one that does not
-answer in time is killed with all its children, and started anew when it is
-needed again.
+A worker is a fresh Python process that exchanges JSON lines over a socket. A
+failure affects only the current call. A worker that misses its deadline is
+killed with all its children, and restarted at the next call.
 """
 
 from collections.abc import Iterable
@@ -22,13 +21,13 @@ from typing import Any, Literal
 
 from atlas_jax import errors
 
-_START_S = 120.0  # Imports included.
+_START_S = 120.0  # Includes imports.
 _CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a function returned, as JSON, or else why there is nothing."""
+  """The JSON value that a function returned, or the reason of its failure."""
 
   value: Any = None  # Any: JSON.
   failure: str = ""
@@ -36,13 +35,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one call may take; 0 bytes are no limit."""
+  """Limits of one call; `max_memory_bytes` of 0 is no limit."""
 
   timeout_s: float
   max_memory_bytes: int
 
   def __post_init__(self) -> None:
-    """Refuses a call without an end."""
+    """Validates the limits; a call must have a deadline."""
     if not 0.0 < self.timeout_s < float("inf") or self.max_memory_bytes < 0:
       raise ValueError(
         "Expected a finite timeout_s > 0 and max_memory_bytes >= 0, got "
@@ -51,17 +50,17 @@ class Limits:
 
 
 class Worker:
-  """One process with one function; asks it one thing at a time."""
+  """One process that runs one function, one call at a time."""
 
   def __init__(
     self, target: str, kind: Literal["json", "records"], limits: Limits
   ) -> None:
-    """Starts nothing yet.
+    """Stores the arguments; the process starts on enter.
 
     Args:
       target: the function, as `module:function`.
-      kind: what it takes, see `worker`.
-      limits: of each call, and of the process.
+      kind: type of its argument, see `worker`.
+      limits: deadline of each call, and memory limit of the process.
     """
     self._target, self._kind, self._limits = target, kind, limits
     self._process: subprocess.Popen[bytes] | None = None
@@ -75,7 +74,7 @@ class Worker:
     self._stop()
 
   def ask(self, argument: Any) -> Answer:  # Any: JSON.
-    """Calls the function; never raises for what it does."""
+    """Calls the function; failures are returned, not raised."""
     try:
       channel = self._channel or self._start()
     except errors.ConfigError as error:
@@ -85,27 +84,32 @@ class Worker:
       reply = json.loads(_exchange(channel, line, self._limits.timeout_s))
     except TimeoutError:
       self._stop()
-      return Answer(failure=f"it took more than {self._limits.timeout_s:g} s")
+      return Answer(failure=f"took more than {self._limits.timeout_s:g} s")
     except (OSError, ValueError):
       self._stop()
-      return Answer(failure="its process ended")
+      return Answer(failure="process exited")
     return Answer(**reply)
 
   def _start(self) -> socket.socket:
-    """Starts the process, and waits until the function is imported."""
+    """Starts the process and waits until it has imported the function."""
     ours, theirs = socket.socketpair()
     with theirs:
       self._process = subprocess.Popen(
         [
-          *(sys.executable, "-m", "atlas_jax.rewards.worker"),
-          *(str(theirs.fileno()), self._target, self._kind),
+          sys.executable,
+          "-m",
+          "atlas_jax.rewards.worker",
+          str(theirs.fileno()),
+          self._target,
+          self._kind,
           str(self._limits.max_memory_bytes),
         ],
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
-        # Its children die with it, and Ctrl-C is for the trainer.
+        # A separate process group: _stop() kills it with its children, and
+        # Ctrl-C reaches only the trainer.
         start_new_session=True,
-        # It finds what we find, and leaves accelerators alone.
+        # The worker has the same import path and must not use accelerators.
         env={
           **os.environ,
           "PYTHONPATH": os.pathsep.join(sys.path),
@@ -118,35 +122,35 @@ class Worker:
     except (OSError, ValueError) as error:
       self._stop()
       raise errors.ConfigError(
-        f"The function {self._target} cannot be used.",
+        f"Failed to start a worker for {self._target}.",
         where=self._target,
-        why="Its process did not get ready; what it said is above.",
-        fix="Check that python -c 'import MODULE' works where this command "
-        "was started, and that MODULE has a function of that name.",
+        why="The worker did not import the function; its output is above.",
+        fix="Check that python -c 'import MODULE' works in this directory and "
+        "that MODULE defines the function.",
       ) from error
     return ours
 
   def _stop(self) -> None:
-    """Ends the process with all that it started."""
+    """Kills the process and its children."""
     if self._channel is not None and self._process is not None:
       self._channel.close()
-      # Not waited for yet, so the group's number cannot be another's.
+      # Before wait(): until then the group id cannot be reused.
       os.killpg(self._process.pid, signal.SIGKILL)
       self._process.wait()
     self._channel = self._process = None
 
 
 class Pool:
-  """Several workers of one function."""
+  """A pool of workers that run one function."""
 
   def __init__(self, target: str, limits: Limits, *, num_workers: int) -> None:
-    """Starts nothing yet; see `Worker`. The function takes JSON."""
+    """Stores the arguments, see `Worker`. The function takes JSON."""
     self._workers = [Worker(target, "json", limits) for _ in range(num_workers)]
     self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     self._threads = futures.ThreadPoolExecutor(num_workers, "isolated")
 
   def __enter__(self) -> "Pool":
-    # One at first: a function that cannot be used is told of once.
+    # Only the first worker starts here, so an import error is raised once.
     self._workers[0].__enter__()
     for worker in self._workers:
       self._idle.put(worker)
@@ -171,21 +175,21 @@ class Pool:
 
 
 def _exchange(channel: socket.socket, line: bytes, timeout_s: float) -> bytes:
-  """Sends a line and waits for one.
+  """Sends a line and returns the reply line.
 
   Raises:
-    TimeoutError: if both took longer than `timeout_s`.
-    OSError: if the other end is gone.
+    TimeoutError: if both together take longer than `timeout_s`.
+    OSError: if the other end is closed.
   """
   deadline = time.monotonic() + timeout_s
   channel.settimeout(timeout_s)
   channel.sendall(line)
   reply = bytearray()
   while not reply.endswith(b"\n"):
-    # Never 0, which would mean not to wait at all.
+    # Not 0: that would make the socket non-blocking.
     channel.settimeout(max(deadline - time.monotonic(), 1e-3))
     chunk = channel.recv(_CHUNK)
     if not chunk:
-      raise ConnectionResetError("The process ended.")
+      raise ConnectionResetError("The worker process exited.")
     reply += chunk
   return bytes(reply)

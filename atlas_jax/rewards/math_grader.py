@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""math-verify, to be run by `isolated.Pool`: it may hang, and needs signals."""
+"""Grades with math-verify; run by `isolated.Pool`, because it may hang."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,22 +10,22 @@ from atlas_jax.rewards import answers
 
 
 def grade(pair: Sequence[str]) -> bool:
-  """Tells whether a text's answer equals the reference's.
+  """Returns whether an answer equals the reference.
 
-  Its own timers are off: who calls has a deadline, after which the process is
-  ended whatever it does.
+  math-verify's own timeouts are disabled: they need signals, and the caller
+  kills this process at its deadline.
 
   Args:
-    pair: a student's whole answer, and the reference, alone or in a solution.
+    pair: a student's full answer, and the reference answer or solution.
 
   Raises:
-    ValueError: if math-verify cannot read the reference, so that nothing would
-      be right.
+    ValueError: if math-verify cannot parse the reference; any answer would be
+      graded as wrong.
   """
   text, reference = pair
   truth = _parse(answers.declared(reference) or reference)
   if not truth:
-    raise ValueError("The reference holds nothing that can be verified.")
+    raise ValueError("math-verify cannot parse the reference.")
   found = _parse(answers.declared(text) or text)
   return bool(
     math_verify.verify(truth, found, timeout_seconds=0, raise_on_error=True)
@@ -33,7 +33,7 @@ def grade(pair: Sequence[str]) -> bool:
 
 
 def _parse(text: str) -> list[Any]:  # Any: sympy's expressions, and strings.
-  """Reads LaTeX, which most answers are once they are found; else a text."""
+  """Parses an answer as LaTeX, which most are, else as plain text."""
   for marked in (f"${text}$", text):
     parsed = math_verify.parse(
       marked,

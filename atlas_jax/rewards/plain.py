@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Answers as plain text: without LaTeX, currency, emphasis and other dress.
+r"""Converts answers to plain text: removes LaTeX, currency and emphasis.
 
-What is left is fit to be searched for numbers: \frac{1}{2} is 1/2, 3 \times
-10^5 is 3e5, a thin space within a number is nothing.
+The result can be searched for numbers: \frac{1}{2} becomes 1/2, 3 \times 10^5
+becomes 3e5, and thin spaces within numbers are removed.
 """
 
 import re
@@ -52,23 +52,24 @@ _SUBSTITUTIONS = (
   (re.compile(r"\\infty(?![a-zA-Z])"), "inf"),
   (re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])"), "{}"),
   (re.compile(r"\\pi(?![a-zA-Z])"), "pi"),
-  # Powers of ten, alone or behind a factor.
+  # Powers of ten, with or without a factor before them.
   (
     re.compile(r"(?<=\d)\s*[*x]\s*10\s*\^\s*\{?([-+]?\d{1,3})\}?(?!\d)"),
     r"e\1",
   ),
   (re.compile(r"(?<![\w.^])10\s*\^\s*\{?([-+]?\d{1,3})\}?(?!\d)"), r"1e\1"),
 )
-# Deeper ones stay as they are.
+# Fractions and roots nested deeper than this are not converted.
 _MAX_DEPTH = 8
 
 
 def text(answer: str) -> str:
-  """Takes LaTeX, currency and emphasis away."""
+  """Removes LaTeX, currency and emphasis."""
   answer = answer.translate(_CHARACTERS)
   for pattern, replacement in _SUBSTITUTIONS:
     answer = pattern.sub(replacement, answer)
-  # From the inside out: what holds no braces first.
+  # The patterns match operands without braces, so each pass converts the
+  # innermost fractions and roots.
   for _ in range(_MAX_DEPTH):
     opened = _FRACTION.sub(_quotient, _ROOT.sub(_root, answer))
     if opened == answer:
@@ -81,12 +82,12 @@ def _quotient(match: re.Match[str]) -> str:
   top, bottom = (
     _operand(match[i] if match[i] is not None else match[i + 1]) for i in (1, 3)
   )
-  # Apart from a whole number before it: a mixed one.
+  # The space keeps a mixed number apart: 1\frac{1}{2} becomes 1 1/2.
   return f" {top}/{bottom}"
 
 
 def _operand(text: str) -> str:
-  """Puts parentheses around what a division would tear apart."""
+  """Parenthesizes an operand unless it is a single term."""
   text = text.strip()
   return text if _ATOM.fullmatch(text) else f"({text})"
 

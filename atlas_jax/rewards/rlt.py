@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""R0, the reward of reinforcement-learned teachers.
 
-With t the tokens of the teaching and s those of the reference solution, the
-student reads, after the question, both as its own words:
+Let t be the tokens of the teaching and s those of the reference solution. The
+student scores both as a completion of the question's prompt:
 
   r_SS = a_mean mean_s log p_student + a_min min_s log p_student
   r_KL = l_mean mean_t g + l_max max_t g,  g = log p_teacher - log p_student
   R0 = r_SS - r_KL - unclosed [no teaching]
 
-g estimates KL(teacher || student) at each token that the teacher drew; the
-teacher's log-probability is that it drew it with. Tokens at the border of the
-teaching, which hold some of its tag, are left out. Where there is no teaching,
-all that was written stands in for it. Numbers that are not finite make the
-reward missing. No leak is looked for: the second term is what keeps a teaching
-to words that the student could have thought of.
+g estimates KL(teacher || student) at each sampled token; log p_teacher is the
+sampler's log-probability. Tokens that contain part of the <teaching> tags are
+left out. If there is no teaching, the whole completion is used in its place.
+The reward is missing if a term is not finite. Leaks are not checked: r_KL
+penalizes teachings that the student would not have written itself.
 
 Source: Cetin et al., arXiv:2506.08388, section 3.
 """
@@ -31,10 +30,10 @@ _LAYOUT = re.compile(r"(.*)\{teaching\}(.*)\{solution\}", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """Who reads a teaching: what it thinks of tokens, and how it is asked.
+  """The student's log-probabilities, tokenizer and prompts.
 
-  `prompt` gives the prompt of a question without any teaching. The teacher's
-  `tokenizer` must be the student's.
+  `prompt` returns the prompt of a question without a teaching. The teacher must
+  use the same `tokenizer`.
   """
 
   score: types.Score
@@ -44,7 +43,11 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-  """A record as the student reads it, with the spans that count."""
+  """The tokens of a record that the student scores, with the rewarded spans.
+
+  prompt | before  teaching  between  solution
+           ^ index 0 of `completion`; `teaching` and `solution` are slices
+  """
 
   prompt: types.Prompt
   completion: tuple[int, ...]
@@ -56,7 +59,7 @@ class _Case:
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-  """The weights of the terms: a, a, l, l of the formula, and the penalty."""
+  """Coefficients of R0: a_mean, a_min, l_mean, l_max and unclosed."""
 
   solution_mean: float
   solution_min: float
@@ -72,25 +75,27 @@ def build(
   temperature: float,
   coefficients: Mapping[str, float],
 ) -> types.RewardFn:
-  """Makes the reward function.
+  """Returns the reward function R0.
 
   Args:
-    student: scores.
-    layout: what the student is taken to have written, with {teaching} and then
-      {solution} in it; what follows that is of no account.
+    student: computes log-probabilities.
+    layout: template of the completion that the student scores, with {teaching}
+      followed by {solution}; text after {solution} is ignored.
     temperature: of the student's log-probabilities.
-    coefficients: those of `Coefficients`.
+    coefficients: fields of `Coefficients`.
 
   Raises:
-    errors.ConfigError: if the layout does not hold both, in this order.
+    errors.ConfigError: if the layout lacks a placeholder or their order is
+      wrong.
   """
   match = _LAYOUT.match(layout)
   if match is None:
     raise errors.ConfigError(
-      "The layout of a student's answer lacks a part.",
+      "layout must contain {teaching} followed by {solution}, got "
+      f"{layout!r}.",
       where="--config.reward.rlt.layout",
-      why=f"It is {layout!r}.",
-      fix="Put {teaching} into it, and after it {solution}.",
+      why="The student scores a completion built from this template.",
+      fix="Add the missing placeholder, with {teaching} first.",
     )
   before, between = (
     _encode(student.tokenizer, part) for part in match.groups()
@@ -120,9 +125,9 @@ def build(
 def _reward(
   case: _Case, logprobs: Sequence[float] | None, terms: Coefficients
 ) -> types.Reward:
-  """Computes R0 of one record, out of the student's log-probabilities."""
+  """Computes R0 of one record from the student's log-probabilities."""
   if logprobs is None:
-    return types.Reward(None, "it exceeds the student's context")
+    return types.Reward(None, "text exceeds the student's context")
   solution = logprobs[case.solution]
   gaps = [
     ours - theirs
@@ -148,14 +153,14 @@ def _case(
   before: tuple[int, ...],
   between: tuple[int, ...],
 ) -> _Case | str:
-  """Lays out what the student reads, or tells why it cannot be."""
+  """Builds the tokens that the student scores, or returns why it cannot."""
   completion = record.teacher_rollout.completion
   span = _span(student.tokenizer, completion, record.teaching)
   teaching = completion.token_ids[span]
   text = record.question.solution or record.question.answer
   solution = _encode(student.tokenizer, text)
   if not teaching:
-    return "the teaching has no token of its own"
+    return "the teaching has no token without part of a tag"
   if not solution:
     return "the question has no solution"
   start = len(before)
@@ -173,16 +178,16 @@ def _case(
 def _span(
   tokenizer: chat.Tokenizer, completion: types.Completion, teaching: str | None
 ) -> slice:
-  """Finds the tokens that hold a teaching and nothing else.
+  """Returns the span of tokens that contain only the teaching.
 
-  Without one they are all, but for the token that stopped them.
+  Without a teaching, it spans the completion up to its stop token.
   """
   token_ids = completion.token_ids
   if teaching is None:
     return slice(0, len(token_ids) - (completion.finish_reason == "stop"))
   text = chat.decode(tokenizer, token_ids)
   tagged = rf"<teaching>\s*({re.escape(teaching)})\s*</teaching>"
-  # Drafts are in the thinking, which comes first.
+  # The last match: earlier ones are drafts in the thinking.
   *_, (start, end) = (match.span(1) for match in re.finditer(tagged, text))
 
   def num_characters(num_tokens: int) -> int:

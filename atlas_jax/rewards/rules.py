@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small rewards of a record: form, length, and right answers.
+"""Rule-based rewards for format, length and correct answers.
 
-Each is a `types.RewardFn`, or makes one; they are there to be weighed together
-with others, see `combine`.
+Each is a `types.RewardFn` or returns one. `combine` computes a weighted sum.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ _GRADER = "atlas_jax.rewards.math_grader:grade"
 
 
 def well_formed(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
-  """Gives 1 for a completion with a teaching that ended by itself, else 0."""
+  """Returns 1 for each finished completion with a teaching, else 0."""
   return [
     types.Reward(
       float(
@@ -29,7 +28,7 @@ def well_formed(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
 
 
 def exact(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
-  """Gives the fraction of taught answers that are right.
+  """Returns the fraction of taught answers that are correct.
 
   Raises:
     ValueError: if a record is not graded.
@@ -40,7 +39,10 @@ def exact(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
 def soft_overlong(
   num_tokens: int, *, max_tokens: int, soft_fraction: float
 ) -> float:
-  """Gives 0 up to the last part before the limit, then down to -1 at it.
+  """Returns DAPO's soft overlong penalty, in [-1, 0].
+
+  It is 0 up to (1 - soft_fraction) * max_tokens, and falls linearly to -1 at
+  max_tokens.
 
   Source: Yu et al., DAPO, arXiv:2503.14476, equation 13, in tokens.
   """
@@ -49,20 +51,20 @@ def soft_overlong(
 
 
 def overlong(*, soft_fraction: float, max_tokens: int) -> types.RewardFn:
-  """Makes the reward of a whole completion's length, see `soft_overlong`.
+  """Returns a reward function of completion length, see `soft_overlong`.
 
   Args:
-    soft_fraction: the part of the limit over which the penalty grows.
-    max_tokens: how long a completion can be.
+    soft_fraction: fraction of the limit over which the penalty grows.
+    max_tokens: maximum length of a completion.
 
   Raises:
-    errors.ConfigError: if there is no such part.
+    errors.ConfigError: if `soft_fraction` is not in (0, 1].
   """
   if not 0.0 < soft_fraction <= 1.0:
     raise errors.ConfigError(
-      "A penalty cannot grow over such a part of the limit.",
+      f"soft_fraction must be in (0, 1], got {soft_fraction}.",
       where=f"--config.reward.overlong.soft_fraction={soft_fraction}",
-      why="It is above 0, and at most 1 for all of it.",
+      why="The penalty grows over this fraction of the token limit.",
       fix="Set it to 0.2, as DAPO does.",
     )
 
@@ -85,12 +87,12 @@ def overlong(*, soft_fraction: float, max_tokens: int) -> types.RewardFn:
 def open_math(
   *, timeout_s: float, num_workers: int
 ) -> Iterator[types.RewardFn]:
-  """Starts processes of math-verify, and ends them.
+  """Starts processes that run math-verify, and stops them on exit.
 
   Yields:
-    A function that gives the fraction of taught answers which math-verify finds
-    equal to the reference. One that takes longer than `timeout_s`, or that it
-    fails on, makes the record's reward missing.
+    A reward function that returns the fraction of taught answers that
+    math-verify finds equal to the reference. If one answer fails or takes
+    longer than `timeout_s`, the record's reward is missing.
 
   Raises:
     errors.ConfigError: if math-verify is not installed.
@@ -99,8 +101,9 @@ def open_math(
     raise errors.ConfigError(
       "math-verify is not installed.",
       where="--config.reward.weights.math_verify",
-      why="This reward asks it what is equal.",
-      fix="pip install -r requirements/trainer.txt, or set the weight to 0.",
+      why="This reward compares answers with it.",
+      fix="Run pip install -r requirements/trainer.txt, or set the weight to "
+      "0.",
     )
   limits = isolated.Limits(timeout_s, max_memory_bytes=0)
   with isolated.Pool(_GRADER, limits, num_workers=num_workers) as pool:
@@ -115,7 +118,7 @@ def _math(
   records: Sequence[types.TeachingRecord],
   verdicts: Callable[[Sequence[tuple[str, str]]], list[isolated.Answer]],
 ) -> list[types.Reward]:
-  """Grades each pair of answer and reference once."""
+  """Grades each distinct pair of answer and reference once."""
   pairs = [
     (attempt.text, record.question.answer)
     for record in records

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reward for several processes: the first one's counts for all."""
+"""Shares the rewards computed by the first process with all processes."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,39 +11,40 @@ from atlas_jax import types
 def shared(
   reward_fn: types.RewardFn | None, from_first: types.OnFirstProcess
 ) -> types.RewardFn:
-  """Gives every process the rewards that the first one finds.
+  """Returns a reward function that uses the first process's rewards everywhere.
 
-  A judge or a function of the user's is asked once then, and a deadline that
-  passes in one process passes in all.
+  Judges and user functions are then called once, and a missed deadline has the
+  same effect in all processes.
 
   Args:
-    reward_fn: of this process. In others than the first, what it gives is not
-      looked at: it need only do its part of what takes all devices, or be None.
-    from_first: for the calls of this reward alone.
+    reward_fn: this process's reward function. Only the first process's results
+      are used; the others' may be None, unless it takes part in computations
+      over all devices.
+    from_first: a broadcast used only for this reward.
 
   Returns:
-    A reward function. It raises RuntimeError where the records of a process
-    are not those of the first.
+    A reward function. It raises RuntimeError if a process has other records
+    than the first.
   """
 
   def of_first(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
     mine = [] if reward_fn is None else reward_fn(records)
     digest = _digest(records)
-    told = from_first(
+    received = from_first(
       lambda: {"digest": digest, "rewards": list(map(dataclasses.asdict, mine))}
     )
-    if told["digest"] != digest:
+    if received["digest"] != digest:
       raise RuntimeError(
-        "This process sampled other records than the first one; the sampler "
-        "must give all processes the same."
+        "This process has other records than the first process; the sampler "
+        "must return the same completions in all processes."
       )
-    return [types.Reward(**fields) for fields in told["rewards"]]
+    return [types.Reward(**fields) for fields in received["rewards"]]
 
   return of_first
 
 
 def _digest(records: Sequence[types.TeachingRecord]) -> str:
-  """Names the values of records, but for how long they took."""
+  """Returns a SHA-256 digest of records, ignoring their wall time."""
   digest = hashlib.sha256()
   for record in records:
     timeless = dataclasses.replace(record, seconds=0.0)

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptive teaching reward: what a teaching changed in the student.
+"""The adaptive teaching reward: how a teaching changes the student's answers.
 
-Five presets, R1 to R5, follow the history of the ATLAS rule rewards. With c1
-and c0 the credit of a taught and a baseline answer, d = c1 - c0, w the
-efficiency weight, m the degradation multiplier and e = 100 / (100 + L):
+The presets R1 to R5 are successive versions of the ATLAS rule rewards. Let c1
+and c0 be the credit of a taught and a baseline answer, d = c1 - c0, w the
+efficiency weight, m the degradation multiplier, e = 100 / (100 + L) and L a
+number of tokens:
 
-  R1  d < 0: m d;   else d (1 + w e). Half credit for containing the reference
-      or being contained in it. L counts all the teacher wrote.
-  R2  R1 with answers either right or wrong.
-  R3  R2, and 0.5 (1 + w e) where both are right. L counts the teaching alone.
-  R4  R3 with degradation worth 0.
+  R1  d < 0: m d;   else d (1 + w e). Half credit if the answer contains the
+      reference or is contained in it. L is the length of the completion.
+  R2  R1 with a credit of either 0 or 1.
+  R3  R2, and 0.5 (1 + w e) if both are correct. L is the length of the
+      teaching.
+  R4  R3 with a degradation of 0.
   R5  with h = max(0, 1 - |taught| / |baseline|) in tokens of whole answers:
-      improved 1 + h, both right h, degraded -1, both wrong 0.
+      improved 1 + h, both correct h, degraded -1, both wrong 0.
 
-Each is a pure function of one pair of answers and returns the parts it is the
-sum of. A record's reward is the mean over all pairs of its taught and baseline
-answers: unbiased when the student is sampled several times, and equal to the
+Each is a pure function of one pair of answers that returns the terms of the
+sum. A record's reward is the mean over all pairs of its taught and baseline
+answers: unbiased if the student is sampled several times, and equal to the
 original with one answer of each.
 """
 
@@ -27,7 +29,7 @@ import math
 from atlas_jax import errors, types
 from atlas_jax.rewards import answers, compare
 
-# Teaching tokens at which the efficiency term has halved.
+# Number of tokens at which the efficiency term is one half.
 _HALF_LENGTH = 100.0
 
 _PARTS = (
@@ -47,10 +49,10 @@ _Pair = Callable[
 
 
 def grade(record: types.TeachingRecord) -> types.TeachingRecord:
-  """Fills in whether each answer is correct and whether the teaching leaks.
+  """Returns the record with `correct` of each answer and `leaked` set.
 
-  The reference may be a whole solution; its declared answer then counts. A
-  truncated answer is graded like any other.
+  If the reference is a solution, its declared answer is used. Truncated answers
+  are graded like others.
   """
   reference = _reference(record)
 
@@ -79,7 +81,7 @@ def r1(
   efficiency_weight: float,
   degradation_penalty_multiplier: float,
 ) -> dict[str, float]:
-  """Rewards a change in credit; R2 is this with credits of 0 and 1 only."""
+  """Returns the parts of R1, or of R2 for credits of 0 or 1."""
   change = taught - baseline
   if change < 0:
     return {"degradation": degradation_penalty_multiplier * change}
@@ -97,10 +99,7 @@ def r3(
   efficiency_weight: float,
   degradation_penalty_multiplier: float,
 ) -> dict[str, float]:
-  """Rewards as R2 does, and half as much for leaving a right answer right.
-
-  R4 is this with a multiplier of 0.
-  """
+  """Returns the parts of R3, or of R4 for a multiplier of 0."""
   if taught == baseline == 1.0:
     return {
       "correctness": 0.5,
@@ -122,12 +121,12 @@ def r5(
   num_taught_tokens: int,
   num_baseline_tokens: int,
 ) -> dict[str, float]:
-  """Rewards right answers, the more the shorter; knows no weights."""
+  """Returns the parts of R5, which has no weights."""
   if taught < baseline:
     return {"degradation": -1.0}
   if taught == 0.0:
     return {}
-  # An empty baseline cannot be shortened.
+  # max(): an empty baseline cannot be shortened.
   saved = 1.0 - num_taught_tokens / max(num_baseline_tokens, 1)
   return {"improvement": taught - baseline, "efficiency": max(0.0, saved)}
 
@@ -140,32 +139,32 @@ def build(
   leak_penalty: float,
   no_teaching_reward: float,
 ) -> types.RewardFn:
-  """Makes the reward function of one preset.
+  """Returns the reward function of one preset.
 
-  A teaching that leaks the answer is worth `-leak_penalty`, whatever came of
-  it; a completion without a teaching is worth `no_teaching_reward`. `parts` of
-  each reward sum to its value.
+  A teaching that leaks the answer gets `-leak_penalty`, regardless of the
+  results; a completion without a teaching gets `no_teaching_reward`. The
+  `parts` of each reward sum to its value.
 
   Args:
     preset: one of `PRESETS`.
-    efficiency_weight: w; None for R5, which has none.
-    degradation_penalty_multiplier: m; None for R4 and R5, which have none.
-    leak_penalty: what a leak costs, at least 0.
-    no_teaching_reward: what a missing teaching is worth.
+    efficiency_weight: w; must be None for R5.
+    degradation_penalty_multiplier: m; must be None for R4 and R5.
+    leak_penalty: penalty of a leak, >= 0.
+    no_teaching_reward: reward of a completion without a teaching.
 
   Returns:
     A function of graded records. It raises ValueError for ungraded ones.
 
   Raises:
-    ConfigError: for an unknown preset, and for a value that is missing, out of
-      range, or would be ignored.
+    ConfigError: if the preset is unknown, or a value is missing, out of range,
+      or not used by the preset.
   """
   if preset not in PRESETS:
     raise errors.ConfigError(
-      f"Unknown reward preset {preset!r}.",
+      f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.",
       where="preset",
-      why=f"The presets are {', '.join(PRESETS)}.",
-      fix="Choose one of them.",
+      why="Each preset is one version of the teaching reward.",
+      fix="Choose a preset from the list.",
     )
   w = _setting(
     "efficiency_weight", efficiency_weight, preset, read=preset != "R5"
@@ -178,7 +177,7 @@ def build(
   )
   _setting("leak_penalty", leak_penalty, preset, read=True)
   if not math.isfinite(no_teaching_reward):
-    raise _refused("no_teaching_reward", no_teaching_reward, "is not finite")
+    raise _invalid("no_teaching_reward", no_teaching_reward, "must be finite")
   pair = _pair_fn(preset, w, m)
 
   def reward_fn(
@@ -193,7 +192,7 @@ def build(
 
 
 def _pair_fn(preset: str, w: float, m: float) -> _Pair:
-  """Binds a preset to the fields of a record that it reads."""
+  """Returns a preset's function of a record and one pair of its answers."""
   if preset == "R5":
     return lambda _, taught, baseline: r5(
       float(bool(taught.correct)),
@@ -230,7 +229,7 @@ def _reward(
   leak_penalty: float,
   no_teaching_reward: float,
 ) -> types.Reward:
-  """Rewards one graded record."""
+  """Computes the reward of one graded record."""
   attempts = (*record.taught, *record.baseline)
   if record.leaked is None or any(a.correct is None for a in attempts):
     raise ValueError(
@@ -238,7 +237,7 @@ def _reward(
       "grade() first."
     )
   if not record.taught or not record.baseline:
-    return types.Reward(None, "the student wrote no answer to compare")
+    return types.Reward(None, "no student answer to compare")
   if record.teaching is None:
     return _total([{"no_teaching": no_teaching_reward}])
   if record.leaked:
@@ -253,7 +252,7 @@ def _reward(
 
 
 def _total(pairs: Sequence[dict[str, float]]) -> types.Reward:
-  """Averages the parts over pairs and sums them."""
+  """Averages each part over pairs; the value is the sum of the parts."""
   parts = {
     part: sum(pair.get(part, 0.0) for pair in pairs) / len(pairs)
     for part in _PARTS
@@ -262,13 +261,13 @@ def _total(pairs: Sequence[dict[str, float]]) -> types.Reward:
 
 
 def _reference(record: types.TeachingRecord) -> str:
-  """Returns the final answer out of the reference."""
+  """Returns the final answer of the reference."""
   answer = record.question.answer
   return answers.declared(answer) or answer
 
 
 def _credit(text: str, reference: str, *, partial: float) -> float:
-  """Returns 1 for the right answer, `partial` for one inside the other."""
+  """Returns 1 for a correct answer, `partial` if one contains the other."""
   answer = answers.extract(text)
   if answer is None:
     return 0.0
@@ -279,34 +278,31 @@ def _credit(text: str, reference: str, *, partial: float) -> float:
 
 
 def _brevity(num_tokens: int) -> float:
-  """Returns e: 1 for nothing, one half at a hundred tokens."""
+  """Returns e = 100 / (100 + num_tokens)."""
   return _HALF_LENGTH / (_HALF_LENGTH + num_tokens)
 
 
 def _setting(
   name: str, value: float | None, preset: str, *, read: bool
 ) -> float:
-  """Checks that a weight is given exactly where it is read."""
+  """Validates a weight: a number if the preset reads it, else None."""
   if not read:
     if value is not None:
-      raise _refused(
-        name, value, f"would be ignored by {preset}; set it to None"
-      )
+      raise _invalid(name, value, f"must be None for {preset}")
     return 0.0
   if value is None:
-    raise _refused(name, value, f"is needed by {preset}")
+    raise _invalid(name, value, f"must be set for {preset}")
   if not (math.isfinite(value) and value >= 0.0):
-    raise _refused(name, value, "must be at least 0")
+    raise _invalid(name, value, "must be finite and >= 0")
   return value
 
 
-def _refused(
-  name: str, value: float | None, problem: str
-) -> errors.ConfigError:
+def _invalid(name: str, value: float | None, rule: str) -> errors.ConfigError:
   return errors.ConfigError(
-    f"{name}={value} {problem}.",
+    f"{name} {rule}, got {value}.",
     where=name,
     why="R1 to R4 read efficiency_weight, R1 to R3 degradation_penalty_"
-    "multiplier; what a preset does not read must be None.",
-    fix="Give a number of at least 0 where one is read, else None.",
+    "multiplier; a value that a preset does not read must be None.",
+    fix="Set it to a number that meets the rule, or to None if the preset does "
+    "not read it.",
   )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other end of `isolated.Worker`: a process that runs one function.
+"""The process behind `isolated.Worker`: runs one function.
 
   python -m atlas_jax.rewards.worker DESCRIPTOR TARGET KIND MAX_MEMORY
 
-TARGET is `module:function`. It is called with what each line on the socket
-DESCRIPTOR holds, as it is (KIND "json") or as teaching records ("records"), and
-answered with a line: {"value": ...} or {"failure": ...}.
+TARGET is `module:function`. It is called with the JSON value of each line on
+the socket DESCRIPTOR, either unchanged (KIND "json") or parsed as teaching
+records ("records"). The reply is a line: {"value": ...} or {"failure": ...}.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,11 +25,11 @@ from typing import Any
 
 from atlas_jax import types
 
-_Function = Callable[[Any], Any]  # Any: a stranger's function, and JSON.
+_Function = Callable[[Any], Any]  # Any: a user's function, and JSON.
 
 
 def main() -> None:
-  """Answers until the other end is closed."""
+  """Serves calls until the other end of the socket is closed."""
   descriptor, target, kind, max_memory = sys.argv[1:]
   if int(max_memory):
     limit = int(max_memory)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _load(target: str) -> _Function:
-  """Finds the function of a target."""
+  """Imports the function named by `target`."""
   module, _, name = target.partition(":")
   function = getattr(importlib.import_module(module), name)
   if not callable(function):
@@ -54,7 +54,7 @@ def _load(target: str) -> _Function:
 
 
 def _on_records(function: _Function) -> _Function:
-  """Lets a `types.RewardFn` take and give JSON; plain numbers will do."""
+  """Wraps a `types.RewardFn`, or a function that returns numbers, for JSON."""
 
   def called(fields: Any) -> list[dict[str, Any]]:  # Any: as above.
     records = [types.teaching_record(record) for record in fields]
@@ -67,7 +67,7 @@ def _to_json(
   reward: types.Reward | float | None,
 ) -> dict[str, Any]:  # Any: JSON.
   if not isinstance(reward, types.Reward):
-    reward = types.Reward(reward, "the function gave none")
+    reward = types.Reward(reward, "returned None")
   value = None if reward.value is None else float(reward.value)
   parts = {name: float(part) for name, part in reward.parts.items()}
   return dataclasses.asdict(
@@ -76,14 +76,14 @@ def _to_json(
 
 
 def _lines(channel: socket.socket) -> Iterator[bytes]:
-  """Yields what arrives; ends the process as soon as its parent is gone."""
+  """Yields received lines; exits the process once its parent has exited."""
   arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
   def listen() -> None:
     with channel.makefile("rb") as file:
       for line in file:
         arrived.put(line)
-    os._exit(0)  # Also out of a function that would never return.
+    os._exit(0)  # Also while the function is running or hangs.
 
   threading.Thread(target=listen, daemon=True).start()
   while True:
@@ -91,7 +91,7 @@ def _lines(channel: socket.socket) -> Iterator[bytes]:
 
 
 def _call(function: _Function, argument: Any) -> dict[str, Any]:  # Any: JSON.
-  """Gives the function's value, or how it failed."""
+  """Calls the function and returns its value or failure."""
   outcome = _Outcome()
   with outcome:
     outcome.reply = {"value": function(argument)}
@@ -99,9 +99,9 @@ def _call(function: _Function, argument: Any) -> dict[str, Any]:  # Any: JSON.
 
 
 class _Outcome(contextlib.AbstractContextManager["_Outcome"]):
-  """Makes whatever a stranger's code raises a reply.
+  """Converts any exception of a user's function to a reply.
 
-  The traceback goes to stderr; the reply has the error's class alone, since
+  The traceback goes to stderr. The reply has only the exception's class, since
   messages may quote prompts.
   """
 
@@ -117,7 +117,7 @@ class _Outcome(contextlib.AbstractContextManager["_Outcome"]):
     if not isinstance(error, Exception):
       return False
     traceback.print_exception(error)
-    self.reply = {"failure": f"it raised {type(error).__name__}"}
+    self.reply = {"failure": f"raised {type(error).__name__}"}
     return True
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teaching protocol: probe, teach, solve."""
+"""The teaching protocol (probe, teach, solve) and its prompt templates."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probe, teach, solve: one pass from questions to records.
+"""Runs the teaching protocol: questions to ungraded teaching records.
 
-The student writes a short probe of each question, the policy writes teachings
-from question and probe, and the student answers with each teaching and, once
-and for all, without. Nothing is scored here.
+The student writes a probe for each question, the policy writes teachings from
+question and probe, and the student answers with each teaching. The student's
+answers without a teaching, the baselines, are sampled once and cached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,28 +18,31 @@ from absl import logging
 from atlas_jax import chat, errors, types
 from atlas_jax.teaching import templates as teaching_templates
 
-_MAX_NAMED = 8  # Rows in a message.
+_MAX_NAMED = 8  # Rows listed in an error.
 
-# Makes a context that is entered around a phase of that name.
+# Returns a context manager that is entered around the phase of that name.
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """Who writes: a sampler, and the tokenizer its weights were trained with."""
+  """A sampler and the tokenizer of its weights."""
 
   sampler: types.Sampler
   tokenizer: chat.Tokenizer
 
 
 class Rollouts(typing.Protocol):
-  """Samples what a policy learns from: `Protocol` or `SingleModelRollouts`."""
+  """Samples the records a policy is trained on.
+
+  Implemented by `Protocol` and `SingleModelRollouts`.
+  """
 
   policy: Role
 
   @property
   def roles(self) -> Mapping[str, Role]:
-    """Everybody who writes, by the name of the role."""
+    """All roles by name."""
     ...
 
   def run(
@@ -48,26 +51,26 @@ class Rollouts(typing.Protocol):
     seed: int,
     phase: Phase = contextlib.nullcontext,
   ) -> list[types.TeachingRecord]:
-    """Gives ungraded records, a group of one size for each question.
+    """Returns ungraded records, a group of the same size for each question.
 
-    None for a question of which a sampler gave up a prompt.
+    A question has no records if a sampler dropped one of its prompts.
     """
     ...
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
-    """Gives what a later `run` depends on, besides weights and seed."""
+    """Returns the state that later runs depend on, except weights and seed."""
     ...
 
   def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
-    """Takes what `get_state` gave, in a process before this one."""
+    """Restores the result of `get_state` of an earlier process."""
     ...
 
 
 class Protocol:
-  """Runs the teaching protocol, remembering each question's baseline answers.
+  """Runs the teaching protocol and caches each question's baseline answers.
 
-  The student is taken to be frozen; answers of other student weights than the
-  present ones are not reused. `policy` and `student` may share a sampler.
+  Cached answers are reused only for the same student weights, so the student is
+  normally frozen. `policy` and `student` may share a sampler.
   """
 
   def __init__(
@@ -81,26 +84,27 @@ class Protocol:
     solve_params: types.SamplingParams,
     baseline_params: types.SamplingParams,
   ) -> None:
-    """Sets who writes what, and how it is drawn.
+    """Stores the roles and the sampling parameters of each phase.
 
     Args:
       policy: writes the teachings.
       student: writes probes and answers.
       templates: the four prompts.
-      probe_params: one probe per question; its seed is replaced in each run.
-      teach_params: `group_size` teachings per question; seed likewise.
-      solve_params: `group_size` answers per teaching; seed likewise.
-      baseline_params: `group_size` answers per question without teaching. Its
+      probe_params: one probe per question; `run` replaces its seed.
+      teach_params: `group_size` teachings per question; `run` replaces its
+        seed.
+      solve_params: `group_size` answers per teaching; `run` replaces its seed.
+      baseline_params: `group_size` answers per question without a teaching. Its
         seed is kept, so a question's baseline is the same in every run.
 
     Raises:
-      ConfigError: if more than one probe is asked for.
+      ConfigError: if `probe_params.group_size` is not 1.
     """
     if probe_params.group_size != 1:
       raise errors.ConfigError(
-        f"{probe_params.group_size} probes per question were asked for.",
+        f"group_size of probe_params must be 1, got {probe_params.group_size}.",
         where="probe_params.group_size",
-        why="The teachings of one group must answer the same probe.",
+        why="All teachings of a group must answer the same probe.",
         fix="Set it to 1.",
       )
     self.policy, self.student, self.templates = policy, student, templates
@@ -121,23 +125,23 @@ class Protocol:
   ) -> list[types.TeachingRecord]:
     """Runs every phase once over all questions.
 
-    That is at most four calls of a sampler: baselines (none if all are known),
-    probes, teachings, taught answers.
+    This takes at most four sampler calls: baselines (skipped if all are
+    cached), probes, teachings, taught answers.
 
-    With `seed` equal to `baseline_params.seed`, the answers taught by the first
-    teaching and the baseline answers are drawn with the same random numbers: a
-    paired comparison. Where a completion holds no teaching the student gets the
-    baseline prompt, so there the pair is the same answer twice.
+    If `seed` equals `baseline_params.seed`, the answers to the first teaching
+    and the baseline answers use the same random numbers: a paired comparison.
+    If a completion contains no teaching, the student gets the baseline prompt,
+    so both answers of that pair are the same.
 
     Args:
       questions: with distinct row ids.
-      seed: decides probes, teachings and taught answers.
+      seed: of probes, teachings and taught answers.
       phase: entered around each phase, with its name: `baseline`, `probe`,
         `teach` and `solve`.
 
     Returns:
-      Ungraded records, `teach_params.group_size` for each question in turn; of
-      a question with a prompt that a sampler gave up, none.
+      Ungraded records, `teach_params.group_size` for each question in order. A
+      question has no records if a sampler dropped one of its prompts.
     """
     if not questions:
       return []
@@ -160,27 +164,12 @@ class Protocol:
     with phase("solve"):
       taught = self._taught_answers(questions, teachings, seed)
     seconds = (time.monotonic() - started) / max(1, len(rollouts))
-    asked = [q for q in questions for _ in groups[q]]
-    given_up = {
-      q for q, answers in zip(asked, taught, strict=True) if not answers
-    }
-    return [
-      types.TeachingRecord(
-        question=question,
-        probe=probes[question],
-        teacher_rollout=rollouts[i],
-        teaching=teachings[i],
-        num_teaching_tokens=self._num_tokens(teachings[i]),
-        baseline=baselines[question],
-        taught=taught[i],
-        seconds=seconds,
-      )
-      for i, question in enumerate(asked)
-      if question not in given_up
-    ]
+    per_rollout = [q for q in questions for _ in groups[q]]
+    rows = zip(per_rollout, rollouts, teachings, taught, strict=True)
+    return self._records(list(rows), probes, baselines, seconds)
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
-    """Gives the baseline answers; see `Rollouts`."""
+    """Returns the cached baseline answers and their sampling settings."""
     return {
       "asked": self._baseline_settings(),
       "baselines": [
@@ -190,9 +179,11 @@ class Protocol:
     }
 
   def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
-    """Takes baseline answers, if they would be asked for alike today."""
+    """Restores cached baseline answers if prompt and sampling are unchanged."""
     if state["asked"] != self._baseline_settings():
-      logging.warning("Baselines are sampled anew: they are asked otherwise.")
+      logging.warning(
+        "Baseline prompt or sampling changed; resampling baselines."
+      )
       return
     for version, row_id, question, answers in state["baselines"]:
       drawn = tuple(types.Attempt(**answer) for answer in answers)
@@ -203,13 +194,13 @@ class Protocol:
     return [self.templates.baseline, params]
 
   def baseline_prompt(self, question: types.Question) -> types.Prompt:
-    """Asks the student for an answer without any teaching."""
+    """Returns the student's prompt for a question without a teaching."""
     return self._solve_prompt(question, None, 0)
 
   def _baseline_answers(
     self, questions: Sequence[types.Question]
   ) -> dict[types.Question, tuple[types.Attempt, ...]]:
-    """Answers without teaching, sampled where they are not known yet."""
+    """Returns answers without a teaching; samples those not cached."""
     version = self.student.sampler.version
     keys = {q: (version, q.row_id, q.question) for q in questions}
     unknown = {
@@ -221,7 +212,7 @@ class Protocol:
       prompts = [self._solve_prompt(q, None, 0) for q in unknown.values()]
       answers = self._answers(prompts, self.baseline_params)
       known = zip(unknown, answers, strict=True)
-      # What was given up is asked again next time.
+      # Dropped prompts are not cached, so the next run samples them again.
       self._baselines.update((key, drawn) for key, drawn in known if drawn)
     return {
       question: self._baselines[key]
@@ -232,7 +223,7 @@ class Protocol:
   def _probes(
     self, questions: Sequence[types.Question], seed: int
   ) -> dict[types.Question, str]:
-    """Writes one probe per question, if it is not given up."""
+    """Samples one probe per question; omits dropped prompts."""
     prompts = [
       make_prompt(
         self.student,
@@ -255,10 +246,7 @@ class Protocol:
     probes: Mapping[types.Question, str],
     seed: int,
   ) -> dict[types.Question, list[types.Rollout]]:
-    """Writes a group of completions per question, kept with their prompt.
-
-    Those that were given up are left out.
-    """
+    """Samples a group of rollouts per question; omits dropped prompts."""
     prompts = [
       make_prompt(
         self.policy,
@@ -283,9 +271,9 @@ class Protocol:
     teachings: Sequence[str | None],
     seed: int,
   ) -> list[tuple[types.Attempt, ...]]:
-    """Answers once per teaching, or as the params' group size says.
+    """Samples `solve_params.group_size` answers per teaching.
 
-    Not at all where that is given up.
+    A dropped prompt has an empty tuple.
     """
     size = self.teach_params.group_size
     prompts = [
@@ -298,7 +286,7 @@ class Protocol:
   def _solve_prompt(
     self, question: types.Question, teaching: str | None, index: int
   ) -> types.Prompt:
-    """Asks for an answer, with the teaching of that index if there is one."""
+    """Returns the student's prompt, with a teaching unless it is None."""
     if teaching is None:
       text = teaching_templates.fill(
         self.templates.baseline, question=question.question
@@ -312,7 +300,7 @@ class Protocol:
   def _answers(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[tuple[types.Attempt, ...]]:
-    """Lets the student answer."""
+    """Samples the student's answers."""
     return [
       tuple(
         types.Attempt(
@@ -325,8 +313,39 @@ class Protocol:
       for group in self.student.sampler.sample(prompts, params)
     ]
 
+  def _records(
+    self,
+    rows: Sequence[
+      tuple[
+        types.Question, types.Rollout, str | None, tuple[types.Attempt, ...]
+      ]
+    ],
+    probes: Mapping[types.Question, str],
+    baselines: Mapping[types.Question, tuple[types.Attempt, ...]],
+    seconds: float,
+  ) -> list[types.TeachingRecord]:
+    """Builds a record per row of question, rollout, teaching and answers.
+
+    A row without answers drops all rows of its question.
+    """
+    dropped = {question for question, *_, taught in rows if not taught}
+    return [
+      types.TeachingRecord(
+        question=question,
+        probe=probes[question],
+        teacher_rollout=rollout,
+        teaching=teaching,
+        num_teaching_tokens=self._num_tokens(teaching),
+        baseline=baselines[question],
+        taught=taught,
+        seconds=seconds,
+      )
+      for question, rollout, teaching, taught in rows
+      if question not in dropped
+    ]
+
   def _num_tokens(self, teaching: str | None) -> int:
-    """Counts the teaching alone, by the tokenizer that wrote it."""
+    """Returns the length of a teaching in tokens of the policy's tokenizer."""
     encode = self.policy.tokenizer.encode
     return len(encode(teaching or "", add_special_tokens=False))
 
@@ -337,33 +356,33 @@ def dropped_fraction(
   *,
   max_fraction: float,
 ) -> float:
-  """Gives the fraction of questions that `Rollouts.run` gave no records of.
+  """Returns the fraction of questions without records.
 
   Args:
-    questions: that were asked; at least one.
-    records: what it gave.
-    max_fraction: how much of them may be missing; below 1.
+    questions: passed to `Rollouts.run`; at least one.
+    records: returned by it.
+    max_fraction: largest fraction allowed, below 1.
 
   Raises:
-    errors.RolloutError: if more is.
+    errors.RolloutError: if the fraction is larger.
   """
   kept = {record.question for record in records}
   dropped = [q.row_id for q in questions if q not in kept]
   fraction = len(dropped) / len(questions)
   if fraction > max_fraction:
     raise errors.RolloutError(
-      f"{len(dropped)} of {len(questions)} questions got no completions.",
+      f"{len(dropped)} of {len(questions)} questions have no completions; the "
+      f"allowed fraction is {max_fraction:g}.",
       where=f"rows {', '.join(dropped[:_MAX_NAMED])}",
-      why="Requests for them were late wherever they were sent; a fraction of "
-      f"{max_fraction:g} may be.",
-      fix="Look into the servers' logs, or allow one request more time with "
+      why="Their requests timed out on every server they were sent to.",
+      fix="Check the servers' logs, or raise the time limit of a request, "
       "--config.rollout.generate_s; then run the same command again.",
     )
   return fraction
 
 
 def make_prompt(role: Role, row_id: str, text: str) -> types.Prompt:
-  """Renders one user turn for a role."""
+  """Renders one user turn with the chat template of a role."""
   rendered, token_ids = chat.render(
     role.tokenizer, [types.Message("user", text)]
   )

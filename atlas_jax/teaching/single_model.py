@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy answers by itself: GRPO on verifiable rewards, without a student.
+"""Samples answers from the policy alone: GRPO without a student.
 
-It gives the same records as the teaching protocol, so that rewards, training
-and evaluation are the same. What the policy wrote is the answer that is judged.
+The records have the same type as those of the teaching protocol, so rewards,
+training and evaluation are shared. The policy's completion is the graded
+answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from atlas_jax.teaching import templates as teaching_templates
 
 
 class SingleModelRollouts:
-  """Asks the policy every question `answer_params.group_size` times."""
+  """Samples `answer_params.group_size` answers per question from the policy."""
 
   def __init__(
     self,
@@ -25,12 +26,12 @@ class SingleModelRollouts:
     *,
     answer_params: types.SamplingParams,
   ) -> None:
-    """Sets who answers what.
+    """Stores the policy, its prompt and its sampling parameters.
 
     Args:
       policy: writes the answers.
-      template: the prompt, with a `{question}`.
-      answer_params: how answers are drawn; the seed is replaced in each run.
+      template: the prompt, with a `{question}` placeholder.
+      answer_params: of the answers; `run` replaces its seed.
     """
     self.policy, self._template = policy, template
     self._answer_params = answer_params
@@ -46,17 +47,17 @@ class SingleModelRollouts:
     seed: int,
     phase: protocol.Phase = contextlib.nullcontext,
   ) -> list[types.TeachingRecord]:
-    """Draws a group of answers to every question.
+    """Samples a group of answers to every question.
 
     Args:
       questions: with distinct row ids.
-      seed: decides the answers.
-      phase: entered around the sampling, as `solve`.
+      seed: of the answers.
+      phase: entered around sampling, with the name `solve`.
 
     Returns:
-      Ungraded records, a group for each question in turn. The answer is the
-      `teacher_rollout` and the one `taught` attempt; there is no baseline. Of
-      a question that the sampler gave up there are none.
+      Ungraded records, a group for each question in order. The answer is both
+      `teacher_rollout` and the only `taught` attempt; `baseline` is empty. A
+      question that the sampler dropped has no records.
     """
     prompts = [
       protocol.make_prompt(
@@ -78,11 +79,11 @@ class SingleModelRollouts:
     ]
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
-    """Gives nothing; see `protocol.Rollouts`."""
+    """Returns an empty state; see `protocol.Rollouts`."""
     return {}
 
   def set_state(self, state: Mapping[str, Any]) -> None:  # Any: JSON.
-    """Takes nothing."""
+    """Does nothing: there is no state."""
 
   def _record(
     self, question: types.Question, rollout: types.Rollout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four prompts of the protocol, and the tag that holds a teaching."""
+"""Prompt templates of the protocol, and extraction of teachings."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from atlas_jax import errors
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _PRIVATE = re.compile(r"<(think(?:ing)?)>.*?(?:</\1>|\Z)", re.DOTALL)
 _PRIVATE_END = re.compile(r"</think(?:ing)?>")
-# The innermost pair: an opening tag left open does not swallow the next one.
+# Matches the innermost pair: an unclosed tag does not swallow the next one.
 _TEACHING = re.compile(
   r"<teaching>((?:(?!<teaching>).)*?)</teaching>", re.DOTALL
 )
@@ -24,9 +24,9 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-  """What each role is asked, with {question}, {probe} and {teaching} to fill.
+  """Prompt templates with the placeholders {question}, {probe}, {teaching}.
 
-  `probe` and `baseline` hold the question; `teach` the question and the
+  `probe` and `baseline` contain the question; `teach` the question and the
   student's probe; `taught` the question and the teaching.
   """
 
@@ -36,24 +36,24 @@ class Templates:
   baseline: str
 
   def __post_init__(self) -> None:
-    """Refuses a template that lacks a field or holds one nobody fills."""
+    """Validates the placeholders of each template."""
     for name, fields in _FIELDS.items():
       found = set(_PLACEHOLDER.findall(getattr(self, name)))
       if found != fields:
         raise errors.ConfigError(
-          f"Template {name!r} has the placeholders {sorted(found)}, but "
-          f"{sorted(fields)} are filled.",
+          f"Template {name!r} must have the placeholders {sorted(fields)}, got "
+          f"{sorted(found)}.",
           where=f"templates.{name}",
-          why="A lower-case word in braces is a placeholder.",
-          fix="Use each of the listed placeholders, and no other.",
+          why="Each lower-case word in braces is a placeholder.",
+          fix="Use every required placeholder and no others.",
         )
 
 
 def fill(template: str, **fields: str) -> str:
-  """Replaces the placeholders of a template, all in one pass.
+  """Replaces the placeholders of a template in one pass.
 
-  What is filled in is never read as a template: braces in a question, even
-  "{probe}", stay as they are.
+  Values are not parsed for placeholders: braces in a question, even "{probe}",
+  are kept.
 
   Raises:
     ValueError: if the template's placeholders are not exactly `fields`.
@@ -61,21 +61,21 @@ def fill(template: str, **fields: str) -> str:
   found = set(_PLACEHOLDER.findall(template))
   if found != set(fields):
     raise ValueError(
-      f"The template has the placeholders {sorted(found)}, got values for "
-      f"{sorted(fields)}."
+      f"Values must match the template's placeholders {sorted(found)}, got "
+      f"values for {sorted(fields)}."
     )
   return _PLACEHOLDER.sub(lambda match: fields[match[1]], template)
 
 
 def extract_teaching(text: str) -> str | None:
-  """Returns the first teaching outside the private thinking.
+  """Returns the first teaching outside of the thinking.
 
   Returns:
-    The stripped text between the tags, or None where there is no such pair of
-    tags or nothing between them. Thinking never becomes a teaching: also not a
-    draft in tags within it, nor what follows a thinking tag left open.
+    The stripped text between the tags, or None if there is no pair of tags or
+    no text between them. Tags inside of the thinking, or after an unclosed
+    thinking tag, are ignored.
   """
-  # A chat template may open the thinking, so that only its end is written.
+  # A chat template may open the thinking, so the text may have only its end.
   public = _PRIVATE_END.split(_PRIVATE.sub("", text))[-1]
   match = _TEACHING.search(public)
   return (match[1].strip() or None) if match else None

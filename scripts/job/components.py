@@ -320,7 +320,7 @@ def open_role(
     tokenizer=opened.tokenizer,
     mesh=mesh,
     share=share(),
-    from_first=distributed.OnFirstProcess(role),
+    from_first=distributed.FirstProcessBroadcast(role),
     **config.sampler,
   ) as its_sampler:
     yield protocol.Role(its_sampler, opened.tokenizer)
@@ -384,7 +384,7 @@ def open_reward(
       without = dataclasses.replace(functions, weights={})
       own = opened.enter_context(open_own(others, without))
     if own is None or jax.process_count() > 1:
-      own = shared.shared(own, distributed.OnFirstProcess("reward"))
+      own = shared.shared(own, distributed.FirstProcessBroadcast("reward"))
     yield own
 
 

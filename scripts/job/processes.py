@@ -72,7 +72,7 @@ def run(name: str, module: str, main: Callable[[], None]) -> int:
 
 def _is_asked() -> bool:
   if _DISTRIBUTED.value is None:
-    return distributed.is_told(os.environ)
+    return distributed.is_cluster_job(os.environ)
   return _DISTRIBUTED.value
 
 

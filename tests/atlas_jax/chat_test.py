@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and masks hold exactly what the sampler would see and write."""
+"""Tests tokenization, loss masks and tokenizer checks."""
 
 import json
 
@@ -17,7 +17,7 @@ _LLAMA3 = (
   "{% endfor %}"
   "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
-# A turn before the last loses its thinking; the last one gains a block.
+# Removes the thinking of earlier turns and adds a block to the last turn.
 _THINKING = (
   "{% for message in messages %}<|im_start|>{{ message.role }}\n"
   "{% if message.role == 'assistant' and loop.last"
@@ -62,7 +62,7 @@ def _written(tokenizer, messages):
   return [tokenizer.decode(run) for run in runs]
 
 
-def test_render_ends_where_the_assistant_begins(tokenizer):
+def test_render_ends_with_the_assistant_header(tokenizer):
   text, token_ids = chat.render(tokenizer, _messages("Hi {there}"))
   assert (
     text == "<|im_start|>user\nHi {there}<|im_end|>\n<|im_start|>assistant\n"
@@ -71,7 +71,7 @@ def test_render_ends_where_the_assistant_begins(tokenizer):
   assert token_ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_mask_covers_answers_and_their_end_of_turn_only(tokenizer):
+def test_mask_covers_only_answers_and_end_of_turn_tokens(tokenizer):
   messages = [
     types.Message("system", "Be brief."),
     *_messages("2 + 2?", "It is 4.", "And 3 + 3?", "It is 6."),
@@ -117,7 +117,7 @@ def test_thinking_is_trained_in_a_last_turn(tokenizer):
   ]
 
 
-def test_turns_that_end_differently_in_the_middle_are_found(tokenizer):
+def test_turns_rendered_differently_before_the_last_are_found(tokenizer):
   tokenizer.chat_template = _THINKING
   assert _written(tokenizer, _messages("a", "b", "c", " d\n", "e", "f")) == [
     "b<|im_end|>",
@@ -126,7 +126,7 @@ def test_turns_that_end_differently_in_the_middle_are_found(tokenizer):
   ]
 
 
-def test_thinking_that_the_template_takes_out_is_refused(tokenizer):
+def test_thinking_removed_by_the_template_is_rejected(tokenizer):
   tokenizer.chat_template = _THINKING
   with pytest.raises(errors.DataError, match="turn 2"):
     chat.tokenize(
@@ -142,9 +142,7 @@ def test_thinking_that_the_template_takes_out_is_refused(tokenizer):
     [types.Message("system", "s"), *_messages("a", "b", "c", "d")],
   ],
 )
-def test_mask_is_that_of_a_template_with_generation_markers(
-  tokenizer, messages
-):
+def test_mask_matches_a_template_with_generation_markers(tokenizer, messages):
   token_ids, loss_mask = chat.tokenize(tokenizer, messages)
   tokenizer.chat_template = _MARKED
   expected = tokenizer.apply_chat_template(
@@ -157,18 +155,18 @@ def test_mask_is_that_of_a_template_with_generation_markers(
   assert chat.tokenize(tokenizer, messages) == (token_ids, loss_mask)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+def test_tokenizer_of_another_model_is_rejected(tokenizer):
   chat.check_vocabulary(tokenizer, len(tokenizer), "model")
   with pytest.raises(errors.ConfigError, match="vocab_size of 37"):
     chat.check_vocabulary(tokenizer, 37, "model")
 
 
-def test_a_pad_token_that_is_the_end_of_turn_is_trained_all_the_same(tokenizer):
+def test_end_of_turn_is_trained_if_it_is_the_pad_token(tokenizer):
   tokenizer.pad_token = tokenizer.eos_token
   assert _written(tokenizer, _messages("a", "b")) == ["b<|im_end|>"]
 
 
-def test_header_that_the_answer_does_not_follow_is_refused(tokenizer):
+def test_header_not_followed_by_the_answer_is_rejected(tokenizer):
   tokenizer.chat_template = fakes.CHATML.replace(
     "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
   )
@@ -176,7 +174,7 @@ def test_header_that_the_answer_does_not_follow_is_refused(tokenizer):
     chat.tokenize(tokenizer, _messages("a", "b"))
 
 
-def test_nothing_is_added_to_what_the_template_wrote(tokenizer):
+def test_tokenizer_adds_nothing_to_the_rendered_template(tokenizer):
   tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
   )
@@ -190,34 +188,34 @@ def test_nothing_is_added_to_what_the_template_wrote(tokenizer):
 @pytest.mark.parametrize(
   ("template", "why"),
   [
-    (fakes.CHATML.replace("<|im_end|>", ""), "closes no turn"),
+    (fakes.CHATML.replace("<|im_end|>", ""), "ends no turn"),
     (fakes.CHATML.partition("{% if")[0], "ignores add_generation_prompt"),
   ],
 )
-def test_template_without_borders_is_refused(tokenizer, template, why):
+def test_template_without_turn_borders_is_rejected(tokenizer, template, why):
   tokenizer.chat_template = template
   with pytest.raises(errors.ConfigError, match=why):
     chat.tokenize(tokenizer, _messages("a", "b"))
 
 
-def test_template_error_is_told(tokenizer):
+def test_template_error_is_reported(tokenizer):
   tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
   with pytest.raises(errors.DataError, match="no system turn"):
     chat.render(tokenizer, _messages("a"))
 
 
 @pytest.mark.parametrize("contents", [(), ("only a question",)])
-def test_conversation_without_an_answer_is_refused(tokenizer, contents):
+def test_conversation_without_an_answer_is_rejected(tokenizer, contents):
   with pytest.raises(errors.DataError):
     chat.tokenize(tokenizer, _messages(*contents))
 
 
-def test_conversation_that_begins_with_the_answer_is_refused(tokenizer):
+def test_conversation_starting_with_the_answer_is_rejected(tokenizer):
   with pytest.raises(errors.DataError):
     chat.tokenize(tokenizer, _messages("a", roles=("assistant",)))
 
 
-def test_tokenizer_that_adds_a_space_to_every_text_is_refused():
+def test_tokenizer_that_adds_a_space_to_every_text_is_rejected():
   vocabulary = {"<unk>": 0, "</s>": 1, "\u2581": 2, "a": 3, "b": 4}
   backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
   backend.normalizer = normalizers.Prepend("\u2581")
@@ -259,47 +257,47 @@ def test_stop_tokens_join_tokenizer_and_generation_config(
 @pytest.mark.parametrize(
   "text", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": true}']
 )
-def test_bad_generation_config_is_refused(tokenizer, tmp_path, text):
+def test_invalid_generation_config_is_rejected(tokenizer, tmp_path, text):
   (tmp_path / "generation_config.json").write_text(text)
   with pytest.raises(errors.ConfigError, match=r"generation_config\.json"):
     chat.stop_token_ids(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["missing", "", "owner/name"])
-def test_missing_tokenizer_is_told(tmp_path, place):
+def test_missing_tokenizer_is_reported(tmp_path, place):
   where = place if "/" in place else tmp_path / place
-  with pytest.raises(errors.ConfigError, match="No tokenizer") as info:
+  with pytest.raises(errors.ConfigError, match="Failed to load") as info:
     chat.load_tokenizer(where)
   assert info.value.where == str(where)
 
 
 @pytest.mark.parametrize("content", ['{"version": ', '{"a": 1}', "\x00", ""])
-def test_broken_tokenizer_file_is_told(tmp_path, content):
+def test_invalid_tokenizer_file_is_reported(tmp_path, content):
   fakes.write_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text(content)
-  with pytest.raises(errors.ConfigError, match="No tokenizer"):
+  with pytest.raises(errors.ConfigError, match="Failed to load"):
     chat.load_tokenizer(tmp_path)
 
 
-def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path, monkeypatch):
+def test_remote_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch):
   fakes.write_tokenizer(tmp_path / "model")
   path = tmp_path / "model/tokenizer_config.json"
   fields = json.loads(path.read_text())
   fields["tokenizer_class"] = "Own"
   fields["auto_map"] = {"AutoTokenizer": ["own.Own", None]}
   path.write_text(json.dumps(fields))
-  # Importing it, or a yes of whoever sits there, would leave a file.
+  # Running the remote code, even after a terminal prompt, would write a file.
   canary = tmp_path / "ran"
   (tmp_path / "model/own.py").write_text(f"open({str(canary)!r}, 'w')")
   asked = []
   monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
-  with pytest.raises(errors.ConfigError, match="No tokenizer could be loaded"):
+  with pytest.raises(errors.ConfigError, match="Failed to load the tokenizer"):
     chat.load_tokenizer(tmp_path / "model")
   assert not canary.exists()
   assert asked == []
 
 
-def test_tokenizer_without_chat_template_is_refused(tmp_path):
+def test_tokenizer_without_chat_template_is_rejected(tmp_path):
   fakes.write_tokenizer(tmp_path)
   (tmp_path / "chat_template.jinja").unlink()
   with pytest.raises(errors.ConfigError, match="no chat template"):
@@ -307,7 +305,7 @@ def test_tokenizer_without_chat_template_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pad_token", "eos_token"])
-def test_tokenizer_without_pad_or_eos_is_refused(tmp_path, name):
+def test_tokenizer_without_pad_or_eos_is_rejected(tmp_path, name):
   fakes.write_tokenizer(tmp_path)
   path = tmp_path / "tokenizer_config.json"
   config = json.loads(path.read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What disks and schedulers do to a save, done to it."""
+"""Injects faults of disks and schedulers into saves."""
 
 from concurrent import futures
 import os
@@ -29,13 +29,13 @@ _SETTINGS = {
 
 
 def _state(step):
-  """Gives what no compression makes smaller."""
+  """Returns incompressible arrays."""
   words = jax.random.bits(jax.random.key(step), (1_500_000,))
   return {"step": jnp.int32(step), "words": words}
 
 
 def _restored_step(directory):
-  """Restores, and holds every array to what was saved."""
+  """Restores the newest step, checks its values and returns its number."""
   checkpointer = checkpoint.Checkpointer(directory, **_SETTINGS)
   state, host_state = checkpointer.restore_latest(_state(0))
   step = int(state["step"])
@@ -63,7 +63,7 @@ def _biggest(directory):
   return max(files, key=lambda path: path.stat().st_size)
 
 
-def test_no_flipped_bit_is_restored(saved, monkeypatch):
+def test_a_flipped_bit_is_not_restored(saved, monkeypatch):
   monkeypatch.setattr(logging, "warning", lambda *_: None)
   path = _biggest(saved / "2")
   content = path.read_bytes()
@@ -77,7 +77,7 @@ def test_no_flipped_bit_is_restored(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("left", [0.5, 0.0, -1])
-def test_no_truncated_file_is_restored(saved, left):
+def test_a_truncated_file_is_not_restored(saved, left):
   path = _biggest(saved / "2")
   content = path.read_bytes()
   end = int(left * len(content)) if left >= 0 else left
@@ -85,7 +85,7 @@ def test_no_truncated_file_is_restored(saved, left):
   assert _restored_step(saved) == 1
 
 
-def test_steps_are_ordered_by_number_whatever_the_clock_says(saved):
+def test_steps_are_ordered_by_number_not_time(saved):
   shutil.copytree(saved / "1", saved / "10")  # The newest by its number.
   os.utime(saved / "2", (0, 0))
   os.utime(saved / "10", (1, 1))
@@ -93,7 +93,7 @@ def test_steps_are_ordered_by_number_whatever_the_clock_says(saved):
   assert checkpoint.Checkpointer(saved, **_SETTINGS).steps() == [1, 2, 10]
 
 
-# Each scenario has a process of its own, and all share one start of Python.
+# Each scenario is a fork of one Python process, to save startup time.
 _DIES = """
 import os, pathlib, shutil, signal, sys
 import jax.numpy as jnp
@@ -151,12 +151,12 @@ def _run(script, *arguments, before=()):
 
 
 @pytest.mark.slow
-def test_killed_between_its_parts_a_save_is_whole_or_not_there(tmp_path):
+def test_a_save_killed_between_its_parts_is_complete_or_absent(tmp_path):
   _run(_DIES, tmp_path)
-  # Written by orbax, but not yet sealed; sealed, but not yet named.
+  # Written by orbax but not sealed; sealed but not renamed.
   assert _restored_step(tmp_path / "committed") == 1
   assert _restored_step(tmp_path / "sealed") == 1
-  # While the step before it was removed, a file of which is gone.
+  # Killed while the previous step was being removed.
   assert (tmp_path / "removing/1.tmp").exists()
   assert _restored_step(tmp_path / "removing") == 2
   for name in ("committed", "sealed", "removing"):
@@ -165,14 +165,14 @@ def test_killed_between_its_parts_a_save_is_whole_or_not_there(tmp_path):
 
 
 def _mounting(directory):
-  """Gives what runs a command that may mount something there."""
+  """Returns a command prefix with which file systems can be mounted."""
   before = ("unshare", "--map-root-user", "--mount")
   mount = ("mount", "-t", "tmpfs", "x", directory)
   tried = subprocess.run(
     [*before, *mount], check=False, capture_output=True, timeout=30
   )
   if tried.returncode:
-    pytest.skip("a file system may not be mounted here")
+    pytest.skip("mounting file systems is not permitted")
   return before
 
 
@@ -203,7 +203,7 @@ assert test._restored_step(directory) == 2
 if how == "limit":
   resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 else:
-  shutil.rmtree(directory / "1")  # Somebody makes room.
+  shutil.rmtree(directory / "1")  # Frees space.
 save(4)
 saver.wait()
 assert test._restored_step(directory) == 4
@@ -212,12 +212,12 @@ assert test._restored_step(directory) == 4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["limit", "tmpfs"])
-def test_where_the_disk_is_full_training_goes_on(tmp_path, how):
+def test_training_continues_when_the_disk_is_full(tmp_path, how):
   before = _mounting(tmp_path) if how == "tmpfs" else ()
-  told = _run(_FULL, tmp_path, how, before=before)
-  assert "STEP 3 WAS NOT SAVED, the 1. failure in a row (3 end the run)" in told
-  assert "GB were free" in told
-  assert "newest step on disk is 2" in told
+  stderr = _run(_FULL, tmp_path, how, before=before)
+  assert "FAILED TO SAVE CHECKPOINT step=3 failures=1 max_failed=3" in stderr
+  assert "GB free" in stderr
+  assert "newest step on disk is 2" in stderr
 
 
 _READ_ONLY = """
@@ -247,7 +247,7 @@ assert test._restored_step(directory) == 1
 save(3)
 saver.wait()
 assert test._restored_step(directory) == 3
-# A run that begins there is refused, before its first step.
+# A run that starts with a read-only directory is rejected.
 remount("ro")
 for begin in (
   lambda: checkpoint.Checkpointer(directory, **test._SETTINGS),
@@ -262,12 +262,12 @@ for begin in (
 
 
 @pytest.mark.slow
-def test_where_nothing_may_be_written_it_is_told_and_refused_at_the_start(
+def test_a_read_only_directory_is_logged_and_rejected_at_start(
   tmp_path,
 ):
-  told = _run(_READ_ONLY, tmp_path, before=_mounting(tmp_path))
-  assert "STEP 2 WAS NOT SAVED" in told
-  assert "Read-only file system" in told
+  stderr = _run(_READ_ONLY, tmp_path, before=_mounting(tmp_path))
+  assert "FAILED TO SAVE CHECKPOINT step=2" in stderr
+  assert "Read-only file system" in stderr
 
 
 _TWO = """
@@ -318,7 +318,7 @@ assert saver.steps() == [1, 2, 3]
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_go_on_as_one(tmp_path):
+def test_two_processes_save_and_resume_together(tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

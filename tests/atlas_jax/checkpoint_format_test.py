@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier release has written is loaded, bit for bit."""
+"""Tests that the committed checkpoint of an earlier release is restored."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from atlas_jax import checkpoint
 from tests.golden import write_checkpoint as golden
 
 
-def test_the_committed_checkpoint_is_loaded_bit_for_bit(tmp_path):
+def test_the_committed_checkpoint_is_restored_bit_for_bit(tmp_path):
   shutil.copytree(golden.DIRECTORY, tmp_path / "checkpoints")
   checkpointer = checkpoint.Checkpointer(
     tmp_path / "checkpoints", **golden.SETTINGS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint is whole and unaltered, or it is not restored."""
+"""Tests saving, restoring and rejecting checkpoints."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def _files(directory):
   return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def test_restores_what_was_saved_with_its_sharding(tmp_path):
+def test_restores_saved_arrays_and_sharding(tmp_path):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   weights = jax.device_put(jnp.arange(16, dtype=jnp.bfloat16), rows)
@@ -76,7 +76,7 @@ def test_restores_what_was_saved_with_its_sharding(tmp_path):
   assert (found.dtype, found.sharding) == (weights.dtype, rows)
 
 
-def test_without_a_checkpoint_the_state_is_given_back(tmp_path):
+def test_without_a_checkpoint_the_state_is_returned_unchanged(tmp_path):
   state = _state(5)
   found, host_state = _open(tmp_path).restore_latest(state)
   assert found is state
@@ -96,7 +96,7 @@ def _truncate(path):
 @pytest.mark.parametrize(
   "damage", [_flip_bit, _truncate, lambda path: path.unlink()]
 )
-def test_any_damaged_file_sends_it_to_the_step_before(
+def test_a_damaged_file_falls_back_to_the_previous_step(
   tmp_path, damage, monkeypatch
 ):
   warnings = []
@@ -110,21 +110,21 @@ def test_any_damaged_file_sends_it_to_the_step_before(
   assert {"manifest.json", "host_state.json", "about.json"} <= {
     str(name) for name in names
   }
-  # The manifest is in all of them; of the rest, one of each kind will do.
+  # One file of each kind.
   for name in [*names[:4], names[-1]]:
     directory = tmp_path / "checkpoints"
     subprocess.run(["cp", "-r", pristine, directory], check=True)
     damage(directory / "2" / name)
     assert _restored_step(tmp_path) == 1, name
-    (told,) = (args[0] % args[1:] for args in warnings)
-    assert str(directory / "2") in told
-    # A digest that was altered accuses the file that it is of.
-    assert str(name) in told or str(name) == "manifest.json"
+    (message,) = (args[0] % args[1:] for args in warnings)
+    assert str(directory / "2") in message
+    # A changed digest in the manifest is reported for the file it belongs to.
+    assert str(name) in message or str(name) == "manifest.json"
     warnings.clear()
     subprocess.run(["rm", "-r", directory], check=True)
 
 
-def test_a_damaged_step_is_replaced_when_it_is_reached_again(tmp_path):
+def test_a_damaged_step_can_be_saved_again(tmp_path):
   directory = _saved(tmp_path, 1, 2)
   (directory / "2/manifest.json").unlink()
   checkpointer = _open(tmp_path, keep=1)
@@ -136,7 +136,7 @@ def test_a_damaged_step_is_replaced_when_it_is_reached_again(tmp_path):
   assert _restored_step(tmp_path) == 2
 
 
-def test_if_all_are_damaged_nothing_is_loaded_or_removed(tmp_path):
+def test_if_all_steps_are_damaged_nothing_is_restored_or_removed(tmp_path):
   directory = _saved(tmp_path, 1, 2)
   for step in (1, 2):
     (directory / f"{step}/manifest.json").write_text("{}")
@@ -146,18 +146,15 @@ def test_if_all_are_damaged_nothing_is_loaded_or_removed(tmp_path):
   assert _files(directory) == before
 
 
-def test_another_identity_is_refused_with_both_values(tmp_path):
+def test_another_identity_is_rejected_with_both_values(tmp_path):
   _saved(tmp_path, 1)
   with pytest.raises(errors.CheckpointError) as caught:
     _open(tmp_path, identity={"data": "xyz"}).restore_latest(_state(0))
   assert "another data" in caught.value.what
-  assert caught.value.why.split() == [
-    *("then", "now"),
-    *("data", "abc", "xyz"),
-  ]
+  assert caught.value.why.split() == ["then", "now", "data", "abc", "xyz"]
 
 
-def test_another_optimizer_begins_anew_if_that_is_allowed(tmp_path):
+def test_an_allowed_change_of_optimizer_resets_its_state(tmp_path):
   def state(value, moments):
     params = {"w": jnp.full((4, 3), value)}
     reference = None
@@ -178,12 +175,12 @@ def test_another_optimizer_begins_anew_if_that_is_allowed(tmp_path):
     assert found["params"]["w"][0, 0] == 1.0
     assert found["opt_state"] == sgd
     checkpointer.save(2, state(2.0, (jnp.int32(5), None)), {}, {})
-  # Now it is the optimizer of the run, and goes on.
+  # The new optimizer's state is now restored.
   found, _ = _open(tmp_path, **other).restore_latest(state(0.0, sgd))
   assert found["opt_state"][0] == 5
 
 
-def test_what_is_allowed_is_allowed_alone(tmp_path):
+def test_only_allowed_changes_are_accepted(tmp_path):
   _saved(tmp_path, 1)
   allowed = {"allow_changed": "data"}
   state, _ = _open(
@@ -195,7 +192,7 @@ def test_what_is_allowed_is_allowed_alone(tmp_path):
     errors.CheckpointError, match=r"data and model\.width"
   ) as caught:
     _open(tmp_path, identity=both, **allowed).restore_latest(_state(0))
-  assert "allow" not in caught.value.fix  # There is no use in it.
+  assert "allow" not in caught.value.fix  # Not possible for model.width.
   with pytest.raises(errors.ConfigError, match="allow_changed=model"):
     _open(tmp_path, allow_changed="model")
 
@@ -211,13 +208,13 @@ def test_what_is_allowed_is_allowed_alone(tmp_path):
     {**_state(0), "step": jnp.float32(0)},
   ],
 )
-def test_a_state_of_another_shape_is_refused(tmp_path, other):
+def test_a_state_of_another_shape_is_rejected(tmp_path, other):
   _saved(tmp_path, 1)
   with pytest.raises(errors.CheckpointError, match="1 arrays differ"):
     _open(tmp_path).restore_latest(other)
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_steps_are_kept(tmp_path):
   checkpointer = _open(tmp_path, keep=2)
   for step in (1, 2, 9, 10):
     _save(checkpointer, step)
@@ -246,11 +243,11 @@ def _saved_by_loss(tmp_path, losses, **changes):
     ("min", [None, None], [2]),
   ],
 )
-def test_the_best_is_kept_with_the_newest(tmp_path, mode, losses, kept):
+def test_the_best_step_is_kept_with_the_newest(tmp_path, mode, losses, kept):
   assert _saved_by_loss(tmp_path, losses, best_mode=mode).steps() == kept
 
 
-def test_the_best_is_known_after_a_restart(tmp_path):
+def test_the_best_step_is_known_after_a_restart(tmp_path):
   _saved_by_loss(tmp_path, [3.0, 1.0, 2.0])
   again = _open(tmp_path, keep=1, best_metric="loss")
   assert again.best_step() == 2
@@ -262,26 +259,26 @@ def test_the_best_is_known_after_a_restart(tmp_path):
   assert again.steps() == [5]
 
 
-def test_nothing_is_the_best_of_a_metric_that_is_not_named(tmp_path):
+def test_without_best_metric_there_is_no_best_step(tmp_path):
   checkpointer = _open(tmp_path)
   assert not checkpointer.is_best({"loss": 1.0})
   _save(checkpointer, 1, {"loss": 1.0})
   assert checkpointer.best_step() is None
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_by_those_it_has(tmp_path):
+def test_an_unknown_best_metric_is_rejected_with_the_known_ones(tmp_path):
   checkpointer = _open(tmp_path, best_metric="eval/los")
   with pytest.raises(errors.ConfigError, match="eval/loss"):
     checkpointer.is_best({"eval/loss": 1.0})
 
 
-def test_a_run_ends_with_the_best_if_asked_to(tmp_path):
+def test_load_best_restores_the_best_step(tmp_path):
   checkpointer = _saved_by_loss(tmp_path, [3.0, 1.0, 2.0], load_best=True)
   assert checkpointer.restore_final(_state(0))["step"] == 2
   assert _open(tmp_path).restore_final(_state(7))["step"] == 7
 
 
-def test_a_best_that_is_damaged_or_missing_is_not_loaded(tmp_path):
+def test_a_damaged_or_missing_best_step_is_rejected(tmp_path):
   checkpointer = _saved_by_loss(tmp_path, [None], load_best=True)
   with pytest.raises(errors.CheckpointError, match="evaluated by loss"):
     checkpointer.restore_final(_state(0))
@@ -294,17 +291,17 @@ def test_a_best_that_is_damaged_or_missing_is_not_loaded(tmp_path):
 @pytest.mark.parametrize(
   "changes", [{"best_mode": "least"}, {"load_best": True}]
 )
-def test_a_best_that_is_not_defined_is_refused(tmp_path, changes):
-  with pytest.raises(errors.ConfigError, match="the best"):
+def test_invalid_best_settings_are_rejected(tmp_path, changes):
+  with pytest.raises(errors.ConfigError, match="best_mode"):
     _open(tmp_path, **changes)
 
 
-def test_keeping_none_is_refused(tmp_path):
+def test_keep_of_zero_is_rejected(tmp_path):
   with pytest.raises(errors.ConfigError, match="keep"):
     _open(tmp_path, keep=0)
 
 
-def test_what_is_saved_may_be_donated_while_it_is_written(tmp_path):
+def test_saved_arrays_may_be_donated_during_the_write(tmp_path):
   update = jax.jit(lambda x: x + 1, donate_argnums=0)
   state = jnp.zeros(1_000_000)
   with _open(tmp_path) as checkpointer:
@@ -319,7 +316,7 @@ def test_what_is_saved_may_be_donated_while_it_is_written(tmp_path):
 
 
 def _fails(monkeypatch, *, times):
-  """Lets the disk be full for as many saves."""
+  """Makes the next `times` saves fail with a full disk."""
   left = [True] * times
   seal = checkpoint_format.seal
 
@@ -332,26 +329,26 @@ def _fails(monkeypatch, *, times):
   monkeypatch.setattr(checkpoint_format, "seal", full)
 
 
-def test_a_failed_save_is_told_and_the_next_one_tries_again(
+def test_a_failed_save_is_logged_and_the_next_one_succeeds(
   tmp_path, monkeypatch
 ):
-  told = []
-  monkeypatch.setattr(logging, "error", lambda *args: told.append(args))
+  logged = []
+  monkeypatch.setattr(logging, "error", lambda *args: logged.append(args))
   checkpointer = _open(tmp_path)
   _save(checkpointer, 1)
   _fails(monkeypatch, times=1)
   checkpointer.save(2, _state(2), {}, {})
-  checkpointer._saving[1].exception()  # Waits, and takes no notice.
-  assert told == []
+  checkpointer._saving[1].exception()  # Waits without handling the failure.
+  assert logged == []
   checkpointer.poll()
-  assert "No space left" in told[0][0] % told[0][1:]
+  assert "No space left" in logged[0][0] % logged[0][1:]
   assert checkpointer.steps() == [1]
   _save(checkpointer, 3)
   assert checkpointer.steps() == [1, 3]
   assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path, monkeypatch):
+def test_too_many_consecutive_failed_saves_stop_the_run(tmp_path, monkeypatch):
   checkpointer = _open(tmp_path, max_failed=2)
   _save(checkpointer, 1)
   _fails(monkeypatch, times=2)
@@ -365,7 +362,7 @@ def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path, monkeypatch):
   assert _restored_step(tmp_path) == 1
 
 
-def test_a_last_save_that_fails_is_no_good_end(tmp_path, monkeypatch):
+def test_a_failed_last_save_is_an_error(tmp_path, monkeypatch):
   _fails(monkeypatch, times=2)
 
   def run(error=None):
@@ -376,12 +373,12 @@ def test_a_last_save_that_fails_is_no_good_end(tmp_path, monkeypatch):
 
   with pytest.raises(errors.CheckpointError, match="last save"):
     run()
-  # Where the run has ended by itself, that is what is told.
+  # The exception that stopped the run is not replaced.
   with pytest.raises(ZeroDivisionError):
     run(ZeroDivisionError())
 
 
-def test_a_failed_save_is_not_the_best(tmp_path, monkeypatch):
+def test_a_failed_save_is_not_the_best_step(tmp_path, monkeypatch):
   checkpointer = _saved_by_loss(tmp_path, [2.0], max_failed=9)
   _fails(monkeypatch, times=1)
   checkpointer.save(2, _state(2), {"loss": 1.0}, {})
@@ -391,7 +388,7 @@ def test_a_failed_save_is_not_the_best(tmp_path, monkeypatch):
   assert checkpointer.best_step() == 1
 
 
-def test_a_folder_that_was_removed_is_made_again(tmp_path):
+def test_a_removed_directory_is_created_again(tmp_path):
   checkpointer = _open(tmp_path)
   _save(checkpointer, 1)
   shutil.rmtree(tmp_path / "checkpoints")
@@ -399,9 +396,9 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path):
   assert checkpointer.steps() == [2]
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_an_unwritable_directory_is_rejected(tmp_path):
   (tmp_path / "checkpoints").write_text("")
-  with pytest.raises(errors.ConfigError, match="cannot be written"):
+  with pytest.raises(errors.ConfigError, match="not writable"):
     _open(tmp_path)
 
 
@@ -415,7 +412,7 @@ def _rows_over(num_devices):
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
 
 
-def test_another_place_is_told_and_taken(tmp_path, monkeypatch):
+def test_another_mesh_is_logged_and_restored(tmp_path, monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
   spread = jax.device_put(jnp.arange(16.0), _rows_over(8))
@@ -429,11 +426,11 @@ def test_another_place_is_told_and_taken(tmp_path, monkeypatch):
     found = _open(tmp_path).restore_latest({"w": here})[0]["w"]
     np.testing.assert_array_equal(found, np.arange(16.0))
     assert found.sharding == here.sharding
-    told = warnings.pop()
-    assert "x=8" in told[0] % told[1:]
+    warning = warnings.pop()
+    assert "x=8" in warning[0] % warning[1:]
 
 
-def test_other_versions_are_told_and_taken(tmp_path, monkeypatch):
+def test_other_versions_are_logged_and_restored(tmp_path, monkeypatch):
   _saved(tmp_path, 1)
   warnings = []
   monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
@@ -442,12 +439,12 @@ def test_other_versions_are_told_and_taken(tmp_path, monkeypatch):
     checkpoint_format, "environment", lambda _: {**here, "jaxlib": "9.9"}
   )
   assert _restored_step(tmp_path) == 1
-  (told,) = (args[0] % args[1:] for args in warnings)
-  assert "may differ in their last bits" in told
-  assert told.split()[-3:] == ["jaxlib", here["jaxlib"], "9.9"]
+  (message,) = (args[0] % args[1:] for args in warnings)
+  assert "may not match bit for bit" in message
+  assert message.split()[-3:] == ["jaxlib", here["jaxlib"], "9.9"]
 
 
-def test_the_digests_of_a_damaged_file_are_told(tmp_path):
+def test_digests_of_a_damaged_file_are_reported(tmp_path):
   directory = _saved(tmp_path, 1)
   path = directory / "1/host_state.json"
   written = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -462,8 +459,8 @@ def test_the_digests_of_a_damaged_file_are_told(tmp_path):
   )
 
 
-def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
-  """What is no JSON any more, or is, and lacks or has another key."""
+def test_no_flipped_bit_in_json_files_stops_a_run(tmp_path):
+  """Covers invalid JSON, and valid JSON with missing or changed keys."""
   directory = _saved(tmp_path, 1, 2)
   for name in ("about.json", "manifest.json"):
     path = directory / "2" / name
@@ -480,18 +477,18 @@ def test_no_bit_of_what_is_told_of_a_step_can_end_a_run(tmp_path):
     path.write_bytes(content)
 
 
-def test_another_format_is_refused_with_what_to_do(tmp_path):
+def test_another_format_is_rejected_with_a_fix(tmp_path):
   directory = _saved(tmp_path, 1) / "1"
   about = json.loads((directory / "about.json").read_text())
   checkpoint_format.seal(directory, {**about, "format": 1}, {})
   with pytest.raises(errors.CheckpointError, match="another release") as caught:
     _open(tmp_path)
-  assert "Its format is 1, and this is" in caught.value.why
-  assert "with the release it began with" in caught.value.fix
+  assert "Its format is 1; this release reads" in caught.value.why
+  assert "with the release that started it" in caught.value.fix
   assert "--config.model.path" in caught.value.fix
 
 
-def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+def test_partial_steps_of_killed_saves_are_removed(tmp_path):
   directory = _saved(tmp_path, 1)
   (directory / "2.tmp/state").mkdir(parents=True)
   (directory / "2.tmp/state/d").write_text("half")
@@ -526,7 +523,7 @@ while True:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.0, 0.015, 0.04])
-def test_a_save_killed_at_any_moment_loses_at_most_itself(tmp_path, delay_s):
+def test_a_killed_save_loses_at_most_its_own_step(tmp_path, delay_s):
   directory = tmp_path / "checkpoints"
   child = subprocess.Popen(
     [sys.executable, "-c", _SAVES_FOREVER, str(directory)],
@@ -541,13 +538,13 @@ def test_a_save_killed_at_any_moment_loses_at_most_itself(tmp_path, delay_s):
   done = int(more[-1]) if more else done
   wanted = {"w": jnp.zeros(300_000)}
   restored = _open(tmp_path).restore_latest(wanted)[0]["w"]
-  # The kill may fall between the rename and the line that tells of it.
+  # The kill may occur between the rename and the printed line.
   assert restored[0] in (done, done + 1)
   assert (restored == restored[0]).all()
   assert not list(directory.glob("*.tmp"))
 
 
-def test_manifest_tells_the_digest_of_every_file(tmp_path):
+def test_manifest_has_the_digest_of_every_file(tmp_path):
   directory = _saved(tmp_path, 1) / "1"
   manifest = json.loads((directory / "manifest.json").read_text())
   names = {p.relative_to(directory).as_posix() for p in _files(directory)}

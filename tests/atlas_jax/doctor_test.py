@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine that is fit is told apart from one that is not."""
+"""Tests the checks of the machine and its packages."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ def _status(lines):
   return {line.name: line.status for line in lines}
 
 
-def test_this_machine_is_fit_to_run_the_tests():
+def test_this_machine_passes_all_checks():
   done = subprocess.run(
     [sys.executable, "-m", "atlas_jax.doctor"],
     cwd=_ROOT,
@@ -36,7 +36,7 @@ def test_this_machine_is_fit_to_run_the_tests():
   assert {"python", "jax", "flax", "devices", "disk", "cores"} <= names
 
 
-def test_a_line_that_fails_ends_with_two(monkeypatch, capsys):
+def test_a_failed_check_exits_with_two(monkeypatch, capsys):
   line = doctor.Line("FAIL", "jax", "not installed", "Install it.")
   monkeypatch.setattr(doctor, "diagnose", lambda: iter([line]))
   assert doctor.main() == 2
@@ -44,19 +44,43 @@ def test_a_line_that_fails_ends_with_two(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  ("version", "status"),
-  [((3, 10), "FAIL"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "warn")],
+  ("python", "jax", "status"),
+  [
+    ((3, 12), "0.12", "ok"),
+    ((3, 12), "0.12.0.1", "ok"),
+    ((3, 11), "0.10.2", "ok"),
+    ((3, 12), "0.10.2", "warn"),
+    ((3, 11), "0.10.20", "warn"),
+    ((3, 13), "0.12.0.1", "warn"),
+    ((3, 10), "0.10.2", "FAIL"),
+    ((3, 12), None, "warn"),
+  ],
 )
-def test_python_is_new_enough(version, status):
-  assert doctor.of_python(version).status == status
+def test_python_and_jax_must_be_a_supported_pair(python, jax, status):
+  line = doctor.check_python(python, jax)
+  assert line.status == status
+  version = ".".join(map(str, python))
+  assert f"{version} with jax {jax or 'not installed'}, " in line.found
+  assert ("Python 3.11 with jax 0.10.2" in line.fix) == (status != "ok")
 
 
-def test_a_package_is_missing_old_or_newer_than_tested():
-  versions = {**doctor._TESTED, "jax": "0.9.1", "optax": "0.3.0.dev1"}
+@pytest.mark.parametrize("python", [(3, 11), (3, 12)])
+def test_tested_versions_have_no_warning(python):
+  versions = doctor._TESTED[python]
+  assert set(_status(doctor.check_versions(python, versions)).values()) == {
+    "ok"
+  }
+  assert doctor.check_python(python, versions["jax"]).status == "ok"
+
+
+def test_missing_old_and_newer_packages_are_reported():
+  python = (3, 12)
+  changed = {"jax": "0.9.1", "jaxlib": "0.10.2", "optax": "0.3.0.dev1"}
+  versions = {**doctor._TESTED[python], **changed}
   del versions["flax"]
-  status = _status(doctor.of_versions(versions))
+  status = _status(doctor.check_versions(python, versions))
   assert status.pop("jax") == status.pop("flax") == "FAIL"
-  assert status.pop("optax") == "warn"
+  assert status.pop("jaxlib") == status.pop("optax") == "warn"
   assert set(status.values()) == {"ok"}
 
 
@@ -83,7 +107,7 @@ def test_a_package_is_missing_old_or_newer_than_tested():
     ),
   ],
 )
-def test_versions_that_go_wrong_together_are_known(versions, expected):
+def test_known_defects_of_versions_are_reported(versions, expected):
   assert _status(doctor.check_version_pairs(versions)) == expected
 
 
@@ -91,46 +115,72 @@ def test_versions_that_go_wrong_together_are_known(versions, expected):
   ("program", "status", "found"),
   [
     ("print('8|gpu|NVIDIA H100')", "ok", "8 of NVIDIA H100 (gpu)"),
-    ("print('1|cpu|cpu')", "FAIL", "yet there is"),
+    ("print('1|cpu|cpu')", "FAIL", "exists"),
     ("raise ImportError('no flax')", "FAIL", "no flax"),
     ("import time; time.sleep(60)", "FAIL", "within 0.5 s"),
   ],
 )
-def test_devices_are_asked_for_from_outside(
+def test_devices_are_listed_in_a_child_process(
   monkeypatch, tmp_path, program, status, found
 ):
   monkeypatch.delenv("JAX_PLATFORMS")
   monkeypatch.setattr(doctor, "_LIST_DEVICES", program)
   monkeypatch.setattr(doctor, "_ACCELERATORS", (str(tmp_path),))
   if "sleep" in program:
-    monkeypatch.setattr(doctor, "_DEVICES_S", 0.5)
-  line = doctor.of_devices()
+    monkeypatch.setattr(doctor, "_START_S", 0.5)
+  line = doctor.check_devices()
   assert line.status == status
   assert found in line.found
 
 
-def test_a_port_that_is_taken_is_told():
+_KNOWN_FLAG = "--xla_force_host_platform_device_count=2"
+
+
+@pytest.mark.parametrize(
+  ("flags", "status", "found"),
+  [
+    (_KNOWN_FLAG, "ok", _KNOWN_FLAG),
+    (f"{_KNOWN_FLAG} --xla_unknown=1", "FAIL", "XLA_FLAGS: --xla_unknown=1"),
+    ("--xla_gpu_ftz=maybe", "FAIL", "xla_gpu_ftz"),
+  ],
+)
+def test_xla_flags_are_parsed_by_the_installed_xla(flags, status, found):
+  line = doctor.check_xla_flags(flags)
+  assert line.status == status
+  assert found in line.found
+  assert "\n" not in line.found
+
+
+def test_xla_that_does_not_start_is_reported(monkeypatch):
+  monkeypatch.setattr(doctor, "_START_XLA", "import time; time.sleep(60)")
+  monkeypatch.setattr(doctor, "_START_S", 0.5)
+  line = doctor.check_xla_flags("--xla_any=1")
+  assert line.status == "FAIL"
+  assert "within 0.5 s" in line.found
+
+
+def test_a_port_in_use_is_reported():
   with socket.socket() as server:
     server.bind(("127.0.0.1", 0))
     server.listen()
     port = server.getsockname()[1]
-    assert doctor.of_port(port).status == "warn"
-  assert doctor.of_port(port).status == "ok"
+    assert doctor.check_port(port).status == "warn"
+  assert doctor.check_port(port).status == "ok"
 
 
-def test_what_is_short_is_told_with_a_way_out(tmp_path):
-  assert doctor.of_space("disk", tmp_path, low=0).status == "ok"
-  short = doctor.of_space("shared memory", tmp_path, low=1 << 60)
+def test_low_resources_are_reported_with_a_fix(tmp_path):
+  assert doctor.check_space("disk", tmp_path, low=0).status == "ok"
+  short = doctor.check_space("shared memory", tmp_path, low=1 << 60)
   assert short.status == "warn"
   assert "--shm-size" in short.fix
-  assert doctor.of_space("disk", tmp_path / "gone", low=0).status == "warn"
-  assert doctor.of_memory(7 * _GIB).status == "warn"
-  assert doctor.of_memory(64 * _GIB).status == "ok"
-  assert doctor.of_cores(1).status == "warn"
+  assert doctor.check_space("disk", tmp_path / "gone", low=0).status == "warn"
+  assert doctor.check_memory(7 * _GIB).status == "warn"
+  assert doctor.check_memory(64 * _GIB).status == "ok"
+  assert doctor.check_cores(1).status == "warn"
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_the_limit_of_a_container_counts(tmp_path, name):
+def test_the_memory_limit_of_a_container_is_used(tmp_path, name):
   whole = doctor.memory_limit(tmp_path)
   path = tmp_path / name
   path.parent.mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh: it changes no value, and refuses what does not divide."""
+"""Tests that sharding changes no value and rejects indivisible sizes."""
 
 import dataclasses
 
@@ -42,25 +42,25 @@ def test_every_parameter_of_every_family_has_a_rule():
     sharding.of_params(mesh, model.abstract_params)
 
 
-def test_a_parameter_without_a_rule_is_an_error():
+def test_a_parameter_without_a_rule_is_rejected():
   mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
   leaf = jax.ShapeDtypeStruct((2, 2), np.float32)
   with pytest.raises(ValueError, match="embed/other"):
     sharding.of_params(mesh, {"embed": {"other": leaf}})
 
 
-def test_one_axis_takes_what_is_left():
+def test_one_axis_uses_the_remaining_devices():
   mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=1, context=2)
   sizes = {"data": 2, "fsdp": 2, "expert": 1, "context": 2, "tensor": 1}
   assert dict(mesh.shape) == sizes
   assert sharding.sizes(8, data=2, fsdp=-1, context=2) == sizes
 
 
-def test_the_outer_axes_are_those_that_cross_slices():
+def test_outer_axes_cross_slices():
   devices = [_Device(i, slice_index=i // 4) for i in range(16)]
   grid = sharding.arrange((2, 4, 1, 1, 2), devices, 4)
   slices = np.vectorize(lambda device: device.slice_index)(grid)
-  # `data` takes two, `fsdp` the other two; `tensor` stays inside of one.
+  # `data` spans two slices, `fsdp` the other two; `tensor` stays in one slice.
   np.testing.assert_array_equal(
     slices[:, :, 0, 0, 0], [[0, 0, 1, 1], [2, 2, 3, 3]]
   )
@@ -69,7 +69,7 @@ def test_the_outer_axes_are_those_that_cross_slices():
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-  """What the arrangement looks at."""
+  """The attributes of a device that `arrange` reads."""
 
   id: int
   slice_index: int
@@ -83,7 +83,7 @@ def test_one_process_loads_all_rows():
   assert sharding.share_of_rows(mesh) == (0, 1)
 
 
-def test_rows_of_a_length_that_does_not_divide_are_refused():
+def test_indivisible_row_length_is_rejected():
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1, context=4)
   sharding.check_length(mesh, 64, where="--config.packing.length")
   with pytest.raises(errors.ConfigError, match="66 tokens") as caught:
@@ -95,23 +95,23 @@ def test_rows_of_a_length_that_does_not_divide_are_refused():
 @pytest.mark.parametrize(
   "sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 8), (-2, 4, -1)]
 )
-def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
+def test_a_mesh_of_the_wrong_size_is_rejected(sizes):
   data, fsdp, tensor = sizes
   with pytest.raises(errors.ConfigError) as caught:
     sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
   assert "--config.mesh" in caught.value.where
 
 
-def test_an_axis_that_does_not_divide_is_named():
+def test_an_indivisible_dimension_is_reported():
   model = tiny.build("qwen2", **{**_EVEN, "vocab_size": 37})
   mesh = sharding.make_mesh(data=4, fsdp=1, tensor=2)
   with pytest.raises(errors.ConfigError, match="embed/embedding") as caught:
     sharding.of_params(mesh, model.abstract_params)
   assert caught.value.where == "--config.mesh.tensor=2"
-  assert "dimension 0, of size 37" in caught.value.why
+  assert "Dimension 0, of size 37" in caught.value.why
 
 
-def test_axes_that_split_a_dimension_together_are_named_together():
+def test_all_axes_of_an_indivisible_dimension_are_reported():
   model = tiny.build("qwen2", **_EVEN)
   mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, context=2)
   sharding.of_params(mesh, model.abstract_params)
@@ -119,13 +119,13 @@ def test_axes_that_split_a_dimension_together_are_named_together():
   with pytest.raises(errors.ConfigError, match="does not divide") as caught:
     sharding.of_params(mesh, model.abstract_params)
   assert caught.value.where == "--config.mesh.fsdp=4 --config.mesh.context=2"
-  assert "fsdp x context a divisor of 20; 4 is one" in caught.value.fix
+  assert "fsdp x context to a divisor of 20, e.g. 4" in caught.value.fix
 
 
 @pytest.mark.parametrize(
   ("size", "per_device", "parts"), [(8, 0, 1), (8, 2, 1), (8, 1, 2), (24, 2, 3)]
 )
-def test_a_batch_goes_through_the_devices_in_parts(size, per_device, parts):
+def test_number_of_microbatches(size, per_device, parts):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   found = sharding.num_microbatches(mesh, size=size, per_device=per_device)
   assert found == parts
@@ -141,16 +141,14 @@ def test_a_batch_goes_through_the_devices_in_parts(size, per_device, parts):
     (8, -1, "--config.batch.per_device=-1"),
   ],
 )
-def test_a_batch_that_does_not_divide_is_refused_by_flag(
-  size, per_device, flag
-):
+def test_an_indivisible_batch_is_rejected_with_its_flag(size, per_device, flag):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  with pytest.raises(errors.ConfigError, match="not divide") as caught:
+  with pytest.raises(errors.ConfigError, match="must be") as caught:
     sharding.num_microbatches(mesh, size=size, per_device=per_device)
   assert caught.value.where == flag
 
 
-def test_put_lays_out_a_tree_as_device_put_would():
+def test_put_matches_device_put():
   mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
   tree = {"a": np.arange(32).reshape(8, 4), "b": (np.ones(16, bool),)}
   ours = sharding.put(tree, sharding.of_batch(mesh))

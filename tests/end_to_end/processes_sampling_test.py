@@ -134,7 +134,7 @@ def test_a_server_that_is_not_there_ends_both(home, tmp_path):
     ends = [processes.end(process) for process in pair]
   assert [code for code, _ in ends] == [6, 8], ends
   assert "There is no rollout server for the policy" in ends[0][1]
-  assert "It failed at policy" in ends[1][1]
+  assert "Process 0 failed during policy" in ends[1][1]
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ distributed.initialize(
   max_wait_s=60,
   max_silence_s=60,
 )
-from_first = distributed.OnFirstProcess("test")
+from_first = distributed.FirstProcessBroadcast("test")
 long = [i * 1e-7 for i in range(500_000)]  # More than one message holds.
 assert from_first(lambda: long) == long
 assert [from_first(lambda: int(index) + i) for i in range(3)] == [0, 1, 2]

@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
   train_alone("one", *mesh, more)
   text = train_alone("two", "--config.mesh.fsdp=4", more)
-  assert f"Resuming from step {_NUM_STEPS}" in text
+  assert f"Resuming from step={_NUM_STEPS}" in text
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 5
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a checkpoint as runs do, which later code must still load.
+"""Writes a golden checkpoint that later releases must still restore.
 
   python -m tests.golden.write_checkpoint
 
-It makes `checkpoints/1` beside this file, and `checkpoints.json`, the SHA-256
-of every array. Both are committed: do this again only where the format of
-checkpoints changes on purpose, and tell users how to go on (see
+It writes `checkpoints/1` next to this file, and `checkpoints.json`, the SHA-256
+of every array. Both are committed. Run it again only after an intended change
+of the checkpoint format, and document how users migrate (see
 `checkpoint_format.read` and docs/checkpoints.md).
 """
 
@@ -46,7 +46,7 @@ _SIZES = {
 
 
 def state() -> train_state.TrainState:
-  """Makes the state of a run that has a reference, with zeros in it."""
+  """Returns a training state of zeros with a reference."""
   model = tiny.build("qwen3", **_SIZES)
   optimizer = train_optimizer.make_optimizer(
     lambda _: 1e-3, **optimizers.get_config()
@@ -61,7 +61,7 @@ def state() -> train_state.TrainState:
 
 
 def digests(of: train_state.TrainState) -> dict[str, str]:
-  """Gives the SHA-256 of every array, by its name."""
+  """Returns the SHA-256 of every array, by name."""
   return {
     checkpoint_format.name(path): hashlib.sha256(
       jax.device_get(leaf).tobytes()
@@ -71,10 +71,10 @@ def digests(of: train_state.TrainState) -> dict[str, str]:
 
 
 def main() -> None:
-  """Writes the checkpoint, in place of the one that is there."""
+  """Replaces the golden checkpoint."""
   leaves, structure = jax.tree.flatten(state())
   filled = [
-    # Numbers that no other computation gives: all differ.
+    # Values that differ between all elements and arrays.
     (jnp.arange(leaf.size).reshape(leaf.shape) + 1000 * i + 1).astype(
       leaf.dtype
     )
@@ -82,7 +82,7 @@ def main() -> None:
   ]
   filled = jax.tree.unflatten(structure, filled)
   shutil.rmtree(DIRECTORY, ignore_errors=True)
-  # Orbax writes down where it was.
+  # Orbax records the directory it writes to, so use a temporary one.
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory)
     with checkpoint.Checkpointer(path, **SETTINGS) as checkpointer:

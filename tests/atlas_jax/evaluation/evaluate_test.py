@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation can be cut anywhere, and carries on to the same records."""
+"""Tests that an interrupted evaluation resumes to the same records."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def _timeless(records):
   return [dataclasses.replace(record, seconds=0.0) for record in records]
 
 
-def test_records_are_graded_and_read_back_as_they_were(protocol, tmp_path):
+def test_records_are_graded_and_read_back_unchanged(protocol, tmp_path):
   path = tmp_path / "new" / "records.jsonl"
   records = _run(protocol, path)
   assert [r.question.row_id for r in records] == [
@@ -88,7 +88,7 @@ def test_records_are_graded_and_read_back_as_they_were(protocol, tmp_path):
   assert evaluate.read(path) == records
 
 
-def test_any_cut_of_the_file_carries_on_to_the_same_records(protocol, tmp_path):
+def test_a_truncated_file_is_resumed_to_the_same_records(protocol, tmp_path):
   whole_path, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
   whole = _timeless(_run(protocol, whole_path))
   raw = whole_path.read_bytes()
@@ -100,7 +100,7 @@ def test_any_cut_of_the_file_carries_on_to_the_same_records(protocol, tmp_path):
     assert _timeless(evaluate.read(path)) == whole, size
 
 
-def test_asked_to_stop_it_ends_between_batches_and_goes_on(protocol, tmp_path):
+def test_a_stop_between_batches_is_resumed(protocol, tmp_path):
   whole = _timeless(_run(protocol, tmp_path / "whole.jsonl"))
   path = tmp_path / "records.jsonl"
   answers = iter([False, True])
@@ -117,7 +117,7 @@ def test_finished_questions_are_not_sampled_again(protocol, tmp_path):
   _run(protocol, path, batch_size=3)
   assert protocol.policy.sampler.calls == []
 
-  # Half of a question's teachings is as good as none.
+  # A question with only some of its teachings is sampled again.
   lines = path.read_bytes().splitlines(keepends=True)
   path.write_bytes(b"".join(lines[: 1 + 7]))
   _run(protocol, path)
@@ -135,7 +135,7 @@ def test_finished_questions_are_not_sampled_again(protocol, tmp_path):
     ({"weights": {**_WEIGHTS, "policy": "teacher-b"}}, "weights"),
   ],
 )
-def test_records_of_other_settings_are_refused_and_kept(
+def test_records_of_other_settings_are_rejected_and_kept(
   protocol, tmp_path, overrides, name
 ):
   path = tmp_path / "records.jsonl"
@@ -146,7 +146,9 @@ def test_records_of_other_settings_are_refused_and_kept(
   assert path.read_bytes() == raw
 
 
-def test_records_of_another_version_or_template_are_refused(protocol, tmp_path):
+def test_records_of_another_version_or_template_are_rejected(
+  protocol, tmp_path
+):
   path = tmp_path / "records.jsonl"
   _run(protocol, path)
   protocol.policy.sampler.update_weights({}, 3)
@@ -158,16 +160,16 @@ def test_records_of_another_version_or_template_are_refused(protocol, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["my notes", "my notes\n", '{"a": 1}\n'])
-def test_a_file_of_something_else_is_left_alone(protocol, tmp_path, text):
+def test_a_file_with_other_content_is_not_modified(protocol, tmp_path, text):
   path = tmp_path / "notes.txt"
   path.write_text(text)
-  with pytest.raises(errors.ConfigError, match="not the header"):
+  with pytest.raises(errors.ConfigError, match="not an evaluation header"):
     _run(protocol, path)
   assert path.read_text() == text
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "not json", '{"question": 1}'])
-def test_a_broken_line_is_named(protocol, tmp_path, line):
+def test_an_invalid_line_is_reported_by_number(protocol, tmp_path, line):
   path = tmp_path / "records.jsonl"
   _run(protocol, path)
   lines = path.read_text().splitlines()
@@ -186,12 +188,12 @@ def test_the_batch_size_changes_no_record(protocol, tmp_path):
   assert "batch_size" not in json.loads(header)["settings"]
 
 
-def test_repeated_row_ids_are_refused(protocol, tmp_path):
+def test_repeated_row_ids_are_rejected(protocol, tmp_path):
   with pytest.raises(errors.DataError, match="q0"):
     _run(protocol, tmp_path / "x", questions=[_QUESTIONS[0]] * 2)
 
 
-def test_a_prompt_that_is_given_up_ends_it_and_the_next_run_asks_again(
+def test_a_dropped_prompt_stops_the_run_and_the_next_run_retries(
   protocol, tmp_path
 ):
   whole = _timeless(_run(protocol, tmp_path / "whole.jsonl"))

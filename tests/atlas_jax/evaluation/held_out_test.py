@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out questions are taught by the protocol, and all becomes numbers."""
+"""Tests metrics of held-out questions."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ _QUESTIONS = [
 
 
 def _evaluate(tmp_path, *, teaching, given_up=()):
-  """A student who knows one answer, and the others once taught."""
+  """Evaluates a student that knows one answer, and the others if taught."""
   tokenizer = fakes.write_tokenizer(tmp_path)
 
   def answer(prompt, params, index):
@@ -60,7 +60,7 @@ def test_success_and_its_interval_are_measured(tmp_path):
     assert low <= value <= high
 
 
-def test_what_is_undefined_is_left_out(tmp_path):
+def test_undefined_metrics_are_left_out(tmp_path):
   numbers = _evaluate(tmp_path, teaching="no tag")
   assert numbers["eval/teaching/APG"] == 0.0
   assert numbers["eval/teaching/no_teaching_rate"] == 1.0
@@ -75,11 +75,11 @@ def test_what_is_undefined_is_left_out(tmp_path):
     ({"a_interval": [0.1, 0.2]}, {"a_low": 0.1, "a_high": 0.2}),
   ],
 )
-def test_a_summary_becomes_numbers(summary, numbers):
+def test_a_summary_is_flattened_to_floats(summary, numbers):
   assert held_out.flatten(summary) == numbers
 
 
-def test_questions_that_are_given_up_are_counted_and_are_no_answers(tmp_path):
+def test_dropped_questions_are_counted_and_excluded(tmp_path):
   teaching = "<teaching>hint</teaching>"
   numbers = _evaluate(tmp_path, teaching=teaching, given_up=["q0/teach"])
   assert numbers["eval/dropped_fraction"] == 0.25

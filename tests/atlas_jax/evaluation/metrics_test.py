@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics are those of their definitions, on records made by hand."""
+"""Tests metrics against their definitions on hand-written records."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def _record(
 
 
 def _records():
-  """Improved, degraded, improved, kept: gain 1/4."""
+  """Returns improved, degraded, improved and unchanged: gain 1/4."""
   return [
     _record("a", [0], [1], leaked=True),
     _record("b", [1], [0], finish_reason="length"),
@@ -71,7 +71,7 @@ def test_summary_follows_the_definitions():
   json.dumps(summary, allow_nan=False)
 
 
-def test_every_interval_holds_its_value():
+def test_every_interval_contains_its_value():
   summary = metrics.summarize(_records(), **_SETTINGS)
   for key in summary:
     if key.endswith("_interval"):
@@ -92,12 +92,12 @@ def test_the_gain_is_shared_among_several_teachings_of_a_question():
   assert summary["teaching/LR"] == pytest.approx(0.25)
 
 
-def test_partly_right_baselines_degrade_by_share():
+def test_partly_correct_baselines_degrade_by_share():
   records = [_record("a", [0, 1], [0]), _record("b", [0, 1], [0, 1])]
   assert metrics.summarize(records, **_SETTINGS)["teaching/NDR"] == 0.5
 
 
-def test_the_order_of_records_changes_no_number():
+def test_the_order_of_records_changes_no_metric():
   records = _records()
   forth = metrics.summarize(records, **_SETTINGS)
   back = metrics.summarize(records[::-1], **_SETTINGS)
@@ -126,7 +126,7 @@ def test_wilson_matches_published_values():
   assert metrics.wilson(1.0, 10)[1] == 1.0
 
 
-def test_bootstrap_is_seeded_and_agrees_with_the_normal_interval():
+def test_bootstrap_is_seeded_and_matches_the_normal_interval():
   rng = np.random.default_rng(3)
   columns = {"x": rng.normal(size=400)}
 
@@ -148,7 +148,7 @@ def test_pairing_narrows_the_interval_of_a_comparison():
   rng = np.random.default_rng(0)
   right = rng.random(100) < 0.5
   records_a = [_record(str(i), [0], [r]) for i, r in enumerate(right)]
-  # b is right wherever a is, and on five questions more.
+  # b is correct wherever a is, and on five more questions.
   more = set(np.flatnonzero(~right)[:5])
   records_b = [
     _record(str(i), [0], [r or i in more]) for i, r in enumerate(right)
@@ -160,7 +160,7 @@ def test_pairing_narrows_the_interval_of_a_comparison():
   assert 0.0 < low <= 0.05 <= high < 0.12
 
 
-def test_compare_refuses_other_questions():
+def test_compare_rejects_other_questions():
   with pytest.raises(ValueError, match="'b'"):
     metrics.compare(
       [_record("a", [0], [1])],
@@ -169,7 +169,7 @@ def test_compare_refuses_other_questions():
     )
 
 
-def test_difficulties_are_summarized_apart():
+def test_difficulties_are_summarized_separately():
   records = [
     _record("a", [0], [1], difficulty="hard"),
     _record("b", [1], [1], difficulty="easy"),
@@ -180,7 +180,7 @@ def test_difficulties_are_summarized_apart():
   assert summaries["easy"]["teaching/APG"] == 0.0
 
 
-def test_ungraded_or_no_records_are_refused():
+def test_ungraded_or_no_records_are_rejected():
   with pytest.raises(ValueError, match="not graded"):
     metrics.summarize([_record("a", [0], [1], leaked=None)], **_SETTINGS)
   with pytest.raises(ValueError, match="at least one"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Final answers are found, and not given away."""
+"""Tests extraction of final answers and detection of leaks."""
 
 import pytest
 
@@ -101,7 +101,7 @@ def test_extract_finds_the_final_answer(text, expected):
     ("seen 10,11,12", "12 apples"),
   ],
 )
-def test_an_answer_that_the_question_lacks_leaks(teaching, answer):
+def test_an_answer_that_is_not_in_the_question_leaks(teaching, answer):
   assert answers.leaks(teaching, "How many are 5 and 7?", answer)
 
 

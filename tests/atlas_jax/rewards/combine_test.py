@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weighted sum is of all its rewards, or missing."""
+"""Tests weighted sums of rewards."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_the_sum_is_weighted_and_the_parts_are_not():
   assert reward.parts == {"a": 3.0, "b": 4.0, "x": 1.0, "y": 2.0}
 
 
-def test_one_reward_of_weight_one_keeps_its_very_value():
+def test_one_reward_of_weight_one_is_unchanged():
   values = [0.1 + 0.2, 1 / 3, -1e-17, 1.5]
   rewards = [types.Reward(value) for value in values]
   reward_fn = combine.weighted({"a": (1.0, _fixed(*rewards))})
@@ -48,12 +48,12 @@ def test_one_reward_of_weight_one_keeps_its_very_value():
 @pytest.mark.parametrize(
   "lost",
   [
-    types.Reward(None, "the judge slept"),
+    types.Reward(None, "the judge timed out"),
     types.Reward(math.nan),
     types.Reward(math.inf),
   ],
 )
-def test_a_part_that_is_missing_makes_the_whole_missing(lost):
+def test_a_missing_term_makes_the_sum_missing(lost):
   reward_fn = combine.weighted(
     {
       "a": (1.0, _fixed(types.Reward(1.0), types.Reward(1.0))),
@@ -73,17 +73,17 @@ def test_a_function_must_reward_every_record():
 
 
 @pytest.mark.parametrize("weights", [{}, {"exact": math.nan}])
-def test_a_sum_needs_weights_that_are_numbers(weights):
+def test_weights_must_be_finite_and_not_all_zero(weights):
   with pytest.raises(errors.ConfigError, match="weights"), _open(**weights):
     pass
 
 
-def test_the_student_must_be_there_to_score():
+def test_rlt_requires_a_student():
   with pytest.raises(errors.ConfigError, match="rlt"), _open(rlt=1.0):
     pass
 
 
-def test_a_reward_without_weight_is_not_even_made():
+def test_a_reward_with_weight_zero_is_not_built():
   config = teaching.get_config()
   config.overlong.soft_fraction = 10.0
   with combine.open_reward(
@@ -92,7 +92,7 @@ def test_a_reward_without_weight_is_not_even_made():
     assert reward_fn([]) == []
 
 
-def test_the_users_functions_are_added():
+def test_user_functions_are_added():
   functions = custom.parse(
     ["tests.reward_functions:count_words=0.5"], timeout_s=20, memory_gb=0
   )
@@ -113,5 +113,5 @@ def test_the_users_functions_are_added():
   assert reward.value == 3.0 + 0.5 * 2.0
   name = "tests.reward_functions:count_words"
   assert reward.parts == {"well_formed": 1.0, name: 2.0, "words": 2.0}
-  told = combine.describe({"well_formed": 3.0, "exact": 0.0}, functions)
-  assert told == f"3 well_formed + 0.5 {name}"
+  description = combine.describe({"well_formed": 3.0, "exact": 0.0}, functions)
+  assert description == f"3 well_formed + 0.5 {name}"

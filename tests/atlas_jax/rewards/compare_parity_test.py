@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On plain numbers, intervals and sets we say what math-verify says."""
+"""Tests that comparison of numbers, intervals and sets matches math-verify."""
 
 import fractions
 import random
@@ -49,7 +49,7 @@ def _numbers(rng):
 
 def _collections(rng):
   ends = sorted({_draw(rng) for _ in range(4)})[:2]
-  # It takes an open interval for a set of two, which we do not.
+  # Open intervals and sets are not mixed: math-verify finds them equal.
   intervals, sets = (("(", ")"), ("[", ")"), ("[", "]")), ((r"\{", r"\}"),)
   kinds = rng.choice([intervals, sets])
 
@@ -72,7 +72,7 @@ def _verified(a, b):
 
 
 @pytest.mark.parametrize("draw", [_numbers, _collections])
-def test_pairs_are_equal_to_us_where_they_are_to_math_verify(draw):
+def test_equality_matches_math_verify(draw):
   rng = random.Random(7)
   pairs = [draw(rng) for _ in range(_NUM_PAIRS)]
   found = [compare.equal(a, b) for a, b in pairs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's reward function may do as it likes: what it spoils is missing."""
+"""Tests that failures of user-defined reward functions are contained."""
 
 import pytest
 
@@ -31,20 +31,17 @@ def _open(name):
   return custom.open_function(f"tests.reward_functions:{name}", _LIMITS)
 
 
-def test_a_failure_costs_its_question_alone():
+def test_a_failure_affects_only_its_question():
   with _open("count_words") as reward_fn:
     rewards = reward_fn(_records("a", "a", "raise", "a", "a", "a", "hang", "a"))
-  assert [reward.value for reward in rewards] == [
-    *(3.0, 3.0, None, None),
-    *(3.0, 3.0, None, None),
-  ]
+  assert [reward.value for reward in rewards] == [3.0, 3.0, None, None] * 2
   assert rewards[0].parts == {"words": 3.0}
   assert "KeyError" in rewards[2].missing_reason
   assert "secret" not in rewards[2].missing_reason
   assert "2 s" in rewards[6].missing_reason
 
 
-def test_plain_numbers_will_do_and_none_is_missing():
+def test_plain_numbers_are_accepted_and_none_is_missing():
   with _open("plain") as reward_fn:
     rewards = reward_fn(_records("a", "a"))
   assert [reward.value for reward in rewards] == [0.0, None]
@@ -65,7 +62,7 @@ def test_plain_numbers_will_do_and_none_is_missing():
     (isolated.Answer(failure="it hung"), "it hung"),
   ],
 )
-def test_what_is_no_finite_number_is_missing(value, expected):
+def test_invalid_rewards_are_missing(value, expected):
   first, second = custom._read(value, 2)
   assert first.value is None
   assert expected in first.missing_reason
@@ -73,7 +70,7 @@ def test_what_is_no_finite_number_is_missing(value, expected):
     assert second.value == 1.0
 
 
-def test_one_that_always_fails_ends_the_run():
+def test_repeated_failures_stop_the_run():
   with _open("always_raises") as reward_fn:
     for _ in range(custom._MAX_FAILURES - 1):
       assert reward_fn(_records("a"))[0].value is None
@@ -81,7 +78,7 @@ def test_one_that_always_fails_ends_the_run():
       reward_fn(_records("a"))
 
 
-def test_failures_that_are_not_in_a_row_do_not_end_it():
+def test_failures_that_are_not_consecutive_do_not_stop_the_run():
   with _open("count_words") as reward_fn:
     for _ in range(custom._MAX_FAILURES):
       rewards = reward_fn(_records("raise", "a", "a", "a"))
@@ -107,7 +104,7 @@ def test_options_are_paths_with_weights():
     ["a:b=1=2"],
   ],
 )
-def test_other_options_are_refused(options):
+def test_other_options_are_rejected(options):
   with pytest.raises(errors.ConfigError, match="--reward_fn"):
     custom.parse(options, timeout_s=3.0, memory_gb=0.0)
 

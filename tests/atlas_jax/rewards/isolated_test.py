@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a function does in its process costs one answer and no other."""
+"""Tests that a failing function affects only one call."""
 
 import subprocess
 import sys
@@ -23,19 +23,21 @@ def worker():
 @pytest.mark.parametrize(
   ("argument", "failure"),
   [
-    ("raise", "it raised KeyError"),
-    ("hang", "it took more than 0.5 s"),
-    ("leave children", "it took more than 0.5 s"),
-    ("exit", "its process ended"),
-    ("eat", "it raised MemoryError"),
+    ("raise", "raised KeyError"),
+    ("hang", "took more than 0.5 s"),
+    ("leave children", "took more than 0.5 s"),
+    ("exit", "process exited"),
+    ("eat", "raised MemoryError"),
   ],
 )
-def test_a_failure_is_told_and_the_next_call_works(worker, argument, failure):
+def test_a_failure_is_returned_and_the_next_call_works(
+  worker, argument, failure
+):
   assert worker.ask(argument) == isolated.Answer(failure=failure)
   assert worker.ask([1, "a\nb"]).value == [1, "a\nb"]
 
 
-def test_what_it_prints_is_no_answer(worker):
+def test_printed_output_is_not_an_answer(worker):
   assert worker.ask("print").value == "print"
 
 
@@ -47,9 +49,9 @@ def test_a_large_argument_and_answer_pass(worker):
   "target",
   ["tests.reward_functions:none", "no.such.module:f", "os", "os:sep"],
 )
-def test_what_is_no_function_is_refused(target):
+def test_invalid_targets_are_rejected(target):
   worker = isolated.Worker(target, "json", _LIMITS)
-  with pytest.raises(errors.ConfigError, match="cannot be used"), worker:
+  with pytest.raises(errors.ConfigError, match="Failed to start"), worker:
     pass
 
 
@@ -58,11 +60,11 @@ def _num_alive(group):
     ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True
   )
   rows = [line.split() for line in listed.stdout.splitlines()]
-  # Z: dead, and not yet waited for.
+  # Z is a zombie: exited, but not waited for.
   return sum(g == str(group) and not stat.startswith("Z") for g, stat in rows)
 
 
-def test_children_die_with_their_worker():
+def test_children_are_killed_with_their_worker():
   with isolated.Worker(_ECHO, "json", _LIMITS) as worker:
     group = worker._process.pid
     assert _num_alive(group) == 1
@@ -70,7 +72,7 @@ def test_children_die_with_their_worker():
     assert _num_alive(group) == 0
 
 
-def test_a_pool_asks_several_processes_at_once_and_keeps_the_order():
+def test_a_pool_runs_in_parallel_and_keeps_the_order():
   limits = isolated.Limits(timeout_s=20.0, max_memory_bytes=0)
   target = "tests.reward_functions:pid"
   with isolated.Pool(target, limits, num_workers=2) as pool:
@@ -80,10 +82,11 @@ def test_a_pool_asks_several_processes_at_once_and_keeps_the_order():
   assert [answer.value for answer in answers] == ["a", None, "b", None, "c"]
 
 
-def test_a_hanging_worker_ends_with_its_parent():
+def test_a_hanging_worker_exits_with_its_parent():
   parent = subprocess.Popen(
     [
-      *(sys.executable, "-c"),
+      sys.executable,
+      "-c",
       "from atlas_jax.rewards import isolated\n"
       f"with isolated.Worker({_ECHO!r}, 'json', isolated.Limits(60, 0)) as w:\n"
       "  print(w._process.pid, flush=True)\n"
@@ -103,6 +106,6 @@ def test_a_hanging_worker_ends_with_its_parent():
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_call_must_have_an_end(timeout_s):
+def test_a_call_must_have_a_deadline(timeout_s):
   with pytest.raises(ValueError, match="timeout_s"):
     isolated.Limits(timeout_s, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R0 is the paper's sum, over exactly the tokens of teaching and solution."""
+"""Tests R0 against the paper's formula and its token spans."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ def _record(tokenizer, text=_TEXT, teaching=_TEACHING, solution="12 + 30 = 42"):
 
 
 class _Student:
-  """Scores as a test says, and remembers what it was given."""
+  """Returns the log-probabilities of a test and records its arguments."""
 
   def __init__(self, logprob):
     self.logprob, self.calls = logprob, []
@@ -75,7 +75,7 @@ def _reward(tokenizer, record, logprob, **changes):
   return reward, score
 
 
-def test_the_student_reads_teaching_and_solution_as_its_own_words(tokenizer):
+def test_the_student_scores_teaching_and_solution_as_its_completion(tokenizer):
   _, score = _reward(tokenizer, _record(tokenizer), lambda _: -1.0)
   ((prompts, completions, temperature),) = score.calls
   assert prompts == [types.Prompt("q", "What is 12 + 30?", (5, 6))]
@@ -96,7 +96,7 @@ def test_the_formula_has_its_golden_value():
     teacher_logprobs=(-1.0, -1.0),
     is_closed=True,
   )
-  # Gaps of 2 and -1.8: mean 0.1, most 2. Solution: mean -0.2, least -3.
+  # Gaps are 2 and -1.8: mean 0.1, max 2. Solution: mean -0.2, min -3.
   logprobs = (9.0, -3.0, 0.8, 9.0, -3.0, 1.2, 1.2)
   terms = rlt.Coefficients(**_COEFFICIENTS)
   reward = rlt._reward(case, logprobs, terms)
@@ -161,7 +161,7 @@ def test_border_tokens_that_hold_the_tag_are_left_out(tokenizer, border):
   assert len(kept) >= len(teaching) - 2
 
 
-def test_without_a_teaching_all_that_was_written_stands_in(tokenizer):
+def test_without_a_teaching_the_whole_completion_is_scored(tokenizer):
   record = _record(tokenizer, text="Add them up", teaching=None)
   reward, score = _reward(tokenizer, record, lambda _: -1.0)
   assert reward.parts["unclosed"] == -1.0
@@ -169,7 +169,7 @@ def test_without_a_teaching_all_that_was_written_stands_in(tokenizer):
   assert tokenizer.eos_token_id not in score.calls[0][1][0]
 
 
-def test_the_answer_stands_in_for_a_solution(tokenizer):
+def test_the_answer_replaces_a_missing_solution(tokenizer):
   record = _record(tokenizer, solution="")
   _, score = _reward(tokenizer, record, lambda _: -1.0)
   assert chat.decode(tokenizer, score.calls[0][1][0]).endswith("\n42")
@@ -183,7 +183,9 @@ def test_the_answer_stands_in_for_a_solution(tokenizer):
     (lambda _: -math.inf, "not finite"),
   ],
 )
-def test_what_cannot_be_scored_is_missing(tokenizer, logprob, reason):
+def test_rewards_that_cannot_be_computed_are_missing(
+  tokenizer, logprob, reason
+):
   reward, _ = _reward(tokenizer, _record(tokenizer), logprob)
   assert reward.value is None
   assert reason in reward.missing_reason
@@ -205,6 +207,6 @@ def test_a_missing_record_does_not_shift_the_others(tokenizer):
 @pytest.mark.parametrize(
   "layout", ["{teaching}", "{solution} {teaching}", "", "{teach} {solution}"]
 )
-def test_a_layout_without_both_parts_is_refused(tokenizer, layout):
+def test_a_layout_without_both_placeholders_is_rejected(tokenizer, layout):
   with pytest.raises(errors.ConfigError, match="layout"):
     _reward(tokenizer, _record(tokenizer), lambda _: -1.0, layout=layout)

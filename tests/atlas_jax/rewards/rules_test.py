@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small rewards give what they say, and nothing where there is nothing."""
+"""Tests rule-based rewards."""
 
 import pytest
 
@@ -22,19 +22,19 @@ def _record(*taught, teaching="Add.", num_tokens=3, finish="stop", answer="42"):
   )
 
 
-def test_only_a_teaching_that_ended_is_well_formed():
+def test_only_a_finished_teaching_is_well_formed():
   rewards = rules.well_formed(
     [_record(), _record(teaching=None), _record(finish="length")]
   )
   assert [reward.value for reward in rewards] == [1.0, 0.0, 0.0]
 
 
-def test_exact_is_the_fraction_of_right_answers():
+def test_exact_is_the_fraction_of_correct_answers():
   record = teaching.grade(_record("it is 42", "41", "42.0", "no idea"))
   assert rules.exact([record]) == [types.Reward(0.5)]
 
 
-def test_exact_needs_answers_and_grades():
+def test_exact_requires_graded_answers():
   (reward,) = rules.exact([_record()])
   assert reward.value is None
   with pytest.raises(ValueError, match="not graded"):
@@ -45,15 +45,15 @@ def test_exact_needs_answers_and_grades():
   ("num_tokens", "expected"),
   [(0, 0.0), (60, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0)],
 )
-def test_overlong_grows_in_tokens_up_to_the_limit(num_tokens, expected):
+def test_overlong_penalty_grows_up_to_the_limit(num_tokens, expected):
   reward_fn = rules.overlong(soft_fraction=0.2, max_tokens=100)
   (reward,) = reward_fn([_record(num_tokens=num_tokens)])
   assert reward.value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("soft_fraction", [0.0, -0.1, 1.1])
-def test_overlong_needs_tokens_to_grow_over(soft_fraction):
-  with pytest.raises(errors.ConfigError, match="above 0") as caught:
+def test_overlong_requires_a_valid_soft_fraction(soft_fraction):
+  with pytest.raises(errors.ConfigError, match="must be in") as caught:
     rules.overlong(soft_fraction=soft_fraction, max_tokens=100)
   assert "soft_fraction" in caught.value.where
 
@@ -77,13 +77,13 @@ def math_fn():
     (r"(x+1)^2", r"\boxed{x^2 + 2x + 1}", 1.0),
   ],
 )
-def test_math_verify_sees_what_is_equal(math_fn, answer, taught, expected):
+def test_math_verify_grades_symbolic_answers(math_fn, answer, taught, expected):
   (reward,) = math_fn([_record(taught, answer=answer)])
   assert reward.value == expected
 
 
 @pytest.mark.slow
-def test_a_reference_that_cannot_be_verified_is_missing(math_fn):
+def test_a_reference_that_cannot_be_parsed_is_missing(math_fn):
   unread, read = math_fn([_record("42", answer="?"), _record("42", "41")])
   assert unread.value is None
   assert read.value == 0.5
@@ -92,8 +92,8 @@ def test_a_reference_that_cannot_be_verified_is_missing(math_fn):
 
 
 @pytest.mark.slow
-def test_what_takes_too_long_to_verify_is_missing():
-  # sympy would write all digits of it.
+def test_an_answer_that_takes_too_long_is_missing():
+  # sympy would compute all its digits.
   tower = r"\boxed{9^{9^{9^{9}}}}"
   with rules.open_math(timeout_s=3.0, num_workers=1) as reward_fn:
     hung, right = reward_fn([_record(tower), _record("42")])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first process rewards; the others take its rewards, and check theirs."""
+"""Tests rewards shared by the first process."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ def _record(text="4", seconds=1.0):
 
 
 class _Wire:
-  """Says to the others what the first process said."""
+  """Broadcasts JSON from the first process to the others."""
 
   def first(self, make):
     self.said = json.dumps(make())
     return json.loads(self.said)
 
   def other(self, make):
-    del make  # Is for the first alone.
+    del make  # Called only in the first process.
     return json.loads(self.said)
 
 
@@ -49,12 +49,12 @@ def wire():
   return wire
 
 
-def test_others_get_the_rewards_of_the_first_to_the_bit(wire):
+def test_other_processes_get_the_exact_rewards_of_the_first(wire):
   records = [_record(seconds=2.0), _record("5", seconds=3.0)]
   assert shared.shared(None, wire.other)(records) == _REWARDS
 
 
-def test_others_do_their_part_and_its_result_is_not_looked_at(wire):
+def test_results_of_other_processes_are_ignored(wire):
   asked = []
 
   def reward_fn(records):
@@ -66,7 +66,7 @@ def test_others_do_their_part_and_its_result_is_not_looked_at(wire):
   assert asked == [2]
 
 
-def test_records_of_which_the_first_has_others_are_refused(wire):
+def test_records_that_differ_from_the_first_process_are_rejected(wire):
   drawn = _record("6")
   moved = dataclasses.replace(_record("5"), probe="subtract")
   for records in ([_record(), drawn], [_record(), moved], [_record()]):

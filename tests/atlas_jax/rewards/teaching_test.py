@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule rewards give their golden values, and a leak never pays."""
+"""Tests the teaching rewards against golden values."""
 
 import dataclasses
 import math
@@ -69,11 +69,11 @@ def _reward(preset, record, **overrides):
     ("R4", _WRONG, _RIGHT, 0, 0.0),
   ],
 )
-def test_presets_give_the_golden_values(
+def test_presets_match_golden_values(
   preset, taught, baseline, num_tokens, expected
 ):
-  # R1 and R2 count the whole completion, R3 and R4 the teaching alone; the
-  # other count would show.
+  # R1 and R2 use the length of the completion, R3 and R4 of the teaching; the
+  # other length is set to 3, to detect a mix-up.
   whole = preset in ("R1", "R2")
   record = _record(
     [_attempt(taught)],
@@ -96,7 +96,7 @@ def test_presets_give_the_golden_values(
     (_WRONG, _WRONG, 4, 10, 0.0),
   ],
 )
-def test_r5_gives_the_golden_values(
+def test_r5_matches_golden_values(
   taught, baseline, num_taught, num_baseline, expected
 ):
   record = _record(
@@ -105,7 +105,7 @@ def test_r5_gives_the_golden_values(
   assert _reward("R5", record).value == pytest.approx(expected)
 
 
-def test_the_weights_are_read():
+def test_the_weights_are_used():
   lost = _record([_attempt(_WRONG)], [_attempt(_RIGHT)])
   won = _record([_attempt(_RIGHT)], [_attempt(_WRONG)])
   kept = _record([_attempt(_RIGHT)], [_attempt(_RIGHT)])
@@ -118,12 +118,13 @@ def test_the_weights_are_read():
     assert _reward(preset, kept, efficiency_weight=0.5).value == 0.75
 
 
-def test_several_answers_give_the_mean_over_all_pairs():
+def test_several_answers_are_averaged_over_all_pairs():
   record = _record(
     [_attempt(_RIGHT), _attempt(_RIGHT), _attempt(_WRONG)],
     [_attempt(_WRONG), _attempt(_RIGHT)],
   )
-  # Right/wrong 2.0 twice, right/right 1.0 twice, wrong/right -2.0, else 0.
+  # Taught/baseline: right/wrong 2.0 twice, right/right 1.0 twice, wrong/right
+  # -2.0, wrong/wrong 0.
   reward = _reward("R3", record)
   assert reward.value == pytest.approx((2 * 2.0 + 2 * 1.0 - 2.0) / 6)
   assert reward.parts["degradation"] == pytest.approx(-2.0 / 6)
@@ -141,8 +142,12 @@ def test_parts_sum_to_the_value(preset, hint):
   reward = _reward(preset, record)
   assert reward.value == pytest.approx(math.fsum(reward.parts.values()))
   assert set(reward.parts) == {
-    *("correctness", "improvement", "degradation"),
-    *("efficiency", "leak", "no_teaching"),
+    "correctness",
+    "improvement",
+    "degradation",
+    "efficiency",
+    "leak",
+    "no_teaching",
   }
 
 
@@ -154,13 +159,13 @@ def test_a_leak_never_pays(preset):
 
 
 @pytest.mark.parametrize("preset", teaching.PRESETS)
-def test_no_teaching_is_worth_its_own_reward_whatever_the_answers(preset):
+def test_no_teaching_gets_its_reward_regardless_of_answers(preset):
   record = _record([_attempt(_RIGHT)], [_attempt(_WRONG)], hint=None)
   reward = _reward(preset, record)
   assert reward.value == reward.parts["no_teaching"] == -0.25
 
 
-def test_grade_fills_in_every_answer_and_the_leak():
+def test_grade_sets_correct_and_leaked():
   record = _record(
     [_attempt(_RIGHT), types.Attempt(_RIGHT, 5, "length")],
     [_attempt("I do not know.")],
@@ -173,7 +178,7 @@ def test_grade_fills_in_every_answer_and_the_leak():
   assert teaching.grade(_record([], [], hint=None)).leaked is False
 
 
-def test_the_answer_is_found_in_a_whole_solution():
+def test_the_answer_is_extracted_from_a_solution():
   record = _record([_attempt(_RIGHT)], [_attempt(_WRONG)])
   question = dataclasses.replace(
     record.question, answer="12 + 30 = 42, so #### 42"
@@ -183,13 +188,13 @@ def test_the_answer_is_found_in_a_whole_solution():
   assert not graded.baseline[0].correct
 
 
-def test_an_answer_that_was_never_written_is_missing_not_zero():
+def test_the_reward_without_an_answer_is_missing_not_zero():
   reward = _reward("R4", _record([], [_attempt(_RIGHT)]))
   assert reward.value is None
   assert reward.missing_reason
 
 
-def test_ungraded_records_are_refused():
+def test_ungraded_records_are_rejected():
   reward_fn = teaching.build(
     "R5", leak_penalty=1.0, no_teaching_reward=0.0, **_WEIGHTS["R5"]
   )
@@ -201,19 +206,17 @@ def test_ungraded_records_are_refused():
   ("preset", "overrides", "message"),
   [
     ("R6", {}, "R1, R2, R3, R4, R5"),
-    ("R4", {"degradation_penalty_multiplier": 2.0}, "ignored"),
-    ("R5", {"degradation_penalty_multiplier": 2.0}, "ignored"),
-    ("R5", {"efficiency_weight": 1.0}, "ignored"),
-    ("R3", {"degradation_penalty_multiplier": None}, "needed"),
-    ("R4", {"efficiency_weight": None}, "needed"),
-    ("R4", {"efficiency_weight": math.nan}, "at least 0"),
-    ("R4", {"leak_penalty": -1.0}, "at least 0"),
+    ("R4", {"degradation_penalty_multiplier": 2.0}, "must be None"),
+    ("R5", {"degradation_penalty_multiplier": 2.0}, "must be None"),
+    ("R5", {"efficiency_weight": 1.0}, "must be None"),
+    ("R3", {"degradation_penalty_multiplier": None}, "must be set"),
+    ("R4", {"efficiency_weight": None}, "must be set"),
+    ("R4", {"efficiency_weight": math.nan}, "must be finite"),
+    ("R4", {"leak_penalty": -1.0}, "must be finite and >= 0"),
     ("R4", {"no_teaching_reward": math.inf}, "finite"),
   ],
 )
-def test_a_setting_that_cannot_be_honoured_is_refused(
-  preset, overrides, message
-):
+def test_invalid_settings_are_rejected(preset, overrides, message):
   weights = _WEIGHTS.get(preset, _WEIGHTS["R4"])
   with pytest.raises(errors.ConfigError, match=message):
     teaching.build(

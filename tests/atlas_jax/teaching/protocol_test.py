@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol asks each role the right thing, once, in order."""
+"""Tests the prompts, order and caching of the teaching protocol."""
 
 import dataclasses
 import json
@@ -65,11 +65,11 @@ def _protocol(tokenizer, *, policy_writes=_policy_writes, **overrides):
   )
 
 
-def _asked(tokenizer, text):
+def _rendered(tokenizer, text):
   return chat.render(tokenizer, [types.Message("user", text)])[0]
 
 
-def test_each_role_is_asked_what_its_template_says(tokenizer):
+def test_each_role_gets_the_prompt_of_its_template(tokenizer):
   protocol = _protocol(tokenizer)
   protocol.run(_QUESTIONS, seed=7)
 
@@ -79,22 +79,23 @@ def test_each_role_is_asked_what_its_template_says(tokenizer):
   )
   ((teach, _),) = protocol.policy.sampler.calls
   assert baseline == [
-    _asked(tokenizer, "SOLVE 1 + {probe}"),
-    _asked(tokenizer, "SOLVE 2 + 2"),
+    _rendered(tokenizer, "SOLVE 1 + {probe}"),
+    _rendered(tokenizer, "SOLVE 2 + 2"),
   ]
-  assert probe[0] == _asked(tokenizer, "PROBE 1 + {probe}")
-  assert teach[1].text == _asked(
+  assert probe[0] == _rendered(tokenizer, "PROBE 1 + {probe}")
+  assert teach[1].text == _rendered(
     tokenizer, "TEACH 2 + 2 AFTER b/probe seed 7 draw 0"
   )
   assert taught[:4] == [
     *(
-      _asked(tokenizer, f"SOLVE 1 + {{probe}} WITH hint {i}") for i in range(3)
+      _rendered(tokenizer, f"SOLVE 1 + {{probe}} WITH hint {i}")
+      for i in range(3)
     ),
-    _asked(tokenizer, "SOLVE 2 + 2 WITH hint 0"),
+    _rendered(tokenizer, "SOLVE 2 + 2 WITH hint 0"),
   ]
 
 
-def test_records_come_question_by_question_with_what_was_sampled(tokenizer):
+def test_records_are_in_question_order_with_their_samples(tokenizer):
   protocol = _protocol(tokenizer)
   records = protocol.run(_QUESTIONS, seed=7)
 
@@ -129,7 +130,7 @@ def test_row_ids_differ_within_every_call(tokenizer):
       assert len(set(row_ids)) == len(row_ids)
 
 
-def test_the_runs_seed_reaches_every_phase_but_the_baseline(tokenizer):
+def test_the_seed_is_used_in_every_phase_but_the_baseline(tokenizer):
   protocol = _protocol(tokenizer)
   protocol.run(_QUESTIONS, seed=7)
   seeds = [params.seed for _, params in protocol.student.sampler.calls]
@@ -137,7 +138,7 @@ def test_the_runs_seed_reaches_every_phase_but_the_baseline(tokenizer):
   assert protocol.policy.sampler.calls[0][1].seed == 7
 
 
-def test_known_baselines_are_not_sampled_again(tokenizer):
+def test_cached_baselines_are_not_sampled_again(tokenizer):
   protocol = _protocol(tokenizer)
   first = protocol.run(_QUESTIONS[:1], seed=1)
   calls = protocol.student.sampler.calls
@@ -153,7 +154,7 @@ def test_known_baselines_are_not_sampled_again(tokenizer):
 
 
 @pytest.mark.parametrize("change", ["text", "weights"])
-def test_a_baseline_is_not_used_for_other_text_or_weights(tokenizer, change):
+def test_a_baseline_is_not_reused_for_other_text_or_weights(tokenizer, change):
   protocol = _protocol(tokenizer)
   protocol.run(_QUESTIONS, seed=1)
   protocol.student.sampler.calls.clear()
@@ -166,7 +167,7 @@ def test_a_baseline_is_not_used_for_other_text_or_weights(tokenizer, change):
   assert len(protocol.student.sampler.calls) == 3
 
 
-def test_without_a_teaching_the_student_answers_as_if_alone(tokenizer):
+def test_without_a_teaching_the_student_gets_the_baseline_prompt(tokenizer):
   protocol = _protocol(
     tokenizer,
     policy_writes=lambda *_: "<thinking>secret</thinking> no tag",
@@ -197,7 +198,7 @@ def test_no_questions_make_no_calls(tokenizer):
   assert protocol.student.sampler.calls == []
 
 
-def test_more_than_one_probe_is_refused(tokenizer):
+def test_more_than_one_probe_is_rejected(tokenizer):
   with pytest.raises(errors.ConfigError, match=r"probe_params\.group_size"):
     _protocol(tokenizer, probe_params=_params(2))
 
@@ -212,7 +213,7 @@ def _timeless(records):
 @pytest.mark.parametrize(
   "row_id", ["b/solve/0", "b/probe", "b/teach", "b/solve/2"]
 )
-def test_a_prompt_given_up_drops_the_group_of_its_question(tokenizer, row_id):
+def test_a_dropped_prompt_drops_the_group_of_its_question(tokenizer, row_id):
   whole = _timeless(_protocol(tokenizer).run(_THREE, seed=7))
   protocol = _protocol(tokenizer)
   samplers = (protocol.student.sampler, protocol.policy.sampler)
@@ -221,22 +222,22 @@ def test_a_prompt_given_up_drops_the_group_of_its_question(tokenizer, row_id):
   records = _timeless(protocol.run(_THREE, seed=7))
   assert records == [r for r in whole if r.question.row_id != "b"]
 
-  # It is not remembered: the next run asks again for what is missing.
+  # Dropped prompts are not cached: the next run samples them again.
   for sampler in samplers:
     sampler.given_up = set()
   assert _timeless(protocol.run(_THREE, seed=7)) == whole
 
 
-def test_a_question_given_up_is_asked_nothing_more(tokenizer):
+def test_a_dropped_question_is_not_sampled_in_later_phases(tokenizer):
   protocol = _protocol(tokenizer)
   protocol.student.sampler.given_up = {"b/solve/0"}
   protocol.run(_THREE, seed=7)
   later = [*protocol.student.sampler.calls[1:], *protocol.policy.sampler.calls]
-  asked = {prompt.row_id for prompts, _ in later for prompt in prompts}
-  assert not [row_id for row_id in asked if row_id.startswith("b")]
+  sampled = {prompt.row_id for prompts, _ in later for prompt in prompts}
+  assert not [row_id for row_id in sampled if row_id.startswith("b")]
 
 
-def test_where_everything_is_given_up_there_are_no_records(tokenizer):
+def test_if_every_prompt_is_dropped_there_are_no_records(tokenizer):
   protocol = _protocol(tokenizer)
   protocol.policy.sampler.given_up = {f"{q.row_id}/teach" for q in _THREE}
   assert protocol.run(_THREE, seed=7) == []
@@ -247,7 +248,7 @@ def test_a_question_asked_twice_keeps_both_groups(tokenizer):
   assert [r.question.row_id for r in records] == [*"aaabbbaaa"]
 
 
-def test_what_is_missing_is_counted_and_bounded(tokenizer):
+def test_the_fraction_of_dropped_questions_is_bounded(tokenizer):
   protocol = _protocol(tokenizer)
   protocol.policy.sampler.given_up = {"b/teach"}
   records = protocol.run(_THREE, seed=7)
@@ -266,19 +267,19 @@ def test_what_is_missing_is_counted_and_bounded(tokenizer):
     fraction([], 0.99)
 
 
-def test_baselines_outlive_the_process_if_they_are_asked_for_alike(tokenizer):
+def test_baselines_are_restored_if_their_settings_are_unchanged(tokenizer):
   first = _protocol(tokenizer)
   records = first.run(_QUESTIONS[:1], seed=7)
   state = json.loads(json.dumps(first.get_state()))
 
-  def num_asked(**changes):
+  def num_sampled(**changes):
     resumed = _protocol(tokenizer, **changes)
     resumed.set_state(state)
     again = resumed.run(_QUESTIONS, seed=8)
     assert again[0].baseline == records[0].baseline
     return len(resumed.student.sampler.calls[0][0])
 
-  assert num_asked() == 1
-  assert num_asked(teach_params=_params(2)) == 1
+  assert num_sampled() == 1
+  assert num_sampled(teach_params=_params(2)) == 1
   other = dataclasses.replace(_params(2, seed=70), top_p=0.5)
-  assert num_asked(baseline_params=other) == 2
+  assert num_sampled(baseline_params=other) == 2

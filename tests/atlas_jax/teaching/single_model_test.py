@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy that answers by itself."""
+"""Tests rollouts of a policy without a student."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def _run(tmp_path, write):
   return sampler, asked.run(_QUESTIONS, seed=4)
 
 
-def test_what_the_policy_wrote_is_the_answer(tmp_path):
+def test_the_policys_completion_is_the_answer(tmp_path):
   sampler, records = _run(
     tmp_path, lambda prompt, params, i: f"{prompt.row_id} {params.seed} {i}"
   )
@@ -49,7 +49,7 @@ def test_what_the_policy_wrote_is_the_answer(tmp_path):
     assert record.teacher_rollout.prompt == prompts[i // 3]
 
 
-def test_right_answers_are_rewarded_and_counted(tmp_path):
+def test_correct_answers_are_rewarded_and_counted(tmp_path):
   def write(prompt, params, index):
     del prompt, params
     return f"<solution>{2 + index}</solution>"
@@ -65,7 +65,7 @@ def test_right_answers_are_rewarded_and_counted(tmp_path):
   assert abs(summary["accuracy"] - 1 / 3) < 1e-9
 
 
-def test_a_question_that_is_given_up_has_no_records(tmp_path):
+def test_a_dropped_question_has_no_records(tmp_path):
   tokenizer = fakes.write_tokenizer(tmp_path)
   sampler = fakes.FakeSampler(tokenizer, lambda *_: "4")
   sampler.given_up = {"a/answer"}

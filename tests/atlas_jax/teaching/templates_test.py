@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates are filled literally, and thinking never becomes a teaching."""
+"""Tests filling of templates and extraction of teachings."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ _PROMPTS = templates.Templates(**prompts.get_templates())
   "question",
   ["{probe}", "{question}", "{", "}}", "{0} {x!r:>{y}}", r"\boxed{\1 \g<0>}"],
 )
-def test_what_is_filled_in_stays_as_it_is(question):
+def test_values_are_not_parsed_for_placeholders(question):
   filled = templates.fill(
     "Q: {question} P: {probe}", question=question, probe="P"
   )
@@ -30,7 +30,7 @@ def test_braces_around_anything_but_a_name_are_text():
   )
 
 
-def test_fill_refuses_what_does_not_fit():
+def test_fill_rejects_missing_or_extra_values():
   with pytest.raises(ValueError, match="probe"):
     templates.fill("{question}", question="Q", probe="P")
   with pytest.raises(ValueError, match="probe"):
@@ -46,7 +46,7 @@ def test_fill_refuses_what_does_not_fit():
     ("baseline", "{question} {teaching}"),
   ],
 )
-def test_a_template_with_other_placeholders_is_refused(name, text):
+def test_a_template_with_other_placeholders_is_rejected(name, text):
   with pytest.raises(errors.ConfigError, match=f"templates.{name}"):
     dataclasses.replace(_PROMPTS, **{name: text})
 
@@ -74,5 +74,5 @@ def test_a_template_with_other_placeholders_is_refused(name, text):
     ("", None),
   ],
 )
-def test_a_teaching_is_what_stands_in_its_tag_outside_thinking(text, expected):
+def test_the_teaching_is_extracted_from_outside_the_thinking(text, expected):
   assert templates.extract_teaching(text) == expected
