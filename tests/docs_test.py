@@ -169,7 +169,7 @@ def test_the_tables_of_recipes_have_every_recipe():
   recipes = {path.stem for path in _RECIPES} - {"world_student"}
   table = _section("docs/recipes.md", "Features by recipe")
   head = table.partition("|---")[0]
-  assert set(re.findall(r"`(\w+)`", head)) == recipes
+  assert set(re.findall(r"\| `(\w+)`", head)) == recipes
   for text in (
     _section("docs/recipes.md", "List of recipes").partition("\n\n`")[0],
     _section("README.md", "Recipes"),
