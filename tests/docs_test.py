@@ -174,7 +174,7 @@ def test_the_tables_of_recipes_have_every_recipe():
     _section("docs/recipes.md", "List of recipes").partition("\n\n`")[0],
     _section("README.md", "Recipes"),
   ):
-    assert set(re.findall(r"configs/run/(\w+)\.py`?", text)) == recipes
+    assert set(re.findall(r"configs/run/([a-z_]+)\.py", text)) == recipes
 
 
 _STAGES = _rows(_section("docs/grpo_step.md", "Stages"))
