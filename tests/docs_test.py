@@ -191,7 +191,8 @@ def test_functions_of_the_grpo_step_are_defined_in_their_file(row):
   defined = {n.name for n in ast.walk(tree) if isinstance(n, kinds)}
   # Of a method, only its own name is checked.
   named = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", functions)}
-  assert named and named <= defined
+  assert named
+  assert named <= defined
 
 
 def test_the_grpo_step_is_short_enough_to_read():

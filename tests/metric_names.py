@@ -38,4 +38,4 @@ def check(recipe: str, rows: Iterable[Mapping[str, object]]) -> None:
   assert not missing, f"docs/metrics.md documents {missing} for every line"
   sometimes = {p for p, when in patterns.items() if when in _SEEN}
   unseen = [p for p in sometimes if not fnmatch.filter(reported, p)]
-  assert not unseen, f"docs/metrics.md documents {unseen}, which no run reported"
+  assert not unseen, f"docs/metrics.md documents {unseen}, never reported"
