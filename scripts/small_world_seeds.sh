@@ -20,18 +20,19 @@ table=$(.venv/bin/python -m scripts.report --before="$(list eval_sft)" \
   --plot=docs/results/small_world.png)
 cpu=$(grep -m1 '^model name' /proc/cpuinfo | cut -d: -f2-)
 cat >"$out" <<END
-# The small world, three seeds
+# Small world: results of three seeds
 
-Made by \`bash scripts/small_world_seeds.sh\` at commit
+The quickstart's results with three seeds, measured by
+\`bash scripts/small_world_seeds.sh\` at commit
 $(git rev-parse --short HEAD), on $(nproc) cores of$cpu; no accelerator.
 
-Each seed is a world of its own: problems, student, teacher. 400 held-out
+Each seed has its own problems, student and teacher. There are 400 held-out
 problems; the teacher writes one teaching at temperature 1.0, the student one
-answer at 0.7, with the same random numbers in every row of a seed. Intervals
-of shares are Wilson's; the last lines are a paired bootstrap. \`leaks\` is the
-share of teachings that give the answer away, \`no tag\` the share of
-completions without a teaching, \`tokens\` the mean length of a teaching, TES the
-gain in accuracy per thousand of them.
+answer at 0.7, with the same random numbers in every row of a seed. Intervals of
+shares are Wilson's; the last lines are a paired bootstrap. \`leaks\` is the
+share of teachings that contain the answer, \`no tag\` the share of completions
+without a teaching, \`tokens\` the mean length of a teaching, TES the gain in
+accuracy per thousand of them.
 
 $table
 

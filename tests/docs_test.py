@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command that a text names can be run as it stands."""
+"""Checks commands, config keys, links and tables of the documentation."""
 
 import ast
 import importlib
@@ -18,14 +18,14 @@ _RECIPES = sorted((_ROOT / "configs/run").glob("[!_]*.py"))
 _MODULE = re.compile(r"-m ((?:scripts|atlas_jax)(?:\.\w+)+)")
 _SHELL = re.compile(r"bash (scripts/\w+\.sh)")
 _CONFIG = re.compile(r"--config=([\w/.]+?\.py)(?::(\w+))?(?![\w/])")
-# In a table `tests/` may stand in its head instead.
+# A table may name `tests/` in its header instead of in every row.
 _TEST = re.compile(r"`(?:tests/)?([\w/]+_test\.py)`")
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
 _KEY = re.compile(r"--config\.([a-z_]\w*(?:\.[a-z_]\w*)*)")
 
 
 def _strings(path):
-  """Joins the string literals of a module, docstrings among them."""
+  """Returns the string literals of a module, including docstrings."""
   tree = ast.parse(path.read_text(encoding="utf-8"))
   return "\n".join(
     node.value
@@ -35,9 +35,9 @@ def _strings(path):
 
 
 def _texts():
-  """Yields every text that may name a command, by its file."""
+  """Yields the path and text of every file that may contain a command."""
   for path in sorted(_ROOT.glob("*.md")) + sorted(_ROOT.glob("docs/**/*.md")):
-    if path.name != "STYLE.md":  # Its examples are of no recipe.
+    if path.name != "STYLE.md":  # Its examples belong to no recipe.
       yield path, path.read_text(encoding="utf-8")
   for path in sorted(_ROOT.glob("scripts/*.sh")):
     yield path, path.read_text(encoding="utf-8")
@@ -67,19 +67,19 @@ def _has(config, key):
   for part in key.split("."):
     if not isinstance(config, ml_collections.ConfigDict) or part not in config:
       return False
-    # As a reference: a required value that is not set cannot be looked at.
+    # References are kept, since reading an unset required value raises.
     config = dict(config.items(preserve_field_references=True))[part]
   return True
 
 
-def test_the_texts_hold_what_this_looks_for():
+def test_patterns_match_known_texts():
   assert len(_COMMANDS) > 5
   assert _MODULE.search(_TEXTS["scripts/train_sft.py"])
   assert _KEY.search(_TEXTS["configs/run/teacher_sft.py"])
 
 
 @pytest.mark.parametrize("name", _TEXTS)
-def test_every_script_that_is_named_exists(name):
+def test_named_scripts_exist(name):
   named = [
     *(f"{m.replace('.', '/')}.py" for m in _MODULE.findall(_TEXTS[name])),
     *_SHELL.findall(_TEXTS[name]),
@@ -88,7 +88,7 @@ def test_every_script_that_is_named_exists(name):
 
 
 @pytest.mark.parametrize(("name", "line"), _COMMANDS)
-def test_every_command_names_a_config_and_keys_that_it_has(name, line):
+def test_commands_use_existing_configs_and_keys(name, line):
   path, variant = _CONFIG.search(line).groups()
   assert (_ROOT / path).is_file(), f"{name} names {path}"
   config = _get_config(pathlib.Path(path), variant)
@@ -97,7 +97,7 @@ def test_every_command_names_a_config_and_keys_that_it_has(name, line):
 
 
 @pytest.mark.parametrize("name", _TEXTS)
-def test_every_key_that_is_named_is_in_some_config(name):
+def test_named_keys_exist_in_some_config(name):
   configs = [_get_config(p.relative_to(_ROOT), None) for p in _RECIPES]
   unknown = [
     key
@@ -108,9 +108,9 @@ def test_every_key_that_is_named_is_in_some_config(name):
 
 
 @pytest.mark.parametrize("name", [n for n in _TEXTS if n.endswith(".md")])
-def test_every_file_that_a_page_points_at_is_there(name):
+def test_linked_files_exist(name):
   text, page = _TEXTS[name], (_ROOT / name).parent
-  # The map of a package may name a test by its place beside another.
+  # A page may also name a test by its file name alone.
   tests = {path.name for path in (_ROOT / "tests").rglob("*_test.py")}
   gone = [
     test
@@ -122,7 +122,7 @@ def test_every_file_that_a_page_points_at_is_there(name):
 
 
 def _families(path):
-  """Gives, of each test in a file that takes families, which it takes."""
+  """Returns the families of each test in a file that is run by family."""
   name = ".".join(("tests", *pathlib.Path(path).with_suffix("").parts))
   found = []
   for test in vars(importlib.import_module(name)).values():
@@ -135,24 +135,72 @@ def _families(path):
   return found
 
 
-_MODELS = _TEXTS["README.md"].partition("## Models")[2].partition("##")[0]
+def _section(page, heading):
+  """Returns the text below a second-level heading, up to the next one."""
+  text = _TEXTS[page].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+  assert text, f"{page} has no section {heading!r}."
+  return text
 
 
-@pytest.mark.parametrize("row", re.findall(r"(?m)^\|.* x .*\|$", _MODELS))
-def test_every_x_of_the_table_of_models_is_a_test_of_that_family(row):
+def _rows(text):
+  """Returns the cells of each table row, without the table's header."""
+  rows = text.partition("|---")[2].splitlines()[1:]
+  return [
+    [cell.strip() for cell in row.strip("|").split("|")]
+    for row in rows
+    if row.startswith("|")
+  ]
+
+
+_MODELS = _section("docs/models.md", "Tested features by family")
+
+
+@pytest.mark.parametrize("row", _rows(_MODELS), ids=lambda row: row[0])
+def test_every_x_in_the_table_of_models_is_a_test_of_that_family(row):
   families = re.findall(r"\| `(\w+)`", _MODELS.partition("|---")[0])
   assert set(families) == set(tiny.FAMILIES)
-  _, *marks, path = (cell.strip() for cell in row.strip("|").split("|"))
+  _, *marks, path = row
   held = {f for f, mark in zip(families, marks, strict=True) if mark == "x"}
   assert held in _families(path.strip("`"))
 
 
-def test_the_table_of_recipes_has_every_recipe():
-  (head,) = (
-    line
-    for line in _TEXTS["README.md"].splitlines()
-    if line.startswith("|") and "`teacher_sft`" in line
-  )
-  # The small world's student is made by the recipe of a teacher.
+def test_the_tables_of_recipes_have_every_recipe():
+  # The small world's student is trained by a recipe of its own.
   recipes = {path.stem for path in _RECIPES} - {"world_student"}
-  assert set(re.findall(r"`(\w+)`", head)) == recipes
+  table = _section("docs/recipes.md", "Features by recipe")
+  head = table.partition("|---")[0]
+  assert set(re.findall(r"\| `(\w+)`", head)) == recipes
+  for text in (
+    _section("docs/recipes.md", "List of recipes").partition("\n\n`")[0],
+    _section("README.md", "Recipes"),
+  ):
+    assert set(re.findall(r"configs/run/([a-z_]+)\.py", text)) == recipes
+
+
+_STAGES = _rows(_section("docs/grpo_step.md", "Stages"))
+_BEHIND = _rows(_section("docs/grpo_step.md", "Behind the interfaces"))
+
+
+@pytest.mark.parametrize(
+  "row", [*_STAGES, *_BEHIND], ids=lambda row: f"{row[2]}-{row[1]}"
+)
+def test_functions_of_the_grpo_step_are_defined_in_their_file(row):
+  _, functions, path = row
+  tree = ast.parse((_ROOT / path.strip("`")).read_text(encoding="utf-8"))
+  kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+  defined = {n.name for n in ast.walk(tree) if isinstance(n, kinds)}
+  # Of a method, only its own name is checked.
+  named = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", functions)}
+  assert named
+  assert named <= defined
+
+
+def test_the_grpo_step_is_short_enough_to_read():
+  paths = {path.strip("`") for _, _, path in _STAGES}
+  lines = [
+    line
+    for path in paths
+    for line in (_ROOT / path).read_text(encoding="utf-8").splitlines()
+  ]
+  assert len(paths) <= 14
+  assert len(lines) <= 3000
