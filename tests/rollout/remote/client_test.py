@@ -216,5 +216,5 @@ def test_an_address_that_is_none_is_a_config_error(url):
 
 def test_the_client_needs_no_jax():
   code = "import sys, rollout.remote.client; sys.exit('jax' in sys.modules)"
-  root = pathlib.Path(__file__).parents[2]
+  root = pathlib.Path(__file__).parents[3]
   assert not subprocess.run([sys.executable, "-c", code], cwd=root).returncode

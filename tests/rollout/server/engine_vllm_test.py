@@ -25,7 +25,7 @@ from rollout import jax_sampler, manifest, wire
 from rollout.remote import push
 from tests import fakes, tiny
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 _PYTHON = _ROOT / ".venv-rollout/bin/python"
 # vLLM's attention on a CPU wants heads of 32 and more.
 _FIELDS = {

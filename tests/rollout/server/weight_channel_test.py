@@ -10,7 +10,7 @@ from rollout import process_name, wire
 from rollout.server import app
 from tests import scripted_server
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 _TRAINER = """
 import time
 from rollout import process_name

@@ -12,7 +12,7 @@ import pytest
 from scripts import launch, launch_overrides
 from scripts.job import print_config
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 _SFT = "configs/run/teacher_sft.py"
 
 # ml_collections loads config files by a method that Python has deprecated.

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 _QWEN = {
   "model_type": "qwen3",
   "head_dim": 128,
