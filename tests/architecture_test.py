@@ -2,6 +2,7 @@
 """Holds the source tree to the layers drawn in STYLE.md."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -9,33 +10,50 @@ import pytest
 _ROOT = pathlib.Path(__file__).parents[1]
 _OURS = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
 
-_BASE = {"atlas_jax.types", "atlas_jax.chat", "atlas_jax.errors"}
 _ERRORS = {"atlas_jax.errors"}
+_BASE = _ERRORS | {"atlas_jax.types", "atlas_jax.chat"}
 _SIBLINGS = (
-  *("models", "sharding", "checkpoint", "losses"),
-  *("data", "traces", "rewards", "teaching"),
+  "models",
+  "sharding",
+  "checkpoint",
+  "losses",
+  "data",
+  "traces",
+  "rewards",
+  "teaching",
 )
 _JUDGED = _BASE | {"atlas_jax.teaching", "atlas_jax.rewards"}
-_WEIGHTS = _BASE | {"atlas_jax.models", "atlas_jax.sharding"}
+_EVALUATION = {"atlas_jax.evaluation"}
+_WEIGHTS = _BASE | {
+  "atlas_jax.models",
+  "atlas_jax.sharding",
+  "atlas_jax.checkpoint_format",
+}
+_LIBRARIES = {"atlas_jax", "conversion", "rollout", "configs"}
 
-# What each part of the tree may import from the rest of it. The parts left
-# out, scripts/ and above all scripts/job/, wire everything together.
+# What each part of the tree may import from the rest of it. Parts that do not
+# exist yet are reserved.
 _MAY_IMPORT = {
   "atlas_jax.types": set(),
   "atlas_jax.errors": set(),
   "atlas_jax.chat": {"atlas_jax.types", "atlas_jax.errors"},
-  **{f"atlas_jax.{sibling}": _BASE for sibling in _SIBLINGS},
   "atlas_jax.checkpoint_format": _ERRORS,
+  "atlas_jax.distributed": _ERRORS,
+  "atlas_jax.doctor": _ERRORS,
+  **{f"atlas_jax.{sibling}": _BASE for sibling in _SIBLINGS},
   "atlas_jax.checkpoint": _BASE | {"atlas_jax.checkpoint_format"},
   "atlas_jax.evaluation": _JUDGED,
-  "atlas_jax.prompt_search": _JUDGED | {"atlas_jax.evaluation"},
+  "atlas_jax.agents": _JUDGED,
+  "atlas_jax.prompt_search": _JUDGED | _EVALUATION,
+  "atlas_jax.runtime": _JUDGED | {"atlas_jax.traces", "atlas_jax.agents"},
   "atlas_jax.train": _JUDGED
   | {f"atlas_jax.{sibling}" for sibling in _SIBLINGS}
-  | {"atlas_jax.evaluation"},
-  "atlas_jax.agents": _JUDGED,
-  "conversion": _WEIGHTS | {"atlas_jax.checkpoint_format"},
+  | _EVALUATION,
+  "conversion": _WEIGHTS,
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
+  "scripts.job": _LIBRARIES | {"scripts.launch_overrides"},
+  "scripts": _LIBRARIES,
 }
 _ONLY_IN = {
   "torch": ("rollout/server/engine_vllm.py", "scripts/bench/train_torch.py"),
@@ -64,16 +82,48 @@ _SOURCES = [
 ]
 
 
+def _module(path):
+  parts = path.with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _layer(module):
+  """Returns the most specific layer of a module: scripts.job, not scripts."""
+  layers = [layer for layer in _MAY_IMPORT if _within(module, layer)]
+  return max(layers, key=len, default=None)
+
+
+def _our_imports(path):
+  for name in _imports(_ROOT / path):
+    if any(_within(name, package) for package in _OURS):
+      yield name
+
+
 @pytest.mark.parametrize("path", _SOURCES, ids=str)
 def test_imports_only_what_its_layer_may(path):
-  module = ".".join(path.with_suffix("").parts)
-  for layer, others in _MAY_IMPORT.items():
-    if _within(module, layer):
-      for name in _imports(_ROOT / path):
-        if any(_within(name, package) for package in _OURS):
-          assert any(_within(name, other) for other in others | {layer}), (
-            f"{module} may not import {name}"
-          )
+  module = _module(path)
+  layer = _layer(module)
+  if module == "atlas_jax":
+    assert not list(_our_imports(path))
+    return
+  assert layer, f"{module} belongs to no layer: add one to _MAY_IMPORT"
+  for name in _our_imports(path):
+    assert any(_within(name, each) for each in _MAY_IMPORT[layer] | {layer}), (
+      f"{module} may not import {name}"
+    )
+
+
+def test_layers_import_each_other_without_a_cycle():
+  imported = {layer: set() for layer in _MAY_IMPORT}
+  for path in _SOURCES:
+    layer = _layer(_module(path))
+    # scripts.program and its like are single modules next to the packages.
+    if layer and layer != "scripts":
+      imported[layer] |= {_layer(name) for name in _our_imports(path)}
+  sorter = graphlib.TopologicalSorter(
+    {layer: others - {layer, None} for layer, others in imported.items()}
+  )
+  sorter.prepare()  # Raises CycleError.
 
 
 @pytest.mark.parametrize("path", _SOURCES, ids=str)
