@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment is made once, and again only when its pins change.
+"""Tests that an environment is installed once, and when its pins change.
 
-Python is a shell script here which writes down how it was called.
+Python is replaced by a shell script that records its arguments.
 """
 
 import os
@@ -39,7 +39,7 @@ def _add_python(project, name, *, too_old):
 
 
 def _ensure(project, *names):
-  """Runs ensure_environment, seeing no Python but the project's."""
+  """Runs ensure_environment with only the project's Python in the PATH."""
   for tool in ("bash", "cmp", "cp", "mkdir"):
     link = project / "bin" / tool
     if not link.exists():
@@ -66,7 +66,7 @@ def _calls(project):
   return (project / "calls").read_text().splitlines()
 
 
-def test_no_recent_python_is_exit_code_2_with_a_message(project):
+def test_a_too_old_python_is_exit_code_2_with_a_message(project):
   _add_python(project, "python3", too_old=True)
   result = _ensure(project, "ensure_environment", "trainer")
   assert result.returncode == 2
@@ -74,7 +74,7 @@ def test_no_recent_python_is_exit_code_2_with_a_message(project):
   assert not (project / ".venv").exists()
 
 
-def test_second_time_does_nothing(project):
+def test_an_installed_environment_is_left_alone(project):
   _add_python(project, "python3.11", too_old=True)
   _add_python(project, "python3", too_old=False)
   first = _ensure(project, "ensure_environment", "trainer", "test")
@@ -99,7 +99,7 @@ def test_changed_pins_are_installed_into_the_same_environment(project):
   assert [call.split()[1] for call in _calls(project)] == ["venv", "pip", "pip"]
 
 
-def test_a_failed_installation_is_tried_again(project):
+def test_a_failed_installation_is_retried(project):
   _add_python(project, "python3", too_old=False)
   (project / "calls.fail").touch()
   assert _ensure(project, "ensure_environment", "trainer").returncode != 0
