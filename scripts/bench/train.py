@@ -66,13 +66,13 @@ _SHAPES = {
   "1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
   "4b": (2560, 9728, 36, 32, 8, 128, 151936),
 }
-_WHAT = flags.DEFINE_list("what", ["sft"], "Of sft, grpo.")
-_SHAPE = flags.DEFINE_list("shapes", ["tiny"], f"Of {', '.join(_SHAPES)}.")
+_WHAT = flags.DEFINE_list("what", ["sft"], "From sft, grpo.")
+_SHAPE = flags.DEFINE_list("shapes", ["tiny"], f"From {', '.join(_SHAPES)}.")
 _LENGTH = flags.DEFINE_list("lengths", ["1024"], "Tokens in a row.")
-_LAYOUT = flags.DEFINE_list("layouts", ["full"], "Of full, packed, padded.")
+_LAYOUT = flags.DEFINE_list("layouts", ["full"], "From full, packed, padded.")
 _CASES = (_WHAT, _SHAPE, _LENGTH, _LAYOUT)
 _BATCH = flags.DEFINE_integer("batch", 8, "Size of a batch, in full rows.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of activations.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Precision of activations.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Our attention kernel.")
 _REMAT = flags.DEFINE_string("remat", "block", "Our remat; see docs/speed.md.")
 _UNROLL = flags.DEFINE_integer("unroll", 1, "Layers in a scan iteration.")

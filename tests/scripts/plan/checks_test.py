@@ -166,7 +166,7 @@ def test_a_server_that_does_not_answer_fails(files):
 
 
 def test_the_disk_of_a_missing_workdir_is_checked(tmp_path):
-  workdir = tmp_path / "not/there/yet"
+  workdir = tmp_path / "new/run"
   assert checks.disk(workdir, 1).status == "ok"
   full = checks.disk(workdir, 1 << 60)
   assert full.status == "FAIL"
