@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the attention kernels with one another on the device at hand.
+"""Compares the attention kernels on the available device.
 
   python -m scripts.check_attention --length=4096 --segments=4
 
-For each kernel that runs here, with and without a window and a soft cap: how
-far its values and gradients in packed rows are off the reference in float32, as
-a part of their norm, and the milliseconds of a pass forward and of one forward
-and backward. Ends with code 70 if one is off by more than rounding.
+For each supported kernel, with and without a window and a soft cap, prints the
+relative error (by norm) of values and gradients in packed rows against the
+float32 reference, and the milliseconds of a forward pass and of a forward and
+backward pass. Exits with code 70 if an error exceeds rounding.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,19 @@ from atlas_jax.models import kernel_check, kernels
 from scripts import program
 
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.")
-_ROWS = flags.DEFINE_integer("rows", 2, "At once.")
+_ROWS = flags.DEFINE_integer("rows", 2, "Rows in a batch.")
 _SEGMENTS = flags.DEFINE_integer("segments", 4, "Sequences in a row.")
 _HEADS = flags.DEFINE_integer("heads", 8, "Query heads.")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key and value heads.")
-_WIDTH = flags.DEFINE_integer("head_width", 128, "Of each head.")
-_WINDOW = flags.DEFINE_integer("window", 512, "Tokens seen, where not all are.")
-_SOFT_CAP = flags.DEFINE_float(
-  "soft_cap", 50.0, "Of scores, where there is one."
-)
+_WIDTH = flags.DEFINE_integer("head_width", 128, "Width of each head.")
+_WINDOW = flags.DEFINE_integer("window", 512, "Tokens of the sliding window.")
+_SOFT_CAP = flags.DEFINE_float("soft_cap", 50.0, "Soft cap of the scores.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of queries, keys, values.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "The least time counts.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Runs; the fastest counts.")
 
 
 def main() -> errors.Exit:
-  """Prints a line for each kernel and mask."""
+  """Prints a line per kernel and mask; returns INTERNAL if one is off."""
   print(
     f"{jax.devices()[0].device_kind}, {_DTYPE.value}, {_ROWS.value} rows of"
   )
@@ -46,7 +44,7 @@ def main() -> errors.Exit:
   print(*(f"{name:>9}" for name in (*names, "fwd ms", "both ms")))
   is_off = False
   for window, soft_cap, kernel in itertools.product(
-    *((None, _WINDOW.value), (None, _SOFT_CAP.value), get_args(kernels.Kernel))
+    (None, _WINDOW.value), (None, _SOFT_CAP.value), get_args(kernels.Kernel)
   ):
     cells = (f"{x!s:>9}" for x in (kernel, window, soft_cap))
     try:
@@ -57,8 +55,8 @@ def main() -> errors.Exit:
         dtype=jnp.dtype(_DTYPE.value),
         soft_cap=soft_cap,
       )
-    except errors.ConfigError as refused:
-      print(*cells, f"refused: {refused.why}")
+    except errors.ConfigError as error:
+      print(*cells, f"unsupported: {error.why}")
       continue
     case = _case(kernels.Mask(window, _WIDTH.value**-0.5, soft_cap))
     found = kernel_check.differences(kernel, case)
@@ -69,13 +67,16 @@ def main() -> errors.Exit:
 
 
 def _case(mask: kernels.Mask) -> kernel_check.Case:
-  """Fills seven eighths of each row with segments of two sizes in turn."""
+  """Fills 7/8 of each row with segments of alternating sizes n, 2n, n, ..."""
   pairs = -(-_SEGMENTS.value // 2)
   small = _LENGTH.value * 7 // 8 // (3 * pairs)
   sizes = ((small, 2 * small) * pairs)[: _SEGMENTS.value]
   return kernel_check.Case(
     mask,
-    *(_HEADS.value, _KV_HEADS.value, _WIDTH.value, jnp.dtype(_DTYPE.value)),
+    _HEADS.value,
+    _KV_HEADS.value,
+    _WIDTH.value,
+    jnp.dtype(_DTYPE.value),
     lengths=(sizes,) * _ROWS.value,
     num_tokens=_LENGTH.value,
   )
@@ -84,7 +85,7 @@ def _case(mask: kernels.Mask) -> kernel_check.Case:
 def _times(
   kernel: kernels.Kernel, case: kernel_check.Case
 ) -> tuple[float, float]:
-  """Gives seconds forward, and forward and backward."""
+  """Returns seconds of a forward pass, and of a forward and backward pass."""
   tokens, arrays = kernel_check.draw(case)
 
   @jax.jit
@@ -95,11 +96,11 @@ def _times(
   def both(tokens: kernels.Tokens, arrays: list[jax.Array]) -> Any:
     return kernel_check.attend(kernel, case, tokens, arrays)
 
-  return _least(forward, tokens, arrays), _least(both, tokens, arrays)
+  return _fastest(forward, tokens, arrays), _fastest(both, tokens, arrays)
 
 
-def _least(run: Callable[..., Any], *args: Any) -> float:
-  """Gives the least seconds of some runs, after one that compiles."""
+def _fastest(run: Callable[..., Any], *args: Any) -> float:
+  """Returns the seconds of the fastest run, after one run that compiles."""
   jax.block_until_ready(run(*args))
   seconds = []
   for _ in range(_REPEATS.value):

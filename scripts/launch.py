@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches training, alone or with rollout servers next to it.
+"""Launches training, optionally with rollout servers on the same machine.
 
   bash scripts/launch.sh NUM_DEVICES RECIPE [OVERRIDES] [offload]
   bash scripts/launch_with_server.sh NUM_SERVERS NUM_DEVICES RECIPE \
     [OVERRIDES] [offload]
 
-RECIPE is a file of configs/run, with or without its folder and its ending;
-OVERRIDES are --config.KEY=VALUE and the names of docs/overrides.md. With
-servers also --rollout=vllm|jax (vLLM where it is installed) and
---max_wait_s=SECONDS (600) for the servers to become healthy. --print_config
-prints the config that they make, with the origin of each value, and stops.
+RECIPE is a file of configs/run; its folder and suffix are optional. OVERRIDES
+are --config.KEY=VALUE and the names of docs/overrides.md. With servers,
+--rollout=vllm|jax selects the engine (default: vLLM if installed), and
+--max_wait_s=SECONDS (600) limits the wait for healthy servers. --print_config
+prints the resulting config with the origin of each value, and exits.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _OPTIONS = {
 
 
 def main(argv: Sequence[str]) -> int:
-  """Launches; returns the exit code."""
+  """Launches training; returns the exit code."""
   try:
     return _launch(argv)
   except errors.AtlasError as error:
@@ -54,7 +54,7 @@ def _launch(argv: Sequence[str]) -> int:
     placement.find_gpus(os.environ),
     num_servers,
     num_devices,
-    num_roles=len(launch_servers.models(job)),
+    num_roles=len(launch_servers.served_models(job)),
     xla_flags=os.environ.get("XLA_FLAGS", ""),
   )
   settings = [f"--config={job.recipe}", *job.settings]
@@ -63,7 +63,7 @@ def _launch(argv: Sequence[str]) -> int:
   if num_servers:
     servers = launch_servers.plan(job, options["--rollout"], devices)
   if servers or job.host or job.port:
-    settings += launch_servers.addresses(job, servers)
+    settings += launch_servers.training_flags(job, servers)
   if servers and job.config.world.directory:
     world = supervisor.Command("The small world", _world(job), {}, None, 10.0)
     if code := supervisor.run([], world, max_wait_s=0.0):
@@ -84,7 +84,7 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _mesh(words: Sequence[str], num_devices: int) -> list[str]:
-  """Lays the devices out, unless the words do."""
+  """Returns flags for the default mesh, or none if `words` set the mesh."""
   if any(word.startswith("--config.mesh.") for word in words):
     return []
   mesh = placement.mesh(num_devices)
@@ -94,7 +94,7 @@ def _mesh(words: Sequence[str], num_devices: int) -> list[str]:
 def _print_config(
   job: launch_overrides.LaunchRequest, words: Sequence[str], num_devices: int
 ) -> int:
-  """Shows the config of a job; addresses of servers come at their start."""
+  """Prints the config of a job; server addresses are not known yet."""
   settings = [*job.settings, *_mesh(words, num_devices)]
   given = dict.fromkeys(map(launch_overrides.path_of, settings), "launcher")
   config = launch_overrides.load(job.recipe, settings)
@@ -105,7 +105,7 @@ def _print_config(
 
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-  """Splits what the launcher itself reads from the recipe and the rest."""
+  """Splits the launcher's own options from the recipe and its overrides."""
   options, rest = dict(_OPTIONS), []
   for word in argv:
     name, equals, value = word.partition("=")
@@ -119,9 +119,9 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
   usable = len(rest) > 1 and all(count.isdigit() for count in counts)
   if not usable or not int(rest[0]):
     raise errors.ConfigError(
-      "The launcher was called with other arguments than it takes.",
+      "Invalid launcher arguments.",
       where=" ".join(argv),
-      why="It takes the number of devices, a recipe, and overrides.",
+      why="They must be the number of devices, a recipe, and overrides.",
       fix="For example: bash scripts/launch_with_server.sh 1 1 "
       "configs/run/teacher_rcl.py:smoke max_steps=4",
     )
@@ -129,7 +129,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _world(job: launch_overrides.LaunchRequest) -> tuple[str, ...]:
-  """Makes what is missing of the small world; servers open its models."""
+  """Returns the command that creates missing models and data for servers."""
   world = job.config.world
   options = (
     f"--directory={world.directory}",
@@ -139,7 +139,7 @@ def _world(job: launch_overrides.LaunchRequest) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-  flags.FLAGS(sys.argv[:1])  # Until then absl warns of each message.
+  flags.FLAGS(sys.argv[:1])  # Unparsed flags make absl warn at the first log.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   stdlib_logging.getLogger("httpx2").setLevel(stdlib_logging.WARNING)

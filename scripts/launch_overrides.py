@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bare `key=value` names that the launchers take, in one table.
+"""Resolves the launchers' `NAME=VALUE` overrides into config values.
 
-They are the original's names. `docs/overrides.md` is this table:
+The names are those of the original implementation. `docs/overrides.md` is
+generated from the table:
 
   python -m scripts.launch_overrides > docs/overrides.md
 """
@@ -26,10 +27,10 @@ _ANSWERS = ("teach", "baseline", "solve", "complete")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A name, and the config values it sets: those that the recipe has.
+  """A name and the config keys that it sets, where the recipe has them.
 
-  Without `paths`, code below gives it its meaning. `words` are what values are
-  called here, `also` what is set with it.
+  Names without `paths` are handled by the code below. `words` maps values of
+  the original to config values; `also` are further settings, `KEY=VALUE`.
   """
 
   meaning: str
@@ -40,69 +41,74 @@ class Row:
 
 TABLE: Mapping[str, Row] = {
   "model_name_or_path": Row("model to train", ("model.path",)),
-  "student_model": Row("the student", ("student.path",)),
-  "teacher_model_name_or_path": Row(
-    "the model that GKD distils", ("teacher.path",)
-  ),
-  "dataset_id_or_path": Row("data to train on", ("data.path",)),
-  "dataset_max_samples": Row("rows of each dataset", ("data.max_rows",)),
+  "student_model": Row("student model", ("student.path",)),
+  "teacher_model_name_or_path": Row("teacher model in GKD", ("teacher.path",)),
+  "dataset_id_or_path": Row("training data", ("data.path",)),
+  "dataset_max_samples": Row("limit on rows per dataset", ("data.max_rows",)),
   "eval_split_ratio": Row(
-    "part of the problems that is held out", ("held_out.fraction",)
+    "fraction of the problems that is held out", ("held_out.fraction",)
   ),
-  "seed": Row("decides every random number", ("seed",)),
+  "seed": Row("seed of all random numbers", ("seed",)),
   "output_dir": Row("the workdir"),
-  "results_dir": Row("the workdir is a folder of the recipe's name in it"),
+  "results_dir": Row("parent of the workdir, which is named after the recipe"),
   "report_to": Row(
-    "`tensorboard`, `wandb`, `trackio`, with commas between; `null` for none",
+    "comma-separated: `tensorboard`, `wandb`, `trackio`; `null` for none",
     ("report.to",),
   ),
-  "wandb_project": Row("what trackers file the run under", ("report.project",)),
-  "wandb_group_name": Row("likewise, within it", ("report.group",)),
-  "wandb_run_name": Row("the run's name there", ("report.name",)),
-  "save_final_model": Row("write `export/` at the end", ("export.enabled",)),
-  "max_steps": Row(
-    "steps; for SFT and GKD, -1 leaves it to `num_train_epochs`"
+  "wandb_project": Row("project in the tracker", ("report.project",)),
+  "wandb_group_name": Row("group within the project", ("report.group",)),
+  "wandb_run_name": Row("name of the run", ("report.name",)),
+  "save_final_model": Row(
+    "whether to write `export/` at the end", ("export.enabled",)
   ),
-  "num_train_epochs": Row("passes over the data; SFT and GKD", ("num_epochs",)),
+  "max_steps": Row("steps; for SFT and GKD, -1 uses `num_train_epochs`"),
+  "num_train_epochs": Row("epochs; SFT and GKD only", ("num_epochs",)),
   "logging_steps": Row("steps between metrics", ("loop.log_every",)),
   "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
   "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
   "save_strategy": Row(
-    "`steps`, or `no` for the end alone", ("loop.save_every",), {"no": "0"}
+    "`steps`, or `no` to save only at the end",
+    ("loop.save_every",),
+    {"no": "0"},
   ),
-  "eval_strategy": Row("likewise", ("loop.eval_every",), {"no": "0"}),
-  "save_total_limit": Row("checkpoints kept", ("checkpoint.keep",)),
+  "eval_strategy": Row(
+    "`steps`, or `no` to evaluate only at the end",
+    ("loop.eval_every",),
+    {"no": "0"},
+  ),
+  "save_total_limit": Row("checkpoints to keep", ("checkpoint.keep",)),
   "metric_for_best_model": Row(
-    "its best checkpoint is kept too; `eval_x` is `eval/x`",
+    "metric of the best checkpoint, which is kept too; `eval_x` is `eval/x`",
     ("checkpoint.best_metric",),
   ),
   "greater_is_better": Row(
-    "whether that is the greatest",
+    "whether the best value of that metric is the greatest",
     ("checkpoint.best_mode",),
     words={"true": "max", "false": "min"},
   ),
   "load_best_model_at_end": Row(
-    "end with it, not with the last", ("checkpoint.load_best",)
+    "whether to finish with the best checkpoint instead of the last",
+    ("checkpoint.load_best",),
   ),
-  "learning_rate": Row("its peak", ("schedule.learning_rate",)),
+  "learning_rate": Row("peak learning rate", ("schedule.learning_rate",)),
   "lr_scheduler_type": Row(
-    "its course: constant, linear, cosine, or wsd, which needs "
+    "schedule: constant, linear, cosine, or wsd, which requires "
     "`--config.schedule.decay_fraction`",
     ("schedule.schedule",),
     words={"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
   ),
   "warmup_ratio": Row(
-    "warm-up, as a part of all updates",
+    "warmup, as a fraction of all updates",
     ("schedule.warmup_fraction",),
     also=("schedule.warmup_updates=0",),
   ),
   "warmup_steps": Row(
-    "warm-up, in updates",
+    "warmup, in updates",
     ("schedule.warmup_updates",),
     also=("schedule.warmup_fraction=0.0",),
   ),
   "optim": Row(
-    "adamw, lion, adafactor or muon",
+    "optimizer: adamw, lion, adafactor or muon",
     ("optimizer.name",),
     words={
       "adamw_torch": "adamw",
@@ -110,71 +116,81 @@ TABLE: Mapping[str, Row] = {
       "lion_32bit": "lion",
     },
   ),
-  "weight_decay": Row("of any optimizer", ("optimizer.weight_decay",)),
-  "adam_beta1": Row("of AdamW", ("optimizer.adamw.beta1",)),
-  "adam_beta2": Row("of AdamW", ("optimizer.adamw.beta2",)),
-  "adam_epsilon": Row("of AdamW", ("optimizer.adamw.epsilon",)),
-  "max_grad_norm": Row("clips the gradient", ("optimizer.max_grad_norm",)),
-  "max_seq_length": Row("tokens of a row", ("packing.length",)),
-  "packing": Row("several examples in a row", ("packing.packed",)),
+  "weight_decay": Row(
+    "weight decay of any optimizer", ("optimizer.weight_decay",)
+  ),
+  "adam_beta1": Row("beta1 of AdamW", ("optimizer.adamw.beta1",)),
+  "adam_beta2": Row("beta2 of AdamW", ("optimizer.adamw.beta2",)),
+  "adam_epsilon": Row("epsilon of AdamW", ("optimizer.adamw.epsilon",)),
+  "max_grad_norm": Row(
+    "norm to which gradients are clipped", ("optimizer.max_grad_norm",)
+  ),
+  "max_seq_length": Row("tokens in a row", ("packing.length",)),
+  "packing": Row(
+    "whether to pack several examples into a row", ("packing.packed",)
+  ),
   "train_batch_size": Row(
-    "sequences in a step: `batch.size`, for GKD `batch.num_prompts`, for RCL "
+    "sequences in a step: `batch.size`; in GKD `batch.num_prompts`; in RCL "
     "`batch.num_questions` times `num_generations`"
   ),
   "per_device_train_batch_size": Row(
-    "rows on a device at once: `batch.per_device`"
+    "rows per device in a microbatch: `batch.per_device`"
   ),
   "gradient_accumulation_steps": Row(
-    "parts of an update, if rows are not packed: decides `batch.per_device`"
+    "microbatches in an update, if rows are not packed: sets `batch.per_device`"
   ),
   "num_generations": Row(
     "teachings in a group", ("sampling.teach.group_size",)
   ),
   "temperature": Row(
-    "of all kinds of sampling",
+    "temperature of all sampling",
     tuple(f"sampling.{kind}.temperature" for kind in ("probe", *_ANSWERS)),
   ),
   "max_completion_length": Row(
-    "tokens of teachings and answers, or of completions",
+    "limit on tokens of teachings and answers, or of completions",
     tuple(f"sampling.{kind}.max_completion_tokens" for kind in _ANSWERS),
   ),
   "max_new_tokens": Row(
-    "the same, in GKD", ("sampling.complete.max_completion_tokens",)
+    "limit on tokens of completions in GKD",
+    ("sampling.complete.max_completion_tokens",),
   ),
   "max_probe_tokens": Row(
-    "tokens of a probe", ("sampling.probe.max_completion_tokens",)
+    "limit on tokens of a probe", ("sampling.probe.max_completion_tokens",)
   ),
   "beta": Row(
     "weight of the KL term; in GKD, of the teacher in the mixture",
     ("loss.kl_coef", "loss.beta"),
   ),
   "lmbda": Row(
-    "the part of GKD's steps whose completions the policy writes",
+    "fraction of GKD steps with completions sampled from the policy",
     ("completions.on_policy_fraction",),
   ),
   "ref_model_sync_steps": Row(
     "steps between syncs of the reference", ("reference.sync_every",)
   ),
   "ref_model_mixup_alpha": Row(
-    "the policy's part in the synced reference", ("reference.mix",)
+    "weight of the policy in the synced reference", ("reference.mix",)
   ),
   "efficiency_weight": Row(
-    "of brevity", ("reward.teaching.efficiency_weight",)
+    "weight of the reward for short teachings",
+    ("reward.teaching.efficiency_weight",),
   ),
   "degradation_penalty_multiplier": Row(
-    "of harm; presets R1 to R3",
+    "multiplier of the penalty for harmful teachings; presets R1 to R3",
     ("reward.teaching.degradation_penalty_multiplier",),
   ),
-  "vllm_host": Row("host of the rollout servers, 127.0.0.1 if not given"),
-  "vllm_port": Row("the first one's port, 8765 if not given; the rest follow"),
+  "vllm_host": Row("host of the rollout servers; default 127.0.0.1"),
+  "vllm_port": Row(
+    "port of the first server, default 8765; the others use the ports after it"
+  ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchRequest:
-  """A recipe with its overrides: what is trained, and where.
+  """A recipe with its overrides, its workdir and its servers' address.
 
-  `origins` holds the word behind a setting, by the config value's name.
+  `origins` maps a dotted config key to the argument that set it.
   """
 
   recipe: str
@@ -187,12 +203,12 @@ class LaunchRequest:
 
 
 def find_recipe(name: str) -> str:
-  """Gives `FILE.py[:VARIANT]` for a recipe, however it is spelt.
+  """Returns `FILE.py[:VARIANT]` for the name of a recipe.
 
-  `configs/run/` and the ending may be left out, and the ending may be `.yaml`.
+  `configs/run/` and the suffix are optional; a suffix `.yaml` means `.py`.
 
   Raises:
-    errors.ConfigError: if there is no such recipe.
+    errors.ConfigError: if the recipe is not found.
   """
   spelt, _, variant = name.partition(":")
   path = pathlib.Path(spelt).with_suffix(".py")
@@ -200,51 +216,24 @@ def find_recipe(name: str) -> str:
     path = _RECIPES / path
   if not path.is_file():
     known = sorted(p.stem for p in _RECIPES.glob("[!_]*.py"))
-    raise _refused(name, "There is no such recipe.", path.stem, known)
+    raise _unknown(name, "Unknown recipe.", path.stem, known)
   return f"{path}:{variant}" if variant else str(path)
 
 
 def resolve(
   recipe: str, words: Sequence[str], *, num_devices: int
 ) -> LaunchRequest:
-  """Gives bare names their meaning, and loads the config they make.
+  """Translates overrides to config settings, and loads the resulting config.
 
   Args:
-    recipe: as `find_recipe` gives it.
-    words: `--config.KEY=VALUE` and `NAME=VALUE`, the later one counts; and
-      `offload`.
-    num_devices: that train.
+    recipe: from `find_recipe`.
+    words: `--config.KEY=VALUE`, `NAME=VALUE` and `offload`; later ones win.
+    num_devices: number of training devices.
 
   Raises:
-    errors.ConfigError: for a name or a value that cannot be honoured.
+    errors.ConfigError: if a name is unknown or a value is invalid.
   """
-  base = load(recipe, [])
-  settings: list[str] = []
-  origins: dict[str, str] = {}
-  given: dict[str, str] = {}
-  for word in words:
-    name, equals, value = word.partition("=")
-    if word == _OFFLOAD:
-      continue
-    if word == _ZERO1:
-      raise errors.ConfigError(
-        f"There is no {word}.",
-        where=word,
-        why="Parameters and optimizer state are always split together, over "
-        "the devices of --config.mesh.fsdp.",
-        fix="Leave it out, or keep whole copies by --config.mesh.data=-1 "
-        "--config.mesh.fsdp=1.",
-      )
-    if name.startswith("--config."):
-      settings.append(word)
-      origins[path_of(word)] = "command line"
-      continue
-    if not equals or name not in TABLE:
-      raise _refused(word, "There is no such override.", name, list(TABLE))
-    given[name] = value
-    direct = _direct(base, name, value)
-    settings += direct
-    origins |= dict.fromkeys(map(path_of, direct), word)
+  given, settings, origins = _read_words(load(recipe, []), words)
   config = load(recipe, settings)
   for path, number in _sizes(given, config, num_devices).items():
     settings.append(f"--config.{path}={number}")
@@ -256,9 +245,9 @@ def resolve(
   config = load(recipe, settings)
   if config.data.path is None:
     raise errors.ConfigError(
-      "The config names no data.",
+      "data.path is not set.",
       where=recipe,
-      why="This recipe leaves it to you.",
+      why="This recipe has no default training data.",
       fix="Set dataset_id_or_path to a file, a folder or a Hub dataset.",
     )
   return LaunchRequest(
@@ -272,29 +261,68 @@ def resolve(
   )
 
 
-def _direct(
+def _read_words(
+  base: Any,  # Any: as in `LaunchRequest`.
+  words: Sequence[str],
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
+  """Parses the arguments after the recipe.
+
+  Returns:
+    The value of each bare name; settings `--config.KEY=VALUE`, in order; and
+    the argument that set each config key.
+  """
+  given: dict[str, str] = {}
+  settings: list[str] = []
+  origins: dict[str, str] = {}
+  for word in words:
+    name, equals, value = word.partition("=")
+    if word == _OFFLOAD:
+      continue
+    if word == _ZERO1:
+      raise errors.ConfigError(
+        f"{word} is not supported.",
+        where=word,
+        why="Parameters and optimizer state are always sharded together, over "
+        "the mesh axis fsdp.",
+        fix="Leave it out, or replicate both with --config.mesh.data=-1 "
+        "--config.mesh.fsdp=1.",
+      )
+    if name.startswith("--config."):
+      settings.append(word)
+      origins[path_of(word)] = "command line"
+      continue
+    if not equals or name not in TABLE:
+      raise _unknown(word, "Unknown override.", name, list(TABLE))
+    given[name] = value
+    direct = _direct_settings(base, name, value)
+    settings += direct
+    origins |= dict.fromkeys(map(path_of, direct), word)
+  return given, settings, origins
+
+
+def _direct_settings(
   base: Any,  # Any: as in `LaunchRequest`.
   name: str,
   value: str,
 ) -> list[str]:
-  """Sets the config values of one name."""
+  """Returns the settings of one name that do not depend on other names."""
   if name == "report_to" and value.lower() in _NONE:
     return ["--config.report.to=none"]
   if name == "vllm_port" and not (value.isdigit() and 0 < int(value) < 65536):
-    raise _unfit(name, value, "a port is a number", "8765")
+    raise _invalid(name, value, "it must be a port number", "8765")
   if name == "max_steps" and "num_epochs" in base:
     steps = [f"--config.loop.num_steps={value}", "--config.num_epochs=0"]
     return steps if value != "-1" else []
   if name in _STRATEGIES and value not in ("no", "steps"):
-    raise _unfit(name, value, "how often is told in steps", "steps")
+    raise _invalid(name, value, "it must be no or steps", "steps")
   if name in _STRATEGIES and value == "steps":
     return []
   paths = ("loop.num_steps",) if name == "max_steps" else TABLE[name].paths
   present = [path for path in paths if has(base, path)]
   if paths and not present:
-    raise _unfit(name, value, "this recipe has no such setting", None)
+    raise _invalid(name, value, "this recipe does not have this setting", None)
   if paths and value.lower() in _NONE:
-    raise _unfit(name, value, "it needs a value", None)
+    raise _invalid(name, value, "it needs a value", None)
   row = TABLE[name]
   value = row.words.get(value.lower(), value)
   if name == "metric_for_best_model":
@@ -304,12 +332,12 @@ def _direct(
 
 
 def path_of(setting: str) -> str:
-  """Gives the dotted name that `--config.NAME=VALUE` sets."""
+  """Returns the dotted key that `--config.KEY=VALUE` sets."""
   return setting.removeprefix("--config.").partition("=")[0]
 
 
 def has(config: Any, path: str) -> bool:  # Any: as in `LaunchRequest`.
-  """Tells whether a config has a value of that dotted name."""
+  """Returns whether a config has a value with this dotted key."""
   *parents, last = path.split(".")
   for key in parents:
     if key not in config:
@@ -323,7 +351,11 @@ def _sizes(
   config: Any,  # Any: as in `LaunchRequest`.
   num_devices: int,
 ) -> dict[str, int]:
-  """Derives the sizes that depend on one another."""
+  """Returns the batch sizes that the given sizes imply, by config key.
+
+  rows of an update = sequences in a step / minibatches
+                    = per_device * num_devices * microbatches
+  """
   sizes: dict[str, int] = {}
   group_size, num_minibatches = 1, 1
   if has(config, "sampling.teach"):
@@ -345,10 +377,10 @@ def _sizes(
     at_once = _number(name, given[name])
     needed = _divide(name, given[name], rows, at_once * num_devices)
     if parts not in (None, needed):
-      raise _unfit(
+      raise _invalid(
         "gradient_accumulation_steps",
         given["gradient_accumulation_steps"],
-        f"{name} on {num_devices} devices makes it {needed}",
+        f"{name} on {num_devices} devices requires {needed}",
         str(needed),
       )
     parts = needed
@@ -358,7 +390,7 @@ def _sizes(
 
 
 def _offload(config: Any) -> list[str]:  # Any: as in `LaunchRequest`.
-  """Lets all wait in the host's memory that the recipe can do without."""
+  """Returns settings that offload all state that the recipe can offload."""
   has_reference = has(config, "loss.kl_coef") and config.loss.kl_coef > 0
   return [
     f"--config.offload.{part}=True"
@@ -369,21 +401,21 @@ def _offload(config: Any) -> list[str]:  # Any: as in `LaunchRequest`.
 
 def _number(name: str, value: str) -> int:
   if not value.isdigit() or not int(value):
-    raise _unfit(name, value, "it is a count, and at least 1", None)
+    raise _invalid(name, value, "it must be an integer of at least 1", None)
   return int(value)
 
 
 def _divide(name: str, value: str, rows: int, divisor: int) -> int:
   if rows % divisor:
-    why = f"{rows} sequences do not divide by {divisor}"
-    raise _unfit(name, value, why, None)
+    why = f"{rows} sequences are not divisible by {divisor}"
+    raise _invalid(name, value, why, None)
   return rows // divisor
 
 
 def load(
   recipe: str, settings: Sequence[str]
 ) -> Any:  # Any: as in `LaunchRequest`.
-  """Loads a recipe as the training script will."""
+  """Loads the config of a recipe, as the training script does."""
   values = flags.FlagValues()
   argv = ["launch", f"--config={recipe}", *settings]
   config_flags.DEFINE_config_file(
@@ -393,34 +425,39 @@ def load(
     values(argv)
     return values["config"].value
   except (
-    *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
+    flags.Error,
+    OSError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
   ) as error:
     raise errors.ConfigError(
-      "The config cannot be used.",
+      "Invalid recipe or config value.",
       where=" ".join(argv[1:]),
-      # What a recipe raises is told as a traceback, whose last line says it.
+      # If a recipe raises, this is a traceback that ends with the message.
       why=str(error).strip().splitlines()[-1],
       fix="See docs/overrides.md, and the recipe for its --config.KEY names.",
     ) from error
 
 
-def _refused(
+def _unknown(
   word: str, what: str, name: str, known: Sequence[str]
 ) -> errors.ConfigError:
   near = difflib.get_close_matches(name, known, n=1)
   return errors.ConfigError(
     what,
     where=word,
-    why=f"Known are {', '.join(known)}.",
+    why=f"Valid names are {', '.join(known)}.",
     fix=f"Did you mean {near[0]}?" if near else "Choose one of these.",
   )
 
 
-def _unfit(
+def _invalid(
   name: str, value: str, why: str, better: str | None
 ) -> errors.ConfigError:
   return errors.ConfigError(
-    f"{name}={value} cannot be honoured.",
+    f"Invalid override {name}={value}.",
     where=f"{name}={value}",
     why=f"{why[0].upper()}{why[1:]}.",
     fix=f"Set {name}={better}." if better else "Leave it out, or change it.",
@@ -428,13 +465,13 @@ def _unfit(
 
 
 def markdown() -> str:
-  """Writes the table as a page."""
+  """Returns the text of `docs/overrides.md`."""
   lines = [
-    "# Overrides of the launchers",
+    "# Launcher overrides",
     "",
-    "`scripts/launch.sh` and `scripts/launch_with_server.sh` take any config",
-    "value as `--config.KEY=VALUE`, and the original's names as `NAME=VALUE`.",
-    "These are all; any other is refused. This page is made by",
+    "`scripts/launch.sh` and `scripts/launch_with_server.sh` accept any config",
+    "value as `--config.KEY=VALUE`, and the names below as `NAME=VALUE`. Other",
+    "names are errors. Regenerate this page with",
     "`python -m scripts.launch_overrides > docs/overrides.md`.",
     "",
     "| name | sets `--config.` | meaning |",
@@ -445,11 +482,11 @@ def markdown() -> str:
     lines.append(f"| `{name}` | {paths} | {row.meaning} |")
   lines += [
     "",
-    "The word `offload`, wherever it stands, sets `--config.offload.*`: the",
-    "optimizer's moments and the frozen reference lie in the host's memory,",
-    "and are on the devices for as long as a step needs them. Parameters stay",
-    "on the devices, and no number changes. Where devices cannot reach the",
-    "host's memory it is refused. It has not been run on a GPU or TPU yet.",
+    "`offload`, anywhere among the overrides, sets `--config.offload.*`: the",
+    "optimizer moments and the frozen reference are kept in host memory, and",
+    "copied to the devices while a step needs them. Parameters stay on the",
+    "devices, and results do not change. If the devices cannot access host",
+    "memory, it is an error. Not tested on a GPU or TPU yet.",
   ]
   return "\n".join(lines) + "\n"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which servers a job needs, and how its training finds them."""
+"""Plans the rollout servers of a job, and the flags for their URLs."""
 
 from collections.abc import Sequence
 import pathlib
@@ -12,8 +12,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _HOST, _PORT = "127.0.0.1", 8765
 
 
-def models(job: launch_overrides.LaunchRequest) -> dict[wire.Role, str]:
-  """Tells what is served in each role."""
+def served_models(job: launch_overrides.LaunchRequest) -> dict[wire.Role, str]:
+  """Returns the path of the model that is served in each role."""
   models: dict[wire.Role, str] = {"policy": job.config.model.path}
   if "student" in job.config:
     models["student"] = job.config.student.path
@@ -26,20 +26,20 @@ def plan(
   """Plans the servers of a job.
 
   Args:
-    job: what is trained.
-    wanted: the engine, or "" for what is installed.
-    devices: as `placement.split` gives them.
+    job: the recipe and its overrides.
+    wanted: the engine, or "" for the default of the installation.
+    devices: from `placement.split`.
 
   Raises:
-    errors.ConfigError: if it has no use for servers, the engine is not
+    errors.ConfigError: if the recipe does not use servers, the engine is not
       installed, or a port is taken.
   """
   if "rollout" not in job.config:
     raise errors.ConfigError(
-      "This recipe samples nothing.",
+      "This recipe does not sample.",
       where=job.recipe,
-      why="It has no section `rollout` that could use servers.",
-      fix="Run it by scripts/launch.sh.",
+      why="It has no section `rollout`, so it would not use the servers.",
+      fix="Run it with scripts/launch.sh.",
     )
   engine, python = placement.find_engine(_ROOT, wanted)
   site = placement.Site(
@@ -47,7 +47,7 @@ def plan(
     port=job.port or _PORT,
     engine=engine,
     python=python,
-    models=models(job),
+    models=served_models(job),
     dtype=job.config.rollout.dtype,
     logs=job.workdir / "servers",
   )
@@ -55,15 +55,19 @@ def plan(
   return placement.plan(site, devices)
 
 
-def addresses(
+def training_flags(
   job: launch_overrides.LaunchRequest, servers: Sequence[supervisor.Server]
 ) -> list[str]:
-  """Tells training where the servers of each role are."""
+  """Returns the training flags with the server URLs of each role.
+
+  Without `servers`, they are assumed to run already, at the default ports.
+  """
   host, port = job.host or _HOST, job.port or _PORT
   urls = {
-    role: [s.url for s in servers if s.role == role] for role in models(job)
+    role: [s.url for s in servers if s.role == role]
+    for role in served_models(job)
   }
-  if not servers:  # They run already: those that a launcher would start.
+  if not servers:
     urls = {role: [f"http://{host}:{port + i}"] for i, role in enumerate(urls)}
   return ["--config.rollout.backend=http"] + [
     f"--config.rollout.{role}_urls={tuple(of_role)!r}"

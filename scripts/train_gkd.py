@@ -20,7 +20,7 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan("gkd"):
+  if print_config.print_if_requested() or report.print_plan("gkd"):
     return
   config, workdir = arguments.parse("gkd")
   with (

@@ -28,7 +28,7 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan("grpo"):
+  if print_config.print_if_requested() or report.print_plan("grpo"):
     return
   config, workdir = arguments.parse("grpo")
   functions = reward_functions.parse()

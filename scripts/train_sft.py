@@ -19,7 +19,7 @@ from scripts.plan import report
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_config() or report.print_plan("sft"):
+  if print_config.print_if_requested() or report.print_plan("sft"):
     return
   config, workdir = arguments.parse("sft")
   with components.start(workdir, config) as should_stop:

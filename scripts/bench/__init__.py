@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks; each prints a table and a ratio."""
+"""Benchmarks. Each prints a table and a ratio."""

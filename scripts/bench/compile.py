@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the compiler on a training step, for more and more layers.
+"""Times the compilation of a training step for growing numbers of layers.
 
   JAX_PLATFORMS=cpu python -m scripts.bench.compile --layers=4,8,16,32,64
 
-The layers are one loop, so the last line, `ratio: N`, stays near 1: the CPU
-seconds for the most layers over those for the fewest. Other work on the machine
-moves them less than it moves the clock.
+The last line, `ratio: N`, is the CPU seconds of the last number of layers over
+those of the first. It stays near 1, since the layers are one scan. CPU seconds
+vary less than wall-clock time when the machine is shared.
 """
 
 import functools
@@ -23,17 +23,19 @@ from atlas_jax.train import optimizer_step, sft, train_state
 from configs import optimizer
 from scripts import program
 
-_LAYERS = flags.DEFINE_list("layers", ["4", "8", "16", "32", "64"], "To time.")
-_UNROLL = flags.DEFINE_integer("unroll", 1, "Layers in a turn of the loop.")
+_LAYERS = flags.DEFINE_list(
+  "layers", ["4", "8", "16", "32", "64"], "Numbers of layers to time."
+)
+_UNROLL = flags.DEFINE_integer("unroll", 1, "Layers in a scan iteration.")
 _REMAT = flags.DEFINE_string("remat", "block", "See docs/speed.md.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Of each; the least time counts.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs; the fastest counts.")
 
 _BATCH, _LENGTH = 8, 128
 
 
 def main() -> None:
-  """Prints a line for each number of layers, and the ratio."""
-  # What is read from a cache is not compiled.
+  """Prints a line per number of layers, and the ratio."""
+  # A cached program would not be compiled.
   jax.config.update("jax_enable_compilation_cache", False)
   device = jax.devices()[0].device_kind
   print(f"{device}, remat {_REMAT.value}, unroll {_UNROLL.value}")
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def _time(num_layers: int) -> tuple[float, float, float]:
-  """Gives seconds of tracing, of compiling, and of the CPUs for both."""
+  """Returns seconds of tracing and of compiling, and CPU seconds of both."""
   lower = _make_lower(num_layers)
   jax.clear_caches()
   start, cpu_start = time.perf_counter(), time.process_time()
@@ -60,7 +62,7 @@ def _time(num_layers: int) -> tuple[float, float, float]:
 
 
 def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
-  """Makes what traces the step of a small Qwen3 with so many layers."""
+  """Returns a function that traces the training step of a small Qwen3."""
   config = decoder_config.from_hf(
     {
       "model_type": "qwen3",
@@ -75,7 +77,7 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
       "rms_norm_eps": 1e-6,
     }
   )
-  remat: Any = _REMAT.value  # Any: `build` refuses what it does not know.
+  remat: Any = _REMAT.value  # Any: `build` validates it.
   model = decoder.build(
     config, dtype="bfloat16", attention="xla", remat=remat, unroll=_UNROLL.value
   )

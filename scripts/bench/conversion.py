@@ -3,11 +3,11 @@
 
   python -m scripts.bench.conversion --width=2048 --layers=16
 
-Files are bfloat16; a plain read goes into new memory, a plain write is waited
-for until it is on disk, and transformers does what it does; all in one process,
-in turn. Parameters are bfloat16, or float32 as they are trained. Files are in
-the page cache, or dropped from it before each read. Peak memory is of the whole
-process, above what it held before and the parameters.
+Files are bfloat16. A plain read goes into new memory, a plain write ends with
+fsync; both alternate in one process with our loading and exporting and with
+those of transformers. Parameters are bfloat16, or float32 as in training. Files
+are in the page cache (warm), or dropped from it before each read (cold). Peak
+memory is that of the process, less what it held before and the parameters.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,6 @@ import pathlib
 import shutil
 import statistics
 import tempfile
-import time
 from typing import Any
 
 from absl import flags
@@ -32,52 +31,50 @@ from atlas_jax import sharding
 from atlas_jax.models import decoder, decoder_config
 from conversion import card, load, rules, save, shards
 from scripts import program
-from scripts.bench import memory
+from scripts.bench import memory, timing
 
-_WIDTH = flags.DEFINE_integer("width", 2048, "Of the model; the MLP's is 3x.")
-_LAYERS = flags.DEFINE_integer("layers", 16, "How many.")
-_VOCABULARY = flags.DEFINE_integer("vocabulary", 16_384, "Its size.")
+_WIDTH = flags.DEFINE_integer(
+  "width", 2048, "Width of the model; the MLP is three times as wide."
+)
+_LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 16_384, "Vocabulary size.")
 _DTYPES = flags.DEFINE_list(
-  "dtypes", ["bfloat16", "float32"], "Of the parameters, loaded."
+  "dtypes", ["bfloat16", "float32"], "Precisions of the loaded parameters."
 )
 _CACHES = flags.DEFINE_list(
-  "caches", ["warm", "cold"], "Whether files are in the page cache, or not."
+  "caches", ["warm", "cold"], "Whether files are in the page cache."
 )
-_DIRECTORY = flags.DEFINE_string("directory", "/tmp", "Where to.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "How often.")
-_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**28, "Of one file.")
+_DIRECTORY = flags.DEFINE_string("directory", "/tmp", "Folder for the files.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each operation.")
+_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**28, "Limit per file.")
 
 _TOUCHED_BYTES = 2**31
 _ROW = "| {:>16} | {:>7} | {:>8} | {:>10} | {:>7} | {:>12} | {:>11} |"
 
 
 @dataclasses.dataclass
-class _Times:
-  """Of every repeat: seconds by the clock and of all cores, peak memory."""
+class _Measured:
+  """Times of every repeat, and the bytes that peak memory grew by."""
 
-  wall: list[float] = dataclasses.field(default_factory=list)
-  cpu: list[float] = dataclasses.field(default_factory=list)
+  times: timing.Times = dataclasses.field(default_factory=timing.Times)
   grown: list[int] = dataclasses.field(default_factory=list)
 
   def take(
     self,
-    function: Callable[..., Any],  # Any: what it takes and gives is its own.
+    function: Callable[..., Any],  # Any: see `timing.Times.take`.
     *args: Any,
   ) -> Any:
-    """Calls a function, and notes how long it takes."""
-    # A virtual machine's memory costs more when it is touched the first time.
+    """Calls a function, and records its time and peak memory."""
+    # In a virtual machine, memory is slower when it is touched first.
     np.ones(_TOUCHED_BYTES, np.uint8)
     held = memory.of_process("VmRSS", reset=True)
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = function(*args)
-    self.wall.append(time.perf_counter() - wall)
-    self.cpu.append(time.process_time() - cpu)
+    result = self.times.take(function, *args)
     self.grown.append(memory.of_process("VmHWM", reset=False) - held)
     return result
 
 
 def main() -> None:
-  """Prints a table of each kind, and how it compares."""
+  """Prints a table and the ratios for each precision and cache state."""
   transformers.utils.logging.disable_progress_bar()
   with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
     root = pathlib.Path(directory)
@@ -96,11 +93,11 @@ def _measure(
   dtype: str,
   *,
   is_cold: bool,
-) -> dict[str, _Times]:
-  """Moves one model in and out, again and again."""
+) -> dict[str, _Measured]:
+  """Measures each operation on one model, `--repeats` times in turn."""
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   places = sharding.of_params(mesh, model.abstract_params)
-  times = {name: _Times() for name in _NAMES}
+  times = {name: _Measured() for name in _NAMES}
 
   def read() -> decoder.Params:
     params = load.load(source, model, param_dtype=dtype, shardings=places)
@@ -109,7 +106,7 @@ def _measure(
   def export(params: decoder.Params) -> None:
     _save(root / "export", params, model, root)
 
-  export(read())  # Compiles what fetches the tensors.
+  export(read())  # Compiles the programs that fetch the tensors.
   shutil.rmtree(root / "export")
   for _ in range(_REPEATS.value):
     _prepare(source, is_cold=is_cold)
@@ -131,8 +128,10 @@ def _measure(
   return times
 
 
-def _report(model: decoder.Model, dtype: str, times: dict[str, _Times]) -> None:
-  """Prints a row for each thing that was timed, and the ratios."""
+def _report(
+  model: decoder.Model, dtype: str, measured: dict[str, _Measured]
+) -> None:
+  """Prints a row for each operation, and the ratios."""
   counts = [math.prod(shape) for shape in rules.shapes(model).values()]
   held, largest = sum(counts) * np.dtype(dtype).itemsize, max(counts)
   moved = sum(counts) * _FILE_ITEMSIZE
@@ -145,10 +144,11 @@ def _report(model: decoder.Model, dtype: str, times: dict[str, _Times]) -> None:
   header = ("", "best s", "median s", "best MiB/s", "CPU s", "x plain")
   print(_ROW.format(*header, "MiB more"))
   print(_ROW.format(*["---:"] * 7))
+  times = {name: each.times for name, each in measured.items()}
   for name, taken in times.items():
     plain = times["plain write" if name in _WRITES else "plain read"]
     best = min(taken.wall)
-    more = max(taken.grown) - (
+    more = max(measured[name].grown) - (
       held if name in ("load", "from_pretrained", "plain read") else 0
     )
     print(
@@ -165,7 +165,7 @@ def _report(model: decoder.Model, dtype: str, times: dict[str, _Times]) -> None:
   hashed = 2 * min(times["digests"].cpu)
   print(
     f"\nOf an export's {min(times['export'].cpu):.3f} s of CPU time, digests "
-    f"both ways take {hashed:.3f}.\nBest / median:"
+    f"in both directions take {hashed:.3f}.\nBest / median:"
   )
   for what, ours, plain, peer in _COMPARED:
     mine, disk, theirs = (
@@ -178,7 +178,7 @@ def _report(model: decoder.Model, dtype: str, times: dict[str, _Times]) -> None:
 
 
 def _compared(theirs: list[list[float]], ours: list[list[float]]) -> str:
-  """Divides the sums of some times by those of others: the best, the median."""
+  """Formats the ratio of summed times: of the best, and the median ratio."""
   a, b = (
     [sum(each) for each in zip(*sides, strict=True)] for sides in (theirs, ours)
   )
@@ -203,7 +203,7 @@ _COMPARED = (
 
 
 def _read_plainly(directory: pathlib.Path) -> list[np.ndarray]:
-  """Reads all weights, file after file, into new memory."""
+  """Reads all weight files, one after the other, into new memory."""
   read = []
   for path in sorted(directory.glob("*.safetensors")):
     read.append(np.empty(path.stat().st_size, np.uint8))
@@ -213,7 +213,7 @@ def _read_plainly(directory: pathlib.Path) -> list[np.ndarray]:
 
 
 def _write_plainly(arrays: list[np.ndarray], path: pathlib.Path) -> None:
-  """Writes bytes to a file, and waits until they are on disk."""
+  """Writes bytes to a file, and calls fsync."""
   with path.open("wb", buffering=0) as file:
     for array in arrays:
       file.write(array.data)
@@ -221,15 +221,15 @@ def _write_plainly(arrays: list[np.ndarray], path: pathlib.Path) -> None:
 
 
 def _digests(arrays: list[np.ndarray]) -> None:
-  """Hashes all bytes, as an export does once while it writes them."""
+  """Hashes all bytes, as an export does while it writes them."""
   for array in arrays:
     shards.new_digest().update(array.data)
 
 
 def _from_pretrained(
   directory: pathlib.Path, dtype: str
-) -> Any:  # Any: the peer's own type.
-  """Loads a model; one that is only mapped has every value read."""
+) -> Any:  # Any: a transformers model.
+  """Loads a model with transformers; reads every value of a mapped one."""
   model = transformers.AutoModelForCausalLM.from_pretrained(
     directory, dtype=dtype, trust_remote_code=False
   )
@@ -240,10 +240,10 @@ def _from_pretrained(
 
 
 def _save_pretrained(
-  model: Any,  # Any: the peer's own type.
+  model: Any,  # Any: a transformers model.
   directory: pathlib.Path,
 ) -> None:
-  """Saves in bfloat16, and waits until it is on disk, as the others do."""
+  """Saves in bfloat16 with transformers, and calls fsync, as the others do."""
   model.bfloat16().save_pretrained(directory, max_shard_size=_SHARD_BYTES.value)
   for path in directory.iterdir():
     with path.open("rb") as file:
@@ -251,7 +251,7 @@ def _save_pretrained(
 
 
 def _prepare(directory: pathlib.Path, *, is_cold: bool) -> None:
-  """Puts all weights in the page cache, or takes them out of it."""
+  """Reads all weight files into the page cache, or drops them from it."""
   for path in directory.glob("*.safetensors"):
     with path.open("rb") as file:
       if is_cold:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times a GRPO step of ours against one of TRL's, in turn on one machine.
+"""Times a GRPO step against one of TRL's, alternating on one machine.
 
   python -m scripts.bench.grpo_vs_trl --rounds=6
 
 Both train the same small random model from the same directory on the same
 prompts, with the same group size, lengths, temperature, optimizer and reward,
-and both sample by themselves: TRL through transformers' `generate`. Each is a
-process of its own that stays up; they do `steps` steps in turn, and the first
-turn, in which programs are compiled, does not count. Batch and lengths are
-TRL's defaults: eight completions of at most 256 tokens. The last line is
-`ratio: N`, TRL's time over ours. Needs requirements/parity.txt.
+and both sample in the training process: TRL with transformers' `generate`. Each
+side is a process; they alternate in turns of `--steps` steps. The first turn
+compiles programs and does not count. Batch and lengths are TRL's defaults:
+eight completions of at most 256 tokens. The last line is `ratio: N`, TRL's time
+over ours. Requires requirements/parity.txt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -33,15 +32,18 @@ from atlas_jax.data import sets
 from atlas_jax.train import grpo, loop
 from configs.run import rlvr
 from scripts import program, small_world
+from scripts.bench import memory, timing
 from scripts.job import components
 
 _ROUNDS = flags.DEFINE_integer("rounds", 6, "Turns of each side that count.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
 _QUESTIONS = flags.DEFINE_integer("questions", 1, "Prompts in a step.")
 _GROUP = flags.DEFINE_integer("group_size", 8, "Completions of a prompt.")
-_TOKENS = flags.DEFINE_integer("tokens", 256, "Of a completion at most.")
-_LAYERS = flags.DEFINE_integer("layers", 4, "Of the model.")
-_WIDTH = flags.DEFINE_integer("width", 64, "Of the model.")
+_TOKENS = flags.DEFINE_integer(
+  "tokens", 256, "Limit on tokens of a completion."
+)
+_LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the model.")
+_WIDTH = flags.DEFINE_integer("width", 64, "Width of the model.")
 _SIDE = flags.DEFINE_enum("side", None, ["ours", "trl"], "Set by the parent.")
 _DIRECTORY = flags.DEFINE_string("directory", "", "Set by the parent.")
 
@@ -51,7 +53,7 @@ _MAX_GRAD_NORM = 1.0
 
 
 def main() -> None:
-  """Runs one side, or both in turn and the table."""
+  """Runs one side, or starts both and prints the table."""
   if _SIDE.value == "ours":
     _ours(pathlib.Path(_DIRECTORY.value))
   elif _SIDE.value == "trl":
@@ -84,19 +86,22 @@ def _make(directory: pathlib.Path) -> None:
 
 
 def _reward(text: str) -> float:
-  """Something both sides can earn, and see grow: the share of digits."""
+  """Returns the fraction of digits, a reward that both sides can increase."""
   return sum(letter.isdigit() for letter in text) / max(1, len(text))
 
 
 class _Side:
-  """One side's process, which does a turn when asked."""
+  """The process of one side, which runs a turn on request."""
 
   def __init__(self, name: str, directory: str) -> None:
     self.name, self.steps = name, list[dict[str, float]]()
     self._process = subprocess.Popen(
       (
-        *(sys.executable, "-m", "scripts.bench.grpo_vs_trl"),
-        *(f"--side={name}", f"--directory={directory}"),
+        sys.executable,
+        "-m",
+        "scripts.bench.grpo_vs_trl",
+        f"--side={name}",
+        f"--directory={directory}",
         *(f"--{flag.name}={flag.value}" for flag in _SHARED),
       ),
       stdin=subprocess.PIPE,
@@ -113,9 +118,9 @@ class _Side:
     self._process.wait()
 
   def turn(self) -> None:
-    """Has it do `steps` steps, while the other one is stopped.
+    """Runs `--steps` steps; the process is suspended between turns.
 
-    Threads that wait for work would take turns with those that have some.
+    Otherwise its spinning threads would take CPU time from the other side.
     """
     process = self._process
     process.send_signal(signal.SIGCONT)
@@ -126,7 +131,7 @@ class _Side:
           self.steps.append(json.loads(line))
           break
       else:
-        raise RuntimeError(f"{self.name} ended with {process.wait()}.")
+        raise RuntimeError(f"{self.name} exited with code {process.wait()}.")
     process.send_signal(signal.SIGSTOP)
 
 
@@ -137,9 +142,10 @@ def _num_steps() -> int:
   return (1 + _ROUNDS.value) * _STEPS.value + 1
 
 
-def _ours(directory: pathlib.Path) -> None:
-  """Trains by `train.grpo`, on one CPU device."""
-  # Any: a ConfigDict, whose values have no static type.
+def _config(
+  directory: pathlib.Path,
+) -> Any:  # Any: a ConfigDict, whose values have no static type.
+  """Returns the config of our side, for one CPU device."""
   config: Any = rlvr.get_config("smoke,grpo")
   config.model.path = str(directory / "model")
   config.template = _TEMPLATE
@@ -158,6 +164,12 @@ def _ours(directory: pathlib.Path) -> None:
   config.loop.num_steps = _num_steps()
   config.loop.log_every = 1
   config.loop.save_every = config.loop.num_steps
+  return config
+
+
+def _ours(directory: pathlib.Path) -> None:
+  """Trains with `train.grpo`."""
+  config = _config(directory)
   clock = _Clock()
 
   def reward_fn(
@@ -167,7 +179,7 @@ def _ours(directory: pathlib.Path) -> None:
     return [types.Reward(_reward(r.taught[0].text)) for r in records]
 
   def after_step() -> bool:
-    clock.tell()
+    clock.end_step()
     return False
 
   mesh = sharding.make_mesh(**config.mesh)
@@ -207,29 +219,29 @@ def _ours(directory: pathlib.Path) -> None:
 
 
 class _Clock:
-  """Times a step between two words of the parent."""
+  """Times a step between two requests of the parent process."""
 
   def __init__(self) -> None:
     self.num_tokens, self._generate, self._start = 0, 0.0, 0.0
 
   def wait(self) -> None:
-    """Waits to be asked for a step."""
+    """Waits for the request to run a step."""
     sys.stdin.readline()
     self._generate, self._start = 0.0, time.perf_counter()
 
   @contextlib.contextmanager
   def generate(self) -> Iterator[None]:
-    """Counts what is done within as generation."""
+    """Counts the time within as generation."""
     start = time.perf_counter()
     yield
     self._generate += time.perf_counter() - start
 
-  def tell(self) -> None:
-    """Tells of the step that is over, and waits to be asked for the next."""
+  def end_step(self) -> None:
+    """Prints the times of a step, and waits for the next request."""
     step = {
       "step": time.perf_counter() - self._start,
       "generate": self._generate,
-      "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+      "peak": memory.peak_bytes(),
       "tokens": self.num_tokens,
     }
     print(json.dumps(step), flush=True)
@@ -244,15 +256,15 @@ def _selection(directory: pathlib.Path) -> sets.Selection:
 
 
 def _trl(directory: pathlib.Path) -> None:
-  """Trains by TRL's GRPOTrainer, which samples by `generate`."""
-  import datasets  # In the child alone: they take seconds, and bring torch.
+  """Trains with TRL's GRPOTrainer, which samples with `generate`."""
+  import datasets  # Imported only in this process: slow, and imports torch.
   import transformers
   from trl.trainer import grpo_config, grpo_trainer
 
   clock = _Clock()
 
   class Timed(grpo_trainer.GRPOTrainer):
-    def _generate(self, prompts: list[str]) -> Any:  # Any: TRL's own tuple.
+    def _generate(self, prompts: list[str]) -> Any:  # Any: a tuple of TRL's.
       with clock.generate():
         return super()._generate(prompts)
 
@@ -261,7 +273,7 @@ def _trl(directory: pathlib.Path) -> None:
       clock.wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-      clock.tell()
+      clock.end_step()
 
   def reward_fn(
     completions: list[str], completion_ids: list[list[int]], **_: Any
@@ -309,7 +321,7 @@ def _report(ours: _Side, trl: _Side) -> None:
   print(
     f"{_QUESTIONS.value} prompts x {_GROUP.value} completions of at most "
     f"{_TOKENS.value} tokens, {_LAYERS.value} layers {_WIDTH.value} wide, "
-    f"float32; {os.cpu_count()} cores; {len(ours.steps)} steps of each, in turn"
+    f"float32; {os.cpu_count()} cores; {len(ours.steps)} alternating steps each"
   )
   print(f"{'':>10} {'ours':>10} {'TRL':>10} {'TRL/ours':>10}")
   for name in ("step", "generate", "rest"):
@@ -320,28 +332,16 @@ def _report(ours: _Side, trl: _Side) -> None:
   print(f"{'peak MiB':>10} {peaks[0]:10.0f} {peaks[1]:10.0f}")
   tokens = [np.mean(_values(side, "tokens")) for side in (ours, trl)]
   print(f"{'tokens':>10} {tokens[0]:10.0f} {tokens[1]:10.0f}")
-  low, high = _interval(ours, trl)
-  print(f"95 % of bootstraps of the ratio: [{low:.2f}, {high:.2f}]")
-  medians = [np.median(_values(side, "step")) for side in (ours, trl)]
-  print(f"ratio: {medians[1] / medians[0]:.2f}")
+  steps = [_values(side, "step") for side in (trl, ours)]
+  low, high = timing.ratio_interval(*steps)
+  print(f"95% bootstrap interval of the ratio: [{low:.2f}, {high:.2f}]")
+  print(f"ratio: {np.median(steps[0]) / np.median(steps[1]):.2f}")
 
 
 def _values(side: _Side, name: str) -> np.ndarray:
   if name == "rest":
     return _values(side, "step") - _values(side, "generate")
   return np.array([step[name] for step in side.steps])
-
-
-def _interval(ours: _Side, trl: _Side) -> tuple[float, float]:
-  """Resamples the steps of each side."""
-  rng = np.random.default_rng(0)
-  ratios = [
-    np.median(rng.choice(_values(trl, "step"), len(trl.steps)))
-    / np.median(rng.choice(_values(ours, "step"), len(ours.steps)))
-    for _ in range(1000)
-  ]
-  low, high = np.percentile(ratios, [2.5, 97.5])
-  return float(low), float(high)
 
 
 if __name__ == "__main__":

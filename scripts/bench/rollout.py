@@ -3,9 +3,9 @@
 
   python -m scripts.bench.rollout --prompts=64 --group_size=4
 
-One engine serves both, in .venv-rollout, on a model with random weights. What
-is asked is the same: prompts, lengths, seeds. The two alternate, the one that
-begins changes with each pair, and the ratio is taken within pairs.
+One vLLM engine in .venv-rollout serves both, with random weights and the same
+prompts, lengths and seeds. The two alternate, in an order that changes with
+each pair of measurements, and the ratio is taken within pairs.
 """
 
 from collections.abc import Iterator
@@ -31,14 +31,20 @@ from rollout import manifest, wire
 from rollout.remote import client, fleet, http_sampler
 from scripts import program
 
-_PROMPTS = flags.DEFINE_integer("prompts", 64, "In one call.")
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 128, "Of each prompt.")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 4, "Completions of each.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Of each completion.")
-_PAIRS = flags.DEFINE_integer("pairs", 9, "How often both are measured.")
-_WIDTH = flags.DEFINE_integer("width", 256, "Of the model; the MLP's is 3x.")
-_LAYERS = flags.DEFINE_integer("layers", 4, "How many.")
-_EAGER = flags.DEFINE_bool("eager", True, "Whether vLLM compiles nothing.")
+_PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts in one call.")
+_PROMPT_TOKENS = flags.DEFINE_integer(
+  "prompt_tokens", 128, "Tokens of each prompt."
+)
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 4, "Completions of a prompt.")
+_MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 64, "Limit on tokens of a completion."
+)
+_PAIRS = flags.DEFINE_integer("pairs", 9, "Pairs of measurements.")
+_WIDTH = flags.DEFINE_integer(
+  "width", 256, "Width of the model; the MLP is three times as wide."
+)
+_LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the model.")
+_EAGER = flags.DEFINE_bool("eager", True, "Whether vLLM runs uncompiled.")
 _MAX_ROWS = 256  # As in the recipes.
 _WAYS = ("in process", "HttpSampler")
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -46,12 +52,12 @@ _PYTHON = _ROOT / ".venv-rollout/bin/python"
 
 
 def main() -> None:
-  """Prints a table, and the ratio of the two in its last line."""
+  """Prints a table, and the ratio of the two as the last line."""
   if not _PYTHON.exists():
     raise errors.ConfigError(
       "vLLM is not installed.",
       where=str(_PYTHON),
-      why="Both ways are measured in the rollout environment.",
+      why="The benchmark runs vLLM in the rollout environment.",
       fix="Run bash scripts/install_rollout.sh.",
     )
   with tempfile.TemporaryDirectory() as name:
@@ -66,7 +72,7 @@ def main() -> None:
 def _measure(
   process: subprocess.Popen[str], url: str, directory: pathlib.Path
 ) -> np.ndarray:
-  """Gives tokens per second, one row for each pair."""
+  """Returns tokens per second [pairs, 2], with columns as in `_WAYS`."""
   channel = fleet.ChannelTerms(
     role="student",
     tensors={},
@@ -97,7 +103,7 @@ def _measure(
 
 
 def _request(seed: int) -> wire.GenerateRequest:
-  """Draws prompts; other ones for each pair, so that no cache knows them."""
+  """Draws new prompts for each pair, so that none is in the prefix cache."""
   rng = np.random.default_rng(seed + 1)
   drawn = rng.integers(3, 256, size=(_PROMPTS.value, _PROMPT_TOKENS.value))
   return wire.GenerateRequest(
@@ -118,19 +124,19 @@ def _request(seed: int) -> wire.GenerateRequest:
 def _call_engine(
   process: subprocess.Popen[str], request: wire.GenerateRequest
 ) -> float:
-  """Has the engine's process call it, and measure."""
+  """Returns tokens per second of vLLM, as measured in the engine's process."""
   if process.stdin is None:
     raise RuntimeError("The engine was started without a pipe.")
   process.stdin.write(request.model_dump_json() + "\n")
   process.stdin.flush()
-  answer = _read(process)
-  return answer["tokens"] / answer["seconds"]
+  reply = _read(process)
+  return reply["tokens"] / reply["seconds"]
 
 
 def _call_sampler(
   sampler: http_sampler.HttpSampler, request: wire.GenerateRequest
 ) -> float:
-  """Samples as training does, and measures here."""
+  """Returns tokens per second of the server, sampled as in training."""
   prompts = [
     types.Prompt(p.row_id, "", tuple(p.token_ids or ()))
     for p in request.prompts
@@ -150,7 +156,7 @@ def _call_sampler(
 
 
 def _report(speeds: np.ndarray) -> None:
-  """Prints medians with their 95% intervals, by bootstrap over pairs."""
+  """Prints medians with 95% bootstrap intervals over pairs."""
   print(
     f"{_PROMPTS.value} prompts of {_PROMPT_TOKENS.value} tokens x "
     f"{_GROUP_SIZE.value}, at most {_MAX_TOKENS.value} new; {len(speeds)} "
@@ -174,7 +180,7 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def _engine(directory: pathlib.Path) -> Iterator[subprocess.Popen[str]]:
-  """Starts the engine, which ends with its stdin: even if this is killed."""
+  """Starts the engine, which exits when its stdin closes or we are killed."""
   env = {
     name: value
     for name, value in os.environ.items()
@@ -184,8 +190,11 @@ def _engine(directory: pathlib.Path) -> Iterator[subprocess.Popen[str]]:
   env |= {"VLLM_LOGGING_LEVEL": "WARNING"}
   with subprocess.Popen(
     [
-      *(str(_PYTHON), "-m", "scripts.bench.rollout_engine"),
-      *(f"--directory={directory}", f"--eager={_EAGER.value}"),
+      str(_PYTHON),
+      "-m",
+      "scripts.bench.rollout_engine",
+      f"--directory={directory}",
+      f"--eager={_EAGER.value}",
     ],
     cwd=_ROOT,
     env=env,
@@ -194,26 +203,26 @@ def _engine(directory: pathlib.Path) -> Iterator[subprocess.Popen[str]]:
     text=True,
   ) as process:
     yield process
-    process.communicate()  # Closes stdin, and hears it out.
+    process.communicate()  # Closes stdin, and waits for the exit.
 
 
 def _read(process: subprocess.Popen[str]) -> dict[str, float]:
-  """Reads the next line of numbers; vLLM writes lines of its own between."""
+  """Reads the next JSON line, and skips lines that vLLM prints."""
   if process.stdout is None:
     raise RuntimeError("The engine was started without a pipe.")
   for line in process.stdout:
     if line.startswith("{"):
       return json.loads(line)
   raise errors.RolloutError(
-    "The engine ended.",
+    "The engine exited.",
     where="scripts/bench/rollout_engine.py",
     why=f"Its exit code is {process.wait()}.",
-    fix="Its messages are above.",
+    fix="See its messages above.",
   )
 
 
 def _write_model(directory: pathlib.Path) -> None:
-  """Writes a model with random weights, and a tokenizer of bytes."""
+  """Writes a model with random weights, and a byte-level tokenizer."""
   source = directory.with_name("source")
   special = ("<pad>", "<start>", "<end>")
   tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]

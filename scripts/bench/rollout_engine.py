@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's side of scripts/bench/rollout.py, which starts it.
+"""The vLLM process of scripts/bench/rollout.py, which starts it.
 
-One vLLM engine, behind our server and, for lines of JSON on stdin, called in
-this process. Answers are lines of JSON on stdout: first the port, then the
-tokens and seconds of each line. It ends with its stdin.
+One vLLM engine runs behind our server, and is also called directly for each
+request line on stdin. Prints JSON lines: first the port, then the tokens and
+seconds of each request. Exits at the end of stdin.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ from scripts import program
 _DIRECTORY = flags.DEFINE_string(
   "directory", None, "A Hugging Face model.", required=True
 )
-_EAGER = flags.DEFINE_bool("eager", True, "Whether vLLM compiles nothing.")
+_EAGER = flags.DEFINE_bool("eager", True, "Whether vLLM runs uncompiled.")
 
 
 def main() -> None:
-  """Serves, and answers stdin, until it ends."""
+  """Serves, and handles requests on stdin until its end."""
   directory = pathlib.Path(_DIRECTORY.value)
   engine = engine_vllm.VllmEngine(
     directory,
@@ -58,7 +58,7 @@ def main() -> None:
 def _make_app(
   engine: engine_vllm.VllmEngine, directory: pathlib.Path
 ) -> fastapi.FastAPI:
-  """Puts the engine behind a server with the limits of scripts/serve.py."""
+  """Creates a server for the engine, with the limits of scripts/serve.py."""
   digest = manifest.tokenizer_digest(directory)
   weights = weight_channel.Channel(
     role="student", shapes={}, tokenizer_digest=digest, allowed_root=None
@@ -84,21 +84,21 @@ async def _run(
   app: fastapi.FastAPI, bound: socket.socket, engine: engine_vllm.VllmEngine
 ) -> None:
   serving = asyncio.create_task(listen.serve(app, bound, drain_s=1.0))
-  _tell(port=bound.getsockname()[1])
+  _print_json(port=bound.getsockname()[1])
   while line := await asyncio.to_thread(sys.stdin.readline):
     request = wire.GenerateRequest.model_validate_json(line)
     await engine.reset_prefix_cache()
     start = time.perf_counter()
     num_tokens = await _draw(engine, request)
-    _tell(tokens=num_tokens, seconds=time.perf_counter() - start)
-  os.kill(os.getpid(), signal.SIGTERM)  # Ends the server as its users do.
+    _print_json(tokens=num_tokens, seconds=time.perf_counter() - start)
+  os.kill(os.getpid(), signal.SIGTERM)  # Stops the server as users do.
   await serving
 
 
 async def _draw(
   engine: engine_vllm.VllmEngine, request: wire.GenerateRequest
 ) -> int:
-  """Calls vLLM for all prompts at once; counts the tokens."""
+  """Samples all prompts with vLLM at once; returns the number of tokens."""
   params = types.SamplingParams(
     group_size=request.n,
     max_completion_tokens=request.max_tokens,
@@ -116,10 +116,10 @@ async def _draw(
   return sum(len(output.token_ids) for group in groups for output in group)
 
 
-def _tell(**values: float) -> None:
+def _print_json(**values: float) -> None:
   print(json.dumps(values), flush=True)
 
 
-# vLLM's workers import this module as well.
+# vLLM's worker processes import this module too.
 if __name__ == "__main__":
   program.run(main)

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times an update of ours against PyTorch's, on the same device in one run.
+"""Times an update against PyTorch's, on the same device in one run.
 
   JAX_PLATFORMS=cpu python -m scripts.bench.train --shapes=tiny --lengths=96 \
     --batch=64 --dtype=float32 --remat=dots --rounds=8
 
-Both train a Qwen3 of random weights with AdamW, from float32 parameters, on
-the same tokens: ours by the recipes' own steps, PyTorch by transformers, whose
-best attention for it is sdpa. `sft` is the cross entropy, `grpo` an update on
-completions of one batch, an even number. The layouts are `full` rows, or
-sequences of a quarter of a row on average, `packed` into rows or `padded` to
-them; PyTorch pads.
+Both train a Qwen3 with random float32 parameters and AdamW on the same tokens:
+ours with the steps of the recipes, PyTorch with transformers and sdpa, its
+fastest attention. `sft` is the cross entropy, `grpo` an update on the
+completions of one batch, an even number. Layouts are `full` rows, or sequences
+of a quarter of a row on average, `packed` into rows or `padded` to rows;
+PyTorch always pads.
 
-A case is two processes, one for each side, which do `steps` steps in turn, or
-one after the other where both do not fit (`--notogether`). The first turn, in
-which programs are compiled, does not count. The last line is `ratio: N`,
-PyTorch's time over ours, the geometric mean over cases; with `--sides=ours`
-PyTorch need not be there. docs/benchmarks/train.md has the lines for a GPU.
+A case is two processes, one per side, which alternate in turns of `--steps`
+steps, or run one after the other if both do not fit (`--notogether`). The first
+turn compiles programs and does not count. The last line is `ratio: N`,
+PyTorch's time over ours, the geometric mean over cases. `--sides=ours` does not
+require PyTorch. docs/benchmarks/train.md has the commands for a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,6 @@ import contextlib
 import functools
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from atlas_jax import sharding, types
 from atlas_jax.data import packing
@@ -48,10 +48,16 @@ from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train.telemetry import flops
 from configs.run import rlvr
 from scripts import program
+from scripts.bench import memory, timing
 
 _FIELDS = (
-  *("hidden_size", "intermediate_size", "num_hidden_layers"),
-  *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "vocab_size",
 )
 _SHAPES = {
   "tiny": (128, 256, 4, 4, 2, 32, 512),
@@ -60,36 +66,45 @@ _SHAPES = {
   "1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
   "4b": (2560, 9728, 36, 32, 8, 128, 151936),
 }
-_WHAT = flags.DEFINE_list("what", ["sft"], "Of sft, grpo.")
-_SHAPE = flags.DEFINE_list("shapes", ["tiny"], f"Of {', '.join(_SHAPES)}.")
+_WHAT = flags.DEFINE_list("what", ["sft"], "From sft, grpo.")
+_SHAPE = flags.DEFINE_list("shapes", ["tiny"], f"From {', '.join(_SHAPES)}.")
 _LENGTH = flags.DEFINE_list("lengths", ["1024"], "Tokens in a row.")
-_LAYOUT = flags.DEFINE_list("layouts", ["full"], "Of full, packed, padded.")
+_LAYOUT = flags.DEFINE_list("layouts", ["full"], "From full, packed, padded.")
 _CASES = (_WHAT, _SHAPE, _LENGTH, _LAYOUT)
-_BATCH = flags.DEFINE_integer("batch", 8, "Rows, were they full.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of activations.")
-_ATTENTION = flags.DEFINE_string("attention", "auto", "Our kernel.")
-_REMAT = flags.DEFINE_string("remat", "block", "Ours, see docs/speed.md.")
-_UNROLL = flags.DEFINE_integer("unroll", 1, "Layers in a turn of our loop.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Size of a batch, in full rows.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Precision of activations.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Our attention kernel.")
+_REMAT = flags.DEFINE_string("remat", "block", "Our remat; see docs/speed.md.")
+_UNROLL = flags.DEFINE_integer("unroll", 1, "Layers in a scan iteration.")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens whose logits exist at once")
 _CHECKPOINTS = flags.DEFINE_bool("torch_checkpoints", False, "Torch's remat.")
-_COMPILE = flags.DEFINE_bool("torch_compile", False, "Whether torch compiles.")
+_COMPILE = flags.DEFINE_bool("torch_compile", False, "Use torch.compile.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each side that count.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
 _TOGETHER = flags.DEFINE_bool("together", True, "Whether turns alternate.")
-_SIDES = flags.DEFINE_list("sides", ["ours", "torch"], "Which to run.")
+_SIDES = flags.DEFINE_list("sides", ["ours", "torch"], "Sides to run.")
 _SIDE = flags.DEFINE_string("side", "", "Set by the parent.")
 _SHARED = (
-  *(_BATCH, _DTYPE, _ATTENTION, _REMAT, _UNROLL, _CHUNK),
-  *(_CHECKPOINTS, _COMPILE, _STEPS),
+  _BATCH,
+  _DTYPE,
+  _ATTENTION,
+  _REMAT,
+  _UNROLL,
+  _CHUNK,
+  _CHECKPOINTS,
+  _COMPILE,
+  _STEPS,
 )
 
 _RATE = 1e-5
 _Turn = dict[str, Any]  # Any: JSON.
 _Sequences = Sequence[np.ndarray]
+# Any: the metrics of either recipe.
+_Update = Callable[[train_state.TrainState], tuple[train_state.TrainState, Any]]
 
 
 class Side(NamedTuple):
-  """What a side's process does and tells."""
+  """A training step of one side, and how to measure it."""
 
   step: Callable[[], None]
   peak_bytes: Callable[[], int]
@@ -97,14 +112,14 @@ class Side(NamedTuple):
 
 
 def main() -> None:
-  """Runs one side of a case, or all cases and the table."""
+  """Runs one side of a case, or starts all cases and prints the table."""
   if _SIDE.value:
     what, shape, length, layout = (flag.value[0] for flag in _CASES)
     sequences = _sequences(int(length), layout, shape)
     if _SIDE.value == "ours":
       side = _ours(what, shape, int(length), layout, sequences)
     else:
-      from scripts.bench import train_torch  # Ours needs no PyTorch.
+      from scripts.bench import train_torch  # Our side works without PyTorch.
 
       side = train_torch.make(
         what,
@@ -134,7 +149,7 @@ def main() -> None:
 
 
 def _config(shape: str) -> dict[str, Any]:  # Any: JSON.
-  """Gives the config.json of both sides."""
+  """Returns the config.json of both sides."""
   return {
     "model_type": "qwen3",
     **dict(zip(_FIELDS, _SHAPES[shape], strict=True)),
@@ -145,7 +160,7 @@ def _config(shape: str) -> dict[str, Any]:  # Any: JSON.
 
 
 def _sequences(length: int, layout: str, shape: str) -> list[np.ndarray]:
-  """Draws the tokens that both sides learn, as many for each layout."""
+  """Draws the token ids of both sides, `--batch` x `length` in each layout."""
   rng = np.random.default_rng(0)
   lengths, left = [], _BATCH.value * length
   while left:
@@ -154,7 +169,7 @@ def _sequences(length: int, layout: str, shape: str) -> list[np.ndarray]:
       size = int(np.clip(rng.exponential(length / 4), 8, length))
     lengths.append(min(size, left))
     left -= lengths[-1]
-  if layout != "full" and len(lengths) % 2:  # A group is two of them.
+  if layout != "full" and len(lengths) % 2:  # GRPO groups are pairs.
     first = lengths.pop(0)
     lengths += [first // 2, first - first // 2]
   return [rng.integers(1, _SHAPES[shape][-1], size) for size in lengths]
@@ -163,8 +178,8 @@ def _sequences(length: int, layout: str, shape: str) -> list[np.ndarray]:
 def _ours(
   what: str, shape: str, length: int, layout: str, sequences: _Sequences
 ) -> Side:
-  """Makes our side."""
-  # Any: `build` refuses what it does not know.
+  """Creates our side."""
+  # Any: `build` validates them.
   attention: Any = _ATTENTION.value
   remat: Any = _REMAT.value
   model = decoder.build(
@@ -178,6 +193,11 @@ def _ours(
   placed = sharding.of_params(mesh, model.abstract_params)
   params = jax.jit(model.init, out_shardings=placed)(jax.random.key(0))
   config: Any = rlvr.get_config("smoke,grpo")  # Any: a ConfigDict.
+  config.logits.chunk_tokens = _CHUNK.value
+  config.loss.kl_coef = 0.0
+  config.sampling.teach.group_size = 2
+  config.sampling.teach.max_completion_tokens = length
+  config.packing = dict(length=length, packed=layout == "packed")
   optimizer = train_optimizer.make_optimizer(
     lambda _: jnp.float32(_RATE), **config.optimizer
   )
@@ -188,28 +208,8 @@ def _ours(
     examples = [(ids, np.ones(len(ids), bool)) for ids in sequences]
     arrays = rows(examples, length, too_long="error").arrays
     batch = jax.device_put(arrays, sharding.of_batch(mesh))
-    step = optimizer_step.make_step(
-      functools.partial(
-        sft.packed_loss,
-        model,
-        z_loss_coef=0.0,
-        chunk_tokens=_CHUNK.value,
-        router_aux_coef=0.0,
-      ),
-      optimizer,
-      frozen={},
-      shardings=shardings,
-    )
-
-    def update(state: train_state.TrainState) -> tuple[Any, Any]:
-      return step(state, batch)
-
+    update = _sft_update(model, optimizer, shardings, batch)
   else:
-    config.logits.chunk_tokens = _CHUNK.value
-    config.loss.kl_coef = 0.0
-    config.sampling.teach.group_size = 2
-    config.sampling.teach.max_completion_tokens = length
-    config.packing = dict(length=length, packed=layout == "packed")
     updater = grpo_update.GrpoUpdate(
       trainable.full_policy(model),
       optimizer,
@@ -217,11 +217,7 @@ def _ours(
       mesh=mesh,
       config=config,
     )
-    records = [*map(_record, sequences)]
-    rewarded = [types.Reward(float(i % 2)) for i, _ in enumerate(records)]
-
-    def update(state: train_state.TrainState) -> tuple[Any, Any]:
-      return updater.update(state, records, rewarded, is_compared=False)
+    update = _grpo_update(updater, sequences)
 
   def one_step() -> None:
     nonlocal state
@@ -233,13 +229,46 @@ def _ours(
   def peak_bytes() -> int:
     if stats := device.memory_stats():
       return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.peak_bytes()
 
   return Side(one_step, peak_bytes, device.device_kind)
 
 
+def _sft_update(
+  model: decoder.Model,
+  optimizer: optax.GradientTransformation,
+  shardings: train_state.TrainState,
+  batch: optimizer_step.Batch,
+) -> _Update:
+  """Creates an SFT update on one batch."""
+  step = optimizer_step.make_step(
+    functools.partial(
+      sft.packed_loss,
+      model,
+      z_loss_coef=0.0,
+      chunk_tokens=_CHUNK.value,
+      router_aux_coef=0.0,
+    ),
+    optimizer,
+    frozen={},
+    shardings=shardings,
+  )
+  return lambda state: step(state, batch)
+
+
+def _grpo_update(
+  updater: grpo_update.GrpoUpdate, sequences: _Sequences
+) -> _Update:
+  """Creates a GRPO update on completions with rewards 0 and 1 in turn."""
+  records = [*map(_record, sequences)]
+  rewards = [types.Reward(float(i % 2)) for i, _ in enumerate(records)]
+  return lambda state: updater.update(
+    state, records, rewards, is_compared=False
+  )
+
+
 def _record(ids: np.ndarray) -> types.TeachingRecord:
-  """Makes a record of a completion, three quarters of the tokens."""
+  """Creates a record whose completion is the last 3/4 of the tokens."""
   tokens, start = tuple(ids.tolist()), len(ids) // 4
   logprobs = (-1.0,) * (len(ids) - start)
   rollout = types.Rollout(
@@ -252,7 +281,7 @@ def _record(ids: np.ndarray) -> types.TeachingRecord:
 
 
 def _serve(side: Side, sequences: _Sequences, shape: str) -> None:
-  """Does a turn for each line of the parent, and tells of it."""
+  """Runs a turn for each line on stdin, and prints its measurements."""
   config = decoder_config.from_hf(_config(shape))
   lengths = [len(ids) for ids in sequences]
   for _ in sys.stdin:
@@ -275,10 +304,13 @@ def _serve(side: Side, sequences: _Sequences, shape: str) -> None:
 
 @contextlib.contextmanager
 def _open(name: str, case: Sequence[str]) -> Iterator[Callable[[], _Turn]]:
-  """Starts a side's process; yields what has it do a turn."""
+  """Starts the process of a side; yields a function that runs a turn."""
   process = subprocess.Popen(
     (
-      *(sys.executable, "-m", "scripts.bench.train", f"--side={name}"),
+      sys.executable,
+      "-m",
+      "scripts.bench.train",
+      f"--side={name}",
       *(f"--{f.name}={v}" for f, v in zip(_CASES, case, strict=True)),
       *(f"--{flag.name}={flag.value}" for flag in _SHARED),
     ),
@@ -292,7 +324,7 @@ def _open(name: str, case: Sequence[str]) -> Iterator[Callable[[], _Turn]]:
     for line in process.stdout or ():
       if line.startswith('{"seconds"'):
         return json.loads(line)
-    raise RuntimeError(f"{name} ended with {process.wait()}.")
+    raise RuntimeError(f"{name} exited with code {process.wait()}.")
 
   try:
     yield turn
@@ -302,7 +334,7 @@ def _open(name: str, case: Sequence[str]) -> Iterator[Callable[[], _Turn]]:
 
 
 def _run(case: Sequence[str]) -> dict[str, list[_Turn]]:
-  """Lets the sides do their turns; gives those that count, by side."""
+  """Runs the turns of all sides; returns those that count, by side."""
   results: dict[str, list[_Turn]] = {n: [] for n in _SIDES.value}
   groups = [_SIDES.value] if _TOGETHER.value else [[n] for n in _SIDES.value]
   for names in groups:
@@ -321,7 +353,7 @@ def _values(turns: Sequence[_Turn], name: str) -> np.ndarray:
 
 
 def _line(case: Sequence[str], name: str, turns: Sequence[_Turn]) -> str:
-  """Formats medians of one side."""
+  """Formats the medians of one side."""
   last = turns[-1]
   step, cpu = (np.median(_values(turns, key)) for key in ("seconds", "cpu"))
   peak = flops.peak(last["device"])
@@ -334,14 +366,9 @@ def _line(case: Sequence[str], name: str, turns: Sequence[_Turn]) -> str:
 
 
 def _ratio(results: dict[str, list[_Turn]], key: str) -> float:
-  """Prints PyTorch's median over ours, with 95 % of bootstraps over steps."""
+  """Prints PyTorch's median over ours, with its 95% bootstrap interval."""
   ours, other = (_values(results[name], key) for name in ("ours", "torch"))
-  rng = np.random.default_rng(0)
-
-  def median(values: np.ndarray) -> np.ndarray:
-    return np.median(rng.choice(values, (1000, len(values))), axis=1)
-
-  low, high = np.percentile(median(other) / median(ours), [2.5, 97.5])
+  low, high = timing.ratio_interval(other, ours)
   ratio = float(np.median(other) / np.median(ours))
   print(f"  torch/ours, {key}: {ratio:.2f} [{low:.2f}, {high:.2f}]", flush=True)
   return ratio

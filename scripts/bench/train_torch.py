@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's side of `scripts.bench.train`; only its child imports this."""
+"""PyTorch's side of `scripts.bench.train`, imported only in its process."""
 
 from collections.abc import Callable, Mapping, Sequence
-import resource
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from scripts.bench import memory
 
 
 def make(
@@ -20,19 +21,20 @@ def make(
   is_compiled: bool,
   has_checkpoints: bool,
 ) -> tuple[Callable[[], None], Callable[[], int], str]:
-  """Makes a step of transformers' model, padded to its longest sequence.
+  """Creates a training step of transformers' model on padded sequences.
 
   Args:
     what: "sft", or "grpo" for the clipped surrogate of one update.
     fields: the config.json of a Qwen3.
-    sequences: tokens of each.
-    dtype: "bfloat16" computes in it, by autocast; parameters are float32.
-    rate: of AdamW.
-    is_compiled: whether torch compiles the model.
-    has_checkpoints: whether blocks are computed again in the backward pass.
+    sequences: token ids of each sequence.
+    dtype: "bfloat16" uses autocast; parameters are always float32.
+    rate: learning rate of AdamW.
+    is_compiled: whether to use `torch.compile`.
+    has_checkpoints: whether to use gradient checkpointing.
 
   Returns:
-    What does a step and waits for it, its peak bytes, and the device's name.
+    A function that runs a step and synchronizes, a function that returns the
+    peak bytes, and the device's name.
   """
   is_gpu = torch.cuda.is_available()
   device = "cuda" if is_gpu else "cpu"
@@ -43,13 +45,13 @@ def make(
   ).to(device)
   if has_checkpoints:
     model.gradient_checkpointing_enable()
-  # Any: torch says the same of both.
+  # Any: a module or a compiled function, called alike.
   forward: Any = torch.compile(model) if is_compiled else model
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=rate, weight_decay=0.0, fused=True
   )
   ids, mask = _pad(sequences, device)
-  # Without a mask, sdpa takes its fastest kernel.
+  # Without a mask, sdpa selects its fastest kernel.
   attention = {} if bool(mask.all()) else {"attention_mask": mask}
   labels = ids.masked_fill(mask == 0, -100)
   counted = mask[:, 1:].float()
@@ -79,17 +81,13 @@ def make(
   if is_gpu:
     name = torch.cuda.get_device_name()
     return step, torch.cuda.max_memory_allocated, name
-
-  def resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-  return step, resident_bytes, "cpu"
+  return step, memory.peak_bytes, "cpu"
 
 
 def _pad(
   sequences: Sequence[np.ndarray], device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-  """Gives each sequence a row; the mask is 0 on what fills it."""
+  """Pads each sequence to a row; the mask is 0 on padding."""
   shape = (len(sequences), max(map(len, sequences)))
   ids = torch.zeros(shape, dtype=torch.long)
   mask = torch.zeros_like(ids)

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the hand-off of weights against a plain copy of the same bytes.
+"""Times a weight update of a server against a plain copy of the same bytes.
 
   python -m scripts.bench.weight_sync --width=1024 --layers=8 --dtype=bfloat16
 
-Publishing, and the check of every byte that a server makes, count as the
-hand-off; with what the JAX engine takes to load, it is a push. They alternate
-with the copy in one process, and every repeat gives a ratio: the one of the
-best times is printed, and the median. CPU seconds are those of all threads:
-other work on the machine changes them less than it changes the clock.
+The hand-off is publishing plus the server's check of every byte; a push is the
+hand-off plus loading by the JAX engine. They alternate with the copy in one
+process. Printed are the ratio of the best times and the median ratio of all
+repeats. CPU seconds are of all threads, and vary less than wall-clock time when
+the machine is shared.
 """
 
-from collections.abc import Callable
-import dataclasses
 import json
 import math
 import os
@@ -19,8 +17,6 @@ import pathlib
 import shutil
 import statistics
 import tempfile
-import time
-from typing import Any
 
 from absl import flags
 import jax
@@ -31,47 +27,24 @@ from conversion import load, rules
 from rollout import manifest
 from rollout.remote import push
 from scripts import program
-from scripts.bench import memory
+from scripts.bench import memory, timing
 
-_WIDTH = flags.DEFINE_integer("width", 1024, "Of the model; the MLP's is 3x.")
-_LAYERS = flags.DEFINE_integer("layers", 8, "How many.")
-_VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Its size.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["bfloat16", "float32"], "Of what is written."
+_WIDTH = flags.DEFINE_integer(
+  "width", 1024, "Width of the model; the MLP is three times as wide."
 )
-_DIRECTORY = flags.DEFINE_string("directory", "/dev/shm", "Where to.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "How often.")
-_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**26, "Of one file.")
+_LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the model.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Vocabulary size.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the files."
+)
+_DIRECTORY = flags.DEFINE_string(
+  "directory", "/dev/shm", "Folder for the files."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Repeats of each operation.")
+_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 2**26, "Limit per file.")
 
 _TINY = {"width": 64, "layers": 2, "vocabulary": 512}
 _ROW = "| {:>8} | {:>7} | {:>11} | {:>13} | {:>9} | {:>12} |"
-
-
-@dataclasses.dataclass
-class _Times:
-  """Seconds of every repeat, by the clock and of all cores together."""
-
-  wall: list[float] = dataclasses.field(default_factory=list)
-  cpu: list[float] = dataclasses.field(default_factory=list)
-
-  def __add__(self, other: "_Times") -> "_Times":
-    """Adds two things that were done one after the other, each time."""
-    return _Times(
-      [sum(pair) for pair in zip(self.wall, other.wall, strict=True)],
-      [sum(pair) for pair in zip(self.cpu, other.cpu, strict=True)],
-    )
-
-  def take(
-    self,
-    function: Callable[..., Any],  # Any: what it takes and gives is its own.
-    *args: Any,
-  ) -> Any:
-    """Calls a function, and notes how long it takes."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = function(*args)
-    self.wall.append(time.perf_counter() - wall)
-    self.cpu.append(time.process_time() - cpu)
-    return result
 
 
 def main() -> None:
@@ -90,11 +63,11 @@ def main() -> None:
 
 
 def _measure(root: pathlib.Path, **sizes: int) -> None:
-  """Hands one model on, again and again."""
+  """Measures each operation on one model, `--repeats` times in turn."""
   model, params = _make_model(root, **sizes)
   shapes = rules.shapes(model)
   dtype = "float32" if _DTYPE.value == "float32" else "bfloat16"
-  publishing, checking, copying, loading = (_Times() for _ in range(4))
+  publishing, checking, copying, loading = (timing.Times() for _ in range(4))
   grown: list[int] = []
 
   def publish(version: int) -> push.Published:
@@ -117,7 +90,7 @@ def _measure(root: pathlib.Path, **sizes: int) -> None:
     params = load.load(published.path, model, param_dtype=dtype)
     return jax.block_until_ready(params)
 
-  num_bytes = publish(0).num_bytes  # Compiles what fetches the tensors.
+  num_bytes = publish(0).num_bytes  # Compiles programs that fetch the tensors.
   for version in range(1, _REPEATS.value + 1):
     held = memory.of_process("VmRSS", reset=True)
     published = publishing.take(publish, version)
@@ -132,7 +105,7 @@ def _measure(root: pathlib.Path, **sizes: int) -> None:
   print(
     f"\n{num_bytes / 2**20:.1f} MiB to {_DIRECTORY.value}, n={_REPEATS.value}; "
     f"the largest tensor is {largest / 2**20:.1f} MiB, and "
-    f"publishing took at most {max(grown) / 2**20:.1f} MiB of memory more\n"
+    f"publishing grew peak memory by at most {max(grown) / 2**20:.1f} MiB\n"
   )
   rows = {
     "copy": copying,
@@ -145,8 +118,8 @@ def _measure(root: pathlib.Path, **sizes: int) -> None:
   _print_table(num_bytes, rows)
 
 
-def _print_table(num_bytes: int, rows: dict[str, _Times]) -> None:
-  """Prints a line for each thing that was timed; `copy` is among them."""
+def _print_table(num_bytes: int, rows: dict[str, timing.Times]) -> None:
+  """Prints a row for each operation, and its ratio to `copy`."""
   print(_ROW.format("", "best s", "median s", "best MiB/s", "CPU s", "x copy"))
   print(_ROW.format(*["---:"] * 6))
   copied = rows["copy"].wall
@@ -168,7 +141,7 @@ def _print_table(num_bytes: int, rows: dict[str, _Times]) -> None:
 def _make_model(
   directory: pathlib.Path, *, width: int, layers: int, vocabulary: int
 ) -> tuple[decoder.Model, decoder.Params]:
-  """Draws float32 parameters, and writes the config that describes them."""
+  """Draws random float32 parameters, and writes their config.json."""
   fields = {
     "model_type": "qwen3",
     "vocab_size": vocabulary,
@@ -197,7 +170,7 @@ def _make_model(
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a directory and waits until it is on disk, as publishing does."""
+  """Copies a directory and calls fsync, as publishing does."""
   shutil.copytree(source, target)
   for path in target.iterdir():
     with path.open("rb") as file:

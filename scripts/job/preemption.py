@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: by a person, a scheduler, or the platform.
+"""Handles requests to stop from a user, a scheduler or the platform.
 
-SIGTERM  Kubernetes, Slurm at the end of its time, `kill`
-SIGINT   a person, by control-C
-SIGUSR1  Slurm ahead of that, by `--signal=USR1@300`
+SIGTERM  Kubernetes, Slurm at its time limit, `kill`
+SIGINT   control-C
+SIGUSR1  Slurm ahead of its time limit, with `--signal=USR1@300`
 """
 
 from collections.abc import Callable, Iterator
@@ -24,25 +24,25 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def listen() -> Iterator[Callable[[], bool]]:
-  """Listens to signals; the second SIGTERM or SIGINT ends the process at once.
+  """Handles stop signals; a second SIGTERM or SIGINT exits at once.
 
-  Where several processes run as one, all of them stop after the same step,
-  whichever was asked: JAX's preemption service agrees on it. It also hears the
-  notices of Cloud TPUs, and takes SIGTERM for itself.
+  In a multi-process job all processes stop after the same step, whichever
+  received the signal: JAX's preemption service agrees on the step. The service
+  also receives Cloud TPU preemption notices, and handles SIGTERM itself.
 
   Yields:
-    A function to ask after each step: whether to save, and stop.
+    A function to call after each step; returns whether to save and stop.
   """
   is_shared = jax.distributed.is_initialized()
-  asked: list[int] = []
+  received: list[int] = []
   calls = itertools.count()
 
   def on_signal(number: int, frame: object) -> None:
     del frame
-    # SIGUSR1 comes ahead of another, which may still leave time to save.
-    if number != signal.SIGUSR1 and set(asked) - {signal.SIGUSR1}:
+    # SIGUSR1 is an early warning: a SIGTERM after it is not a second request.
+    if number != signal.SIGUSR1 and set(received) - {signal.SIGUSR1}:
       _exit_now()
-    asked.append(number)
+    received.append(number)
     logging.warning(
       "Got %s; saving after this step.", signal.Signals(number).name
     )
@@ -50,12 +50,12 @@ def listen() -> Iterator[Callable[[], bool]]:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def should_stop() -> bool:
-    if is_shared:  # Every process asks after every step, so they count alike.
+    if is_shared:  # Called once per step, so the counts of processes agree.
       return multihost_utils.reached_preemption_sync_point(next(calls))
-    return bool(asked)
+    return bool(received)
 
-  heard = [n for n in _SIGNALS if not (is_shared and n == signal.SIGTERM)]
-  old = {number: signal.signal(number, on_signal) for number in heard}
+  handled = [n for n in _SIGNALS if not (is_shared and n == signal.SIGTERM)]
+  old = {number: signal.signal(number, on_signal) for number in handled}
   try:
     yield should_stop
   finally:
@@ -64,12 +64,15 @@ def listen() -> Iterator[Callable[[], bool]]:
 
 
 def _exit_now() -> NoReturn:
-  """Waits for no step, save or thread; a handler may not use buffers."""
-  told = errors.PreemptedError(
-    "Interrupted before the step was done.",
+  """Exits without waiting for a step, a save or a thread.
+
+  Writes to the file descriptor: buffered I/O is not safe in a signal handler.
+  """
+  error = errors.PreemptedError(
+    "Interrupted before the step was complete.",
     where="this process",
-    why="It was asked to stop twice.",
-    fix="Run the same command again: it goes on from the last checkpoint.",
+    why="It received a second request to stop.",
+    fix="Run the same command again: it resumes from the last checkpoint.",
   )
-  os.write(2, f"\n{told}\n".encode())
-  os._exit(told.exit_code)
+  os.write(2, f"\n{error}\n".encode())
+  os._exit(error.exit_code)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows a config with the origin of every value, instead of running it.
+"""Prints a config with the origin of every value, instead of running it.
 
   python -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke \
     --workdir=results/sft --config.seed=1 --print_config
 
-The launchers know the flag too, and name the override behind a value.
+The launchers accept the flag too, and show which override set a value.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,15 +20,15 @@ from ml_collections import config_flags
 from scripts import launch_overrides
 
 _PRINT = flags.DEFINE_bool(
-  "print_config", False, "Print each config value and its origin, and stop."
+  "print_config", False, "Print each config value and its origin, and exit."
 )
 
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
-_HARMLESS = re.compile(r"tokens\b|tokenizer")  # Counts, and a file.
+_HARMLESS = re.compile(r"tokens\b|tokenizer")  # Token counts, and a file.
 
 
-def print_config() -> bool:
-  """Prints the config of the flags if they ask for it; tells whether."""
+def print_if_requested() -> bool:
+  """Prints the config if --print_config is set; returns whether it is."""
   if _PRINT.value:
     flag = flags.FLAGS["config"]
     given = config_flags.get_override_values(flag)
@@ -38,11 +38,11 @@ def print_config() -> bool:
 
 
 def show(text: str) -> None:
-  """Prints to whoever reads it, be it only the beginning."""
+  """Prints text; a reader that closes the pipe early is not an error."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
-    # Python would flush, and fail, once more at its end.
+    # Python flushes stdout again at exit, which would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -51,12 +51,12 @@ def table(
   config: Any,  # Any: a ConfigDict, whose values have no static type.
   given: Mapping[str, str],
 ) -> str:
-  """Lists the values of a config, one per line.
+  """Formats the values of a config and their origins, one value per line.
 
   Args:
     recipe: `FILE.py[:VARIANT]`.
-    config: what became of it.
-    given: what set a value that is not the recipe's own, by its dotted name.
+    config: the recipe's config with all overrides applied.
+    given: the origin of each overridden value, by dotted name.
   """
   path, _, variant = recipe.partition(":")
   defaults = dict(_values(launch_overrides.load(path, [])))
@@ -85,7 +85,7 @@ def _values(
   section: Any,  # Any: as in `table`.
   prefix: str = "",
 ) -> Iterator[tuple[str, str]]:
-  """Yields every value by its dotted name, as Python would write it."""
+  """Yields the dotted name and the `repr` of every value."""
   for key, value in section.items():
     if isinstance(value, ml_collections.ConfigDict):
       yield from _values(value, f"{prefix}{key}.")

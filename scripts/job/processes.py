@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of a job that runs as several processes, one command line each.
+"""Flags for multi-process jobs; each process is started by its own command.
 
   python -m scripts.train_sft ... --coordinator_address=HOST:PORT \
     --num_processes=2 --process_id=0
@@ -17,40 +17,46 @@ from atlas_jax import distributed, errors
 from rollout import supervisor
 
 _ADDRESS = flags.DEFINE_string(
-  "coordinator_address", None, "HOST:PORT at which process 0 is met."
+  "coordinator_address", None, "HOST:PORT on which process 0 listens."
 )
-_COUNT = flags.DEFINE_integer("num_processes", None, "How many there are.")
-_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
+_COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,
-  "Whether the cluster is asked for these. By default it is if Slurm, Open MPI "
-  "or a TPU pod has started several; Kubernetes must be asked.",
+  "Whether to read the three values above from the cluster environment. By "
+  "default true if Slurm, Open MPI or a TPU pod started several processes; "
+  "on Kubernetes it must be set.",
 )
 _WAIT = flags.DEFINE_integer(
-  "max_process_wait_s", 300, "What processes may take to come."
+  "max_process_wait_s", 300, "Seconds to wait for all processes to connect."
 )
 _SILENCE = flags.DEFINE_integer(
-  "max_process_silence_s", 60, "After which a process counts as lost."
+  "max_process_silence_s",
+  60,
+  "Seconds without a heartbeat after which a process counts as lost.",
 )
 
 
 def run(name: str, module: str, main: Callable[[], None]) -> int:
-  """Runs the main of a module, as one of several processes if there are.
+  """Runs the main of a module, as one of several processes if configured.
 
-  `name` is what messages call it.
+  When a process is lost, JAX aborts the others. So each runs in a child of
+  this process, which stays alive to report the cause.
 
-  JAX ends such a process by an abort when another is lost. So it runs in a
-  child of this one, which stays to tell the cause.
+  Args:
+    name: of the job, for messages.
+    module: its full name, for `python -m` in the child.
+    main: runs the job.
 
   Returns:
     The exit code.
 
   Raises:
-    errors.AtlasError: if another process is lost, or the flags cannot be used.
+    errors.AtlasError: if another process is lost, or the flags are invalid.
   """
   address = _address()
-  if address is None and not _is_asked():
+  if address is None and not _is_distributed():
     main()
     return errors.Exit.DONE
   if supervisor.is_guarded():
@@ -70,7 +76,7 @@ def run(name: str, module: str, main: Callable[[], None]) -> int:
   return supervisor.run([], command, max_wait_s=0.0)
 
 
-def _is_asked() -> bool:
+def _is_distributed() -> bool:
   if _DISTRIBUTED.value is None:
     return distributed.is_cluster_job(os.environ)
   return _DISTRIBUTED.value
@@ -82,9 +88,10 @@ def _address() -> distributed.Address | None:
     return None
   if coordinator is None or count is None or number is None:
     raise errors.ConfigError(
-      "Only some of what several processes need is told.",
+      "Multi-process flags must be set together, or not at all.",
       where="--coordinator_address, --num_processes, --process_id",
       why=f"They are {coordinator}, {count} and {number}.",
-      fix="Set all three, or none to run alone or as the cluster tells.",
+      fix="Set all three, or none to run one process or to use the cluster's "
+      "values.",
     )
   return distributed.Address(coordinator, count, number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: it belongs to one process, and says what it ran with."""
+"""Locks the workdir of a run, and records the config that it ran with."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -20,20 +20,20 @@ _MAX_LISTED = 12
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds a folder, which it makes; the lock dies with the process.
+  """Creates and locks a workdir; the lock is released when the process exits.
 
   Raises:
-    errors.ConfigError: if it cannot be written, or another process holds it.
+    errors.ConfigError: if it is not writable, or another process holds it.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = (workdir / _LOCK).open("a+", encoding="utf-8")
   except OSError as error:
     raise errors.ConfigError(
-      "The workdir cannot be written.",
+      "The workdir is not writable.",
       where=f"--workdir={workdir}",
       why=str(error),
-      fix="Choose a folder that you may write to.",
+      fix="Choose a folder that you have permission to write to.",
     ) from error
   with file:
     try:
@@ -56,23 +56,23 @@ def write_config(
   workdir: pathlib.Path,
   config: Any,  # Any: a ConfigDict, whose values have no static type.
 ) -> None:
-  """Writes the resolved config; another that it replaces stays beside it.
+  """Writes the resolved config; renames a different one from an earlier run.
 
-  How they differ is logged: a run that goes on with another learning rate does
-  what its user wants, or what he never noticed.
+  Logs the differences, since a changed learning rate in a resumed run may be a
+  mistake.
   """
   path = workdir / _CONFIG
   text = config.to_json_best_effort(indent=2) + "\n"
   if path.exists() and path.read_text("utf-8") != text:
-    before = _flat(json.loads(path.read_text("utf-8")))
-    _tell_changes(before, _flat(json.loads(text)))
+    before = _flatten(json.loads(path.read_text("utf-8")))
+    _log_changes(before, _flatten(json.loads(text)))
     number = len(list(workdir.glob("config.*.json")))
     path.rename(workdir / f"config.{number}.json")
   path.write_text(text, encoding="utf-8")
 
 
 def facts(workdir: pathlib.Path) -> dict[str, str]:
-  """Tells which folder it is, and who holds it."""
+  """Returns the path of a workdir and the process that holds its lock."""
   path = workdir / _LOCK
   holder = path.read_text("utf-8") if path.exists() else "nobody"
   return {"workdir": str(workdir.resolve()), "held by": holder.strip()}
@@ -81,30 +81,29 @@ def facts(workdir: pathlib.Path) -> dict[str, str]:
 def flat(
   config: Any,  # Any: as in `write_config`.
 ) -> dict[str, str]:
-  """Names every value of a config by its dotted key."""
-  return _flat(json.loads(config.to_json_best_effort()))
+  """Returns every value of a config as JSON, by dotted key."""
+  return _flatten(json.loads(config.to_json_best_effort()))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-  """Names every value by its dotted key."""
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
   values: dict[str, str] = {}
   for key, value in config.items():
     if isinstance(value, Mapping) and value:
-      values |= _flat(value, f"{prefix}{key}.")
+      values |= _flatten(value, f"{prefix}{key}.")
     else:
       values[f"{prefix}{key}"] = json.dumps(value)
   return values
 
 
-def _tell_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _log_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
   changed = [
-    f"\n    {key}: {before.get(key, 'none')} then, {now.get(key, 'none')} now"
+    f"\n    {key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
     for key in sorted(before.keys() | now.keys())
     if before.get(key) != now.get(key)
   ]
   more = len(changed) - _MAX_LISTED
   logging.warning(
-    "The config is not that of the last run in this workdir:%s%s",
+    "The config differs from that of the last run in this workdir:%s%s",
     "".join(changed[:_MAX_LISTED]),
     f"\n    and {more} more" if more > 0 else "",
   )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a job and estimates its memory without an accelerator."""
+"""Checks a run and estimates its memory without an accelerator."""

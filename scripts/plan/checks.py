@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known of a run's files, data and servers before it starts."""
+"""Checks the files, data, servers and disk of a run before it starts."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +24,15 @@ from rollout.remote import client
 Status = Literal["ok", "absent", "FAIL"]
 
 _SERVER_S = 5.0
-# Of the questions with the most characters, so many are tokenized.
+# Only the questions with the most characters are tokenized: this many.
 _NUM_LONGEST = 64
-# Of a question in its template, where there is no data to count them in.
+# Assumed tokens of the longest question in its template, without data.
 _ASSUMED_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What was looked at, and what was found. Absent is what may yet come."""
+  """The result of one check; `absent` marks files that may be added later."""
 
   name: str
   status: Status
@@ -42,13 +42,13 @@ class Check:
 
 @dataclasses.dataclass
 class Facts:
-  """What the checks came to know.
+  """Results of the checks, and the sizes that they measured.
 
   Attributes:
-    checks: in the order they were made.
-    shape: of the model; None if it cannot be read.
-    prompt_tokens: of the longest question, in its template.
-    steps_per_epoch: None without data, and where there are no epochs.
+    checks: in order.
+    shape: config of the model; None if it is not readable.
+    prompt_tokens: tokens of the longest question, in its template.
+    steps_per_epoch: None without data, and for recipes without epochs.
     tokens_per_row: mean of a packed row, or in GKD of a prompt with its
       completion; None without data.
   """
@@ -61,7 +61,7 @@ class Facts:
 
   @contextlib.contextmanager
   def checking(self, name: str) -> Iterator[Callable[[str], None]]:
-    """Adds a check that fails by an error; yields what says it is ok."""
+    """Adds a check that fails on `AtlasError`; yields a function to pass it."""
     try:
       yield lambda found: self.checks.append(Check(name, "ok", found))
     except errors.AtlasError as error:
@@ -69,39 +69,39 @@ class Facts:
       self.checks.append(Check(name, "FAIL", why, error.fix))
 
   def absent(self, name: str, found: str) -> None:
-    """Adds what is not there yet."""
+    """Adds a check with the status `absent`."""
     self.checks.append(Check(name, "absent", found))
 
 
 def run(config: Any) -> Facts:  # Any: a ConfigDict of anything.
-  """Looks at the files, the data and the servers that a config names."""
+  """Checks the files, data and servers of a config."""
   facts = Facts()
-  tokenizer = _model(facts, "model", config.model.path)
+  tokenizer = _check_model(facts, "model", config.model.path)
   if "student" in config:
-    _model(facts, "student", config.student.path)
+    _check_model(facts, "student", config.student.path)
   if "teacher" in config:
-    theirs = _model(facts, "teacher", config.teacher.path)
+    theirs = _check_model(facts, "teacher", config.teacher.path)
     if tokenizer is not None and theirs is not None:
       with facts.checking("one tokenizer") as ok:
         gkd.check_tokenizers(tokenizer, theirs)
-        ok("policy and teacher number their tokens alike")
+        ok("policy and teacher use the same token ids")
   if config.data.path is None:
-    facts.absent("data", "--config.data.path names none")
+    facts.absent("data", "--config.data.path is not set")
   elif tokenizer is None:
-    facts.absent("data", "not read: it takes the model's tokenizer")
+    facts.absent("data", "not read: the model has no tokenizer yet")
   else:
     with facts.checking("data") as ok:
-      ok(_data(facts, config, tokenizer))
+      ok(_check_data(facts, config, tokenizer))
   if "rollout" in config and config.rollout.backend == "http":
     for role in ("policy", "student"):
       for url in config.rollout[f"{role}_urls"]:
         with facts.checking(f"server of the {role}") as ok:
-          ok(_server(url))
+          ok(_check_server(url))
   return facts
 
 
 def disk(workdir: pathlib.Path, num_bytes: int) -> Check:
-  """Compares what a run will write with what is free where it writes."""
+  """Checks that the disk of a workdir has `num_bytes` free."""
   place = workdir.absolute()
   while not place.exists():
     place = place.parent
@@ -113,22 +113,26 @@ def disk(workdir: pathlib.Path, num_bytes: int) -> Check:
     "disk",
     "FAIL",
     found,
-    "Choose a larger disk by --workdir, or keep less: "
+    "Choose a larger disk with --workdir, or keep less: "
     "--config.checkpoint.keep=1, --config.export.keep_steps=0.",
   )
 
 
 def gib(num_bytes: float) -> str:
-  """Writes bytes as a person reads them."""
+  """Formats bytes in GiB."""
   return f"{num_bytes / 2**30:,.2f} GiB"
 
 
-def _model(
+def _check_model(
   facts: Facts,
   name: str,
   path: str,
 ) -> chat.Tokenizer | None:
-  """Checks a model's directory, of which config.json alone must be there."""
+  """Checks a model directory, in which only config.json is required.
+
+  Returns:
+    The tokenizer, or None if it is absent or invalid.
+  """
   tokenizer = None
   with facts.checking(name) as ok:
     directory = load.resolve(path, with_weights=False)
@@ -146,23 +150,23 @@ def _model(
         )
         ok(f"{len(load.open_tensors(directory, model))} tensors")
     else:
-      facts.absent(f"weights of the {name}", "none there yet")
+      facts.absent(f"weights of the {name}", "not found")
     if any(directory.glob("tokenizer*")):
       with facts.checking(f"tokenizer of the {name}") as ok:
         tokenizer = chat.load_tokenizer(directory)
         chat.check_vocabulary(tokenizer, shape.vocab_size, directory)
         ok(f"{len(tokenizer):,} tokens, with a chat template")
     else:
-      facts.absent(f"tokenizer of the {name}", "none there yet")
+      facts.absent(f"tokenizer of the {name}", "not found")
   return tokenizer
 
 
-def _data(
+def _check_data(
   facts: Facts,
   config: Any,  # Any: as in `run`.
   tokenizer: chat.Tokenizer,
 ) -> str:
-  """Reads the data as the run will; tells of it."""
+  """Reads the data as training does; returns a summary."""
   selection = sets.Selection(**config.data)
   held_out = sets.HeldOut(**config.held_out)
   with tempfile.TemporaryDirectory() as folder:  # For the list of bad rows.
@@ -175,13 +179,15 @@ def _data(
         seed=config.seed,
         workdir=workdir,
       )
-      facts.prompt_tokens = _longest(config, tokenizer, questions.questions)
+      facts.prompt_tokens = _longest_prompt(
+        config, tokenizer, questions.questions
+      )
       return (
         f"{len(questions.questions):,} questions, {len(kept_out):,} held out; "
         f"the longest has {facts.prompt_tokens:,} tokens in its template"
       )
     if "teacher" in config:
-      return _pairs(facts, config, tokenizer, workdir)
+      return _check_pairs(facts, config, tokenizer, workdir)
     train_set, eval_set = sets.conversations(
       tokenizer,
       data=selection,
@@ -202,13 +208,13 @@ def _data(
   )
 
 
-def _pairs(
+def _check_pairs(
   facts: Facts,
   config: Any,  # Any: as in `run`.
   tokenizer: chat.Tokenizer,
   workdir: pathlib.Path,
 ) -> str:
-  """Reads prompts with completions; tells of them."""
+  """Reads prompts with completions as training does; returns a summary."""
   sampled = gkd_batches.max_new_tokens(config)
   train_set, eval_set = sets.completions(
     tokenizer,
@@ -223,26 +229,25 @@ def _pairs(
   if facts.shape is not None:
     packing.check_context(config.packing.length, facts.shape.max_positions)
   facts.steps_per_epoch = train_set.num_batches_per_epoch
-  prompts, written = (
-    train_set.num_prompt_tokens,
-    train_set.num_completion_tokens,
-  )
-  longer = np.maximum(written - sampled, 0)  # Than what may be sampled.
-  facts.prompt_tokens = int((prompts + longer).max())
-  facts.tokens_per_row = float((prompts + longer + sampled).mean())
+  # A row holds its prompt and max(completion of the data, sampled) tokens.
+  # Where the data's completion is longer, the excess counts as prompt.
+  excess = np.maximum(train_set.num_completion_tokens - sampled, 0)
+  prompts = train_set.num_prompt_tokens + excess
+  facts.prompt_tokens = int(prompts.max())
+  facts.tokens_per_row = float((prompts + sampled).mean())
   return (
-    f"{facts.steps_per_epoch:,} batches of {config.batch.num_prompts} prompts, "
-    f"with completions {facts.tokens_per_row:,.0f} tokens at most on average; "
+    f"{facts.steps_per_epoch:,} batches of {config.batch.num_prompts} prompts; "
+    f"with completions up to {facts.tokens_per_row:,.0f} tokens on average; "
     f"{eval_set.num_batches_per_epoch:,} held out"
   )
 
 
-def _longest(
+def _longest_prompt(
   config: Any,  # Any: as in `run`.
   tokenizer: chat.Tokenizer,
   questions: Sequence[types.Question],
 ) -> int:
-  """Counts the tokens of the longest prompt, without any probe."""
+  """Returns the tokens of the longest prompt, without a probe."""
 
   def num_tokens(question: str) -> int:
     if "templates" in config:
@@ -256,8 +261,8 @@ def _longest(
   return max(map(num_tokens, texts[-_NUM_LONGEST:]))
 
 
-def _server(url: str) -> str:
-  """Asks a server how it is."""
+def _check_server(url: str) -> str:
+  """Requests the health of a server; returns a summary."""
 
   async def ask() -> wire.Health:
     deadlines = client.Deadlines(

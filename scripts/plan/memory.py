@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe's config to the bytes that each device needs; see `train.plan`.
+"""Counts the bytes that a recipe needs on each device; see `update_bytes`.
 
-Whatever is trained, scored or sampled is described with the functions that the
-recipe makes it with, on as many simulated devices as the run will have.
+Models, optimizer state and samplers are described as `jax.ShapeDtypeStruct`s by
+the functions that training uses, on as many simulated devices as the run has.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from scripts.plan import update_bytes
 
 @dataclasses.dataclass(frozen=True)
 class RunShapes:
-  """A run that was described, and not begun; see `update_bytes.of_update`."""
+  """Shapes and shardings of a run; see `update_bytes.of_update`."""
 
   policy: trainable.Policy
   state: train_state.TrainState
@@ -38,12 +38,12 @@ class RunShapes:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-  """Bytes of one device, by what they are for.
+  """Bytes of one device, by purpose.
 
   Attributes:
-    resident: there all the time.
-    phases: what each phase of a step adds; they follow each other.
-    on_host: what waits in the host's memory, for each device.
+    resident: held all the time.
+    phases: additional bytes of each phase of a step; phases do not overlap.
+    on_host: offloaded to host memory, for each device.
   """
 
   resident: Mapping[str, int]
@@ -52,7 +52,7 @@ class Need:
 
   @property
   def peak(self) -> int:
-    """The most that is there at one time."""
+    """The most bytes held at one time."""
     most = max(sum(phase.values()) for phase in self.phases.values())
     return sum(self.resident.values()) + most
 
@@ -67,11 +67,11 @@ def describe(
 
   Args:
     config: of a recipe.
-    shape: of the model that is trained.
-    prompt_tokens: of the longest question, in its template.
+    shape: config of the trained model.
+    prompt_tokens: tokens of the longest question, in its template.
 
   Raises:
-    errors.AtlasError: if the config does not fit the devices, or itself.
+    errors.AtlasError: if the config is inconsistent, or invalid for the mesh.
   """
   mesh = sharding.make_mesh(**config.mesh)
   settings = _settings(config.model)
@@ -103,44 +103,49 @@ def describe(
 
 
 def need(
-  job: RunShapes,
+  described: RunShapes,
   config: Any,  # Any: as in `describe`.
   *,
   prompt_tokens: int,
 ) -> Need:
-  """Counts what each device needs; see `describe`."""
+  """Counts the bytes that each device needs; see `describe`."""
   update = update_bytes.of_update(
-    *(job.policy, job.state, job.build, job.rows),
-    mesh=job.mesh,
-    teacher=job.teacher,
+    described.policy,
+    described.state,
+    described.build,
+    described.rows,
+    mesh=described.mesh,
+    teacher=described.teacher,
   )
   names = ("parameters", "frozen base", "optimizer", "reference", "teacher")
   resident = {name: update.pop(name) for name in names}
   phases = {"update": update}
   if "reward" in config:
-    resident |= _students(job, config)
+    resident |= _students(described, config)
   if is_sampled(config):
     if config.rollout.backend == "jax":
-      resident["sampler"] = _cast(job.policy.base, job, config.model.dtype)
+      resident["sampler"] = _cast(
+        described.policy.base, described, config.model.dtype
+      )
       phases["sampling"] = {
-        "KV cache": _cache(job, config, prompt_tokens=prompt_tokens)
+        "KV cache": _cache(described, config, prompt_tokens=prompt_tokens)
       }
-    if quantized.kind_of(job.policy.frozen):
-      phases["push"] = _push(job, config)
+    if quantized.kind_of(described.policy.frozen):
+      phases["push"] = _push(described, config)
   return Need(
     {name: size for name, size in resident.items() if size},
     phases,
-    update_bytes.num_bytes(job.state, on_host=True),
+    update_bytes.num_bytes(described.state, on_host=True),
   )
 
 
 def _push(
-  job: RunShapes,
+  described: RunShapes,
   config: Any,  # Any: as in `describe`.
 ) -> dict[str, int]:
-  """Counts what is made of a base in few bits for a sampler."""
-  whole = _cast(job.policy.base, job, config.model.dtype)
-  # The sampler has its old weights until it has the new ones.
+  """Counts the dequantized copies of a base when it is sent to a sampler."""
+  whole = _cast(described.policy.base, described, config.model.dtype)
+  # The sampler keeps its old weights until it has the new ones.
   copies = {"new sampler": whole} if config.rollout.backend == "jax" else {}
   return {"merged weights": whole, **copies}
 
@@ -151,7 +156,7 @@ def longest_row(
 ) -> int:
   """Counts the tokens of the longest prompt with the longest completion.
 
-  Where there is a student, its probe is in the prompt.
+  With a student, its probe is part of the prompt.
   """
   if "teacher" in config:
     sampled = gkd_batches.max_new_tokens(config)
@@ -162,7 +167,7 @@ def longest_row(
 
 
 def is_sampled(config: Any) -> bool:  # Any: as in `describe`.
-  """Tells whether the policy writes anything in training."""
+  """Returns whether training samples from the policy."""
   if "teacher" in config:
     return gkd_batches.max_new_tokens(config) > 0
   return "reward" in config
@@ -172,17 +177,17 @@ def with_changes(
   config: Any,  # Any: as in `describe`.
   changes: Mapping[str, object],
 ) -> Any:
-  """Gives a copy of a config with other values, by their dotted names."""
+  """Returns a copy of a config with some values changed, by dotted key."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict(changes)
   return changed
 
 
 def _settings(section: Any) -> dict[str, Any]:  # Any: as in `describe`.
-  """Gives what `decoder.build` is asked for, on the devices at hand."""
+  """Returns the arguments of `decoder.build`, for simulated CPU devices."""
   settings = dict(section.items())
   del settings["path"], settings["param_dtype"]
-  settings["attention"] = "auto"  # The kernels of a GPU are not on a CPU.
+  settings["attention"] = "auto"  # GPU kernels are unavailable on a CPU.
   return settings
 
 
@@ -190,9 +195,11 @@ def _place(mesh: jax.sharding.Mesh, params: Any) -> Any:
   return train_state.placed(params, sharding.of_params(mesh, params))
 
 
-def _cast(model: decoder.Model, job: RunShapes, dtype: str) -> int:
-  """Counts the weights of a model in another precision."""
-  return update_bytes.num_bytes(_place(job.mesh, load.describe(model, dtype)))
+def _cast(model: decoder.Model, described: RunShapes, dtype: str) -> int:
+  """Counts the bytes of a model's weights in another precision."""
+  return update_bytes.num_bytes(
+    _place(described.mesh, load.describe(model, dtype))
+  )
 
 
 def _rows(
@@ -228,13 +235,18 @@ def _sft_rows(
   config: Any,  # Any: as in `describe`.
   mesh: jax.sharding.Mesh,
 ) -> update_bytes.Rows:
-  num_parts = sharding.num_microbatches(mesh, **config.batch)
+  num_microbatches = sharding.num_microbatches(mesh, **config.batch)
   sharding.check_length(
     mesh, config.packing.length, where="--config.packing.length"
   )
-  per_device = config.batch.size // sharding.num_row_shards(mesh) // num_parts
+  per_device = (
+    config.batch.size // sharding.num_row_shards(mesh) // num_microbatches
+  )
   return update_bytes.Rows(
-    per_device, num_parts, config.packing.length, config.loss.chunk_tokens
+    per_device,
+    num_microbatches,
+    config.packing.length,
+    config.loss.chunk_tokens,
   )
 
 
@@ -246,7 +258,7 @@ def _packed_rows(
   num_sequences: float,
   chunk_tokens: int,
 ) -> update_bytes.Rows:
-  """Counts the rows of an update, were all its sequences the longest."""
+  """Counts the rows of an update if all sequences had the longest length."""
   per_device = config.batch.per_device
   length = max(config.packing.length, longest)
   in_row = length // longest if config.packing.packed else 1
@@ -258,17 +270,17 @@ def _packed_rows(
 
 
 def _students(
-  job: RunShapes,
+  described: RunShapes,
   config: Any,  # Any: as in `describe`.
 ) -> dict[str, int]:
-  """Counts the student's weights, where it is in this process."""
+  """Counts the bytes of the student, if it is in the training process."""
   is_sampled = config.rollout.backend == "jax"
   if "student" not in config or not (is_sampled or config.reward.weights.rlt):
     return {}
-  model = _frozen(job.mesh, config.student)
-  found = {"student": _cast(model, job, config.student.param_dtype)}
+  model = _frozen(described.mesh, config.student)
+  found = {"student": _cast(model, described, config.student.param_dtype)}
   if is_sampled:
-    found["student's sampler"] = _cast(model, job, config.student.dtype)
+    found["student's sampler"] = _cast(model, described, config.student.dtype)
   return found
 
 
@@ -285,7 +297,7 @@ def _frozen(
   mesh: jax.sharding.Mesh,
   section: Any,  # Any: as in `describe`.
 ) -> decoder.Model:
-  """Describes a model that is not trained."""
+  """Builds a model that is not trained."""
   directory = load.resolve(section.path, with_weights=False)
   shape, _ = load.read_config(pathlib.Path(directory))
   return decoder.build(
@@ -294,23 +306,23 @@ def _frozen(
 
 
 def _cache(
-  job: RunShapes,
+  described: RunShapes,
   config: Any,  # Any: as in `describe`.
   *,
   prompt_tokens: int,
 ) -> int:
-  """Counts the larger of the policy's cache and its student's."""
+  """Counts the bytes of the larger KV cache: the policy's or the student's."""
   sampling, batch = config.sampling, config.batch
   longest = longest_row(config, prompt_tokens)
   if "teacher" in config:
     num_rows = batch.num_prompts * sampling.complete.group_size
   else:
     num_rows = batch.num_questions * sampling.teach.group_size
-  asked = [(job.policy.base, num_rows, longest)]
+  caches = [(described.policy.base, num_rows, longest)]
   if "student" in config:
-    student, solve = _frozen(job.mesh, config.student), sampling.solve
+    student, solve = _frozen(described.mesh, config.student), sampling.solve
     taught = prompt_tokens + sampling.teach.max_completion_tokens
-    asked.append(
+    caches.append(
       (
         student,
         num_rows * solve.group_size,
@@ -322,7 +334,7 @@ def _cache(
       model,
       num_rows=min(num_rows, config.sampler.max_rows),
       num_slots=num_slots,
-      mesh=job.mesh,
+      mesh=described.mesh,
     )
-    for model, num_rows, num_slots in asked
+    for model, num_rows, num_slots in caches
   )

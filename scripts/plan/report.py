@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells what a run will need, and whether it will fit, instead of running it.
+"""Prints what a run needs and whether it fits, instead of running it (--plan).
 
   python -m scripts.train_sft --config=configs/run/teacher_sft.py \
     --workdir=results/sft --config.model.path=Qwen/Qwen3-8B --plan=8xH100
 
-No accelerator is touched, no array is made, and of the model a directory with
-its config.json is enough. Docs: docs/plan.md.
+Uses no accelerator and creates no arrays; a directory with a config.json is
+enough for the model. Docs: docs/plan.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,18 +29,18 @@ from scripts.plan import update_bytes
 _PLAN = flags.DEFINE_string(
   "plan",
   "",
-  "Devices to plan for, such as 8xH100 or 64x80GiB: print what the run needs "
-  "of them, and stop.",
+  "Devices to plan for, such as 8xH100 or 64x80GiB. Prints what the run needs "
+  "of them, and exits.",
 )
 _MFU = flags.DEFINE_float(
   "plan_mfu",
   0.4,
-  "The share of the devices' peak that --plan takes the run to reach.",
+  "Model FLOPs utilization that --plan assumes, as a fraction of peak FLOP/s.",
   lower_bound=0.01,
   upper_bound=1.0,
 )
 
-# What JAX calls a device (see `flops.peak`), and the GiB it finds there.
+# JAX's `device_kind` (see `flops.peak`), and the GiB that JAX can use.
 _DEVICES: Mapping[str, tuple[str, float]] = {
   "B200": ("NVIDIA B200", 178.0),
   "H200": ("NVIDIA H200", 140.0),
@@ -55,16 +55,16 @@ _DEVICES: Mapping[str, tuple[str, float]] = {
   "v4": ("TPU v4", 30.7),
 }
 _DEVICE = re.compile(r"(\d+)x(?:([\d.]+)Gi?B|([\w-]+))", re.IGNORECASE)
-# What XLA takes of a GPU's memory unless it is told otherwise.
+# XLA's default fraction of a GPU's memory.
 _GPU_FRACTION = 0.75
 _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-# A checkpoint is written before an old one is removed; the best is kept too.
+# The one being written before an old one is removed, and the best one.
 _MORE_CHECKPOINTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Devices:
-  """What is planned for; `fraction` of its memory is the run's."""
+  """The planned devices: bytes of memory, and the fraction that a run uses."""
 
   number: int
   kind: str
@@ -77,10 +77,10 @@ class _Devices:
 
 
 def print_plan(recipe: str) -> bool:
-  """Prints the plan if the flags ask for one; tells whether.
+  """Prints the plan if --plan is set; returns whether it is.
 
   Raises:
-    errors.ConfigError: if the run would not fit, or a check failed.
+    errors.ConfigError: if the run does not fit, or a check fails.
   """
   if not _PLAN.value:
     return False
@@ -107,7 +107,7 @@ def print_plan(recipe: str) -> bool:
 
 
 def _parse(text: str) -> _Devices:
-  """Reads the devices; those that are not known are told by their memory."""
+  """Parses the devices, given by name or by memory."""
   match = _DEVICE.fullmatch(text)
   names = {name.lower(): name for name in _DEVICES}
   if match and int(match[1]) and match[2]:
@@ -118,21 +118,22 @@ def _parse(text: str) -> _Devices:
     fraction = _fraction() if is_gpu else 1.0
     return _Devices(int(match[1]), kind, memory * 2**30, fraction)
   raise errors.ConfigError(
-    "There is no such device to plan for.",
+    "Unknown device.",
     where=f"--plan={text}",
-    why=f"It is a number, x, and one of {', '.join(_DEVICES)}, or a memory.",
+    why=f"It must be COUNTxDEVICE with one of {', '.join(_DEVICES)}, or "
+    "COUNTxMEMORY.",
     fix="For example --plan=8xH100, or --plan=8x80GiB.",
   )
 
 
 def _fraction() -> float:
-  """Reads the share of a GPU's memory that XLA will take."""
+  """Returns the fraction of a GPU's memory that XLA will use."""
   given = (os.environ.get(name, "") for name in _FRACTION_NAMES)
   return float(next(filter(None, given), _GPU_FRACTION))
 
 
 def _simulate(num_devices: int) -> None:
-  """Makes JAX see so many devices, which are this machine's CPU."""
+  """Configures JAX to simulate `num_devices` devices on the CPU."""
   words = os.environ.get("XLA_FLAGS", "").split()
   name = "--xla_force_host_platform_device_count="
   os.environ["XLA_FLAGS"] = " ".join(w for w in words if name not in w)
@@ -155,7 +156,7 @@ def _disk_bytes(
   described: plan_memory.RunShapes,
   config: Any,  # Any: as in `_num_steps`.
 ) -> int:
-  """Counts what the run keeps in its workdir."""
+  """Counts the bytes of the checkpoints and exports in the workdir."""
   checkpoints = config.checkpoint.keep + _MORE_CHECKPOINTS
   steps = config.export.keep_steps
   exports = bool(config.export.enabled) + (steps + 1 if steps else 0)
@@ -170,7 +171,7 @@ def _step_flops(
   facts: plan_checks.Facts,
   described: plan_memory.RunShapes,
 ) -> tuple[int, float]:
-  """Counts the tokens of a step, and the model FLOPs it takes to train."""
+  """Counts the tokens and the model FLOPs of a training step."""
   shape = described.policy.base.config
   is_base_frozen = described.policy.adapters is not None
   if described.teacher is not None:
@@ -214,7 +215,7 @@ def _print_run(
   sizes = (f"{axis}={n}" for axis, n in described.mesh.shape.items())
   print(f"{devices.number} devices: {', '.join(sizes)}")
   print(
-    f"A step: up to {tokens:,} tokens, {rows.num_parts} parts of "
+    f"A step: up to {tokens:,} tokens, {rows.num_microbatches} microbatches of "
     f"{rows.per_device} rows of {rows.length:,} tokens on each device"
   )
   state = update_bytes.num_global_bytes(described.state)
@@ -222,22 +223,22 @@ def _print_run(
   print(f"a checkpoint is {plan_checks.gib(state)}")
   peak = flops.peak(devices.kind)
   if peak is None:
-    print("Time: unknown, as the devices' peak is; name them, as in 8xH100")
+    print("Time: unknown, since no device is named; try --plan=8xH100")
     return
   seconds = step_flops / (devices.number * peak * _MFU.value)
   line = f"Time at {_MFU.value:.0%} MFU: {seconds:,.1f} s per step"
   if steps:
     line += f", {steps * seconds / 3600:,.1f} h in all"
   if plan_memory.is_sampled(config):
-    line += "; sampling comes on top"
+    line += ", plus sampling"
   print(line)
 
 
 def _print_memory(
   described: plan_memory.RunShapes, need: plan_memory.Need, devices: _Devices
 ) -> None:
-  """Prints bytes per device, by class, and what a compiler says of them."""
-  print("\nGiB on each device, while it is there")
+  """Prints the estimated GiB per device, and XLA's count for an update."""
+  print("\nGiB on each device, and when they are held")
   for name, size in need.resident.items():
     _print_size(name, size, "always; exact")
   for phase, parts in need.phases.items():
@@ -245,7 +246,7 @@ def _print_memory(
       _print_size(name, size, f"{phase}; estimated")
   _print_size("peak", need.peak, f"of {plan_checks.gib(devices.budget)}")
   if need.on_host:
-    _print_size("in the host's memory", need.on_host, "for each device")
+    _print_size("in host memory", need.on_host, "for each device")
   compiled = update_bytes.compile_update(
     described.policy,
     described.state,
@@ -257,7 +258,7 @@ def _print_memory(
   estimated = sum(need.phases["update"].values())
   print(
     f"Compiled for {devices.number} CPUs, an update takes "
-    f"{plan_checks.gib(compiled.temporaries)} besides the state "
+    f"{plan_checks.gib(compiled.temporaries)} in addition to the state "
     f"(estimated: {plan_checks.gib(estimated)})"
   )
 
@@ -270,7 +271,7 @@ def _print_size(name: str, size: int, note: str) -> None:
 def _failed(checks: list[plan_checks.Check]) -> errors.ConfigError:
   failed = [check for check in checks if check.status == "FAIL"]
   return errors.ConfigError(
-    "The run would not come to its end.",
+    "The checks of the plan failed.",
     where=", ".join(check.name for check in failed),
     why=failed[0].found,
     fix=failed[0].fix,
@@ -283,10 +284,10 @@ def _too_large(
   need: plan_memory.Need,
   devices: _Devices,
 ) -> errors.ConfigError:
-  """Prints what each of some changes would give; makes the error."""
+  """Prints the peak with alternative settings; returns the error to raise."""
   if facts.shape is None:
-    raise ValueError("There is no model to change the memory of.")
-  print("\nIt does not fit. The peak with one change, or with all of a kind:")
+    raise ValueError("The model is unknown: facts.shape is None.")
+  print("\nIt does not fit. Peak GiB with one change, or with several:")
   fitting = []
   for changes in _alternatives(config):
     changed = plan_memory.with_changes(config, changes)
@@ -303,20 +304,20 @@ def _too_large(
   if devices.fraction < 0.9 and need.peak <= 0.9 * devices.memory:
     fitting.insert(0, f"{_FRACTION_NAMES[1]}=0.9 in the environment")
   return errors.ConfigError(
-    "The run does not fit into the devices' memory.",
+    "The run does not fit in device memory.",
     where=f"--plan={_PLAN.value}",
-    why=f"It needs {plan_checks.gib(need.peak)} of each, and has "
+    why=f"It needs {plan_checks.gib(need.peak)} of each device, and has "
     f"{plan_checks.gib(devices.budget)}: {devices.fraction:.0%} of the memory.",
     fix=f"Set {fitting[0]}."
     if fitting
-    else "Take more devices along --config.mesh.fsdp, or a smaller model.",
+    else "Use more devices along --config.mesh.fsdp, or a smaller model.",
   )
 
 
 def _alternatives(
   config: Any,  # Any: as in `_num_steps`.
 ) -> Iterator[dict[str, object]]:
-  """Yields changes: first those that change no number, alone and together."""
+  """Yields changes; those that keep results come first, alone and combined."""
   same: list[dict[str, object]] = []
   if "per_device" in config.batch and config.batch.per_device != 1:
     same.append({"batch.per_device": 1})

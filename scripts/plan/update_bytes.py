@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs of each device's memory, before there is any array.
+"""Counts the memory of an update on each device without creating arrays.
 
-Nothing here describes the model a second time. The state is the trainer's own,
-as `state.describe` tells it, so its bytes are exact. Activations are what
-tracing the model's own gradient finds: the arrays which the forward pass hands
-to the backward one, after whatever `remat` leaves of them. They are traced
-for the decoder that one device computes, with its share of heads and widths.
-What a compiler adds for itself is estimated; `compile_update` asks one.
+The state is described by `train_state.describe`, as in training, so its bytes
+are exact. Activations are counted by tracing the model's gradient: they are the
+residuals that the forward pass keeps for the backward pass under `remat`. The
+trace is of the decoder that one device computes, with its share of heads and
+widths. Temporaries of the compiler are estimated; `compile_update` measures
+them.
 """
 
 from collections.abc import Callable
@@ -24,48 +24,48 @@ from atlas_jax import sharding
 from atlas_jax.models import attention, decoder, lora, quantized
 from atlas_jax.train import gkd, optimizer_step, score, train_state, trainable
 
-# As `decoder.build`, of all but the shape.
+# `decoder.build` with all arguments but the config bound.
 Build = Callable[..., decoder.Model]
-# A policy and what of it is trained, described.
+# A described policy and its trained parameters.
 _Share = tuple[trainable.Policy, decoder.Params]
 
-# Arrays of a chunk's logits that exist at one time: the logits themselves,
-# their exponentials, and the gradient by them. With a teacher also its logits,
-# both log-probabilities and those of the mixture.
+# Float32 arrays [tokens of a chunk, V] alive at one time: logits, exponentials
+# and the gradient of the logits; with a teacher also its logits, both
+# log-probabilities and those of the mixture.
 _LOGITS_ALIVE = 3
 _LOGITS_ALIVE_WITH_TEACHER = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What goes through the devices at a time.
+  """The rows of an update.
 
   Attributes:
-    per_device: rows of one part of a batch, on each device.
-    num_parts: parts of a batch, whose gradients are added up.
+    per_device: rows of a microbatch on each device.
+    num_microbatches: microbatches, whose gradients are accumulated.
     length: tokens of a row.
     chunk_tokens: tokens of a row whose logits exist at one time.
   """
 
   per_device: int
-  num_parts: int
+  num_microbatches: int
   length: int
   chunk_tokens: int
 
 
 class Compiled(NamedTuple):
-  """Bytes per device of a compiled update, as the compiler tells them."""
+  """Bytes per device of a compiled update, from XLA's memory analysis."""
 
   arguments: int
   temporaries: int
 
 
 def num_bytes(tree: Any, *, on_host: bool = False) -> int:
-  """Counts the bytes of one device's part of arrays.
+  """Counts the bytes of one device's shards of arrays.
 
   Args:
-    tree: arrays, or what describes them, with their shardings.
-    on_host: counts those which wait in the host's memory, not the others.
+    tree: arrays or `ShapeDtypeStruct`s with shardings.
+    on_host: counts the arrays in pinned host memory instead of the others.
   """
   total = 0
   for leaf in jax.tree.leaves(tree):
@@ -76,7 +76,7 @@ def num_bytes(tree: Any, *, on_host: bool = False) -> int:
 
 
 def num_global_bytes(tree: Any) -> int:
-  """Counts the bytes of whole arrays, such as a checkpoint holds."""
+  """Counts the bytes of unsharded arrays, as in a checkpoint."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -92,43 +92,29 @@ def of_update(
   """Counts bytes per device, by class, while an update is computed.
 
   Args:
-    policy: what is trained, described.
-    state: of it, as `state.describe` tells.
-    build: makes a decoder like the policy's base, of another shape.
-    rows: of a batch.
-    mesh: where they are.
-    teacher: that reads the same rows, described; None where there is none.
+    policy: the described policy.
+    state: its described state, from `train_state.describe`.
+    build: builds a decoder like the policy's base from another config.
+    rows: the rows of the update.
+    mesh: the mesh of the state.
+    teacher: the described teacher that reads the same rows, or None.
 
   Returns:
-    By name: what is there all the time, and what is only during the update.
-    Of what is alive only while the loss, or a block, is differentiated, the
-    larger counts; `logits` are 0 where it is a block.
+    Bytes by name, of the state and of the update's temporaries. The loss and a
+    block are differentiated one after the other, so only the larger of the two
+    is counted: `logits` is 0 if that is the block.
   """
   rows = _rows_share(rows, mesh)
   share = _share(policy, build, mesh)
-  config = share[0].model.config
-  one_layer = _share(policy, build, mesh, num_layers=1, remat="none")
   kept = _kept(share, rows)
-  # Its gradients take the places of what it kept.
-  block = _kept(one_layer, rows)
-  chunk = rows.per_device * min(rows.chunk_tokens, rows.length)
-  num_alive = _LOGITS_ALIVE if teacher is None else _LOGITS_ALIVE_WITH_TEACHER
-  logits = 4 * num_alive * chunk * config.vocab_size
-  # What is split over the mesh is gathered for its turn, and so is its
-  # gradient, before it is split again.
-  head, layer = (
-    _num_gathered(policy.frozen.get(part), num_copies=1)
-    + _num_gathered(state.params.get(part), num_copies=2)
-    for part in ("embed" if config.tie_embeddings else "head", "layers")
-  )
-  layer //= config.num_layers
+  # The gradients of a block reuse the memory of its activations.
+  block = _kept(_share(policy, build, mesh, num_layers=1, remat="none"), rows)
+  logits = _logits(share, rows, has_teacher=teacher is not None)
+  head, layer = _gathered(policy, state, teacher)
   if teacher is not None:
-    # Its hidden states wait for the loss, and for its gradient.
+    # Its hidden states are kept for the loss and its gradient.
     hidden = rows.per_device * rows.length * teacher.model.config.width
     kept += hidden * jnp.dtype(teacher.model.dtype).itemsize
-    head += _num_gathered(_head(teacher), num_copies=1)
-    its_layers = _num_gathered(teacher.params["layers"], num_copies=1)
-    layer = max(layer, its_layers // teacher.model.config.num_layers)
   is_logits = logits + head > block + layer
   gradients = num_bytes(state.params)
   return {
@@ -137,11 +123,42 @@ def of_update(
     "optimizer": num_bytes(state.opt_state),
     "reference": num_bytes(state.reference),
     "teacher": num_bytes(teacher and teacher.params),
-    "gradients": gradients * (2 if rows.num_parts > 1 else 1),
+    "gradients": gradients * (2 if rows.num_microbatches > 1 else 1),
     "activations": kept + (0 if is_logits else block),
     "logits": logits if is_logits else 0,
     "gathered weights": head if is_logits else layer,
   }
+
+
+def _logits(share: _Share, rows: Rows, *, has_teacher: bool) -> int:
+  """Counts the bytes of a chunk's logits while the loss is differentiated."""
+  num_alive = _LOGITS_ALIVE_WITH_TEACHER if has_teacher else _LOGITS_ALIVE
+  chunk = rows.per_device * min(rows.chunk_tokens, rows.length)
+  return 4 * num_alive * chunk * share[0].model.config.vocab_size
+
+
+def _gathered(
+  policy: trainable.Policy,
+  state: train_state.TrainState,
+  teacher: gkd.Teacher | None,
+) -> tuple[int, int]:
+  """Counts the bytes of the gathered head, and of one gathered layer.
+
+  Sharded weights are gathered before use. The gradients of trained ones are
+  whole too, until they are sharded again, so these count twice.
+  """
+  config = policy.base.config
+  head, layer = (
+    _num_gathered(policy.frozen.get(part), num_copies=1)
+    + _num_gathered(state.params.get(part), num_copies=2)
+    for part in ("embed" if config.tie_embeddings else "head", "layers")
+  )
+  layer //= config.num_layers
+  if teacher is not None:
+    head += _num_gathered(_head(teacher), num_copies=1)
+    its_layers = _num_gathered(teacher.params["layers"], num_copies=1)
+    layer = max(layer, its_layers // teacher.model.config.num_layers)
+  return head, layer
 
 
 def of_cache(
@@ -151,13 +168,13 @@ def of_cache(
   num_slots: int,
   mesh: jax.sharding.Mesh,
 ) -> int:
-  """Counts bytes per device of the sampler's keys and values.
+  """Counts bytes per device of the sampler's KV cache.
 
   Args:
-    model: what is sampled from.
+    model: the sampled model.
     num_rows: completions decoded at once, over all devices.
     num_slots: tokens of the longest prompt with its completion.
-    mesh: rows are spread over it, as `sharding.of_batch` has them.
+    mesh: shards the rows, as in `sharding.of_batch`.
   """
   cache = jax.eval_shape(
     lambda: attention.empty_cache(
@@ -176,11 +193,11 @@ def compile_update(
   mesh: jax.sharding.Mesh,
   teacher: gkd.Teacher | None = None,
 ) -> Compiled:
-  """Compiles an update for the mesh's devices, and asks what it would take.
+  """Compiles an update for the mesh's devices; returns its memory analysis.
 
-  They may be simulated ones, as many as the real mesh has. The loss is the mean
-  log-probability of all tokens, or the divergence from the teacher: what a
-  recipe adds to it are arrays [B, T].
+  The devices may be simulated, as many as the real mesh has. The loss is the
+  mean log-probability of all tokens, or the divergence from the teacher; the
+  terms that a recipe adds to it are only arrays [B, T].
   """
 
   def logprobs_loss(params: decoder.Params, batch: optimizer_step.Batch) -> Any:
@@ -191,7 +208,8 @@ def compile_update(
   if teacher is not None:
     loss_fn = functools.partial(
       gkd.packed_loss,
-      *(policy.model, teacher.model),
+      policy.model,
+      teacher.model,
       beta=0.5,
       temperature=1.0,
       chunk_tokens=rows.chunk_tokens,
@@ -204,17 +222,19 @@ def compile_update(
     frozen=frozen,
     shardings=train_state.shardings(state),
   )
-  num_rows = rows.per_device * rows.num_parts * sharding.num_row_shards(mesh)
+  num_rows = (
+    rows.per_device * rows.num_microbatches * sharding.num_row_shards(mesh)
+  )
   batch = _batch(num_rows, rows.length)
   mask = jax.ShapeDtypeStruct((num_rows, rows.length), jnp.bool_)
   batch |= {"loss_mask": mask}
   place = sharding.of_batch(mesh)
   batch = train_state.placed(batch, dict.fromkeys(batch, place))
   lowered = step.func.lower(
-    *(*step.args, state, batch), num_microbatches=rows.num_parts
+    *step.args, state, batch, num_microbatches=rows.num_microbatches
   )
-  found = lowered.compile().memory_analysis()
-  return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes)
+  analysis = lowered.compile().memory_analysis()
+  return Compiled(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes)
 
 
 def _logprobs(
@@ -241,14 +261,13 @@ def _share(
   mesh: jax.sharding.Mesh,
   **changes: Any,
 ) -> _Share:
-  """Splits the decoder that one device computes, along the axis `tensor`.
+  """Describes the decoder that one device computes, along the axis `tensor`.
 
   Args:
     policy: of the whole decoder.
     build: see `of_update`.
-    mesh: its sizes divide those of the model.
-    **changes: `num_layers`, where not all of them are asked for, and those of
-      `build`.
+    mesh: its axis sizes divide the model's dimensions.
+    **changes: arguments of `build`, and `num_layers` to keep fewer layers.
   """
   whole, tensor = policy.base.config, mesh.shape["tensor"]
   num_layers = changes.pop("num_layers", whole.num_layers)
@@ -272,21 +291,21 @@ def _share(
   kind = quantized.kind_of(policy.frozen)
   frozen = model.abstract_params
   policy, trained = trainable.split(model, frozen, policy.adapters)
-  if kind:  # What restores its kernels is part of what is traced.
+  if kind:  # Dequantization is part of the trace.
     frozen = quantized.describe(frozen, kind)
   return dataclasses.replace(policy, frozen=frozen), trained
 
 
 def _rows_share(rows: Rows, mesh: jax.sharding.Mesh) -> Rows:
-  """Gives a device its tokens of each row, along the axis `context`."""
+  """Returns the rows of one device: rows are split along the axis `context`."""
   length = -(-rows.length // mesh.shape["context"])
   return dataclasses.replace(rows, length=length)
 
 
 def _kept(share: _Share, rows: Rows) -> int:
-  """Counts what the forward pass keeps for the backward one, on a device.
+  """Counts the bytes of residuals that the forward pass keeps on a device.
 
-  Parameters are not among it: they are there anyway.
+  Parameters are not counted: they are held anyway.
   """
   policy, trained = share
 
@@ -317,9 +336,9 @@ def _head(teacher: gkd.Teacher) -> Any:  # Any: described arrays.
 
 
 def _num_gathered(params: Any, *, num_copies: int) -> int:
-  """Counts the bytes of weights that are split, and are whole for their turn.
+  """Counts the bytes of sharded weights after they are gathered.
 
-  Along `tensor` and `expert` they stay split: each device computes its share.
+  Along `tensor` and `expert` they stay sharded: each device computes its share.
   """
   total = 0
   for leaf in jax.tree.leaves(params):

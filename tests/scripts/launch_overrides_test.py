@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bare names mean, and that nothing is ignored."""
+"""Tests which config values the overrides set, and that none is ignored."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ _SFT = "configs/run/teacher_sft.py:smoke"
 _GKD = "configs/run/teacher_gkd.py:smoke"
 
 
-# ml_collections loads config files by a method that Python has deprecated.
+# ml_collections loads config files with a deprecated importlib method.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:the load_module:DeprecationWarning"
 )
@@ -46,7 +46,7 @@ def _get(config, path):
     str(_ROOT / "configs/run/teacher_rcl.py:smoke"),
   ],
 )
-def test_a_recipe_is_found_however_it_is_spelt(name):
+def test_a_recipe_is_found_by_any_form_of_its_name(name):
   found = launch_overrides.find_recipe(name)
   assert found.endswith(_RCL)
   assert (
@@ -55,8 +55,8 @@ def test_a_recipe_is_found_however_it_is_spelt(name):
   )
 
 
-def test_a_recipe_that_is_not_there_is_refused_with_a_suggestion():
-  with pytest.raises(errors.ConfigError, match="no such recipe") as caught:
+def test_an_unknown_recipe_is_an_error_with_a_suggestion():
+  with pytest.raises(errors.ConfigError, match="Unknown recipe") as caught:
     launch_overrides.find_recipe("configs/run/teacher_rcel.yaml")
   assert caught.value.exit_code == 2
   assert caught.value.fix == "Did you mean teacher_rcl?"
@@ -132,8 +132,10 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_RCL, "weight_decay=0.5", "optimizer.weight_decay", 0.5),
     (_RCL, "save_total_limit=7", "checkpoint.keep", 7),
     (
-      *(_RCL, "metric_for_best_model=eval_teaching/NDR"),
-      *("checkpoint.best_metric", "eval/teaching/NDR"),
+      _RCL,
+      "metric_for_best_model=eval_teaching/NDR",
+      "checkpoint.best_metric",
+      "eval/teaching/NDR",
     ),
     (_RCL, "greater_is_better=False", "checkpoint.best_mode", "min"),
     (_RCL, "load_best_model_at_end=true", "checkpoint.load_best", True),
@@ -158,11 +160,11 @@ def test_a_name_sets_its_config_value(recipe, word, path, value):
   assert _get(_resolve(recipe).config, path) != value or path == "num_epochs"
 
 
-def test_a_strategy_of_steps_leaves_them_as_they_are():
+def test_strategy_steps_keeps_the_intervals_of_the_recipe():
   assert _resolve(_RCL, "save_strategy=steps").settings == ()
 
 
-def test_no_tracker_is_what_null_asks_for():
+def test_report_to_null_disables_trackers():
   for word in ("report_to=null", "report_to=none", "report_to=[]"):
     assert _resolve(_RCL, "report_to=wandb", word).config.report.to == "none"
 
@@ -182,7 +184,7 @@ def test_no_tracker_is_what_null_asks_for():
     ),
   ],
 )
-def test_parts_of_an_update_decide_the_rows_of_a_device(
+def test_microbatch_options_set_the_rows_per_device(
   words, num_devices, per_device
 ):
   job = _resolve(_RCL, *words, num_devices=num_devices)
@@ -190,29 +192,29 @@ def test_parts_of_an_update_decide_the_rows_of_a_device(
 
 
 @pytest.mark.parametrize(
-  ("recipe", "word", "told"),
+  ("recipe", "word", "message"),
   [
     (_RCL, "max_step=4", "Did you mean max_steps?"),
-    (_RCL, "max_prompt_length=9", "Known are"),
-    (_RCL, "zero1", "always split together"),
-    (_RCL, "--workdir=x", "Known are"),
-    (_RCL, "num_train_epochs=1", "no such setting"),
-    (_SFT, "beta=0.1", "no such setting"),
-    (_SFT, "student_model=s", "no such setting"),
+    (_RCL, "max_prompt_length=9", "Valid names are"),
+    (_RCL, "zero1", "always sharded together"),
+    (_RCL, "--workdir=x", "Valid names are"),
+    (_RCL, "num_train_epochs=1", "not have this setting"),
+    (_SFT, "beta=0.1", "not have this setting"),
+    (_SFT, "student_model=s", "not have this setting"),
     (_RCL, "model_name_or_path=null", "needs a value"),
     (_RCL, "max_steps=soon", "invalid literal"),
-    (_RCL, "train_batch_size=30", "30 sequences do not divide by 8"),
-    (_RCL, "per_device_train_batch_size=5", "128 sequences do not divide by 5"),
+    (_RCL, "train_batch_size=30", "30 sequences are not divisible by 8"),
+    (_RCL, "per_device_train_batch_size=5", "128 sequences are not divisible"),
     (_RCL, "train_batch_size=0", "at least 1"),
-    (_RCL, "vllm_port=http", "a port is a number"),
-    (_RCL, "save_strategy=epoch", "told in steps"),
+    (_RCL, "vllm_port=http", "must be a port number"),
+    (_RCL, "save_strategy=epoch", "must be no or steps"),
     (_RCL, "--config.loop.num_step=4", 'Did you mean "num_steps"'),
   ],
 )
-def test_what_cannot_be_honoured_is_refused(recipe, word, told):
+def test_invalid_overrides_are_errors(recipe, word, message):
   with pytest.raises(errors.ConfigError) as caught:
     _resolve(recipe, word)
-  assert told.lower() in str(caught.value).lower()
+  assert message.lower() in str(caught.value).lower()
   assert word.rpartition("=")[2] in caught.value.where
   assert caught.value.exit_code == 2
 
@@ -227,19 +229,19 @@ def test_what_cannot_be_honoured_is_refused(recipe, word, told):
     (_RCL, [], {"optimizer": False, "reference": False}),
   ],
 )
-def test_offload_is_a_word_wherever_it_stands(recipe, words, offloaded):
+def test_offload_is_accepted_in_any_position(recipe, words, offloaded):
   assert _resolve(recipe, *words).config.offload.to_dict() == offloaded
 
 
-def test_contradicting_batch_sizes_are_refused():
-  with pytest.raises(errors.ConfigError, match="makes it 32"):
+def test_contradicting_batch_sizes_are_an_error():
+  with pytest.raises(errors.ConfigError, match="requires 32"):
     _resolve(
-      *(_RCL, "per_device_train_batch_size=4", "gradient_accumulation_steps=2")
+      _RCL, "per_device_train_batch_size=4", "gradient_accumulation_steps=2"
     )
 
 
-def test_a_recipe_without_data_asks_for_it():
-  with pytest.raises(errors.ConfigError, match=r"data\.path is not set"):
+def test_a_recipe_without_data_is_an_error():
+  with pytest.raises(errors.ConfigError, match="path is not set"):
     _resolve("configs/run/teacher_rcl.py")
   job = _resolve("configs/run/teacher_rcl.py", "dataset_id_or_path=q.jsonl")
   assert job.config.data.path == "q.jsonl"
@@ -253,11 +255,11 @@ def test_a_recipe_without_data_asks_for_it():
     (["output_dir=here", "results_dir=runs"], "here"),
   ],
 )
-def test_output_names_give_the_workdir(words, workdir):
+def test_output_names_set_the_workdir(words, workdir):
   assert _resolve(_RCL, *words).workdir == pathlib.Path(workdir)
 
 
-def test_the_page_is_the_table():
+def test_the_docs_page_matches_the_table():
   page = (_ROOT / "docs/overrides.md").read_text("utf-8")
   assert page == launch_overrides.markdown(), (
     "Run python -m scripts.launch_overrides > docs/overrides.md"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch scripts, from their command line to trained weights."""
+"""Tests the launch scripts, from their command line to trained weights."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests import fakes, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _VLLM = _ROOT / ".venv-rollout/bin/python"
-# vLLM's attention on a CPU wants heads of 32 and more.
+# vLLM's attention on a CPU requires a head width of at least 32.
 _FIELDS = {
   "vocab_size": 300,
   "hidden_size": 64,
@@ -47,7 +47,7 @@ def _launch(*arguments, command=_PYTHON, timeout=60):
 
 
 @pytest.mark.parametrize(
-  ("script", "arguments", "told"),
+  ("script", "arguments", "expected"),
   [
     (
       "launch.sh",
@@ -61,8 +61,8 @@ def _launch(*arguments, command=_PYTHON, timeout=60):
     ),
   ],
 )
-def test_scripts_hand_their_arguments_over(tmp_path, script, arguments, told):
-  """From another folder, and with an environment that is there already."""
+def test_scripts_forward_their_arguments(tmp_path, script, arguments, expected):
+  """Runs them from another folder, with an existing environment."""
   shutil.copytree(_ROOT / "scripts", tmp_path / "scripts")
   shutil.copytree(_ROOT / "requirements", tmp_path / "requirements")
   (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -78,11 +78,11 @@ def test_scripts_hand_their_arguments_over(tmp_path, script, arguments, told):
     timeout=60,
     check=False,
   )
-  assert (result.stdout.strip(), result.returncode) == (told, 5)
+  assert (result.stdout.strip(), result.returncode) == (expected, 5)
 
 
 @pytest.mark.parametrize(
-  ("arguments", "told"),
+  ("arguments", "message"),
   [
     ([], "number of devices, a recipe"),
     (["teacher_rcl"], "number of devices, a recipe"),
@@ -90,17 +90,17 @@ def test_scripts_hand_their_arguments_over(tmp_path, script, arguments, told):
     (["--num_servers=", "1", "teacher_rcl"], "number of devices, a recipe"),
     (["1", "teacher_rcll"], "Did you mean teacher_rcl?"),
     (["1", "teacher_rcl:smoke", "max_step=4"], "Did you mean max_steps?"),
-    (["--num_servers=1", "1", "teacher_sft:smoke"], "samples nothing"),
+    (["--num_servers=1", "1", "teacher_sft:smoke"], "does not sample"),
     (
       ["--num_servers=1", "1", "teacher_rcl:smoke", "--rollout=sglang"],
       "Unknown rollout engine",
     ),
   ],
 )
-def test_what_cannot_be_launched_is_exit_code_2(arguments, told):
+def test_invalid_arguments_are_exit_code_2(arguments, message):
   result = _launch(*arguments)
   assert result.returncode == 2, result.stderr
-  assert told in result.stderr
+  assert message in result.stderr
   assert "Traceback" not in result.stderr
 
 
@@ -110,8 +110,12 @@ def test_a_taken_port_is_exit_code_2_before_anything_starts(tmp_path):
     holder.listen()
     port = holder.getsockname()[1]
     result = _launch(
-      *("--num_servers=1", "1", "teacher_rcl:smoke", "--rollout=jax"),
-      *(f"vllm_port={port}", f"output_dir={tmp_path / 'run'}"),
+      "--num_servers=1",
+      "1",
+      "teacher_rcl:smoke",
+      "--rollout=jax",
+      f"vllm_port={port}",
+      f"output_dir={tmp_path / 'run'}",
     )
   assert result.returncode == 2, result.stderr
   assert f"Port {port} is taken" in result.stderr
@@ -120,7 +124,7 @@ def test_a_taken_port_is_exit_code_2_before_anything_starts(tmp_path):
 
 
 def _world(path):
-  """Writes a teacher, a student and questions; gives the words to use them."""
+  """Writes a teacher, a student and questions; returns overrides for them."""
   for name in ("teacher", "student"):
     tiny.write_checkpoint(path / name, "qwen3", **_FIELDS)
     fakes.write_tokenizer(path / name)
@@ -146,7 +150,7 @@ def _world(path):
 
 
 def _free_port(count):
-  """Finds the first of so many free ports in a row."""
+  """Returns the first of `count` consecutive free ports."""
   while True:
     with socket.socket() as probe:
       probe.bind(("127.0.0.1", 0))
@@ -157,7 +161,7 @@ def _free_port(count):
 
 
 def _is_running(text):
-  """Tells whether a process has this text in its command line."""
+  """Returns whether a process has this text in its command line."""
   for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
       if os.fsencode(text) in path.read_bytes():
@@ -183,7 +187,7 @@ _IS_INSTALLED = _VLLM.exists() and (_ROOT / ".venv/installed").exists()
         pytest.mark.vllm,
         pytest.mark.skipif(
           not _IS_INSTALLED,
-          reason="needs the environments that scripts/run_tests.sh makes",
+          reason="needs the environments that scripts/run_tests.sh creates",
         ),
       ],
     ),
@@ -195,8 +199,12 @@ def test_four_steps_are_trained_next_to_servers(
   port, run = _free_port(num_ports), tmp_path / "run"
   result = _launch(
     "configs/run/teacher_rcl.py:smoke",
-    *("report_to=null", "max_steps=4", "eval_steps=1"),
-    *(f"--rollout={engine}", f"vllm_port={port}", f"output_dir={run}"),
+    "report_to=null",
+    "max_steps=4",
+    "eval_steps=1",
+    f"--rollout={engine}",
+    f"vllm_port={port}",
+    f"output_dir={run}",
     *_world(tmp_path),
     command=command,
     timeout=500,
@@ -213,8 +221,8 @@ def test_four_steps_are_trained_next_to_servers(
   for name in (*measured, "student_queue_s", "student_tokens_per_s"):
     assert all(f"rollout/{name}" in row for row in rows if "reward" in row)
   assert (run / "export/model.safetensors").exists()
-  told = f"version 4 are with {num_of_policy} of {num_of_policy} servers"
-  assert told in result.stderr
+  message = f"version 4 are with {num_of_policy} of {num_of_policy} servers"
+  assert message in result.stderr
   assert len(list(run.glob("servers/*.log"))) == num_ports
   supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))

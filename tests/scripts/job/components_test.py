@@ -91,7 +91,7 @@ def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / "file").write_text("")
   with (
-    pytest.raises(errors.ConfigError, match="cannot be written"),
+    pytest.raises(errors.ConfigError, match="not writable"),
     components.start(tmp_path / "file/run", _config()),
   ):
     pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One signal asks to stop, a second one does not wait."""
+"""Tests that one signal stops after a step, and a second one at once."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from scripts.job import preemption
 @pytest.mark.parametrize(
   "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 )
-def test_a_signal_asks_to_stop_and_is_then_as_it_was(number):
+def test_a_signal_requests_a_stop_and_its_handler_is_restored(number):
   before = signal.getsignal(number)
   with preemption.listen() as should_stop:
     assert not should_stop()
@@ -24,7 +24,7 @@ def test_a_signal_asks_to_stop_and_is_then_as_it_was(number):
   assert signal.getsignal(number) is before
 
 
-_ASKED_TWICE = """
+_SIGNALLED_TWICE = """
 import os, signal, sys, threading, time
 from scripts.job import preemption
 
@@ -33,7 +33,7 @@ with preemption.listen() as should_stop:
   os.kill(os.getpid(), signal.SIGUSR1)
   os.kill(os.getpid(), number)
   assert should_stop()
-  # As a save does that is under way.
+  # Keeps the process alive, as a save in progress does.
   threading.Thread(target=time.sleep, args=(60,)).start()
   print("saving", flush=True)
   os.kill(os.getpid(), number)
@@ -42,9 +42,9 @@ with preemption.listen() as should_stop:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_of_a_person_or_scheduler_waits_for_nothing(number):
+def test_a_second_sigterm_or_sigint_exits_at_once(number):
   with subprocess.Popen(
-    [sys.executable, "-c", _ASKED_TWICE, str(int(number))],
+    [sys.executable, "-c", _SIGNALLED_TWICE, str(int(number))],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -53,7 +53,7 @@ def test_the_second_of_a_person_or_scheduler_waits_for_nothing(number):
     started = time.monotonic()
     assert child.wait(timeout=30) == 75
     assert time.monotonic() - started < 20
-    assert "asked to stop twice" in child.stderr.read()
+    assert "second request to stop" in child.stderr.read()
 
 
 _SHARED = """
@@ -73,13 +73,13 @@ with preemption.listen() as should_stop:
       os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.05)
   else:
-    raise SystemExit("was never told")
+    raise SystemExit("should_stop() never returned True")
 assert step > 3
 """
 
 
 @pytest.mark.slow
-def test_where_several_processes_are_one_jax_agrees_on_the_step():
+def test_processes_of_one_job_stop_after_the_same_step():
   child = subprocess.run(
     [sys.executable, "-c", _SHARED],
     capture_output=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every value of a config is shown, with what set it."""
+"""Tests that every value of a config is printed with its origin."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from scripts.job import print_config
 _ROOT = pathlib.Path(__file__).parents[3]
 _SFT = "configs/run/teacher_sft.py"
 
-# ml_collections loads config files by a method that Python has deprecated.
+# ml_collections loads config files with a deprecated importlib method.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:the load_module:DeprecationWarning"
 )
@@ -30,7 +30,7 @@ def _rows(text):
   return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
 
 
-def test_a_value_is_of_the_recipe_its_variant_or_who_set_it():
+def test_the_origin_is_the_recipe_its_variant_or_an_override():
   recipe = f"{_SFT}:smoke"
   config = launch_overrides.load(recipe, ["--config.seed=5"])
   rows = _rows(print_config.table(recipe, config, {"seed": "me"}))
@@ -39,7 +39,7 @@ def test_a_value_is_of_the_recipe_its_variant_or_who_set_it():
   assert rows["packing.too_long"] == ["'drop'", _SFT]
 
 
-def test_the_launcher_names_the_override_behind_a_value(capsys):
+def test_the_launcher_shows_the_override_that_set_a_value(capsys):
   words = ["max_steps=4", "report_to=null", "--config.seed=1"]
   words += ["per_device_train_batch_size=16", "--print_config"]
   assert launch.main(["2", "teacher_rcl:smoke", *words]) == 0
@@ -52,11 +52,12 @@ def test_the_launcher_names_the_override_behind_a_value(capsys):
 
 
 @pytest.mark.slow
-def test_reading_the_beginning_is_no_failure():
+def test_a_closed_stdout_is_not_an_error():
   reading, writing = os.pipe()
   os.close(reading)
+  code = "from scripts.job import print_config; print_config.show('a')"
   result = subprocess.run(
-    [sys.executable, "-c", "from scripts import origins; origins.show('a')"],
+    [sys.executable, "-c", code],
     cwd=_ROOT,
     stdout=writing,
     stderr=subprocess.PIPE,
@@ -67,7 +68,7 @@ def test_reading_the_beginning_is_no_failure():
   assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_a_secret_is_not_shown(monkeypatch):
+def test_secrets_are_masked(monkeypatch):
   values = {
     "api_key": "abc",
     "judge": {"token": "def", "max_completion_tokens": 7, "password": ""},
@@ -82,13 +83,17 @@ def test_a_secret_is_not_shown(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "rcl"])
-def test_a_training_script_prints_and_does_nothing(tmp_path, name):
+def test_a_training_script_prints_the_config_and_exits(tmp_path, name):
   script = {"sft": "train_sft", "rcl": "train_grpo"}[name]
   result = subprocess.run(
     [
-      *(sys.executable, "-m", f"scripts.{script}", "--print_config"),
+      sys.executable,
+      "-m",
+      f"scripts.{script}",
+      "--print_config",
       f"--config=configs/run/teacher_{name}.py:smoke",
-      *(f"--workdir={tmp_path}/run", "--config.seed=5"),
+      f"--workdir={tmp_path}/run",
+      "--config.seed=5",
     ],
     cwd=_ROOT,
     capture_output=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder belongs to one process, and tells what changed since the last."""
+"""Tests the lock of a workdir, and the log of config changes."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ with workdirs.lock(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_lock_dies_with_its_process(tmp_path):
+def test_a_lock_is_released_when_its_process_is_killed(tmp_path):
   with subprocess.Popen(
     [sys.executable, "-c", _HOLDS, str(tmp_path)],
     stdout=subprocess.PIPE,
@@ -43,13 +43,13 @@ def test_a_lock_dies_with_its_process(tmp_path):
     pass
 
 
-def test_what_changed_in_the_config_is_told(tmp_path, monkeypatch):
+def test_config_changes_are_logged(tmp_path, monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
   config = ml_collections.ConfigDict({"a": {"rate": 0.1, "keep": 1}, "b": ()})
   for rate in (0.1, 0.1, 0.2):
     config.a.rate = rate
     workdirs.write_config(tmp_path, config)
-  (told,) = warnings
-  assert "a.rate: 0.1 then, 0.2 now" in told[0] % told[1:]
-  assert "a.keep" not in told[0] % told[1:]
+  ((message, *values),) = warnings
+  assert "a.rate: 0.1 -> 0.2" in message % tuple(values)
+  assert "a.keep" not in message % tuple(values)

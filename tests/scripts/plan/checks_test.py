@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a run's files and servers shows before it starts."""
+"""Tests the checks of files, data, servers and disk before a run."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def _status(facts):
   return {check.name: check.status for check in facts.checks}
 
 
-def test_conversations_are_packed_as_the_run_will(files):
+def test_conversations_are_packed_as_in_training(files):
   facts = checks.run(_sft(files))
   assert set(_status(facts).values()) == {"ok"}
   assert facts.steps_per_epoch > 0
@@ -65,9 +65,7 @@ def test_conversations_are_packed_as_the_run_will(files):
   assert list(files.rglob("quarantine.jsonl")) == []
 
 
-def test_prompts_are_counted_with_what_may_be_sampled_after_them(
-  files, tmp_path
-):
+def test_gkd_rows_are_counted_with_sampled_completions(files, tmp_path):
   config = _gkd(files)
   facts = checks.run(config)
   assert set(_status(facts).values()) == {"ok"}
@@ -76,7 +74,7 @@ def test_prompts_are_counted_with_what_may_be_sampled_after_them(
   longest = memory.longest_row(config, facts.prompt_tokens)
   assert 100 < longest <= 256
   assert facts.tokens_per_row < longest
-  # A teacher that numbers tokens otherwise shows before the run.
+  # A teacher with other token ids fails the check.
   path = shutil.copytree(files / "model", tmp_path / "other") / "tokenizer.json"
   tokenizer = json.loads(path.read_text())
   vocabulary = tokenizer["model"]["vocab"]
@@ -85,14 +83,14 @@ def test_prompts_are_counted_with_what_may_be_sampled_after_them(
   config.teacher.path = str(tmp_path / "other")
   assert _status(checks.run(config))["one tokenizer"] == "FAIL"
   config.teacher.path = config.model.path
-  # The data's completions, of two tokens, are all there is if none is sampled.
+  # Without sampling, rows hold the completions of the data: two tokens.
   config.completions.on_policy_fraction = 0.0
   unsampled = checks.run(config)
   assert memory.longest_row(config, unsampled.prompt_tokens) == longest - 6
   assert not memory.is_sampled(config)
 
 
-def test_the_longest_question_is_counted_in_its_template(files):
+def test_the_longest_question_is_counted_with_its_template(files):
   facts = checks.run(_grpo(files))
   assert set(_status(facts).values()) == {"ok"}
   config = _grpo(files)
@@ -102,7 +100,7 @@ def test_the_longest_question_is_counted_in_its_template(files):
   assert facts.steps_per_epoch is None
 
 
-def test_a_config_alone_has_all_else_absent(files, tmp_path):
+def test_a_config_alone_leaves_other_files_absent(files, tmp_path):
   (tmp_path / "model").mkdir()
   source = files / "model/config.json"
   (tmp_path / "model/config.json").write_text(source.read_text())
@@ -146,7 +144,7 @@ def _break_length(directory, config):
     (_break_length, "data"),
   ],
 )
-def test_what_cannot_be_used_fails_with_a_fix(files, tmp_path, damage, name):
+def test_invalid_files_fail_with_a_fix(files, tmp_path, damage, name):
   config = _sft(files)
   damage(tmp_path, config)
   failed = [c for c in checks.run(config).checks if c.status == "FAIL"]
@@ -155,7 +153,7 @@ def test_what_cannot_be_used_fails_with_a_fix(files, tmp_path, damage, name):
 
 
 def test_a_server_that_does_not_answer_fails(files):
-  with socket.socket() as server:  # Nobody listens there afterwards.
+  with socket.socket() as server:  # The port is closed afterwards.
     server.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
   config = _grpo(files)
@@ -167,8 +165,8 @@ def test_a_server_that_does_not_answer_fails(files):
   assert status["data"] == "ok"
 
 
-def test_a_disk_is_looked_at_where_the_workdir_will_be(tmp_path):
-  workdir = tmp_path / "not/there/yet"
+def test_the_disk_of_a_missing_workdir_is_checked(tmp_path):
+  workdir = tmp_path / "new/run"
   assert checks.disk(workdir, 1).status == "ok"
   full = checks.disk(workdir, 1 << 60)
   assert full.status == "FAIL"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's whole need: what is sampled with, and what a setting changes."""
+"""Tests the planned memory of a run against devices and across settings."""
 
 import jax
 import pytest
@@ -35,7 +35,7 @@ def _need(config, **changes):
   return memory.need(described, changed, prompt_tokens=64)
 
 
-def test_a_sampler_holds_what_is_planned(config):
+def test_planned_sampler_bytes_match_the_devices(config):
   mesh = sharding.make_mesh(**config.mesh)
   opened = components.open_model(mesh, **config.model)
   sampler = jax_sampler.JaxSampler(
@@ -56,7 +56,9 @@ def test_a_sampler_holds_what_is_planned(config):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_a_base_in_few_bits_takes_what_is_planned(tmp_path, config, kind):
+def test_planned_bytes_of_a_quantized_base_match_the_devices(
+  tmp_path, config, kind
+):
   tiny.write_talker(
     tmp_path / "model",
     num_hidden_layers=2,
@@ -96,12 +98,12 @@ def test_a_base_in_few_bits_takes_what_is_planned(tmp_path, config, kind):
   assert "push" not in floats.phases
 
 
-def test_every_change_that_is_offered_lowers_what_it_is_for(config):
+def test_every_suggested_change_lowers_its_bytes(config):
   before = _need(config)
   assert set(before.phases) == {"update", "sampling"}
   after = _need(config, offload__optimizer=True, offload__reference=True)
   assert "reference" not in after.resident
-  counts = after.resident["optimizer"]  # Of updates: they stay.
+  counts = after.resident["optimizer"]  # Update counts stay on the devices.
   assert counts < 64
   moved = before.resident["optimizer"] + before.resident["reference"]
   assert after.on_host == moved - counts

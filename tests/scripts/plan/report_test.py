@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of real shapes, from a config.json alone; and what is refused."""
+"""Tests plans of real model shapes from a config.json, and their errors."""
 
 import json
 import os
@@ -41,7 +41,7 @@ _SHAPES = {
   "qwen2.5_32b": _shape("qwen2", 152064, 5120, 27648, 64, 40),
   "llama_70b": _shape("llama", 128256, 8192, 28672, 80, 64),
 }
-# As `main` does, on a machine with a large disk.
+# Runs a script's `main` with a simulated disk.
 _MAIN = """
 import collections, shutil, sys
 free, recipe = int(sys.argv.pop(2)), sys.argv.pop(1)
@@ -58,12 +58,16 @@ def _plan(recipe, *options, free=1 << 60):
   config = configs[recipe]
   done = subprocess.run(
     [
-      *(sys.executable, "-c", _MAIN, recipe, str(free)),
+      sys.executable,
+      "-c",
+      _MAIN,
+      recipe,
+      str(free),
       f"--config=configs/run/{config}.py",
       *options,
     ],
     cwd=_ROOT,
-    # The accelerator that is named here must not be asked for.
+    # Must be ignored: a plan does not initialize an accelerator.
     env={**os.environ, "JAX_PLATFORMS": "cuda"},
     capture_output=True,
     text=True,
@@ -114,7 +118,7 @@ def test_a_config_alone_is_enough_to_plan(
 
 
 @pytest.mark.slow
-def test_a_teacher_has_bytes_of_its_own(tmp_path):
+def test_a_plan_counts_the_bytes_of_a_teacher(tmp_path):
   fields = _shape("qwen2", 151936, 896, 4864, 4, 14)
   policy = _write(tmp_path / "policy", {**fields, "num_key_value_heads": 2})
   teacher = _write(
@@ -137,10 +141,10 @@ def test_a_teacher_has_bytes_of_its_own(tmp_path):
   # In bfloat16, over all devices: 1.26 billion parameters.
   assert sizes["teacher"] == pytest.approx(0.294, abs=0.006)
   assert sizes["sampler"] < sizes["parameters"]
-  assert "sampling comes on top" in out
+  assert "plus sampling" in out
 
 
-def test_what_does_not_fit_ends_with_the_change_that_would(tmp_path):
+def test_a_plan_that_does_not_fit_suggests_a_change_that_does(tmp_path):
   model = _write(tmp_path / "model", _SHAPES["qwen3_8b"])
   options = (
     f"--workdir={tmp_path / 'run'}",

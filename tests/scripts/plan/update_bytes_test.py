@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is planned is what the devices then hold."""
+"""Tests that the planned bytes of an update match those on the devices."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ _FIELDS = {
   "head_dim": 32,
 }
 _ROWS = update_bytes.Rows(
-  per_device=2, num_parts=1, length=128, chunk_tokens=64
+  per_device=2, num_microbatches=1, length=128, chunk_tokens=64
 )
 _NO_ADAPTERS = lora.Lora(rank=0, alpha=1.0, targets=())
 _ADAPTERS = lora.Lora(rank=2, alpha=1.0, targets=("mlp/up",))
@@ -49,7 +49,7 @@ def _optimizer(name="adamw"):
 
 
 def _describe(mesh, *, remat="block", adapters=_NO_ADAPTERS, **more):
-  """Describes a policy and its state, with no array anywhere."""
+  """Describes a policy and its state without creating arrays."""
   fields = tiny.fields("qwen3", **_FIELDS)
   model = _build(remat)(decoder_config.from_hf(fields))
   model = dataclasses.replace(model, layout=sharding.of_activations(mesh))
@@ -82,7 +82,7 @@ def _held(tree, device, *, on_host):
 
 @pytest.mark.parametrize("adapters", [_NO_ADAPTERS, _ADAPTERS])
 @pytest.mark.parametrize("is_offloaded", [False, True])
-def test_the_state_takes_exactly_what_is_planned(adapters, is_offloaded):
+def test_the_state_takes_exactly_the_planned_bytes(adapters, is_offloaded):
   mesh = _mesh(data=2, fsdp=2, tensor=2)
   offload = train_state.Offload(
     optimizer=is_offloaded, reference=is_offloaded and adapters.rank == 0
@@ -122,7 +122,7 @@ def test_the_state_takes_exactly_what_is_planned(adapters, is_offloaded):
 
 
 def _teacher(mesh):
-  """Describes a teacher of another width, as `_describe` does a policy."""
+  """Describes a teacher of another width; see `_describe`."""
   fields = {**_FIELDS, "hidden_size": 192, "num_hidden_layers": 8}
   model = _build("none")(decoder_config.from_hf(tiny.fields("qwen3", **fields)))
   model = dataclasses.replace(model, layout=sharding.of_activations(mesh))
@@ -132,7 +132,7 @@ def _teacher(mesh):
 
 
 @pytest.mark.slow
-def test_with_a_teacher_it_does_too():
+def test_the_state_with_a_teacher_takes_the_planned_bytes():
   mesh = _mesh(fsdp=4, tensor=2)
   policy, state = _describe(mesh)
   state = state._replace(reference=None)
@@ -152,18 +152,18 @@ def test_with_a_teacher_it_does_too():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("remat", "num_parts", "sizes"),
+  ("remat", "num_microbatches", "sizes"),
   [
     ("block", 1, {"fsdp": 8}),
     ("none", 1, {"fsdp": 8}),
     ("dots", 2, {"fsdp": 4, "tensor": 2}),
   ],
 )
-def test_an_update_takes_what_is_planned_within_half_of_it(
-  remat, num_parts, sizes
+def test_an_update_takes_the_planned_bytes_within_half(
+  remat, num_microbatches, sizes
 ):
   mesh = _mesh(**sizes)
-  rows = dataclasses.replace(_ROWS, num_parts=num_parts)
+  rows = dataclasses.replace(_ROWS, num_microbatches=num_microbatches)
   policy, state = _describe(mesh, remat=remat)
   planned = update_bytes.of_update(
     policy, state, _build(remat), rows, mesh=mesh
@@ -172,8 +172,8 @@ def test_an_update_takes_what_is_planned_within_half_of_it(
     policy, state, _optimizer(), rows, mesh=mesh
   )
   resident = sum(planned[name] for name in _STATE)
-  # What is not in the state is the batch, int32, of this device's rows.
-  num_tokens = rows.per_device * rows.num_parts * rows.length
+  # The rest of the arguments is the batch, int32, of this device's rows.
+  num_tokens = rows.per_device * rows.num_microbatches * rows.length
   batch_bytes = compiled.arguments - resident
   assert 0 < batch_bytes <= 4 * 4 * num_tokens
   temporaries = sum(planned.values()) - resident
@@ -181,7 +181,7 @@ def test_an_update_takes_what_is_planned_within_half_of_it(
   assert temporaries <= compiled.temporaries * 1.5
 
 
-def test_what_is_recomputed_is_not_kept():
+def test_recomputed_activations_are_not_kept():
   mesh = _mesh(fsdp=8)
   activations = {}
   for remat in ("none", "dots", "block", "offload"):
@@ -199,7 +199,7 @@ def test_what_is_recomputed_is_not_kept():
   )
 
 
-def test_adapters_keep_no_gradient_of_their_base():
+def test_adapters_need_no_gradients_of_the_base():
   mesh = _mesh(fsdp=8)
   policy, state = _describe(mesh, adapters=_ADAPTERS)
   planned = update_bytes.of_update(policy, state, _build(), _ROWS, mesh=mesh)
@@ -209,10 +209,10 @@ def test_adapters_keep_no_gradient_of_their_base():
   assert planned["activations"] <= whole["activations"]
 
 
-def test_a_cache_is_spread_like_its_rows():
+def test_a_cache_is_sharded_by_rows():
   mesh = _mesh(data=2, fsdp=2, tensor=2)
   model = _describe(mesh)[0].model
   found = update_bytes.of_cache(model, num_rows=8, num_slots=10, mesh=mesh)
-  # Keys and values in float32; where each slot is, and of which segment.
+  # Keys and values in float32; the position and segment of each slot.
   keys = 2 * 6 * 2 * 10 * 2 * 32 * 4
   assert found == keys + 2 * 2 * 10 * 4
