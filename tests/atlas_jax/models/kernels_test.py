@@ -287,12 +287,12 @@ def test_auto_takes_the_fastest_that_can(platform, changes, expected):
 @pytest.mark.parametrize(
   ("backend", "platform", "changes", "why"),
   [
-    ("cudnn", "cpu", {}, "this is a cpu"),
+    ("cudnn", "cpu", {}, "platform is cpu"),
     ("cudnn", "gpu", {"soft_cap": 50.0}, "no soft cap"),
-    ("cudnn", "gpu", {"head_width": 36}, "not 36"),
-    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "in float32"),
-    ("splash", "gpu", {}, "this is a gpu"),
-    ("flash", "gpu", {}, "no such kernel"),
+    ("cudnn", "gpu", {"head_width": 36}, "got 36"),
+    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "got float32"),
+    ("splash", "gpu", {}, "platform is gpu"),
+    ("flash", "gpu", {}, "kernel is unknown"),
   ],
 )
 def test_a_kernel_that_cannot_is_refused(backend, platform, changes, why):

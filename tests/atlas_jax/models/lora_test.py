@@ -80,7 +80,7 @@ def test_a_target_that_no_layer_answers_to_is_refused(family, target):
 
 @pytest.mark.parametrize(("rank", "alpha"), [(-1, 1.0), (4, 0.0)])
 def test_adapters_that_could_not_learn_are_refused(rank, alpha):
-  with pytest.raises(errors.ConfigError, match=f"rank is {rank}"):
+  with pytest.raises(errors.ConfigError, match=f"rank={rank} and"):
     lora.Lora(rank=rank, alpha=alpha, targets=())
 
 

@@ -73,8 +73,11 @@ def test_a_linear_scaling_divides_positions():
     ({"rope_type": "yarn", "factor": 4.0}, "original_max_position"),
     ({"factor": 2.0}, "factor"),
     ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "mscale"),
-    ({"rope_type": "linear", "factor": -2.0}, "factor=-2.0"),
-    ({"rope_theta": "1"}, "rope_theta='1'"),
+    (
+      {"rope_type": "linear", "factor": -2.0},
+      "factor must be positive, got -2.0",
+    ),
+    ({"rope_theta": "1"}, "rope_theta must be positive, got '1'"),
     ({"rope_theta": float("nan")}, "rope_theta"),
     ({**tiny.LLAMA3_ROPE, "high_freq_factor": 1.0}, "high_freq_factor"),
     ({"partial_rotary_factor": 0.9}, "pairs"),
