@@ -191,15 +191,17 @@ def test_guidance_without_messages_is_refused():
 
 
 def test_missing_column_is_told():
-  with pytest.raises(errors.DataError, match="no solution or ground_truth"):
+  with pytest.raises(
+    errors.DataError, match="Missing column: solution or ground_truth"
+  ):
     formats.to_messages(_row(question="q"), _DEFAULT)
 
 
 @pytest.mark.parametrize(
   ("messages", "why"),
   [
-    ("hello", "no list"),
-    ([], "empty"),
+    ("hello", "Expected a list"),
+    ([], "not empty"),
     (["hello"], "Turn 1"),
     ([*_CHAT, {"role": "tool", "content": "x"}], "Turn 4"),
     ([{"role": ["user"], "content": "x"}], "Turn 1"),
@@ -217,7 +219,7 @@ def test_malformed_messages_are_told_by_turn(messages, why):
 def test_a_conversation_without_a_user_is_no_question():
   row = _row(messages=[_CHAT[0], _CHAT[2]])
   for make in (formats.to_question, formats.to_problem):
-    with pytest.raises(errors.DataError, match="user's turn"):
+    with pytest.raises(errors.DataError, match="user turn"):
       make(row, _DEFAULT)
 
 

@@ -46,8 +46,8 @@ def _read(path, max_bad_rows=0):
     (rb'{"\udc00": 1}', "surrogate"),
     (b'{"x": NaN}', "NaN"),
     (b'{"x": -Infinity}', "Infinity"),
-    (b'{"x": 1, "x": 2}', "twice"),
-    (b'{"x": "' + b"a" * jsonl.MAX_LINE_BYTES + b'"}', "longer than"),
+    (b'{"x": 1, "x": 2}', "duplicate key"),
+    (b'{"x": "' + b"a" * jsonl.MAX_LINE_BYTES + b'"}', "exceeds"),
   ],
 )
 def test_a_malformed_line_goes_to_quarantine_and_the_rest_loads(
@@ -64,8 +64,8 @@ def test_a_malformed_line_goes_to_quarantine_and_the_rest_loads(
   assert entry["line"] == 2
   assert why in entry["reason"]
   assert len(entry["reason"]) < 500
-  assert left_out == "1 in quarantine"
-  with pytest.raises(errors.DataError, match="malformed") as info:
+  assert left_out == "1 quarantined"
+  with pytest.raises(errors.DataError, match="Malformed") as info:
     _read(path)
   assert info.value.where == f"{path}:2"
 
@@ -107,7 +107,7 @@ def test_a_last_line_that_is_still_written_is_passed_over(tmp_path):
   found, bad, left_out = _read(path)
   assert [row.values["x"] for row in found] == ["first"]
   assert not bad
-  assert left_out == "1 a last line without an end"
+  assert left_out == "1 unfinished last line"
   path.write_bytes(b"\n".join(_GOOD))
   assert len(_read(path)[0]) == 2
 
@@ -168,5 +168,5 @@ def test_a_huge_row_and_many_rows_take_little_memory(tmp_path):
     timeout=120,
   ).stdout
   read, _, grown_mb = told.partition(" / ")
-  assert read == "100001 1 in quarantine"
+  assert read == "100001 1 quarantined"
   assert int(grown_mb) < 100

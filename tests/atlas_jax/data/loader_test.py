@@ -140,9 +140,9 @@ def test_fingerprint_follows_contents_not_order_of_names():
 
 
 def test_too_few_rows_are_refused():
-  with pytest.raises(errors.DataError, match="3 rows"):
+  with pytest.raises(errors.DataError, match="3, need"):
     _loader(3)
-  with pytest.raises(errors.DataError, match="0 rows"):
+  with pytest.raises(errors.DataError, match="0, need"):
     _loader(0, remainder="pad")
 
 
@@ -195,7 +195,7 @@ def test_questions_are_shuffled_anew_and_reproducibly():
 
 
 def test_too_few_questions_are_refused():
-  with pytest.raises(errors.DataError, match="3 rows"):
+  with pytest.raises(errors.DataError, match="3, need"):
     _question_loader(_questions(3), batch_size=4)
 
 

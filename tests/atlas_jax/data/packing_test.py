@@ -120,13 +120,13 @@ def test_too_long_is_an_error_that_names_the_example():
 
 
 def test_nothing_left_is_an_error():
-  with pytest.raises(errors.DataError, match="No example"):
+  with pytest.raises(errors.DataError, match="No example fits"):
     packing.pack([_LONG], _LENGTH, too_long="drop")
 
 
 @pytest.mark.parametrize("example", [([], []), ([1, 2], [True])])
 def test_mismatched_example_is_refused(example):
-  with pytest.raises(ValueError, match="Example 1 has"):
+  with pytest.raises(ValueError, match="Example 1 must have"):
     packing.pack([example], _LENGTH, too_long="drop")
 
 

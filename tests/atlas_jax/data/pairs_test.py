@@ -28,7 +28,7 @@ def test_the_last_turn_is_the_completion_and_what_follows_it_is_left_out():
 
 
 def test_a_mask_that_marks_nothing_is_a_fault():
-  with pytest.raises(ValueError, match="marks a token"):
+  with pytest.raises(ValueError, match="must mark at least one token"):
     _split(_example((3, False)))
 
 

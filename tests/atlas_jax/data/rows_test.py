@@ -25,7 +25,7 @@ def test_missing_column_names_the_columns_there():
   with pytest.raises(errors.DataError) as info:
     rows.text(_row(prompt="a", solution=None), "question", "solution")
   assert "question or solution" in info.value.what
-  assert info.value.why == "Its columns are: prompt, solution (empty)."
+  assert info.value.why == "The row has columns: prompt, solution (empty)."
   assert info.value.where == "data/train.jsonl:3"
 
 

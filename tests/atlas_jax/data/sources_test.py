@@ -86,11 +86,11 @@ def test_a_part_of_a_folder_is_read(snapshot, part, expected):
 
 
 def test_splits_are_not_read_as_one(snapshot):
-  with pytest.raises(errors.DataError, match="more than one part") as info:
+  with pytest.raises(errors.DataError, match="more than one split") as info:
     _read(str(snapshot))
   assert "socratic/test-00000-of-00001.parquet" in info.value.why
   for part in ("validation", "other/train", "main/none.jsonl"):
-    with pytest.raises(errors.DataError, match="no files"):
+    with pytest.raises(errors.DataError, match="No data files"):
       _read(f"{snapshot}:{part}")
 
 
@@ -124,7 +124,7 @@ def test_what_datasets_saved_is_read_without_it(tmp_path):
   (tmp_path / "one/cache-0.arrow").write_bytes(b"")
   for source in (f"{tmp_path}/both:train", f"{tmp_path}/one"):
     assert [row.values for row in _read(source)] == _TABLE
-  with pytest.raises(errors.DataError, match="more than one part"):
+  with pytest.raises(errors.DataError, match="more than one split"):
     _read(f"{tmp_path}/both")
 
 
@@ -139,7 +139,7 @@ def test_missing_or_unknown_file_is_told(tmp_path, name):
 
 def test_a_missing_file_is_not_sought_on_the_hub(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(errors.DataError, match="no file"):
+  with pytest.raises(errors.DataError, match="not a file"):
     _read("data/train.jsonl")
 
 
