@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read, mixed and held out, from the config to the batches."""
+"""Reading, mixing and holding out data, from the config to batches."""
 
 import json
 
@@ -71,7 +71,7 @@ def _questions(tmp_path, path, *, held_out_path="", fraction=0.0, **changes):
 
 
 def _texts(tokenizer, data, *, counted=False):
-  """Gives the text of each row of an epoch, or of its counted tokens."""
+  """Returns the text of each row of an epoch, or of its counted tokens."""
   texts = []
   for step in range(data.num_batches_per_epoch):
     batch = data.batch(step)
@@ -84,7 +84,7 @@ def _texts(tokenizer, data, *, counted=False):
   return texts
 
 
-def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
+def test_only_assistant_turns_are_targets(tokenizer, tmp_path):
   path = _write(tmp_path)
   answers = {f"It is {2 * i}.<|im_end|>" for i in range(20)}
   found = []
@@ -97,7 +97,7 @@ def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
   assert len(found) == len(answers)
 
 
-def test_a_problem_is_on_one_side_with_all_its_rows(tokenizer, tmp_path):
+def test_all_rows_of_a_problem_are_in_one_split(tokenizer, tmp_path):
   again = [
     {**row, "question": row["question"].upper(), "solution": "As before."}
     for row in _ROWS
@@ -115,7 +115,7 @@ def test_a_problem_is_on_one_side_with_all_its_rows(tokenizer, tmp_path):
   assert not set(sides[0]) & set(sides[1])
 
 
-def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
+def test_separate_file_is_held_out_completely(tokenizer, tmp_path):
   held_out = _write(tmp_path, _ROWS[:4], "held_out.jsonl")
   train_set, eval_set = _conversations(
     tokenizer,
@@ -136,7 +136,7 @@ def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
     )
 
 
-def test_held_out_is_told_in_one_way(tokenizer, tmp_path):
+def test_held_out_requires_exactly_one_setting(tokenizer, tmp_path):
   with pytest.raises(errors.ConfigError, match="Only one of held_out"):
     sets.HeldOut(path="held_out.jsonl", fraction=0.2)
   with pytest.raises(errors.ConfigError, match="must be set"):
@@ -175,7 +175,7 @@ def test_each_dataset_has_its_format(tmp_path):
     )
 
 
-def test_questions_come_in_their_order_and_the_first_if_so_many(tmp_path):
+def test_all_questions_keeps_order_and_limits_rows(tmp_path):
   path = _write(tmp_path)
   found = sets.all_questions(_selection(path, max_rows=3), workdir=tmp_path)
   assert [question.row_id for question in found] == [
@@ -183,7 +183,7 @@ def test_questions_come_in_their_order_and_the_first_if_so_many(tmp_path):
   ]
 
 
-def test_bad_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
+def test_invalid_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   path = tmp_path / "data.jsonl"
   lines = [json.dumps(row).encode() for row in _ROWS]
   lines[3:3] = [b'{"question": "\xff"}', b'{"question": "q"}']
@@ -207,7 +207,7 @@ def test_bad_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   assert info.value.exit_code == 3
 
 
-def test_what_left_no_row_is_told(tmp_path):
+def test_reasons_for_left_out_rows_are_reported(tmp_path):
   rows = [{"question": "q", "answer": "So.", "level": i} for i in range(4)]
   fields = {"like": "gsm8k", "keep": {"level": (1, 2)}}
   path = tmp_path / "data.jsonl"
@@ -221,16 +221,16 @@ def test_what_left_no_row_is_told(tmp_path):
       ),
       workdir=tmp_path,
     )
-  for told in (
+  for reason in (
     "2 filtered by level",
     "2 without a match of answer_pattern",
     "1 quarantined",
     "1 unfinished last line",
   ):
-    assert told in info.value.why
+    assert reason in info.value.why
 
 
-def test_empty_and_missing_data_and_too_few_rows_are_told(tokenizer, tmp_path):
+def test_empty_missing_or_too_little_data_is_rejected(tokenizer, tmp_path):
   with pytest.raises(errors.DataError, match=r"none\.jsonl"):
     _conversations(tokenizer, tmp_path, str(tmp_path / "none.jsonl"))
   with pytest.raises(errors.DataError, match="empty"):
@@ -244,7 +244,7 @@ def test_empty_and_missing_data_and_too_few_rows_are_told(tokenizer, tmp_path):
     _conversations(tokenizer, tmp_path, _write(tmp_path), batch_size=64)
 
 
-def test_two_questions_of_one_name_are_refused(tmp_path):
+def test_duplicate_row_id_is_rejected(tmp_path):
   row = {"question": "q", "answer": "a", "id": "x"}
   with pytest.raises(errors.DataError, match="'x'"):
     sets.all_questions(
