@@ -261,7 +261,9 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
   try:
     return _read(name, family, fields)
   except KeyError as missing:
-    raise _unsupported(f"field {missing} is missing") from missing
+    raise _unsupported(
+      f"field {missing} is missing", fix="Use a complete config.json."
+    ) from missing
   except ValueError as wrong:
     raise _unsupported(str(wrong)) from wrong
 
