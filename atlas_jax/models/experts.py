@@ -42,7 +42,7 @@ def balance_loss(load: Load, num_tokens: jax.Array) -> jax.Array:
 
 
 class Mixture(nnx.Module):
-  """sum over chosen experts e of p_e down_e(silu(gate_e(x)) * up_e(x)).
+  """Computes sum_e p_e down_e(silu(gate_e(x)) * up_e(x)) over chosen experts.
 
   On a mesh with an axis `expert`, each device holds some of the experts:
 
@@ -154,7 +154,7 @@ def _apply_experts(
   first: jax.typing.ArrayLike,
   activation: decoder_config.Activation,
 ) -> jax.Array:
-  """Sums the outputs of the given experts over the tokens that chose them.
+  """Returns, for each token, the weighted sum over its local experts.
 
   Tokens are sorted by expert, so that each expert computes one product. With
   E = 2 local experts, 3 tokens and C = 2 choices for each:
@@ -169,8 +169,8 @@ def _apply_experts(
     weights_BTC: weights of the expert outputs.
     chosen_BTC: global indices of the experts that each token chose.
     kernels: gate, up and down of the local experts, stacked.
-    first: global index of the first local expert; the outputs of experts on
-      other devices are 0 here.
+    first: global index of the first local expert. Experts on other devices
+      are left out of the sum.
     activation: of the gate.
   """
   gate, up, down = kernels

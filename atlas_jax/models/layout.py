@@ -19,7 +19,7 @@ def spread(x_BTD: jax.Array, layout: Layout | None) -> jax.Array:
 
 
 def gather_tokens(x_BTKH: jax.Array, layout: Layout | None) -> jax.Array:
-  """Replicates tokens over the mesh; rows stay sharded, heads as they were.
+  """Replicates tokens; rows stay sharded, the compiler decides on heads.
 
   Costs one all-gather, and one reduce-scatter in the backward pass, of an array
   of keys or values.
