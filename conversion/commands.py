@@ -313,7 +313,7 @@ def _build_if_computed(path: pathlib.Path) -> decoder.Model | None:
   try:
     return _build(place) if (place / "config.json").exists() else None
   except errors.CheckpointError as error:
-    print(f"Only tensors are compared: {error.why} ({error.where})")
+    print(f"Only tensors are compared: {error.what} ({error.where})")
     return None
 
 

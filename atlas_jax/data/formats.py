@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the columns of known datasets mean, and what is made of them."""
+"""Formats of known datasets: how columns map to messages and questions."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -20,37 +20,36 @@ _ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  r"""How rows of one kind of dataset are read.
+  r"""How the rows of a kind of dataset are read.
 
-  Texts are templates: `{column}` stands for the text in a column, `{a|b}` for
-  that in the first of some which is not empty. Patterns are regular expressions
-  with `^` and `$` at lines.
+  Texts are templates: `{column}` is the text of a column, `{a|b}` that of the
+  first one that is not empty. Patterns are regular expressions in which `^` and
+  `$` match at lines.
 
-  A row with a column `messages` or `conversations` brings its conversation, and
-  is not made one of `question`, `thinking` and `solution`.
+  If a row has a conversation in a column `messages` or `conversations`, it
+  replaces the one built from `question`, `thinking` and `solution`.
 
   Attributes:
-    system_prompt: the first turn, unless the row has one; empty for none.
+    system_prompt: first turn, unless the row has one; empty for none.
     question: the user's turn, and the question that a student is asked.
-    thinking: written in front of the solution; left out if no column in it has
-      text.
+    thinking: precedes the solution; left out if its columns are empty.
     solution: the assistant's turn.
-    rewrites: pairs of a pattern and what replaces it, as in `re.sub`, in what
-      the assistant wrote.
-    answer: the reference that answers are compared with. Of a row with a
-      conversation and none of its columns it is the last turn.
-    answer_pattern: in `answer`, the first group of the last match is the final
-      answer, and rows without a match are left out; empty for all of it.
-    worked: the way to the answer, which the reward R0 looks at; may be empty.
-      Of a row with a conversation and none of its columns it is the last turn,
-      after the thinking.
-    problem: what tells problems apart when some are held out; empty for
-      `question`, or of a conversation the user's first turn.
-    keep: by column, the values of rows that are kept.
-    need_messages: whether rows without a conversation are bad.
-    hub_id: the dataset on the Hub that is read so without being asked to.
-    sft_part: which part of it to fine-tune on; see `sources.Source`.
-    questions_part: which part of it has questions.
+    rewrites: pairs of pattern and replacement for `re.sub`, applied to the
+      assistant's turns.
+    answer: the reference answer. For a row with a conversation and without
+      these columns, the last turn.
+    answer_pattern: the first group of its last match in `answer` is the final
+      answer, and rows without a match are left out; empty to use all of it.
+    worked: the worked solution, which reward R0 uses; may be empty. For a row
+      with a conversation and without these columns, the last turn, after the
+      thinking.
+    problem: identifies the problem when some are held out; empty for
+      `question`, or the user's first turn of a conversation.
+    keep: values of rows to keep, by column.
+    need_messages: whether rows without a conversation are invalid.
+    hub_id: Hub dataset for which format "auto" selects this format.
+    sft_part: part of the dataset for fine-tuning; see `sources.Source`.
+    questions_part: part of the dataset with questions.
   """
 
   system_prompt: str
@@ -72,7 +71,7 @@ class Format:
 _DEFAULT = Format(
   system_prompt="",
   question="{question|prompt}",
-  # As the templates of Qwen3 and DeepSeek-R1 write it, to the newline.
+  # As in the templates of Qwen3 and DeepSeek-R1, including newlines.
   thinking="<think>\n{reasoning_trace}\n</think>\n\n",
   solution="{solution|ground_truth}",
   rewrites=(),
@@ -104,13 +103,13 @@ _ATLAS = dataclasses.replace(
   ),
   answer="{ground_truth|answer|solution}",
 )
-# Braces within a box may nest two deep, as in \boxed{\frac{\sqrt{3}}{2}}.
+# Braces in a box may be nested two deep, as in \boxed{\frac{\sqrt{3}}{2}}.
 _IN_BOX = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 
 DATA_CONFIGS: Mapping[str, Format] = {
   "default": _DEFAULT,
-  # Columns `question`, `probe` and `teaching`: the caller's own teaching
-  # template turns them into `messages`.
+  # Columns `question`, `probe` and `teaching`. The caller renders them into
+  # `messages` with its teaching template.
   "guidance": dataclasses.replace(_DEFAULT, need_messages=True),
   "arc_atlas_v0": dataclasses.replace(
     _ATLAS,
@@ -146,8 +145,8 @@ DATA_CONFIGS: Mapping[str, Format] = {
   "gsm8k": dataclasses.replace(
     _DEFAULT,
     solution="{answer}",
-    # Without the calculator's notes, and with the tag that the prompts of the
-    # teaching protocol ask for.
+    # Removes calculator annotations, and adds the tag that the teaching
+    # protocol's prompts ask for.
     rewrites=(
       (r"<<[^<>\n]*>>", ""),
       (r"\s*^####[ \t]*(.+?)\s*$", r"\n<solution>\1</solution>"),
@@ -166,7 +165,7 @@ DATA_CONFIGS: Mapping[str, Format] = {
     answer="{response|solution|answer}",
     worked="{response|solution}",
     answer_pattern=r"(?:The answer is:?|^####)[ \t]*(.+?)\.?\s*$",
-    # Most queries are another's in other words.
+    # Most queries rephrase another one.
     problem="{original_question|query|question|problem}",
     hub_id="meta-math/MetaMathQA",
     sft_part="train",
@@ -178,19 +177,19 @@ DATA_CONFIGS: Mapping[str, Format] = {
 def find(
   name: str,
   place: str,
-  formats: Mapping[str, Mapping[str, Any]],  # Any: out of a config.
+  formats: Mapping[str, Mapping[str, Any]],  # Any: config values.
 ) -> Format:
-  """Returns the format of that name.
+  """Returns the format with the given name.
 
   Args:
-    name: a key of `DATA_CONFIGS` or of `formats`; "auto" is the one whose
-      `hub_id` is `place`, or else "default".
+    name: a key of `DATA_CONFIGS` or of `formats`; "auto" selects the format
+      whose `hub_id` is `place`, or else "default".
     place: see `sources.Source`.
-    formats: more of them, each the fields in which it differs from another,
-      whose name is under `like`, or else from "default".
+    formats: custom formats, each as the fields that differ from the format
+      named by `like`, or else from "default".
 
   Raises:
-    errors.ConfigError: if there is none, or it has fields of nobody.
+    errors.ConfigError: if the format is unknown or has invalid fields.
   """
   if name == "auto":
     for known in DATA_CONFIGS.values():
@@ -206,13 +205,13 @@ def find(
     for pattern, replacement in made.rewrites:
       re.sub(pattern, replacement, "")
     if made.answer_pattern and re.compile(made.answer_pattern).groups != 1:
-      raise ValueError("answer_pattern does not have one group.")
+      raise ValueError("answer_pattern must have exactly one group.")
   except (TypeError, ValueError, re.error) as error:
     fields = ", ".join(field.name for field in dataclasses.fields(Format))
     raise errors.ConfigError(
-      "A data format is malformed.",
+      f"Invalid data format {name!r}: {error}",
       where=f"--config.data.formats.{name}",
-      why=str(error),
+      why="A format must have known fields and valid regular expressions.",
       fix=f"Its fields are like, {fields}; see atlas_jax/data/formats.py.",
     ) from error
   return made
@@ -223,17 +222,17 @@ def _known(name: str, formats: Mapping[str, Format]) -> Format:
     return formats[name]
   close = difflib.get_close_matches(name, formats, n=1)
   raise errors.ConfigError(
-    f"There is no data format {name!r}.",
+    f"Unknown data format {name!r}.",
     where="--config.data.format",
     why=f"The formats are {', '.join(formats)}.",
     fix=f"Did you mean {close[0]!r}?"
     if close
-    else "Name one of them, or add yours to config.data.formats.",
+    else "Set one of them, or add yours to config.data.formats.",
   )
 
 
 def excluded_by(row: rows.Row, fmt: Format) -> str:
-  """Returns the column whose value keeps the row out; empty if none does."""
+  """Returns the column that excludes the row; empty if the row is kept."""
   for column, values in fmt.keep.items():
     if rows.optional_text(row, column) not in {str(value) for value in values}:
       return column
@@ -244,18 +243,18 @@ def to_messages(row: rows.Row, fmt: Format) -> list[types.Message]:
   """Returns the conversation of a row.
 
   Raises:
-    errors.DataError: if a column is missing or holds something else.
+    errors.DataError: if a column is missing or is not text.
   """
   messages = _chat(row)
   if not messages:
     if fmt.need_messages:
       raise errors.DataError(
-        "A row has no messages.",
+        'The row has no "messages".',
         where=row.where,
-        why="Rows of this format must have them. Its columns are: "
+        why="They are required by this format. The row has columns: "
         f"{', '.join(row.values) or 'none'}.",
-        fix='Render the row into "messages", a list of {"role": ..., '
-        '"content": ...}, first.',
+        fix='Render the row into "messages" first, a list of {"role": ..., '
+        '"content": ...}.',
       )
     written = _fill_optional(fmt.thinking, row) + _fill(fmt.solution, row)
     messages = [
@@ -273,13 +272,13 @@ def to_messages(row: rows.Row, fmt: Format) -> list[types.Message]:
 
 
 def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
-  """Returns the question of a row; None if it has no answer of the pattern.
+  """Returns the question of a row; None without a match of answer_pattern.
 
-  Columns `row_id` or `id` name it, else its file and line do. `difficulty` may
-  be left out.
+  Its id is the column `row_id` or `id`, or else its file and line. The column
+  `difficulty` is optional.
 
   Raises:
-    errors.DataError: if a column is missing or holds something else.
+    errors.DataError: if a column is missing or is not text.
   """
   messages = _chat(row)
   if messages:
@@ -307,10 +306,10 @@ def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
 
 
 def to_problem(row: rows.Row, fmt: Format) -> str:
-  """Returns the text that tells the row's problem from others.
+  """Returns the text that identifies the row's problem.
 
   Raises:
-    errors.DataError: if a column is missing or holds something else.
+    errors.DataError: if a column is missing or is not text.
   """
   problem = _fill_optional(fmt.problem or fmt.question, row)
   messages = _chat(row)
@@ -320,14 +319,14 @@ def to_problem(row: rows.Row, fmt: Format) -> str:
 
 
 def _fill(template: str, row: rows.Row) -> str:
-  """Puts the row's columns into a template; each must have text."""
+  """Fills a template with the row's columns, which must not be empty."""
   return _COLUMN.sub(
     lambda match: rows.text(row, *match[1].split("|")), template
   )
 
 
 def _fill_optional(template: str, row: rows.Row) -> str:
-  """As `_fill`; empty if no column has text, and without space around it."""
+  """Fills a template with stripped columns; empty if all columns are."""
   columns = "|".join(_COLUMN.findall(template)).split("|")
   if not any(rows.optional_text(row, column) for column in columns):
     return ""
@@ -343,21 +342,21 @@ def _rewritten(text: str, fmt: Format) -> str:
 
 
 def _chat(row: rows.Row) -> list[types.Message]:
-  """Returns the conversation that a row brings, if it brings one."""
+  """Returns the conversation of a row; empty if it has none."""
   column = next((c for c in _CHAT_COLUMNS if row.values.get(c) is not None), "")
   if not column:
     return []
   turns = row.values[column]
   if not isinstance(turns, list) or not turns:
-    raise _bad_turn(row, column, "It is no list, or an empty one.")
+    raise _bad_turn(row, column, "Expected a list that is not empty.")
   messages = []
   for number, turn in enumerate(turns, start=1):
     if not isinstance(turn, dict):
-      raise _bad_turn(row, column, f"Turn {number} is no object.")
+      raise _bad_turn(row, column, f"Turn {number} is not an object.")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
       raise _bad_turn(
-        row, column, f"Turn {number} has no role out of {', '.join(_ROLES)}."
+        row, column, f"Turn {number}: role must be one of {', '.join(_ROLES)}."
       )
     content = rows.as_text(
       turn.get("content", turn.get("value")),
@@ -373,10 +372,10 @@ def _user_turn(row: rows.Row, messages: Sequence[types.Message]) -> str:
     if turn.role == "user":
       return turn.content
   raise errors.DataError(
-    "A conversation has no user's turn.",
+    "A conversation must have a user turn.",
     where=row.where,
     why=f"Its roles are {', '.join(turn.role for turn in messages)}.",
-    fix="Write what is asked as a turn of the user, or leave the row out.",
+    fix="Add the question as a user turn, or remove the row.",
   )
 
 

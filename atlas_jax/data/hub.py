@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets on the Hugging Face Hub; needs the `hub` extra."""
+"""Reads Hugging Face Hub datasets; requires the `hub` extra."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ try:
   from datasets import exceptions
 except ImportError as import_error:
   raise errors.ConfigError(
-    "Datasets on the Hub cannot be loaded here.",
+    "Hub datasets require the package `datasets`.",
     where="--config.data.path",
     why="The package `datasets` is not installed.",
-    fix="pip install 'atlas_jax[hub]', or name a file or a folder: a copy of "
-    "the dataset's repository is read without it.",
+    fix="Run pip install 'atlas_jax[hub]', or set a file or directory: a copy "
+    "of the dataset's repository is read without the package.",
   ) from import_error
 
 
@@ -26,18 +26,18 @@ def read(
   split: str = "",
   file: str = "",
 ) -> Iterator[dict[str, object]]:
-  """Downloads a dataset, or finds it in the cache, and yields its rows.
+  """Yields the rows of a dataset, downloaded or from the cache.
 
   Args:
     name: as "owner/name".
     revision: a branch, tag or commit; empty for the main branch.
-    subset: what the dataset's page calls so; empty for the only one.
-    split: which part, in the language of `datasets`; empty for the only one.
-    file: of the repository, instead of a subset and a split.
+    subset: configuration name of the dataset; empty for the only one.
+    split: in the syntax of `datasets`; empty for the only one.
+    file: a file of the repository, instead of a subset and a split.
 
   Raises:
-    errors.DataError: if it cannot be loaded, or has more parts than one and
-      none was named.
+    errors.DataError: if it cannot be loaded, or has several splits and `split`
+      is empty.
   """
   try:
     loaded = datasets.load_dataset(
@@ -53,16 +53,16 @@ def read(
     exceptions.DatasetGenerationError,
   ) as error:
     raise errors.DataError(
-      "A dataset cannot be loaded.",
+      "Cannot load Hub dataset.",
       where=":".join(filter(None, (name, file or f"{subset}/{split}"))),
       why=f"{type(error).__name__}: {error}".splitlines()[0],
-      fix="Check the name and the network, and for a gated dataset HF_TOKEN. "
-      "If a path was meant, there is no such file here.",
+      fix="Check the name, the network and, for a gated dataset, HF_TOKEN. A "
+      "local path was not found either.",
     ) from error
   if isinstance(loaded, dict):
     if len(loaded) > 1:
       raise errors.DataError(
-        "A dataset has more than one split.",
+        "A Hub dataset has more than one split.",
         where=name,
         why=f"Its splits are: {', '.join(map(str, loaded))}.",
         fix=f'Name one, e.g. "{name}:{next(iter(loaded))}".',

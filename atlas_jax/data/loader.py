@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number: the same step gives the same batch, in every process."""
+"""Deterministic batches: each step has the same batch in every process."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -17,7 +17,7 @@ Remainder = Literal["drop", "pad"]
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """Which of so many equal slices of each batch a process loads."""
+  """The slice of each batch that a process loads: `index` of `count`."""
 
   index: int
   count: int
@@ -28,15 +28,14 @@ WHOLE = Share(0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-  """The order of rows that come from several sets, one after the other.
+  """The order of rows from several datasets, which are concatenated.
 
   Attributes:
-    sizes: rows of each set.
-    weights: the share of each set in an epoch, which has as many rows as all
-      sets together: of a set that gets less than its size each epoch sees other
-      rows, and one that gets more is gone through again. Empty to see every row
-      once.
-    seed: of the order, which is drawn anew for each epoch.
+    sizes: number of rows of each dataset.
+    weights: share of each dataset in an epoch, which has as many rows as all
+      datasets together. If a dataset gets fewer rows than its size, each epoch
+      has different ones; if more, they repeat. Empty to use every row once.
+    seed: seed of the order, which differs in each epoch.
   """
 
   sizes: tuple[int, ...]
@@ -44,37 +43,44 @@ class Mix:
   seed: int
 
   def __post_init__(self) -> None:
-    """Refuses weights that are no shares of these sets."""
+    """Validates the weights."""
     if self.weights and (
       len(self.weights) != len(self.sizes)
       or not all(0.0 < weight < math.inf for weight in self.weights)
     ):
       raise errors.ConfigError(
-        "The sets cannot be mixed.",
+        "data.weights must be positive, one for each dataset, got "
+        f"{self.weights} for {len(self.sizes)} datasets.",
         where=f"--config.data.weights={self.weights}",
-        why=f"There are {len(self.sizes)} sets, and each takes a weight above "
-        "0.",
-        fix="Give one weight for each path, or none to take all rows once.",
+        why="They are the shares of the datasets in an epoch.",
+        fix="Set one weight for each path, or none to use every row once.",
       )
 
   @property
   def num_rows(self) -> int:
-    """Rows of an epoch."""
+    """Number of rows in an epoch."""
     return int(sum(self._counts()))
 
   def order(self, epoch: int) -> np.ndarray:
-    """Returns the rows of an epoch by their numbers over all sets."""
+    """Returns the rows of an epoch as indices into the concatenation."""
     return _order(self, epoch)
 
   def _counts(self) -> list[int]:
-    """Rows that an epoch takes of each set."""
+    """Returns how many rows of each dataset are in an epoch."""
     if not self.weights:
       return list(self.sizes)
     share = sum(self.sizes) / sum(self.weights)
     return [max(1, round(weight * share)) for weight in self.weights]
 
   def _rows(self, epoch: int) -> np.ndarray:
-    """Returns what an epoch takes of each set, one set after the other."""
+    """Returns the rows of an epoch before shuffling, dataset by dataset.
+
+    The permutations of a dataset form one endless sequence, and epoch e takes
+    the rows [e count, (e + 1) count) of it. With size = 4 and count = 3:
+
+      permutations  2 0 3 1 | 1 3 0 2 | ...
+      epochs        0 0 0 1   1 1 2 2
+    """
     if not self.weights:
       return np.arange(sum(self.sizes))
     starts = np.cumsum((0, *self.sizes))
@@ -82,7 +88,7 @@ class Mix:
     for number, (size, count) in enumerate(
       zip(self.sizes, self._counts(), strict=True)
     ):
-      # Each set is gone through in rounds, which epochs cut anywhere.
+      # The permutations that overlap this epoch.
       first, last = epoch * count, (epoch + 1) * count
       rounds = range(first // size, (last - 1) // size + 1)
       drawn = np.concatenate(
@@ -97,10 +103,10 @@ class Mix:
 
 
 class Loader:
-  """Shuffled batches of rows, addressed by the step they belong to.
+  """Shuffled batches of rows, addressed by step.
 
-  Its only state is the step, which the caller keeps: `batch(step)` depends on
-  nothing else, so resuming is going on with the next number.
+  `batch(step)` depends on nothing but the step, which the caller keeps: a run
+  resumes by asking for the next step.
   """
 
   def __init__(
@@ -113,35 +119,36 @@ class Loader:
     remainder: Remainder,
     share: Share,
   ) -> None:
-    """Takes arrays which share their first axis, the rows.
+    """Initializes the loader.
 
     Args:
-      arrays: in every process the same.
-      names: of the rows, for a user to find them by.
-      mix: which of the rows belong to which set, and their order.
+      arrays: share their first axis, the rows; the same in every process.
+      names: of the rows, shown to the user to locate them.
+      mix: the datasets that the rows belong to, and their order.
       batch_size: rows of a batch, over all processes.
-      remainder: the rows that fill no batch at the end of an epoch are left
-        out ("drop", each epoch others), or filled up with rows of zeros ("pad",
-        to see every row once).
-      share: what of a batch this process gets.
+      remainder: whether rows that fill no batch at the end of an epoch are
+        dropped ("drop", different ones in each epoch) or padded to a batch with
+        rows of zeros ("pad", to see every row once).
+      share: the slice of each batch that this process loads.
 
     Raises:
-      errors.DataError: if there are too few rows to make a batch.
-      errors.ConfigError: if processes cannot share a batch equally.
+      errors.DataError: if there are too few rows for a batch.
+      errors.ConfigError: if `batch_size` does not divide by the processes.
     """
     num_rows = {len(names), *map(len, arrays.values())}
     if num_rows != {sum(mix.sizes)}:
-      raise ValueError(f"Expected {mix.sizes} rows, got {num_rows}.")
-    if remainder not in ("drop", "pad"):
       raise ValueError(
-        f'Expected remainder of "drop" or "pad", got {remainder!r}.'
+        f"arrays and names must have {sum(mix.sizes)} rows, got {num_rows}."
       )
+    if remainder not in ("drop", "pad"):
+      raise ValueError(f'remainder must be "drop" or "pad", got {remainder!r}.')
     if batch_size < 1 or batch_size % share.count:
       raise errors.ConfigError(
-        "The processes cannot share a batch.",
-        where=f"part {share.index} of {share.count}",
-        why=f"A batch has {batch_size} rows, and all take the same number.",
-        fix=f"Make batch_size a positive multiple of {share.count}.",
+        f"batch_size must be a positive multiple of {share.count}, got "
+        f"{batch_size}.",
+        where=f"process slice {share.index} of {share.count}",
+        why="All processes load the same number of rows.",
+        fix=f"Set batch_size to a positive multiple of {share.count}.",
       )
     _check_enough(mix.num_rows, batch_size if remainder == "drop" else 1)
     self._arrays = dict(arrays)
@@ -154,12 +161,12 @@ class Loader:
 
   @property
   def num_batches_per_epoch(self) -> int:
-    """How many steps see every row once, but for a dropped remainder."""
+    """Number of steps in an epoch."""
     full, rest = divmod(self._mix.num_rows, self._batch_size)
     return full + (rest > 0 and self._remainder == "pad")
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of the batch which `step` trains on."""
+    """Returns this process's rows of the batch of `step`."""
     rows = self._rows(step)[self._mine]
     missing = self._mine.stop - self._mine.start - len(rows)
     return {
@@ -168,7 +175,7 @@ class Loader:
     }
 
   def row_names(self, step: int) -> list[str]:
-    """Names the rows of all processes which `step` trains on."""
+    """Returns the names of all processes' rows in the batch of `step`."""
     return [self._names[row] for row in self._rows(step)]
 
   def _rows(self, step: int) -> np.ndarray:
@@ -178,7 +185,7 @@ class Loader:
     return order[start : start + self._batch_size]
 
   def fingerprint(self) -> str:
-    """Returns a digest of all batches, to refuse resuming with others."""
+    """Returns a digest of all batches, to reject resuming with other data."""
     settings = (self._mix, self._batch_size, self._remainder)
     digest = hashlib.sha256(repr(settings).encode())
     for name, array in sorted(self._arrays.items()):
@@ -188,16 +195,16 @@ class Loader:
 
 
 class QuestionLoader:
-  """Shuffled batches of `questions`, by the same rule as `Loader`'s.
+  """Shuffled batches of questions, in the order defined for `Loader`.
 
-  An epoch ends with the last full batch, so no question is twice in a batch
-  unless a set is smaller than its weight asks for.
+  An epoch ends with the last full batch, so no question appears twice in a
+  batch, unless its dataset has fewer rows than its weight requires.
   """
 
   def __init__(
     self, questions: Sequence[types.Question], *, mix: Mix, batch_size: int
   ) -> None:
-    """Takes questions of all sets, one set after the other.
+    """Initializes the loader with the concatenated questions of all datasets.
 
     Raises:
       errors.DataError: if there are fewer than `batch_size`.
@@ -207,14 +214,14 @@ class QuestionLoader:
     self._mix, self._batch_size = mix, batch_size
 
   def batch(self, step: int) -> list[types.Question]:
-    """Returns the questions of `step`."""
+    """Returns the questions of the batch of `step`."""
     epoch, number = divmod(step, self._mix.num_rows // self._batch_size)
     start = number * self._batch_size
     rows = self._mix.order(epoch)[start : start + self._batch_size]
     return [self.questions[i] for i in rows]
 
   def fingerprint(self) -> str:
-    """Returns a digest of all batches, as `Loader.fingerprint`."""
+    """Returns a digest of all batches; see `Loader.fingerprint`."""
     settings = (self._mix, self._batch_size)
     lines = map(types.to_json_line, self.questions)
     text = "\n".join((repr(settings), *lines))
@@ -229,8 +236,8 @@ def _order(mix: Mix, epoch: int) -> np.ndarray:
 def _check_enough(num_rows: int, needed: int) -> None:
   if num_rows < needed:
     raise errors.DataError(
-      "There are too few rows to make a batch.",
+      f"Too few rows for a batch: {num_rows}, need {needed}.",
       where=f"{num_rows} rows after dropping and packing",
-      why=f"A batch takes {needed}.",
-      fix="Make batch_size smaller, rows shorter, or bring more data.",
+      why=f"A batch has {needed} rows.",
+      fix="Reduce batch_size or packing.length, or add data.",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples of any length to rows of one length."""
+"""Packs examples of any length into rows of one length."""
 
 import bisect
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,19 @@ TooLong = Literal["drop", "truncate", "error"]
 
 
 class Rows(NamedTuple):
-  """Examples laid out.
+  """Packed examples.
 
   Attributes:
-    arrays: of shape [rows, length]: int32 `token_ids`, `segment_ids` and
-      `positions`, and bool `loss_mask`. Segments count from 1 in each row, and
-      positions from 0 in each segment; padding is 0 in all of them.
-    members: which examples are in each row.
-    num_too_long: how many examples were longer than a row.
+    arrays: [rows, length] each: int32 `token_ids`, `segment_ids` and
+      `positions`, and bool `loss_mask`. Segments count from 1 in each row,
+      positions from 0 in each segment; padding is 0 in all arrays. Examples of
+      3 and 2 tokens in a row of 7:
+
+        token_ids    a a a b b 0 0
+        segment_ids  1 1 1 2 2 0 0
+        positions    0 1 2 0 1 0 0
+    members: indices of the examples in each row.
+    num_too_long: number of examples longer than a row.
   """
 
   arrays: dict[str, np.ndarray]
@@ -30,17 +35,17 @@ class Rows(NamedTuple):
 
 
 def check_context(length: int, max_positions: int) -> None:
-  """Refuses rows that can hold more of one conversation than a model can see.
+  """Validates that a row does not exceed the model's context.
 
   Raises:
-    errors.ConfigError: if they can.
+    errors.ConfigError: if it does.
   """
   if length > max_positions:
     raise errors.ConfigError(
-      f"Rows of {length} tokens are longer than the model's context.",
+      f"packing.length must be at most {max_positions}, got {length}.",
       where=f"--config.packing.length={length}",
-      why=f"config.json has max_position_embeddings={max_positions}, and a "
-      "conversation may fill a row.",
+      why="A conversation may fill a row, and the model's config.json has "
+      f"max_position_embeddings={max_positions}.",
       fix=f"Set it to {max_positions} or less.",
     )
 
@@ -48,20 +53,20 @@ def check_context(length: int, max_positions: int) -> None:
 def pack(
   examples: Sequence[Example], length: int, *, too_long: TooLong
 ) -> Rows:
-  """Packs examples into as few rows as best-fit decreasing finds.
+  """Packs examples into rows by best-fit decreasing.
 
-  `loss_mask` marks targets: where it is True, the token is to be predicted from
-  those before it. So it is False on the first token of every example.
+  `loss_mask` marks targets, which are predicted from the tokens before them. It
+  is set to False on the first token of each example.
 
   Args:
     examples: token ids and loss mask of each.
     length: tokens in a row.
-    too_long: what becomes of an example longer than a row. One that is
-      truncated loses its end, and goes if no target is left.
+    too_long: how to handle examples longer than a row. "truncate" cuts their
+      end, and drops them if no target remains.
 
   Raises:
-    errors.DataError: if an example is too long and that is an error, or none
-      is left.
+    errors.DataError: if an example is too long and `too_long` is "error", or no
+      example remains.
   """
   kept, num_too_long = _fit(examples, length, too_long)
   numbers = list(kept)
@@ -71,7 +76,7 @@ def pack(
 
 
 def pad(examples: Sequence[Example], length: int, *, too_long: TooLong) -> Rows:
-  """Gives every example its own row; otherwise as `pack`."""
+  """Puts each example into its own row; otherwise like `pack`."""
   kept, num_too_long = _fit(examples, length, too_long)
   members = [[i] for i in kept]
   return Rows(_fill(kept, members, length), members, num_too_long)
@@ -80,18 +85,18 @@ def pad(examples: Sequence[Example], length: int, *, too_long: TooLong) -> Rows:
 def _fit(
   examples: Sequence[Example], length: int, too_long: TooLong
 ) -> tuple[dict[int, Example], int]:
-  """Returns the examples that fit into a row, and how many did not at first."""
+  """Returns the examples that fit into a row, and how many were too long."""
   if too_long not in ("drop", "truncate", "error"):
     raise ValueError(
-      f'Expected too_long of "drop", "truncate" or "error", got {too_long!r}.'
+      f'too_long must be "drop", "truncate" or "error", got {too_long!r}.'
     )
   kept: dict[int, Example] = {}
   num_too_long = 0
   for number, (token_ids, loss_mask) in enumerate(examples, start=1):
     if not 0 < len(token_ids) == len(loss_mask):
       raise ValueError(
-        f"Example {number} has {len(token_ids)} tokens and a loss mask of "
-        f"{len(loss_mask)}; expected as many, and at least one."
+        f"Example {number} must have as many tokens as loss mask values, and "
+        f"at least one, got {len(token_ids)} and {len(loss_mask)}."
       )
     if len(token_ids) <= length:
       kept[number - 1] = (token_ids, loss_mask)
@@ -99,27 +104,29 @@ def _fit(
     num_too_long += 1
     if too_long == "error":
       raise errors.DataError(
-        f"Example {number} is longer than a row.",
+        f"Example {number} is too long: {len(token_ids)} tokens, row {length}.",
         where=f"example {number} of {len(examples)}",
-        why=f"It has {len(token_ids)} tokens, and a row {length}.",
-        fix="Make rows longer, or let longer examples be dropped or truncated.",
+        why="packing.too_long is error.",
+        fix="Increase packing.length, or set packing.too_long to drop or "
+        "truncate.",
       )
     if too_long == "truncate" and any(loss_mask[1:length]):
       kept[number - 1] = (token_ids[:length], loss_mask[:length])
   if not kept:
     raise errors.DataError(
-      "No example is left to train on.",
+      "No example fits into a row.",
       where=f"{len(examples)} examples",
       why=f"{num_too_long} of them are longer than a row of {length} tokens.",
-      fix="Make rows longer than the prompts and answers of the data.",
+      fix="Set packing.length above the length of prompts with completions.",
     )
   return kept, num_too_long
 
 
 def _bins(sizes: Sequence[int], length: int) -> list[list[int]]:
-  """Puts each index into the fullest bin with room for it, longest first."""
+  """Assigns each index to the fullest bin that fits it, longest first."""
   bins: list[list[int]] = []
-  room: list[tuple[int, int]] = []  # Sorted (tokens free, bin); none is full.
+  # Sorted (free tokens, bin) of the bins that are not full.
+  room: list[tuple[int, int]] = []
   for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
     place = bisect.bisect_left(room, (sizes[i], 0))
     if place == len(room):
@@ -150,7 +157,7 @@ def _fill(
       span = slice(start, start + len(ids))
       token_ids[row, span] = ids
       loss_mask[row, span] = mask
-      # Nothing in its segment comes before it, to predict it from.
+      # The first token of a segment has no context to be predicted from.
       loss_mask[row, start] = False
       segment_ids[row, span] = segment
       positions[row, span] = np.arange(len(ids))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with the completions that the data has for them."""
+"""Prompts with the completions of the dataset."""
 
 from collections.abc import Sequence
 import hashlib
@@ -12,7 +12,7 @@ from atlas_jax.data import loader, packing
 
 
 class Pair(NamedTuple):
-  """A prompt and its completion, token ids; `row_id` names them."""
+  """Token ids of a prompt and its completion, with a `row_id`."""
 
   row_id: str
   prompt: np.ndarray
@@ -26,26 +26,30 @@ def split(
   max_new_tokens: int,
   too_long: packing.TooLong,
 ) -> tuple[np.ndarray, int] | None:
-  """Splits a conversation before the last turn that the loss mask marks.
+  """Splits a conversation before the last turn marked by the loss mask.
+
+    token ids  p p p p p c c c      prompt p, completion c
+    loss mask  . . x x . x x x      start = 5, end = 8
 
   Args:
-    example: token ids and loss mask, see `packing.pack`.
-    length: of the longest prompt with its completion.
-    max_new_tokens: that may be sampled after the prompt, within that length.
-    too_long: what becomes of one that is longer. A prompt is never cut.
+    example: token ids and loss mask; see `packing.pack`.
+    length: maximum length of a prompt with its completion.
+    max_new_tokens: tokens that may be sampled after the prompt; these must fit
+      into `length` as well.
+    too_long: how to handle longer ones. Prompts are never truncated.
 
   Returns:
-    The token ids of prompt and completion, and how many of them the prompt has;
-    None if it is left out.
+    The token ids of prompt and completion, and the length of the prompt; None
+    if the example is dropped.
 
   Raises:
-    errors.DataError: if it is too long and that is an error.
-    ValueError: if the mask marks nothing.
+    errors.DataError: if it is too long and `too_long` is "error".
+    ValueError: if the loss mask marks no token.
   """
   token_ids, loss_mask = map(np.asarray, example)
   marked = np.flatnonzero(loss_mask)
   if not len(marked):
-    raise ValueError("Expected a loss mask that marks a token.")
+    raise ValueError("The loss mask must mark at least one token.")
   end = int(marked[-1]) + 1
   unmarked = np.flatnonzero(~loss_mask[:end])
   start = int(unmarked[-1]) + 1 if len(unmarked) else 0
@@ -58,19 +62,19 @@ def split(
     raise errors.DataError(
       "A prompt with its completion is longer than a row.",
       where=f"a conversation of {len(token_ids)} tokens",
-      why=f"Its prompt has {start} tokens, its completion {end - start}, what "
-      f"may be sampled {max_new_tokens}, and a row {length}.",
-      fix="Set --config.packing.too_long=drop, or --config.packing.length to "
-      "more.",
+      why=f"The prompt has {start} tokens, the completion {end - start}, "
+      f"sampled completions up to {max_new_tokens}, and a row {length}.",
+      fix="Set --config.packing.too_long=drop, or increase "
+      "--config.packing.length.",
     )
   return None
 
 
 class PairLoader:
-  """Shuffled batches of pairs, by the same rule as `loader.Loader`'s.
+  """Shuffled batches of pairs, in the order defined for `loader.Loader`.
 
-  `num_prompt_tokens` and `num_completion_tokens` are those of every pair, one
-  set after the other.
+  `num_prompt_tokens` and `num_completion_tokens` hold the lengths of all pairs,
+  over the concatenated datasets.
   """
 
   def __init__(
@@ -82,17 +86,17 @@ class PairLoader:
     batch_size: int,
     remainder: loader.Remainder,
   ) -> None:
-    """Takes pairs as `split` gives them.
+    """Initializes the loader with pairs as returned by `split`.
 
     Args:
-      pairs: of all sets, one set after the other.
-      names: of the rows they are from, for a user to find them by.
-      mix: which of them belong to which set, and their order.
+      pairs: of all datasets, concatenated.
+      names: of their rows, shown to the user to locate them.
+      mix: the datasets that the pairs belong to, and their order.
       batch_size: pairs of a batch.
-      remainder: see `loader.Loader`; a batch that is filled up has fewer.
+      remainder: see `loader.Loader`; a padded batch has fewer pairs.
 
     Raises:
-      errors.DataError: if there are too few to make a batch.
+      errors.DataError: if there are too few pairs for a batch.
     """
     sizes = np.asarray([len(token_ids) for token_ids, _ in pairs])
     self.num_prompt_tokens = np.asarray([start for _, start in pairs])
@@ -123,17 +127,17 @@ class PairLoader:
     found = []
     for number, end, size, num_prompt in zip(*places.values(), strict=True):
       token_ids = self._token_ids[end - size : end]
-      if size:  # Others fill up a batch.
+      if size:  # Size 0 pads the batch.
         prompt, completion = token_ids[:num_prompt], token_ids[num_prompt:]
         found.append(Pair(str(number), prompt, completion))
     return found
 
   def row_names(self, step: int) -> list[str]:
-    """Names the rows of the batch of `step`."""
+    """Returns the names of the rows in the batch of `step`."""
     return self._loader.row_names(step)
 
   def fingerprint(self) -> str:
-    """Returns a digest of all batches, as `loader.Loader.fingerprint`."""
+    """Returns a digest of all batches; see `loader.Loader.fingerprint`."""
     digest = hashlib.sha256(self._loader.fingerprint().encode())
     digest.update(np.ascontiguousarray(self._token_ids).data)
     return digest.hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that are left out: counted by reason, and bad ones written down."""
+"""Counts rows that are left out, and lists invalid ones in a file."""
 
 import collections
 import json
@@ -9,19 +9,19 @@ from absl import logging
 
 from atlas_jax import errors
 
-_NUM_TOLD = 3  # Bad rows that are told as they are found; the file has all.
+_NUM_LOGGED = 3  # Invalid rows that are logged; the file lists all of them.
 
 
 class Quarantine:
-  """Keeps bad rows apart, up to a limit."""
+  """Records invalid rows, up to a limit."""
 
   def __init__(self, path: pathlib.Path | None, *, max_bad_rows: int) -> None:
-    """Starts anew: what an earlier start of the same run wrote is removed.
+    """Removes the file of an earlier start of the same run.
 
     Args:
-      path: a JSON line goes there for each bad row, with `file`, `line` and
-        `reason`; None writes nothing, for all hosts but one.
-      max_bad_rows: one more is an error.
+      path: file to which each invalid row appends a JSON line with `file`,
+        `line` and `reason`; None on all hosts but one, which write nothing.
+      max_bad_rows: more invalid rows are an error.
     """
     self._path = path
     self._max_bad_rows = max_bad_rows
@@ -31,12 +31,12 @@ class Quarantine:
       path.unlink(missing_ok=True)
 
   def bad(self, file: str, line: int, error: errors.DataError) -> None:
-    """Takes a row that cannot be used.
+    """Records an invalid row.
 
     Raises:
-      errors.DataError: if it is one too many.
+      errors.DataError: if there are more than `max_bad_rows`.
     """
-    self.drop("in quarantine")
+    self.drop("quarantined")
     self._num_bad += 1
     reason = f"{error.what} {error.why}"
     if self._path:
@@ -45,22 +45,23 @@ class Quarantine:
         out.write(json.dumps(entry) + "\n")
     if self._num_bad > self._max_bad_rows:
       raise errors.DataError(
-        f"Too many rows are bad: {self._num_bad}. {error.what}",
+        f"{self._num_bad} rows are invalid, max_bad_rows is "
+        f"{self._max_bad_rows}. {error.what}",
         where=f"{file}:{line}",
         why=error.why,
-        fix=f"{error.fix} --config.data.max_bad_rows, now "
-        f"{self._max_bad_rows}, lets some be left out; "
-        f"{self._path or 'quarantine.jsonl'} lists them.",
+        fix=f"{error.fix} To leave out invalid rows, increase "
+        "--config.data.max_bad_rows. They are listed in "
+        f"{self._path or 'quarantine.jsonl'}.",
       ) from error
-    if self._num_bad <= _NUM_TOLD:
-      logging.warning("Left out %s:%d. %s", file, line, reason)
+    if self._num_bad <= _NUM_LOGGED:
+      logging.warning("Left out row %s:%d: %s", file, line, reason)
 
   def drop(self, reason: str) -> None:
-    """Counts a row that is left out for a good reason."""
+    """Counts a row that is left out for `reason`."""
     self._left_out[reason] += 1
 
   def take_counts(self) -> str:
-    """Says how many rows were left out since asked last, by reason."""
-    told = [f"{count} {reason}" for reason, count in self._left_out.items()]
+    """Returns the counts of rows left out since the last call, by reason."""
+    counts = [f"{count} {reason}" for reason, count in self._left_out.items()]
     self._left_out.clear()
-    return ", ".join(told)
+    return ", ".join(counts)

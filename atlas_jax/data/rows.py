@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of a dataset, and the text in its columns."""
+"""Rows of a dataset, and access to text columns."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -12,9 +12,9 @@ from atlas_jax import errors
 class Row:
   """One row of a dataset.
 
-  `file` and `line`, from 1, are the place it came from, so that whatever is
-  wrong with it, here or later, can be told. `name` is the file's within its
-  dataset, without an ending: it does not change with the folder.
+  `file` and `line`, counted from 1, locate the row in error messages. `name` is
+  the path of the file within its dataset, without its ending, so that it does
+  not depend on where the dataset is stored.
   """
 
   file: str
@@ -24,20 +24,20 @@ class Row:
 
   @property
   def where(self) -> str:
-    """What an error names."""
+    """Location for error messages."""
     return f"{self.file}:{self.line}"
 
   @property
   def row_id(self) -> str:
-    """What the row is called if it does not name itself."""
+    """Default id of the row, unless it has an id column."""
     return f"{self.name}:{self.line}"
 
 
 def text(row: Row, *columns: str) -> str:
-  """Returns the text in the first of `columns` that is not empty.
+  """Returns the text of the first of `columns` that is not empty.
 
   Raises:
-    errors.DataError: if none has any, or what it has is not text.
+    errors.DataError: if all are empty, or the value is not text.
   """
   for column in columns:
     found = optional_text(row, column)
@@ -48,21 +48,21 @@ def text(row: Row, *columns: str) -> str:
     for name, value in row.values.items()
   ]
   raise errors.DataError(
-    f"A row has no {' or '.join(columns)}.",
+    f"Missing column: {' or '.join(columns)}.",
     where=row.where,
-    why=f"Its columns are: {', '.join(present) or 'none'}.",
-    fix="Choose the format that names its columns, or write one; see "
-    "--config.data.format.",
+    why=f"The row has columns: {', '.join(present) or 'none'}.",
+    fix="Set --config.data.format to a format with these columns, or define "
+    "one in --config.data.formats.",
   )
 
 
 def optional_text(row: Row, column: str) -> str:
-  """Returns the text in `column`; empty if it is absent, null or blank.
+  """Returns the text of `column`; empty if it is absent, null or blank.
 
-  A number is its digits.
+  Finite numbers are converted to text.
 
   Raises:
-    errors.DataError: if it holds something else.
+    errors.DataError: if it holds another type.
   """
   value = row.values.get(column)
   if value is None or (isinstance(value, str) and not value.strip()):
@@ -73,31 +73,31 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def as_text(value: object, *, name: str, where: str) -> str:
-  """Returns `value` if it is text with something in it.
+  """Returns `value` if it is text and not blank.
 
   Raises:
     errors.DataError: otherwise, with `name` and `where`.
   """
   if not isinstance(value, str):
-    why = f"It holds {type(value).__name__} {str(value)[:40]}."
+    why = f"Expected text, got {type(value).__name__} {str(value)[:40]}."
   elif not value.strip():
-    why = "It is blank."
+    why = "The text is blank."
   elif "\0" in value:
-    why = "It holds a NUL character."
+    why = "The text contains a NUL character."
   elif not is_encodable(value):
-    why = "It holds half of a surrogate pair, which is no character."
+    why = "The text contains a lone surrogate, which UTF-8 cannot encode."
   else:
     return value
   raise errors.DataError(
-    f"{name} is not usable text.",
+    f"{name} is not valid text.",
     where=where,
     why=why,
-    fix="Write it as text, or leave the row out.",
+    fix="Convert it to text, or remove the row.",
   )
 
 
 def is_encodable(value: str) -> bool:
-  """Tells whether text has a place in a UTF-8 file."""
+  """Returns whether text can be encoded in UTF-8."""
   try:
     value.encode()
   except UnicodeEncodeError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the name of a dataset to batches: what trains, and what is held out."""
+"""Loads training and held-out batches from the names of datasets."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -29,21 +29,21 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-  """Which rows are read.
+  """The rows to read.
 
   Attributes:
-    path: a dataset, see `sources.parse`, or several with commas between them.
-    format: its name, see `formats.find`, or that of each.
-    formats: formats beside `formats.DATA_CONFIGS`.
-    weights: the share of each dataset; empty to take every row once.
-    max_rows: of each dataset the first so many; 0 for all.
-    max_bad_rows: so many are left out and listed in the workdir's
-      `quarantine.jsonl`.
+    path: a dataset, see `sources.parse`, or several, separated by commas.
+    format: name of its format, see `formats.find`; or one for each dataset.
+    formats: custom formats, in addition to `formats.DATA_CONFIGS`.
+    weights: share of each dataset; empty to use every row once.
+    max_rows: number of rows to read of each dataset; 0 for all.
+    max_bad_rows: number of invalid rows that are left out and listed in the
+      workdir's `quarantine.jsonl`; more are an error.
   """
 
   path: str
   format: str
-  formats: Mapping[str, Mapping[str, Any]]  # Any: out of a config.
+  formats: Mapping[str, Mapping[str, Any]]  # Any: config values.
   weights: tuple[float, ...]
   max_rows: int
   max_bad_rows: int
@@ -51,36 +51,37 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Which rows are kept from training; with neither, none are.
+  """The rows to hold out from training; none if neither field is set.
 
   Attributes:
-    path: as `Selection.path`; what it has in common with the training set is
-      taken out of that.
-    fraction: of the problems in the training set.
+    path: like `Selection.path`; rows of the training set with the same problems
+      are removed from it.
+    fraction: fraction of the training set's problems.
   """
 
   path: str
   fraction: float
 
   def __post_init__(self) -> None:
-    """Refuses two ways at once."""
+    """Validates that at most one field is set."""
     if self.path and self.fraction:
       raise errors.ConfigError(
-        "There can be one held-out set.",
+        "Only one of held_out.path and held_out.fraction can be set, got "
+        f"path={self.path!r} and fraction={self.fraction}.",
         where="--config.held_out",
-        why=f"path={self.path!r} and fraction={self.fraction}.",
-        fix="Set one of them.",
+        why="Each defines a held-out set.",
+        fix="Unset one of them.",
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How conversations fill rows.
+  """How conversations are packed into rows.
 
   Attributes:
     length: tokens in a row.
-    packed: several conversations in a row, or one.
-    too_long: what to do with conversations longer than a row.
+    packed: whether a row holds several conversations, or one.
+    too_long: how to handle conversations longer than a row.
   """
 
   length: int
@@ -99,21 +100,21 @@ def conversations(
   workdir: pathlib.Path,
   share: loader.Share = loader.WHOLE,
 ) -> tuple[loader.Loader, loader.Loader]:
-  """Reads, renders and packs the training and the held-out set.
+  """Reads, tokenizes and packs the training and the held-out set.
 
   Args:
-    tokenizer: with a chat template.
-    data: what is read.
-    held_out: what of it is not trained on.
-    layout: of the rows.
+    tokenizer: has a chat template.
+    data: the rows to read.
+    held_out: the rows to hold out from training.
+    layout: how conversations are packed into rows.
     batch_size: rows per step.
-    seed: of the order, and of what is held out.
-    workdir: for the list of bad rows.
-    share: what of each batch this process loads.
+    seed: of the order, and of the held-out selection.
+    workdir: directory of the list of invalid rows.
+    share: the slice of each batch that this process loads.
 
   Raises:
-    errors.ConfigError: if nothing is held out, or a format is not there.
-    errors.DataError: if the data cannot be used.
+    errors.ConfigError: if nothing is held out, or a format is unknown.
+    errors.DataError: if the data is invalid.
   """
   sets, kept_out = _read_conversations(
     tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
@@ -141,18 +142,18 @@ def completions(
   """Reads conversations as prompts with their last completion.
 
   Args:
-    tokenizer: with a chat template.
-    data: what is read.
-    held_out: what of it is not trained on.
-    layout: of the rows that they will be in.
+    tokenizer: has a chat template.
+    data: the rows to read.
+    held_out: the rows to hold out from training.
+    layout: how pairs are packed into rows later.
     max_new_tokens: see `pairs.split`.
     batch_size: pairs per step.
-    seed: of the order, and of what is held out.
-    workdir: for the list of bad rows.
+    seed: of the order, and of the held-out selection.
+    workdir: directory of the list of invalid rows.
 
   Raises:
-    errors.ConfigError: if nothing is held out, or a format is not there.
-    errors.DataError: if the data cannot be used.
+    errors.ConfigError: if nothing is held out, or a format is unknown.
+    errors.DataError: if the data is invalid.
   """
   sets, kept_out = _read_conversations(
     tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
@@ -182,18 +183,18 @@ def questions(
   seed: int,
   workdir: pathlib.Path,
 ) -> tuple[loader.QuestionLoader, list[types.Question]]:
-  """Reads the questions to train on, and those held out.
+  """Reads the training questions, and the held-out ones.
 
   Args:
-    data: what is read.
-    held_out: what of it is not trained on.
+    data: the rows to read.
+    held_out: the rows to hold out from training.
     batch_size: questions per step.
-    seed: of the order, and of what is held out.
-    workdir: for the list of bad rows.
+    seed: of the order, and of the held-out selection.
+    workdir: directory of the list of invalid rows.
 
   Raises:
-    errors.ConfigError: if a format is not there.
-    errors.DataError: if the data cannot be used.
+    errors.ConfigError: if a format is unknown.
+    errors.DataError: if the data is invalid.
   """
   quarantine = _quarantine(data, workdir)
   sets, kept_out = _split(
@@ -213,7 +214,7 @@ def questions(
 def all_questions(
   data: Selection, *, workdir: pathlib.Path
 ) -> list[types.Question]:
-  """Reads questions in the order they are in; otherwise as `questions`."""
+  """Reads all questions in the order of the files; see `questions`."""
   sets = _read_questions(data, quarantine=_quarantine(data, workdir))
   return [item.value for items in sets for item in items]
 
@@ -228,19 +229,19 @@ def _read_conversations(
 ) -> tuple[
   list[list[splits.Item[packing.Example]]], list[splits.Item[packing.Example]]
 ]:
-  """Reads and renders the training sets, and what is held out of them."""
+  """Reads and tokenizes the training sets and the held-out rows."""
   if not held_out.path and not held_out.fraction:
     raise errors.ConfigError(
-      "There must be a held-out set.",
+      "One of held_out.path and held_out.fraction must be set.",
       where="--config.held_out",
-      why="It has neither a path nor a fraction.",
+      why="Evaluation requires a held-out set.",
       fix="Set one of them, e.g. --config.held_out.fraction=0.05.",
     )
 
   def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
     messages = formats.to_messages(row, fmt)
     token_ids, loss_mask = chat.tokenize(tokenizer, messages)
-    # Arrays: a list takes ten times the memory.
+    # As arrays: lists take ten times the memory.
     return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
 
   def read(selection: Selection) -> list[list[splits.Item[packing.Example]]]:
@@ -253,7 +254,7 @@ def _read_conversations(
 def _quarantine(
   data: Selection, workdir: pathlib.Path
 ) -> data_quarantine.Quarantine:
-  # Every host reads all rows; one tells of them.
+  # Every host reads all rows; only the first one lists invalid rows.
   path = workdir / "quarantine.jsonl" if jax.process_index() == 0 else None
   return data_quarantine.Quarantine(path, max_bad_rows=data.max_bad_rows)
 
@@ -261,7 +262,7 @@ def _quarantine(
 def _read_questions(
   data: Selection, *, quarantine: data_quarantine.Quarantine
 ) -> list[list[splits.Item[types.Question]]]:
-  """Reads questions with names of their own, which draw random numbers."""
+  """Reads questions with unique row ids, which seed their random numbers."""
   sets = _read(
     formats.to_question, data, lambda fmt: fmt.questions_part, quarantine
   )
@@ -274,10 +275,10 @@ def _read_questions(
   for row_id in (item.value.row_id for items in sets for item in items):
     if row_id in seen:
       raise errors.DataError(
-        f"Two rows are named {row_id!r}.",
+        f"row_id must be unique, got {row_id!r} twice.",
         where=data.path,
-        why="Random numbers are drawn by this name.",
-        fix="Give each row its own row_id, or none at all.",
+        why="A question's random numbers are seeded with its row_id.",
+        fix="Set a different row_id for each row, or none at all.",
       )
     seen.add(row_id)
   return sets
@@ -289,22 +290,22 @@ def _read(
   part_of: Callable[[formats.Format], str],
   quarantine: data_quarantine.Quarantine,
 ) -> list[list[splits.Item[T]]]:
-  """Reads each dataset, and makes of its rows what `view` makes of one.
+  """Reads each dataset and maps its rows with `view`.
 
   Args:
-    view: gives None for a row that is left out.
-    data: what is read.
-    part_of: the part of a dataset that its format reads by itself.
-    quarantine: takes bad rows, and counts what is left out.
+    view: maps a row to a value; None leaves it out.
+    data: the rows to read.
+    part_of: returns the default part of a format's dataset.
+    quarantine: records invalid rows, and counts all that are left out.
   """
   paths = _listed(data.path)
   names = _listed(data.format)
   if len(names) not in (1, len(paths)):
     raise errors.ConfigError(
-      "Formats do not go with the data.",
+      f"data.format must name 1 or {len(paths)} formats, got {len(names)}.",
       where=f"--config.data.format={data.format}",
       why=f"There are {len(names)} formats for {len(paths)} datasets.",
-      fix="Name one for all, or one for each.",
+      fix="Set one format for all datasets, or one for each.",
     )
   sets = []
   for path, name in zip(paths, names * (len(paths) // len(names)), strict=True):
@@ -316,14 +317,14 @@ def _read(
     left_out = quarantine.take_counts()
     if not items:
       raise errors.DataError(
-        "No row is left." if left_out else "The dataset is empty.",
+        "All rows are left out." if left_out else "The dataset is empty.",
         where=path,
-        why=f"Left out: {left_out or 'nothing, there was no row'}.",
-        fix="Check the path, the format and its filters, and that whatever "
-        "wrote the data came to its end.",
+        why=f"Rows left out: {left_out or 'none'}.",
+        fix="Check the path, the format and its filters, and that the data was "
+        "written completely.",
       )
     logging.info(
-      "Read %d rows of %s; left out: %s.", len(items), path, left_out or "none"
+      "Read %d rows of %s; left out: %s", len(items), path, left_out or "none"
     )
     sets.append(items)
   return sets
@@ -335,12 +336,12 @@ def _view_all(
   fmt: formats.Format,
   quarantine: data_quarantine.Quarantine,
 ) -> Iterator[splits.Item[T]]:
-  """Yields what `view` makes of the rows that are kept."""
+  """Yields the values of `view` for the rows that are kept."""
   for row in found:
     try:
       column = formats.excluded_by(row, fmt)
       if column:
-        quarantine.drop(f"by the filter on {column}")
+        quarantine.drop(f"filtered by {column}")
         continue
       problem = splits.key(formats.to_problem(row, fmt))
       value = view(row, fmt)
@@ -348,7 +349,7 @@ def _view_all(
       quarantine.bad(row.file, row.line, error)
       continue
     if value is None:
-      quarantine.drop("without an answer of the format's pattern")
+      quarantine.drop("without a match of answer_pattern")
     else:
       yield splits.Item(row.where, problem, value)
 
@@ -359,7 +360,7 @@ def _split(
   held_out: HeldOut,
   seed: int,
 ) -> tuple[list[list[splits.Item[T]]], list[splits.Item[T]]]:
-  """Returns the sets to train on and what is held out of them."""
+  """Returns the training sets and the held-out rows."""
   sets = read(data)
   if held_out.fraction:
     return splits.by_fraction(sets, held_out.fraction, seed)
@@ -371,14 +372,14 @@ def _split(
   num_shared = sum(map(len, sets)) - sum(map(len, left))
   if num_shared:
     logging.warning(
-      "%d rows are not trained on: their problems are held out.", num_shared
+      "Removed %d training rows whose problems are held out.", num_shared
     )
   if not all(left):
     raise errors.DataError(
-      "No row is left to train on.",
+      "A dataset has no row left to train on.",
       where=data.path,
-      why=f"{num_shared} rows are about problems that are held out.",
-      fix="Hold out other problems: --config.held_out.path.",
+      why=f"The problems of {num_shared} rows are held out.",
+      fix="Hold out other problems: set --config.held_out.path.",
     )
   return left, held_out_items
 
@@ -397,7 +398,7 @@ def _load(
   remainder: loader.Remainder,
   share: loader.Share,
 ) -> loader.Loader:
-  """Fills rows with each set's conversations, and mixes the rows."""
+  """Packs the conversations of each set into rows, and mixes the rows."""
   fill = packing.pack if layout.packed else packing.pad
   filled, names = [], []
   for items in sets:
@@ -405,8 +406,11 @@ def _load(
       [item.value for item in items], layout.length, too_long=layout.too_long
     )
     logging.info(
-      "%d conversations in %d rows of %d tokens; %d too long.",
-      *(len(items), len(made.members), layout.length, made.num_too_long),
+      "Packed %d conversations into %d rows of %d tokens; %d too long",
+      len(items),
+      len(made.members),
+      layout.length,
+      made.num_too_long,
     )
     filled.append(made.arrays)
     names += ["; ".join(items[i].where for i in row) for row in made.members]
@@ -430,21 +434,22 @@ def _load_pairs(
   seed: int,
   remainder: loader.Remainder,
 ) -> pairs.PairLoader:
-  """Splits each set's conversations, and mixes the pairs."""
+  """Splits the conversations of each set, and mixes the pairs."""
   kept, names, sizes = [], [], []
   for items in sets:
     found = [(item.where, split(item.value)) for item in items]
     fitting = [(where, pair) for where, pair in found if pair is not None]
     logging.info(
-      "%d prompts with completions; %d too long.",
-      *(len(fitting), len(found) - len(fitting)),
+      "Read %d prompts with completions; %d too long",
+      len(fitting),
+      len(found) - len(fitting),
     )
     if not fitting:
       raise errors.DataError(
-        "No prompt is left to complete.",
+        "All prompts with their completions are longer than a row.",
         where=f"{len(found)} conversations",
-        why="All are longer than a row, with what may be sampled.",
-        fix="Make --config.packing.length larger, or sample less.",
+        why="A prompt must fit with its completion, and with what is sampled.",
+        fix="Increase --config.packing.length, or sample fewer tokens.",
       )
     names += [where for where, _ in fitting]
     kept += [pair for _, pair in fitting]

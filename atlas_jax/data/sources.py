@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows from files, folders of them, and datasets on the Hub."""
+"""Reads rows from files, directories and Hugging Face Hub datasets."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from atlas_jax.data import jsonl, rows
 from atlas_jax.data import quarantine as data_quarantine
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?")
-# What tools write beside the data: facts about them, and caches.
+# Metadata and caches that tools store next to the data.
 _NO_DATA = re.compile(
   r"(state|config|dataset_(info|infos|dict))\.json|cache-.*\.arrow"
 )
@@ -27,10 +27,10 @@ _Reader = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where rows are read from.
+  """Location of a dataset.
 
-  `place` is a path, or the id of a Hub dataset. `part` is what is read of a
-  folder or a dataset: "split", "subset/split", or the name of a file in it.
+  `place` is a path or the id of a Hub dataset. `part` selects what to read of a
+  directory or Hub dataset: "split", "subset/split", or the name of a file.
   """
 
   place: str
@@ -40,14 +40,15 @@ class Source:
 
 
 def parse(source: str) -> Source:
-  """Takes apart the name of a dataset.
+  """Parses the name of a dataset.
 
   Args:
-    source: a file, a folder or a Hub dataset as `owner/name`, which may go on
-      with `@revision`; both of the latter with `:part`, as in `Source`.
+    source: a file, a directory, or a Hub dataset as `owner/name`, optionally
+      followed by `@revision`; the latter two optionally followed by `:part`, as
+      in `Source`.
 
   Raises:
-    errors.DataError: if it is none of them.
+    errors.DataError: if it is neither.
   """
   place, _, part = source.partition(":")
   for known, rest in ((source, ""), (place, part)):
@@ -56,11 +57,11 @@ def parse(source: str) -> Source:
   hub_id = _HUB_ID.fullmatch(place)
   if not hub_id or _ending(place):
     raise errors.DataError(
-      "The dataset is not there.",
+      f"Dataset not found: {source}.",
       where=source,
-      why="It is no file, no folder, and no id of a dataset on the Hub.",
-      fix=f"Name a file ending with {', '.join(_READERS)}, a folder of them, "
-      'or a Hub dataset as "owner/name@revision:split".',
+      why="It is not a file, a directory or the id of a Hub dataset.",
+      fix=f"Set a file ending with {', '.join(_READERS)}, a directory of such "
+      'files, or a Hub dataset as "owner/name@revision:split".',
     )
   return Source(
     hub_id["id"], is_local=False, revision=hub_id["revision"] or "", part=part
@@ -70,18 +71,19 @@ def parse(source: str) -> Source:
 def read(
   source: Source, default_part: str, quarantine: data_quarantine.Quarantine
 ) -> Iterator[rows.Row]:
-  """Yields the rows of a dataset, few in memory at a time.
+  """Yields the rows of a dataset, with few in memory at a time.
 
   Args:
     source: from `parse`.
-    default_part: taken if the source names none, of a folder if it has it.
-    quarantine: takes malformed rows.
+    default_part: read if the source names no part; ignored for a directory
+      without it.
+    quarantine: records malformed rows.
 
   Raises:
-    errors.DataError: if there is nothing to read, or not all of it can be.
+    errors.DataError: if there is nothing to read, or a file is unreadable.
   """
   if not source.is_local:
-    # Imported here alone: `datasets` is an extra, and slow to import.
+    # Imported lazily: `datasets` is an optional extra, and slow to import.
     from atlas_jax.data import hub
 
     part = source.part or default_part
@@ -106,14 +108,16 @@ def read(
 def _files(
   path: pathlib.Path, part: str, default_part: str
 ) -> Sequence[pathlib.Path]:
-  """Returns the files of a source, in the order of their names."""
+  """Returns the files of a source, sorted by name."""
   if path.is_file():
     if part or not _ending(path.name):
       raise errors.DataError(
-        "The file is of no known kind.",
+        "A file has no parts." if part else "Unknown file type.",
         where=f"{path}:{part}" if part else str(path),
-        why="A file has no parts." if part else "Its name ends differently.",
-        fix=f"Name a file that ends with {', '.join(_READERS)}.",
+        why="Only directories and Hub datasets have parts."
+        if part
+        else "The type is derived from the file name's ending.",
+        fix=f"Set a file that ends with {', '.join(_READERS)}.",
       )
     return [path]
   files = [
@@ -124,14 +128,16 @@ def _files(
   found = _select(path, files, part or default_part)
   if not part and not found:
     found = files
-  # Reading the training and the test part as one would leak the latter.
+  # Merging the training and the test split would leak the latter.
   kinds = {_split(file.relative_to(path)) for file in found}
   if not found or len(kinds) > 1:
     raise errors.DataError(
-      "A folder has more than one part." if found else "There are no files.",
+      "A directory has more than one split."
+      if found
+      else "No data files found.",
       where=f"{path}:{part}" if part else str(path),
       why=f"It holds {_listed(file.relative_to(path) for file in files)}.",
-      fix=f'Name a part of what is there, e.g. "{path}:train", or a file.',
+      fix=f'Name one of its splits, e.g. "{path}:train", or a file.',
     )
   return found
 
@@ -139,7 +145,7 @@ def _files(
 def _select(
   folder: pathlib.Path, files: Sequence[pathlib.Path], part: str
 ) -> list[pathlib.Path]:
-  """Returns those `files` of a folder that belong to a part; "" is all."""
+  """Returns the files of a directory that belong to a part; "" is all."""
   if not part:
     return list(files)
   if _ending(part):
@@ -155,7 +161,7 @@ def _select(
 
 
 def _split(file: pathlib.PurePath) -> str:
-  """Returns the split that a file's path names; empty for none."""
+  """Returns the split named in a path; empty if there is none."""
   words = re.split(r"[^a-z]+", file.as_posix().lower())
   return next((split for split in _SPLITS if split in words), "")
 
@@ -167,14 +173,14 @@ def _listed(files: Iterable[pathlib.PurePath]) -> str:
 
 
 def _ending(name: str) -> str:
-  """Returns the ending by which a file is read; empty if there is none."""
+  """Returns the file type's ending; empty if it is unknown."""
   return next((end for end in _READERS if name.endswith(end)), "")
 
 
 def _read_parquet(
   path: pathlib.Path, name: str, quarantine: data_quarantine.Quarantine
 ) -> Iterator[rows.Row]:
-  del quarantine  # A table is read, or it is not.
+  del quarantine  # A table is readable as a whole, or not.
   return _number(_parquet_values(path), file=str(path), name=name)
 
 
@@ -195,7 +201,7 @@ def _read_arrow(
 
 
 def _arrow_values(path: pathlib.Path) -> Iterator[dict[str, object]]:
-  """Yields rows of a file that `datasets` saved, in Arrow's stream format."""
+  """Yields rows of a file saved by `datasets`, in Arrow's stream format."""
   try:
     with pyarrow.memory_map(str(path)) as file, ipc.open_stream(file) as stream:
       for batch in stream:
@@ -213,10 +219,10 @@ def _number(
 
 def _unreadable(path: pathlib.Path, error: Exception) -> errors.DataError:
   return errors.DataError(
-    "A data file cannot be read.",
+    "Cannot read data file.",
     where=str(path),
     why=f"{type(error).__name__}: {error}".splitlines()[0],
-    fix="Copy it again: it may have been cut.",
+    fix="Copy it again: it may be incomplete.",
   )
 
 

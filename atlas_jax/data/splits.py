@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training and held-out rows, with no problem on both sides."""
+"""Splits rows into training and held-out sets that share no problem."""
 
 from collections.abc import Sequence
 import hashlib
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Item(NamedTuple, Generic[T]):
-  """What was made of a row, its place, and the key of its problem."""
+  """A value derived from a row, with its location and problem key."""
 
   where: str
   problem: bytes
@@ -22,7 +22,7 @@ class Item(NamedTuple, Generic[T]):
 
 
 def key(problem: str) -> bytes:
-  """Returns the same for texts that differ in case, space and width alone."""
+  """Returns a key that ignores case, whitespace and character width."""
   folded = unicodedata.normalize("NFKC", problem).casefold()
   return hashlib.sha256(" ".join(folded.split()).encode()).digest()[:16]
 
@@ -30,18 +30,19 @@ def key(problem: str) -> bytes:
 def by_fraction(
   sets: Sequence[Sequence[Item[T]]], fraction: float, seed: int
 ) -> tuple[list[list[Item[T]]], list[Item[T]]]:
-  """Holds out a random part of the problems, with all their rows.
+  """Holds out a random fraction of the problems, with all their rows.
 
   Args:
-    sets: one or several, which may share problems.
+    sets: datasets, which may share problems.
     fraction: of all distinct problems; at least one is held out.
-    seed: decides which.
+    seed: selects the problems.
 
   Returns:
-    What is left of each set, and what is held out of all; both shuffled.
+    The remaining rows of each dataset, and the held-out rows of all; both
+    shuffled.
 
   Raises:
-    errors.DataError: if nothing would be left.
+    errors.DataError: if no problem would remain.
   """
   problems = list(dict.fromkeys(item.problem for rows in sets for item in rows))
   order = np.random.default_rng(seed).permutation(len(problems))
@@ -49,11 +50,11 @@ def by_fraction(
   num_held_out = max(1, round(fraction * len(problems)))
   if num_held_out >= len(problems):
     raise errors.DataError(
-      "Too few problems are left to train on.",
+      "No problem is left to train on.",
       where="--config.held_out.fraction",
-      why=f"There are {len(problems)} distinct problems, and {fraction} of "
-      "them, at least one, is held out.",
-      fix="Bring more data, or set --config.held_out.path and a fraction of 0.",
+      why=f"There are {len(problems)} distinct problems; a fraction of "
+      f"{fraction}, and at least one, is held out.",
+      fix="Add data, or set --config.held_out.path and a fraction of 0.",
     )
   shuffled = [sorted(rows, key=lambda row: rank[row.problem]) for rows in sets]
   left = [
@@ -69,6 +70,6 @@ def by_fraction(
 def without(
   rows: Sequence[Item[T]], held_out: Sequence[Item[T]]
 ) -> list[Item[T]]:
-  """Returns those `rows` whose problem is not held out."""
+  """Returns the rows whose problem is not held out."""
   problems = {item.problem for item in held_out}
   return [item for item in rows if item.problem not in problems]

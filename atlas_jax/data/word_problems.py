@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded generator of word problems, and of people who answer them.
+"""Seeded generator of word problems, and of answers to them.
 
-The small world that recipes are tried in: problems with checkable answers, a
-student who computes well but misreads some wordings, and a teacher's warm-up
-data of mixed quality. Everything follows from a seed.
+The synthetic world that recipes are tested in: problems with verifiable
+answers, a student that computes well but misreads some wordings, and warm-up
+data of mixed quality for a teacher. Everything is determined by a seed.
 
 Each problem has a *method*: one or two operations. A wording is `easy` if the
-student reads the method off it, `medium` if half of the time, `hard` if it
-nearly always takes another method for it.
+student infers the method from it, `medium` if it does half of the time, and
+`hard` if it nearly always infers another method.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ import numpy as np
 from atlas_jax import types
 
 DIFFICULTIES = ("easy", "medium", "hard")
-# How often the student takes the right method, by difficulty.
+# Probability that the student infers the right method, by difficulty.
 _INSIGHT = {"easy": 0.97, "medium": 0.5, "hard": 0.05}
-# What the student takes the method for when it misreads the wording.
+# The method that the student infers when it misreads the wording.
 _MISREAD = {
   ("add",): ("subtract",),
   ("subtract",): ("add",),
@@ -31,7 +31,7 @@ _MISREAD = {
   ("add", "multiply"): ("multiply", "add"),
 }
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-# By method, one wording per difficulty.
+# One wording per difficulty, by method.
 _WORDINGS = {
   ("add",): (
     "{n} has {a} {o} and finds {b} more. How many {o} now?",
@@ -77,8 +77,16 @@ _NAMES = (
   "Leo",
 )
 _OBJECTS = (
-  *("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells"),
-  *("stamps", "stones"),
+  "apples",
+  "books",
+  "cards",
+  "coins",
+  "eggs",
+  "keys",
+  "pens",
+  "shells",
+  "stamps",
+  "stones",
 )
 _HINTS = {
   1: ("{first} the numbers.", "You should {first}.", "Just {first} here."),
@@ -103,7 +111,7 @@ Method = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A word problem with all that its author knows about it."""
+  """A word problem with its method and numbers."""
 
   row_id: str
   text: str
@@ -113,18 +121,18 @@ class Problem:
 
   @property
   def answer(self) -> str:
-    """The number that the right method gives."""
+    """The result of the right method."""
     return str(_compute(self.method, self.numbers)[1])
 
   def question(self) -> types.Question:
-    """The part that everyone may see, with the reference answer."""
+    """Returns the problem as a question with its reference answer."""
     return types.Question(
       self.row_id, self.text, self.answer, difficulty=self.difficulty
     )
 
 
 def problems(count: int, seed: int, *, excluded: set[str]) -> list[Problem]:
-  """Draws `count` problems with distinct texts, none of them in `excluded`."""
+  """Draws `count` problems with distinct texts that are not in `excluded`."""
   rng = np.random.default_rng(seed)
   drawn: dict[str, Problem] = {}
   while len(drawn) < count:
@@ -137,11 +145,11 @@ def problems(count: int, seed: int, *, excluded: set[str]) -> list[Problem]:
 def student_rows(
   problems: list[Problem], seed: int
 ) -> Iterator[dict[str, str]]:
-  """Writes what the student learns from: `kind`, `hint`, `reply`.
+  """Yields the student's training rows: `question`, `kind`, `hint`, `reply`.
 
-  Each problem gives a plan (`probe`), an answer by itself (`baseline`), and
-  answers to hints (`taught`): the student does what a hint says, be it right
-  or wrong, and what it would have done anyway if it says nothing.
+  Each problem yields a plan (`probe`), an answer without help (`baseline`) and
+  answers to hints (`taught`): the student follows a hint, right or wrong, and
+  answers as it would without help if the hint names no method.
   """
   rng = np.random.default_rng(seed)
   for problem in problems:
@@ -161,22 +169,22 @@ def student_rows(
       reply = _solve(problem, rng)
       yield {**row, "kind": "taught", "hint": vague, "reply": reply}
     if rng.random() < 0.3:
-      told = int(rng.integers(2, 90))
+      answer = int(rng.integers(2, 90))
       yield {
         **row,
         "kind": "taught",
-        "hint": f"The answer is {told}.",
-        "reply": f"<solution>{told}</solution>",
+        "hint": f"The answer is {answer}.",
+        "reply": f"<solution>{answer}</solution>",
       }
 
 
 def teacher_rows(
   problems: list[Problem], seed: int
 ) -> Iterator[dict[str, str]]:
-  """Writes the teacher's warm-up data: `question`, `probe`, `reply`.
+  """Yields the teacher's warm-up rows: `question`, `probe`, `reply`.
 
-  Its guidance is of mixed quality, and worst where the student needs it most:
-  right, wrong, vague, padded, handing over the answer, or without its tag.
+  The quality of its guidance is mixed, and lowest for hard problems: right,
+  wrong, vague, padded, revealing the answer, or without its tag.
   """
   rng = np.random.default_rng(seed)
   kinds = ("right", "wrong", "vague", "padded", "leak", "untagged")
@@ -210,7 +218,7 @@ def _draw(rng: np.random.Generator, row_id: str) -> Problem:
   level = int(rng.integers(len(DIFFICULTIES)))
   largest = 7 if len(method) == 1 else 4
   a, b, c = (int(n) for n in rng.integers(2, largest + 1, size=3))
-  # Even a wrong method should give a number the student can write.
+  # Wrong methods, too, must have results that the student can write.
   if len(method) == 1:
     a = max(a, b + 1)
   if method == ("subtract",):
@@ -225,7 +233,7 @@ def _draw(rng: np.random.Generator, row_id: str) -> Problem:
 
 
 def _compute(method: Method, numbers: tuple[int, ...]) -> tuple[str, int]:
-  """Applies the operations in turn; returns the working and the result."""
+  """Applies the operations in order; returns the working and the result."""
   result, working = numbers[0], []
   for operation, number in zip(method, numbers[1:], strict=True):
     before = result
@@ -242,14 +250,14 @@ def _compute(method: Method, numbers: tuple[int, ...]) -> tuple[str, int]:
 
 
 def _read(problem: Problem, rng: np.random.Generator) -> Method:
-  """The method that the student reads off the wording."""
+  """Draws the method that the student infers from the wording."""
   if rng.random() < _INSIGHT[problem.difficulty]:
     return problem.method
   return _MISREAD[problem.method]
 
 
 def _random_method(problem: Problem, rng: np.random.Generator) -> Method:
-  """A method of the right length, the right one half of the time."""
+  """Draws a method of the same length, the right one half of the time."""
   if rng.random() < 0.5:
     return problem.method
   same_length = [
@@ -269,7 +277,7 @@ def _hint(method: Method, rng: np.random.Generator) -> str:
 def _solve(
   problem: Problem, rng: np.random.Generator, named: Method | None = None
 ) -> str:
-  """The student's answer by the `named` method, or by the one it reads."""
+  """Returns the student's answer by the `named` method, or an inferred one."""
   method = named or _read(problem, rng)
   working, result = _compute(method, problem.numbers)
   return f"{working}. <solution>{result}</solution>"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much better each completion did than the others of its prompt."""
+"""Group-relative advantages of completions."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from atlas_jax import errors
 Baseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
 
-# Added to the standard deviation, as ATLAS and TRL do.
+# Added to the standard deviation, as in ATLAS and TRL.
 _STD_EPSILON = 1e-4
 
 
@@ -22,30 +22,30 @@ def group_advantages(
   baseline: Baseline,
   scale: Scale,
 ) -> jax.Array:
-  """Computes (R - baseline) / (std + 1e-4), or without the division.
+  """Computes (R - baseline) / (std + 1e-4), or R - baseline.
 
-  The baseline is the mean of the group, or of the others of the group: then it
-  does not depend on the completion that it is taken from, and the gradient has
-  no bias. The two differ by the factor n / (n - 1).
+  The baseline is the mean reward of the group, or of the other completions in
+  the group ("leave_one_out"). The latter is independent of the completion, so
+  the gradient is unbiased. With n rewards the two differ by n / (n - 1).
 
   Source: Shao et al., arXiv:2402.03300, section 4.1.2; without the division,
-  Liu et al., arXiv:2503.20783; leaving one out, Ahmadian et al.,
-  arXiv:2402.14740; by the deviation of the batch, Liu et al., arXiv:2508.08221.
+  Liu et al., arXiv:2503.20783; leave-one-out, Ahmadian et al.,
+  arXiv:2402.14740; deviation of the batch, Liu et al., arXiv:2508.08221.
 
   Args:
     rewards_PC: rewards of the C completions of P prompts.
-    valid_PC: bool; False where the reward is missing. Such a reward may hold
-      anything: it is no part of any mean or deviation.
-    baseline: what is taken from each reward.
+    valid_PC: bool; False where the reward is missing. Missing rewards may hold
+      anything and are excluded from means and deviations.
+    baseline: subtracted from each reward.
     scale: divides by the sample standard deviation of the rewards of the
-      "group", or of the whole "batch" around their one mean; or "none".
+      "group", or of the whole "batch" around its mean; or "none".
 
   Returns:
     float32[P, C]. Exactly 0 where the reward is missing, and in groups with
-    fewer than two rewards or with all rewards equal: there is nothing to learn.
+    fewer than two rewards or with equal rewards, which have no signal.
 
   Raises:
-    errors.ConfigError: if there is no such baseline or scale.
+    errors.ConfigError: if `baseline` or `scale` is unknown.
   """
   if baseline not in ("mean", "leave_one_out"):
     raise _unknown("baseline", baseline, "mean or leave_one_out")
@@ -73,10 +73,10 @@ def group_advantages(
 
 
 def has_variance(rewards_PC: jax.Array, valid_PC: jax.Array) -> jax.Array:
-  """Tells for each group, bool[P, 1], whether two of its rewards differ.
+  """Returns whether two rewards of each group differ, bool[P, 1].
 
-  Their deviation would not tell: the mean of equal rewards is rounded, and
-  dividing by 1e-4 magnifies what is left of them.
+  The standard deviation cannot decide this: the mean of equal rewards is
+  rounded, and dividing by 1e-4 magnifies the residual.
   """
   best_P1 = jnp.max(
     rewards_PC, axis=1, keepdims=True, where=valid_PC, initial=-jnp.inf
@@ -90,15 +90,15 @@ def has_variance(rewards_PC: jax.Array, valid_PC: jax.Array) -> jax.Array:
 def _std(
   distances_PC: jax.Array, count: jax.Array, *, axis: int | None
 ) -> jax.Array:
-  """Computes the sample standard deviation from distances to the mean."""
+  """Computes the sample standard deviation from differences to the mean."""
   squares = jnp.sum(jnp.square(distances_PC), axis=axis, keepdims=True)
   return jnp.sqrt(squares / jnp.maximum(count - 1, 1))
 
 
 def _unknown(name: str, value: object, known: str) -> errors.ConfigError:
   return errors.ConfigError(
-    f"There is no {name} {value!r}.",
+    f"advantages.{name} must be {known}, got {value!r}.",
     where=f"--config.advantages.{name}={value}",
-    why="It names how advantages are computed from rewards.",
+    why="It selects how advantages are computed from rewards.",
     fix=f"Set it to {known}.",
   )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits for one chunk of tokens at a time.
+"""Computes logits for one chunk of tokens at a time.
 
-The logits of a long sequence over a large vocabulary are the biggest array of
-a training step. Here they exist for one chunk of tokens at a time, and are
-computed again on the way back instead of being kept.
+The logits of a long sequence over a large vocabulary are the largest array of a
+training step. Only those of one chunk exist at a time; they are recomputed in
+the backward pass instead of being saved.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,10 @@ def project(
 
   Args:
     hidden_BTD: final hidden states, after the last norm. The product with the
-      head takes its inputs in this precision and accumulates in float32.
-    head_DV: the unembedding kernel. Its gradient is summed over the chunks in
-      its own precision, so give it in float32 where it is kept so.
-    soft_cap: c makes a logit x into c tanh(x / c), as Gemma 2 does; None is
-      for models without.
+      head takes inputs of this dtype and accumulates in float32.
+    head_DV: the unembedding kernel. Its gradient is summed over chunks in its
+      own dtype, so pass float32 parameters without a cast.
+    soft_cap: maps a logit x to c tanh(x / c), as in Gemma 2; None for none.
   """
   logits_BTV = jnp.einsum(
     "BTD,DV->BTV",
@@ -45,14 +44,13 @@ def map_tokens(
   *,
   chunk_tokens: int,
 ) -> T:
-  """Applies a function to chunks of tokens, one after the other.
+  """Applies a function to one chunk of tokens after another.
 
   Args:
-    function: of arrays [B, chunk, ...], gives a tree of arrays [B, chunk]. What
-      it computes on the way is computed again in the backward pass.
+    function: maps arrays [B, chunk, ...] to a tree of arrays [B, chunk]. Its
+      intermediate results are recomputed in the backward pass.
     arrays: each [B, T, ...].
-    chunk_tokens: tokens of each sequence in a chunk. T need not be a multiple
-      of it.
+    chunk_tokens: tokens of each sequence in a chunk; need not divide T.
 
   Returns:
     The tree of arrays [B, T].
@@ -61,21 +59,21 @@ def map_tokens(
     ValueError: if `chunk_tokens` is not positive.
   """
   if chunk_tokens < 1:
-    raise ValueError(f"Expected chunk_tokens >= 1, got {chunk_tokens}.")
+    raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}.")
   num_tokens = jax.tree.leaves(arrays)[0].shape[1]
   num_chunks = -(-num_tokens // chunk_tokens)
-  # Even chunks: 513 tokens by 512 become 2 x 257, not 2 x 512.
+  # Chunks of equal size: 513 tokens by 512 become 2 x 257, not 2 x 512.
   chunk_tokens = -(-num_tokens // num_chunks)
 
   def split(x: jax.Array) -> jax.Array:
-    """Moves chunks of tokens in front, the last one padded with zeros."""
+    """Pads and splits T: [B, T, ...] -> [chunks, B, chunk, ...]."""
     padding = num_chunks * chunk_tokens - num_tokens
     x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
     x = x.reshape(x.shape[0], num_chunks, chunk_tokens, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
   def join(x: jax.Array) -> jax.Array:
-    """Undoes `split`."""
+    """Inverts `split`: [chunks, B, chunk] -> [B, T]."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :num_tokens]
 
   chunks = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))

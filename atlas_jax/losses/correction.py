@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importance weights from the distribution drawn from to the one trained."""
+"""Importance weights that correct for the sampler's distribution."""
 
 from typing import Literal
 
@@ -24,36 +24,34 @@ def sampler_weights(
 ) -> jax.Array:
   """Computes bounded weights exp(old - rollout).
 
-  Sampler and trainer hold the same weights, yet their kernels and precision
-  differ, so the tokens were drawn from a slightly different distribution than
-  the one whose gradient is taken; with weights a step older, from a more
-  different one. Both log-probabilities are of the distribution that was drawn
-  from: at the sampling temperature, over what top-p and top-k left. Either
-  alone, at temperature 1 or over the whole vocabulary, would make the ratio a
-  measure of the sampling settings.
+  Sampler and trainer use the same weights, but their kernels and precision
+  differ, so tokens are drawn from a slightly different distribution than the
+  one whose gradient is computed; with older weights, from a more different one.
+  Both log-probabilities must be under the sampling distribution: at the
+  sampling temperature, over the tokens that top-p and top-k keep. Otherwise the
+  ratio would measure the sampling settings.
 
-  Source: Yao et al., "Your Efficient RL Framework Secretly Brings You
-  Off-Policy RL Training" (2025), for truncation; the Ling team, "Small Leak
-  Can Sink a Great Ship: Boost RL Training on MoE with IcePop!" (2025), for
-  masking.
+  Source: truncation, Yao et al., "Your Efficient RL Framework Secretly Brings
+  You Off-Policy RL Training" (2025); masking, the Ling team, "Small Leak Can
+  Sink a Great Ship: Boost RL Training on MoE with IcePop!" (2025).
 
   Args:
     old_logprobs_BT: by the trainer.
-    rollout_logprobs_BT: as the sampler reported them.
+    rollout_logprobs_BT: by the sampler, as reported.
     loss_mask_BT: bool; the tokens that count. The rest may hold anything.
-    level: a ratio for each "token", or the product of them for the "sequence":
-      without bias, but its variance grows with the length.
-    outside: what becomes of ratios out of bounds: "truncate" puts them on the
-      bound, "mask" gives their tokens no weight.
-    min_ratio: the lower bound; 0.0 for none.
-    max_ratio: the upper bound, which keeps one odd token from ruling the
-      batch. Truncated with both bounds at 1.0, nothing is corrected.
+    level: one ratio per "token", or their product per "sequence", which is
+      unbiased, but whose variance grows with the length.
+    outside: handling of ratios out of bounds: "truncate" clips them, "mask"
+      sets the weights of their tokens to 0.
+    min_ratio: lower bound; 0.0 for none.
+    max_ratio: upper bound, which keeps single tokens from dominating a batch.
+      Truncating with both bounds at 1.0 disables the correction.
 
   Returns:
     float32[B, T], without gradient; 1 where masked, if that is within bounds.
 
   Raises:
-    errors.ConfigError: for an unknown name, or bounds in the wrong order.
+    errors.ConfigError: if a name is unknown or the bounds are out of order.
   """
   _check(level, outside, min_ratio, max_ratio)
   log_ratio_BT = jnp.where(
@@ -72,18 +70,18 @@ def sampler_weights(
 def _check(
   level: str, outside: str, min_ratio: float, max_ratio: float
 ) -> None:
-  """Refuses what is no correction."""
+  """Validates the settings."""
   if (
     level not in ("token", "sequence")
     or outside not in ("truncate", "mask")
     or not 0.0 <= min_ratio <= max_ratio
   ):
     raise errors.ConfigError(
-      "The sampler's tokens cannot be weighed like this.",
+      "Invalid sampler correction: level must be token or sequence, outside "
+      "must be truncate or mask, and 0 <= min_ratio <= max_ratio.",
       where=f"--config.correction: level={level!r}, outside={outside!r}, "
       f"min_ratio={min_ratio}, max_ratio={max_ratio}",
-      why="A ratio is of a token or a sequence, truncated or masked, and its "
-      "lower bound is between 0 and the upper.",
-      fix="For example level=token, outside=truncate, min_ratio=0, "
+      why="No importance weight is defined for other settings.",
+      fix="For example, set level=token, outside=truncate, min_ratio=0 and "
       "max_ratio=2.",
     )

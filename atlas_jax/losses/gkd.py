@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generalized Jensen-Shannon divergence of a student from its teacher."""
+"""Generalized Jensen-Shannon divergence between a student and its teacher."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from atlas_jax.losses import chunks, logprobs
 
 
 class Output(NamedTuple):
-  """What a model's logits are computed from; see `chunks.project`."""
+  """Hidden states and head of a model; see `chunks.project`."""
 
   hidden_BTD: jax.Array
   head_DV: jax.Array
@@ -19,12 +19,13 @@ class Output(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-  """What distillation knows of each token, [B, T].
+  """Distillation statistics of each token, [B, T].
 
-  `divergence` is float32, in nats, and alone has a gradient. The log-
-  probabilities are float32, of the token that follows, by the student and by
-  the teacher, at temperature 1 and over all of their vocabulary.
-  `is_likeliest` is bool: whether the student thinks no other token likelier.
+  `divergence` is float32, in nats, and the only field with a gradient.
+  `logprobs` (student) and `teacher_logprobs` are the float32 log-probabilities
+  of the targets, at temperature 1 and over each model's full vocabulary.
+  `is_likeliest` is bool: whether no token is more likely for the student than
+  the target.
   """
 
   divergence: jax.Array
@@ -42,16 +43,16 @@ def generalized_jsd(
 ) -> jax.Array:
   """Computes the generalized Jensen-Shannon divergence at every position.
 
-  With P the teacher, Q the student and M = beta P + (1 - beta) Q, it is
-  beta KL(P || M) + (1 - beta) KL(Q || M). That is 0 at both ends; there its
-  limits over beta and over 1 - beta are taken: beta = 0 is KL(P || Q), which
-  covers all that the teacher may say, and beta = 1 is KL(Q || P), which keeps
-  to what it says most.
+  With P the teacher, Q the student and M = beta P + (1 - beta) Q, this is
+  beta KL(P || M) + (1 - beta) KL(Q || M). It vanishes at both end points, where
+  its limits over beta and over 1 - beta are used instead: beta = 0 is
+  KL(P || Q), which covers all modes of the teacher, and beta = 1 is
+  KL(Q || P), which seeks its main mode.
 
-  TRL's `generalized_jsd_loss` (1.16) has the same beta and temperature, and its
-  "batchmean" is `reduce.token_mean` of this. TRL 0.14, which ATLAS trained
-  with, had P and Q the other way round in M, and no temperature: with a beta of
-  0.5 it is this at temperature 1, with others it is no such divergence.
+  TRL's `generalized_jsd_loss` (1.16) has the same beta and temperature; its
+  "batchmean" is `reduce.token_mean` of this. TRL 0.14, used to train ATLAS,
+  swaps P and Q in M and has no temperature: it matches this at beta = 0.5 and
+  temperature 1, and is not this divergence at any other beta.
 
   Source: Agarwal et al., arXiv:2306.13649, equation 1 and section 3.
 
@@ -60,7 +61,7 @@ def generalized_jsd(
     teacher_logits_BTV: the same, over the same vocabulary. No gradient flows
       through it.
     beta: weight of the teacher in the mixture, in [0, 1].
-    temperature: divides both logits; 1.0 leaves them as they are.
+    temperature: divides both logits; 1.0 leaves them unchanged.
 
   Returns:
     The divergence in nats, float32[B, T].
@@ -73,8 +74,8 @@ def generalized_jsd(
   sizes = student_logits_BTV.shape[-1], teacher_logits_BTV.shape[-1]
   if sizes[0] != sizes[1]:
     raise ValueError(
-      f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]} "
-      "tokens; there is a divergence only over one."
+      "Student and teacher must have the same vocabulary, got vocabularies of "
+      f"{sizes[0]} and {sizes[1]} tokens."
     )
   teacher_logits_BTV = jax.lax.stop_gradient(teacher_logits_BTV)
   log_p_BTV, log_q_BTV = (
@@ -102,18 +103,18 @@ def of_outputs(
   temperature: float,
   chunk_tokens: int,
 ) -> TokenStats:
-  """Computes the divergence, and what both think of given tokens, in chunks.
+  """Computes the divergence and target log-probabilities, in chunks.
 
   Equals `generalized_jsd` of both models' logits, but no array of B x T x V
   elements ever exists, forward or backward.
 
-  Where one head is wider than the other, as checkpoints pad their vocabularies
-  differently, the divergence is over the tokens that both have: the first.
+  Checkpoints may pad their vocabularies to different sizes. The divergence is
+  over the tokens that both heads have, which are the first.
 
   Args:
-    student: whose hidden states and head get gradients.
-    teacher: which gets none. Its width may be another.
-    targets_BT: the token that each position predicts, which both have; the
+    student: its hidden states and head get gradients.
+    teacher: gets no gradient. Its width may differ.
+    targets_BT: the token that each position predicts, in both vocabularies; the
       caller shifts.
     beta: see `generalized_jsd`.
     temperature: see `generalized_jsd`.
@@ -164,11 +165,10 @@ def of_outputs(
 def _check(beta: float, temperature: float) -> None:
   if not 0.0 <= beta <= 1.0:
     raise ValueError(
-      f"Expected beta in [0, 1], got {beta}; it is the teacher's part in the "
-      "mixture."
+      f"beta, the weight of the teacher, must be in [0, 1], got {beta}."
     )
   if temperature <= 0.0:
-    raise ValueError(f"Expected temperature > 0, got {temperature}.")
+    raise ValueError(f"temperature must be > 0, got {temperature}.")
 
 
 def _kl(log_p_BTV: jax.Array, log_q_BTV: jax.Array) -> jax.Array:

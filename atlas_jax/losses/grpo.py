@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy loss: GRPO and its relatives, as settings of one objective."""
+"""Policy-gradient objectives: GRPO and related methods."""
 
 import dataclasses
 from typing import Literal
@@ -25,25 +25,26 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """What tells the members of the family apart; see `surrogate`.
+  """Settings of `surrogate`, one combination per published method.
 
-  `ratio` is of the policy to the policy before this step: of each "token"; of
-  the whole "sequence", as the geometric mean over its tokens (GSPO);
-  "sequence_token", which has that value and the token's own gradient
-  (GSPO-token); or the "product" over the sequence (RLOO).
+  `ratio` is policy / old policy: per "token"; per "sequence", the geometric
+  mean over its tokens (GSPO); "sequence_token", with the value of the sequence
+  and the gradient of the token (GSPO-token); or the "product" over the sequence
+  (RLOO).
 
   `clipping` bounds the ratio to [1 - clip_low, 1 + clip_high] in the
-  "objective" (PPO: a token out of bounds gets no gradient), or as the "weight"
-  of its log-probability (CISPO: every token keeps one). In the objective,
-  `max_ratio` also bounds what a completion worse than its group can do to a
-  token whose probability rose; None for no bound.
+  "objective" (PPO: clipped tokens get no gradient), or as the "weight" of the
+  log-probability (CISPO: every token gets one). With "objective", `max_ratio`
+  also bounds the ratio of tokens with a negative advantage, which the clipping
+  leaves unbounded; None for no bound.
 
-  `kl_coef` weighs the divergence from the reference, by `kl_estimator`: in the
-  "loss"; in the "weighted_loss", times the ratio for its gradient's sake; or in
-  the "reward", where the caller puts it. See `losses.kl`.
+  `kl_coef` is the weight of the KL divergence from the reference, estimated by
+  `kl_estimator` and added to the "loss"; to the loss times the ratio, for its
+  gradient ("weighted_loss"); or, by the caller, to the "reward". See
+  `losses.kl`.
 
-  `entropy_coef` rewards entropy. `aggregate`, and `max_tokens` for its constant
-  length: see `losses.reduce`.
+  `entropy_coef` is the weight of an entropy bonus. `aggregate` names a mean of
+  `losses.reduce`, and `max_tokens` is the length of "constant_length".
   """
 
   ratio: Ratio
@@ -59,38 +60,48 @@ class Objective:
   max_tokens: int
 
   def __post_init__(self) -> None:
-    """Refuses what is no objective, or would be ignored."""
+    """Rejects invalid settings, and settings that would be ignored."""
     for name, known in _CHOICES.items():
       if getattr(self, name) not in known:
-        raise self._refused(
-          name, "There is no such choice.", f"Set it to one of {known}."
+        raise self._invalid(
+          name,
+          f"must be one of {known}",
+          why="No loss is defined for another name.",
+          fix=f"Set it to one of {known}.",
         )
-    if self.clip_low < 0.0 or self.clip_high < 0.0:
-      raise self._refused(
-        "clip_low" if self.clip_low < 0.0 else "clip_high",
-        "The bounds on the ratio would leave out 1, where every step starts.",
-        "Set both to 0 or more, for example 0.2.",
-      )
+    for name in ("clip_low", "clip_high"):
+      if getattr(self, name) < 0.0:
+        raise self._invalid(
+          name,
+          "must be >= 0",
+          why="The bounds would exclude a ratio of 1, where every step starts.",
+          fix="Set both bounds to 0 or more, for example 0.2.",
+        )
     if self.max_ratio is not None and (
       self.clipping == "weight" or self.max_ratio <= 1.0 + self.clip_high
     ):
-      raise self._refused(
+      raise self._invalid(
         "max_ratio",
-        "It would be ignored, or hide the upper bound.",
-        'Set it above 1 + clip_high with clipping="objective", or leave it '
+        'must exceed 1 + clip_high, and requires clipping="objective"',
+        why="It would be ignored, or override clip_high.",
+        fix='Set it above 1 + clip_high with clipping="objective", or leave it '
         "out.",
       )
     if self.kl_coef and self.kl_estimator == "k1" and self.kl_in == "loss":
-      raise self._refused(
+      raise self._invalid(
         "kl_estimator",
-        "The gradient of k1 as a loss is 0 in the mean.",
-        "Set kl_in to weighted_loss or reward, or take k2 or k3.",
+        'must be k2 or k3 with kl_in="loss"',
+        why="The expected gradient of k1 as a loss is 0.",
+        fix="Set kl_in to weighted_loss or reward, or use k2 or k3.",
       )
 
-  def _refused(self, name: str, why: str, fix: str) -> errors.ConfigError:
+  def _invalid(
+    self, name: str, rule: str, *, why: str, fix: str
+  ) -> errors.ConfigError:
+    value = getattr(self, name)
     return errors.ConfigError(
-      "This loss cannot be had.",
-      where=f"--config.loss.{name}={getattr(self, name)}",
+      f"Invalid loss configuration: {name} {rule}, got {value!r}.",
+      where=f"--config.loss.{name}={value}",
       why=why,
       fix=fix,
     )
@@ -110,31 +121,31 @@ def surrogate(
   """Computes the loss of a batch of completions.
 
   With r the ratio, w the sampler correction, A the advantage, H the entropy and
-  sg() what gets no gradient, the loss of a token is
+  sg() stop_gradient, the loss of a token is
 
     -w min(min(r, max_ratio) A, clip(r) A) + kl_coef KL - entropy_coef H
 
-  or, clipping the weight, with -w sg(clip(r)) A log policy for its first term.
+  or, with clipping="weight", -w sg(clip(r)) A log policy as the first term.
 
-  Source: Shao et al., arXiv:2402.03300, equation 3; bounds set apart and the
+  Source: Shao et al., arXiv:2402.03300, equation 3; separate bounds and the
   mean over tokens, Yu et al., arXiv:2503.14476, sections 3.1 and 3.3; ratios of
   sequences, Zheng et al., arXiv:2507.18071, sections 4.1 and 4.3; the clipped
   weight, MiniMax, arXiv:2506.13585, section 3.1; `max_ratio`, Prime Intellect,
   arXiv:2505.07291, section 3.4.
 
   Args:
-    logprobs_BT: by the policy, of the distribution that was drawn from; this
-      and the entropy get a gradient.
-    old_logprobs_BT: by the policy at the start of this step, as the trainer
-      computed them.
-    ref_logprobs_BT: by the reference. With a `kl_coef` of 0.0 they show in the
-      metrics alone, and `old_logprobs_BT` will do.
+    logprobs_BT: by the policy, under the sampling distribution; only these and
+      the entropy have gradients.
+    old_logprobs_BT: by the policy at the start of this step, as computed by the
+      trainer.
+    ref_logprobs_BT: by the reference. With kl_coef = 0.0 they only affect
+      metrics, and `old_logprobs_BT` can be passed instead.
     entropy_BT: of the policy at each token.
     advantages_B: one per completion.
-    loss_mask_BT: bool; the tokens that count. Where it is False the other
-      arrays may hold anything.
-    rollout_weights_BT: from `correction.sampler_weights`; ones for none.
-    objective: which of the family.
+    loss_mask_BT: bool; the tokens that count. Where False, the other arrays may
+      hold anything.
+    rollout_weights_BT: from `correction.sampler_weights`; ones to disable it.
+    objective: the objective's settings.
 
   Returns:
     The loss, and metrics over the counted tokens; see `_metrics`.
@@ -178,7 +189,11 @@ def surrogate(
 def _of_level(
   log_ratio_BT: jax.Array, loss_mask_BT: jax.Array, *, level: Ratio
 ) -> jax.Array:
-  """Turns the log-ratios of tokens, 0 where masked, into those of a level."""
+  """Computes log-ratios at the given level from those of tokens, 0 if masked.
+
+  With l_t of n tokens: "product" is sum_t l_t, "sequence" sum_t l_t / n, and
+  "sequence_token" sg(sum_t l_t / n) + l_t - sg(l_t).
+  """
   if level == "token":
     return log_ratio_BT
   total_B1 = jnp.sum(log_ratio_BT, axis=1, keepdims=True)
@@ -199,7 +214,7 @@ def _gain(
   *,
   objective: Objective,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes what each token gains, and whether it met a bound."""
+  """Computes the clipped gain of each token, and whether it was clipped."""
   clipped_BT = jnp.clip(
     ratio_BT, 1.0 - objective.clip_low, 1.0 + objective.clip_high
   )
@@ -219,10 +234,10 @@ def _metrics(
   is_clipped_BT: jax.Array,
   loss_mask_BT: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Averages over the counted tokens what tells a healthy step from a wild one.
+  """Computes means over the counted tokens, and the largest ratio.
 
-  `clip_low_fraction` and `clip_high_fraction` count the tokens that the bound
-  below and above 1 kept from moving the policy any further.
+  `clip_low_fraction` and `clip_high_fraction` are the fractions of tokens that
+  were clipped with a ratio below and above 1.
   """
   low_BT, high_BT = ratio_BT < 1.0, ratio_BT > 1.0
   return {

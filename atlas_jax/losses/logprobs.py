@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probability and entropy of given tokens, chunked over the sequence."""
+"""Log-probability and entropy of given tokens, in chunks over the sequence."""
 
 from typing import NamedTuple
 
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from atlas_jax.losses import chunks
 
-# What a sampler cannot draw: exp() of it is 0.0, and it is finite, so that
-# nothing becomes NaN where -inf times 0.0 would.
+# Logit of tokens outside the support: exp() of it is 0.0, but unlike -inf it is
+# finite, so that products with 0.0 are not NaN.
 _NEVER = -1e30
 
 
 class Support(NamedTuple):
   """The part of the vocabulary that a sampler draws from.
 
-  The `top_k` likeliest tokens, 0 for all; of those the likeliest that together
-  hold `top_p` of the probability, 1.0 for all.
+  The `top_k` most likely tokens (0 for all), and of those the most likely ones
+  that together hold `top_p` of the probability (1.0 for all).
   """
 
   top_p: float
@@ -25,11 +25,11 @@ class Support(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-  """What a loss needs to know of each token's distribution, [B, T].
+  """Statistics of the distribution at each token, [B, T].
 
-  The first three are float32, in nats, and of the distribution after the
-  temperature, over what the support keeps. `log_normalizer` is the log-sum-exp
-  of the logits. `is_likeliest` is bool: whether no other token is likelier.
+  The first three are float32, in nats, under the distribution after temperature
+  and support. `log_normalizer` is the log-sum-exp of the logits. `is_likeliest`
+  is bool: whether no other token is more likely than the target.
   """
 
   logprobs: jax.Array
@@ -45,37 +45,36 @@ def from_logits(
   temperature: float,
   support: Support | None = None,
 ) -> TokenStats:
-  """Computes the log-probability and entropy of tokens from whole logits.
+  """Computes log-probabilities and entropy from full logits.
 
-  Tokens that were drawn with top-p or top-k were drawn from a smaller
-  vocabulary, with the probability of the rest shared out among it. A policy is
-  what draws, so that is its distribution, and its gradient is the one over the
-  support: over the whole vocabulary the ratio to the sampler would be off by
-  the probability that was cut. What is kept is decided by the logits at hand,
-  without gradient. The target is always kept: where precision, or an update,
-  has moved it across the border, its probability is small but not 0.
+  With top-p or top-k, tokens are drawn from a part of the vocabulary, with
+  probabilities renormalised over it. That is the policy's distribution, so
+  log-probabilities and gradients are over that support; over the full
+  vocabulary, the ratio to the sampler would be off by the probability that was
+  cut. The support is computed from the given logits, without gradient. It
+  always includes the target: if rounding or an update moved the target out of
+  the support, its probability is small, but not 0.
 
   Args:
     logits_BTV: float logits of any precision; computed in float32.
     targets_BT: the token that each position predicts; the caller shifts.
-    temperature: divides the logits, as it did when the tokens were sampled.
-    support: what the sampler drew from; None for the whole vocabulary, which
-      is where there was no sampler.
+    temperature: divides the logits; that of sampling.
+    support: the sampler's support; None for the full vocabulary.
 
   Returns:
-    The statistics, with gradients through the first three.
+    The statistics; the first three have gradients.
 
   Raises:
     ValueError: if `temperature` is not positive.
   """
   if temperature <= 0.0:
     raise ValueError(
-      f"Expected temperature > 0, got {temperature}. Completions drawn "
-      "greedily are scored at temperature 1."
+      f"temperature must be > 0, got {temperature}. Score greedy completions "
+      "at temperature 1."
     )
   logits_BTV = logits_BTV.astype(jnp.float32) / temperature
-  # A gather would become a scatter on the way back, and an all-gather where
-  # the vocabulary is sharded; a masked sum is neither.
+  # A masked sum instead of a gather, whose gradient is a scatter, and which is
+  # an all-gather where the vocabulary is sharded.
   vocabulary_V = jnp.arange(logits_BTV.shape[-1])
   is_target_BTV = targets_BT[..., None] == vocabulary_V
   if support is not None:
@@ -93,12 +92,12 @@ def from_logits(
 
 
 def _is_kept(logits_BTV: jax.Array, support: Support) -> jax.Array:
-  """Tells what a sampler may draw; of equal logits at the border, all."""
+  """Returns the support; of logits tied at its border, it has all."""
   num_kept = support.top_k or logits_BTV.shape[-1]
   sorted_BTV, _ = jax.lax.top_k(logits_BTV, min(num_kept, logits_BTV.shape[-1]))
   probs_BTV = jax.nn.softmax(sorted_BTV, axis=-1)
   before_BTV = jnp.cumsum(probs_BTV, axis=-1) - probs_BTV
-  # The likeliest token always stays: nothing comes before it.
+  # Probability before a token is 0 for the first one, which is always kept.
   in_nucleus_BTV = before_BTV < support.top_p
   border_BT1 = jnp.min(
     sorted_BTV, axis=-1, keepdims=True, where=in_nucleus_BTV, initial=jnp.inf
@@ -116,23 +115,23 @@ def of_targets(
   support: Support | None = None,
   soft_cap: float | None = None,
 ) -> TokenStats:
-  """Computes the log-probability and entropy of tokens from hidden states.
+  """Computes log-probabilities and entropy from hidden states, in chunks.
 
   Equals `from_logits` of `hidden_BTD @ head_DV`, soft-capped, but no array of
   B x T x V elements ever exists, forward or backward.
 
   Args:
     hidden_BTD: final hidden states; see `chunks.project`.
-    head_DV: the unembedding kernel; likewise.
+    head_DV: the unembedding kernel; see `chunks.project`.
     targets_BT: the token that each position predicts; the caller shifts.
-    temperature: divides the logits, as it did when the tokens were sampled.
-    chunk_tokens: tokens of each sequence whose logits exist at one time. T need
-      not be a multiple of it.
-    support: as in `from_logits`.
-    soft_cap: of the logits; likewise.
+    temperature: divides the logits; that of sampling.
+    chunk_tokens: tokens of each sequence whose logits exist at one time; need
+      not divide T.
+    support: see `from_logits`.
+    soft_cap: see `chunks.project`.
 
   Returns:
-    The statistics, with gradients through the first three.
+    The statistics; the first three have gradients.
 
   Raises:
     ValueError: if `temperature` or `chunk_tokens` is not positive.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means over the tokens that count.
 
-What the mask hides may be anything, NaN included; where it hides everything,
-the mean and its gradient are 0.
+Masked values may be anything, NaN included. With everything masked, the mean
+and its gradient are 0.
 """
 
 from typing import Literal
@@ -10,22 +10,22 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-# Written out for the check of what a config names.
+# The names of `Aggregate`, to validate configs.
 AGGREGATES = ("token_mean", "sequence_mean", "constant_length")
 Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 def token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """Averages over all counted tokens, each weighing the same."""
+  """Computes sum x / number of tokens, over all counted tokens."""
   total = jnp.sum(x_BT, where=mask_BT, dtype=jnp.float32)
   return total / jnp.maximum(jnp.sum(mask_BT), 1)
 
 
 def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """Averages over sequences the mean over each one's counted tokens.
+  """Computes the mean over sequences of each one's mean over counted tokens.
 
-  A row is one sequence, so rows are not packed. A row without a counted token
-  is left out: it adds nothing, and the others are not divided by it.
+  Each row is one sequence; rows must not be packed. Rows without counted tokens
+  are excluded from the mean.
   """
   total_B = jnp.sum(x_BT, axis=1, where=mask_BT, dtype=jnp.float32)
   num_tokens_B = jnp.sum(mask_BT, axis=1)
@@ -36,10 +36,10 @@ def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
 def constant_length(
   x_BT: jax.Array, mask_BT: jax.Array, *, length: int
 ) -> jax.Array:
-  """Averages over sequences the sum over each one's counted tokens / length.
+  """Computes the mean over sequences of each one's sum / `length`.
 
-  So a token weighs the same in a long sequence as in a short one, whatever else
-  is in the batch. Rows as in `sequence_mean`.
+  A token thus has the same weight in a long sequence as in a short one. Rows
+  are as in `sequence_mean`.
 
   Source: Liu et al., arXiv:2503.20783, section 3.2.
   """
@@ -51,12 +51,12 @@ def constant_length(
 def mean(
   x_BT: jax.Array, mask_BT: jax.Array, *, aggregate: Aggregate, length: int
 ) -> jax.Array:
-  """Averages by the named one of the three.
+  """Computes the mean named by `aggregate`.
 
-  `length` is what `constant_length` divides by; the others have their own.
+  Only `constant_length` uses `length`.
 
   Raises:
-    ValueError: if there is none of that name.
+    ValueError: if `aggregate` is unknown.
   """
   match aggregate:
     case "token_mean":
@@ -65,16 +65,14 @@ def mean(
       return sequence_mean(x_BT, mask_BT)
     case "constant_length":
       return constant_length(x_BT, mask_BT, length=length)
-  raise ValueError(
-    f"Unknown aggregate {aggregate!r}; expected one of {AGGREGATES}."
-  )
+  raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}.")
 
 
 def count(mask_BT: jax.Array, *, aggregate: Aggregate) -> jax.Array:
-  """Counts what `mean` is over: tokens, or sequences with any.
+  """Counts what `mean` averages over: tokens, or sequences with any.
 
-  Means of parts of a batch, weighed by their counts, add up to the mean of the
-  whole: however it is split.
+  The means of the parts of a batch, weighted by their counts, add up to the
+  mean of the batch, however it is split.
   """
   if aggregate == "token_mean":
     return jnp.sum(mask_BT)

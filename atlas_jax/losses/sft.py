@@ -16,8 +16,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Computes the mean negative log-likelihood of the counted tokens.
 
-  The z-loss, `z_loss_coef` times the mean square of the log normalizer, keeps
-  the logits from drifting where softmax cannot see them.
+  The z-loss is `z_loss_coef` times the mean square of the log normalizer. It
+  prevents a drift of the logits, to which softmax is invariant.
 
   Source: Chowdhery et al., arXiv:2204.02311, section 5 (z-loss, 1e-4).
 
@@ -25,13 +25,13 @@ def cross_entropy(
     logprobs_BT: log-probabilities of the targets, in nats.
     log_normalizer_BT: log-sum-exp of the logits; see `logprobs.TokenStats`.
     loss_mask_BT: bool; the tokens that count. The rest may hold anything.
-    z_loss_coef: weight of the z-loss; 0.0 for plain cross entropy.
+    z_loss_coef: weight of the z-loss; 0.0 disables it.
 
   Returns:
-    The loss, and as metrics the `loss`, its `cross_entropy` part and
-    `num_tokens`, the count of tokens which they are means over.
+    The loss, and metrics: `loss`, its `cross_entropy` part and `num_tokens`,
+    the number of tokens that both are means over.
   """
-  # Masked before square(), whose gradient would leak what is masked after it.
+  # Masked before square(): where() after it would still leak NaN gradients.
   log_normalizer_BT = jnp.where(loss_mask_BT, log_normalizer_BT, 0.0)
   z_loss = reduce.token_mean(jnp.square(log_normalizer_BT), loss_mask_BT)
   nll = reduce.token_mean(-logprobs_BT, loss_mask_BT)

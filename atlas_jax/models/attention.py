@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projections around grouped-query attention, and the KV cache."""
+"""Projections of grouped-query attention, and the KV cache."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from atlas_jax.models import decoder_config, layers, rope
 
 
 class Cache(NamedTuple):
-  """Keys and values [B, K, S, H] of each layer, and where slots belong.
+  """KV cache: keys and values [B, K, S, H] per layer, positions and segments.
 
-  Slots are shared by the rows of a batch: every row writes the same slot in
-  the same step, whatever its own position is. Layers are arrays of their own,
-  so that a step writes its slot in place and copies nothing.
+  All rows of a batch write the same slot in the same step, whatever their own
+  positions are. Each layer has separate arrays, so that a step updates its slot
+  in place without copies.
   """
 
   keys: tuple[jax.Array, ...]
@@ -30,7 +30,7 @@ def empty_cache(
   num_slots: int,
   dtype: jnp.dtype,
 ) -> Cache:
-  """Makes a cache in which every slot is padding."""
+  """Returns a cache in which every slot is padding."""
   shape = (batch_size, config.num_kv_heads, num_slots, config.head_width)
   slots_BS = jnp.zeros((batch_size, num_slots), jnp.int32)
   layers_BKSH = (jnp.zeros(shape, dtype),) * config.num_layers
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
   def project(
     self, x_BTD: jax.Array, turns: rope.Turns
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes queries, keys and values, turned to their positions."""
+    """Returns queries, keys and values; RoPE is applied to the former two."""
     q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
     if self.q_norm is not None and self.k_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)

@@ -13,7 +13,7 @@ from atlas_jax.models import rope as rope_lib
 
 
 class View(NamedTuple):
-  """Where tokens are and what they see, the same in all layers of a kind."""
+  """RoPE angles, attention function and padding, shared by similar layers."""
 
   turns: rope_lib.Turns
   attend: kernels.Attend
@@ -21,7 +21,7 @@ class View(NamedTuple):
 
 
 class Block(nnx.Module):
-  """Attention and MLP, each on the normalised residual stream."""
+  """Attention and MLP, each applied to the normalised residual stream."""
 
   def __init__(
     self,
@@ -30,7 +30,7 @@ class Block(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ) -> None:
-    """Makes the two halves and their norms."""
+    """Builds attention, MLP or mixture, and norms."""
 
     def norm() -> layers.RMSNorm:
       return layers.RMSNorm(
@@ -62,7 +62,7 @@ class Block(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, view: View, layout: layouts.Layout | None
   ) -> tuple[jax.Array, experts.Load | None]:
-    """Applies the block to whole sequences, which lie as `layout` says."""
+    """Applies the block to whole sequences, sharded as `layout` describes."""
     q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, view)
     k_BTKH = layouts.gather_tokens(k_BTKH, layout)
     v_BTKH = layouts.gather_tokens(v_BTKH, layout)
@@ -80,7 +80,10 @@ class Block(nnx.Module):
     values_BKSH: jax.Array,
     slot: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Applies the block to new tokens, their keys written from `slot` on."""
+    """Applies the block to new tokens; writes their keys and values to cache.
+
+    Slots from `slot` on are overwritten.
+    """
 
     def write(seen_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
       new_BKTH = new_BTKH.swapaxes(1, 2).astype(seen_BKSH.dtype)
@@ -105,7 +108,7 @@ class Block(nnx.Module):
     view: View,
     layout: layouts.Layout | None,
   ) -> tuple[jax.Array, experts.Load | None]:
-    """Adds what attention gave, then what the MLP makes of it."""
+    """Adds the outputs of attention and then of the MLP to the residual."""
     added_BTD = self.attention.o(mixed_BTNH)
     if self._config.post_norms:
       added_BTD = self.attention_post_norm(added_BTD)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder for every family, and its pure functions of parameters.
+"""One decoder for every model family, as pure functions of parameters.
 
-Flax NNX stays in here. `build` splits the module once; beyond it a model is a
-`Model` whose methods take `params`, a nested dict with paths such as
+Only `models` uses Flax NNX. `build` splits the module once and returns a
+`Model`, whose methods take `params`: a nested dict with paths such as
 `layers/attention/q/kernel`. The parameters of all layers are stacked along
-their first axis, and the layers run as one scan.
+axis 0, and the layers run in one scan.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,19 +48,19 @@ _POLICIES = {
 
 
 class Embedding(nnx.Module):
-  """One vector per token."""
+  """Token embedding."""
 
   def __init__(
     self, config: decoder_config.DecoderConfig, *, rngs: nnx.Rngs
   ) -> None:
-    """Draws the table."""
+    """Draws the embedding table."""
     shape = (config.vocab_size, config.width)
     table = jax.random.normal(rngs.params(), shape)
     self.embedding = nnx.Param(config.initializer_range * table)
 
 
 class Decoder(nnx.Module):
-  """Embedding, blocks, final norm and, unless tied, a head."""
+  """Embedding, blocks, final norm and, unless tied, an output head."""
 
   def __init__(
     self,
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ) -> None:
-    """Makes the parameters, those of the blocks stacked along axis 0."""
+    """Draws the parameters; those of the blocks are stacked along axis 0."""
 
     def make_block(rngs: nnx.Rngs) -> blocks.Block:
       return blocks.Block(config, dtype=dtype, rngs=rngs)
@@ -97,11 +97,10 @@ class Decoder(nnx.Module):
 class Model:
   """A decoder as pure functions of its parameters.
 
-  `config` is its shape, `dtype` that of activations; parameters keep theirs.
-  `kernel` computes attention over whole sequences. `block_graph` is what a
-  layer computes, without its parameters. `layout` says where activations lie on
-  a mesh: left to itself, the compiler may split their width as that of the
-  embedding is, and have all rows everywhere.
+  `dtype` is the dtype of activations; parameters keep theirs. `kernel` computes
+  attention over whole sequences. `block_graph` is the NNX graph of a block,
+  without parameters. `layout` shards activations over a mesh: without it, the
+  compiler may shard their width like the embedding's and replicate the rows.
   """
 
   config: decoder_config.DecoderConfig
@@ -128,13 +127,13 @@ class Model:
     """Computes the normalised last hidden states, [B, T, D].
 
     Args:
-      params: as `init` makes them.
+      params: as returned by `init`.
       tokens_BT: token ids.
       positions_BT: restart at 0 in each packed sequence.
-      segment_ids_BT: 0 is padding; tokens see their own segment only.
+      segment_ids_BT: 0 is padding; tokens attend to their own segment only.
 
     Returns:
-      Hidden states in `dtype`; `project` makes them logits.
+      Hidden states in `dtype`; `project` maps them to logits.
     """
     return self.hidden_and_balance(
       params, tokens_BT, positions_BT, segment_ids_BT
@@ -147,7 +146,7 @@ class Model:
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """Computes `hidden`, and `experts.balance_loss`: 0 where there are none."""
+    """Computes `hidden` and `experts.balance_loss`, 0 without experts."""
     tokens = kernels.Tokens(positions_BT, segment_ids_BT)
     views = self._views(tokens, None, self.kernel)
 
@@ -159,8 +158,8 @@ class Model:
       return self._block(block)(x_BTD, views(is_local), self.layout)
 
     if self.remat != "none":
-      # Where no loop is left between a block and its copy in the backward
-      # pass, the compiler would find them equal and keep the first one.
+      # Without a loop between a block and its recomputation in the backward
+      # pass, the compiler would merge the two and keep the activations.
       is_loop = self._unroll < self.config.num_layers
       body = jax.checkpoint(
         body, policy=_POLICIES[self.remat], prevent_cse=not is_loop
@@ -185,9 +184,9 @@ class Model:
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> list[jax.Array]:
-    """Computes the residual stream after the embedding and after each layer.
+    """Returns the residual stream after the embedding and after each layer.
 
-    For reports on where two models part; `hidden` keeps the last one only.
+    Used to locate where two models diverge; `hidden` keeps only the last one.
     """
     tokens = kernels.Tokens(positions_BT, segment_ids_BT)
     views = self._views(tokens, None, self.kernel)
@@ -207,14 +206,14 @@ class Model:
     cache: attention.Cache,
     slot: jax.Array,
   ) -> tuple[jax.Array, attention.Cache]:
-    """Computes hidden states of new tokens after those in the cache.
+    """Computes hidden states of new tokens that follow those in the cache.
 
     Args:
-      params: as `unstack` makes them.
+      params: as returned by `unstack`.
       tokens_BT: the new tokens: a whole prompt, or one per row.
       positions_BT: their positions.
       segment_ids_BT: 0 is padding.
-      cache: what came before; its slots from `slot` on are overwritten.
+      cache: earlier tokens; T slots from `slot` on are overwritten.
       slot: the first slot to write, the same for all rows.
 
     Returns:
@@ -226,12 +225,15 @@ class Model:
     views = self._views(
       kernels.Tokens(positions_BT, segment_ids_BT),
       kernels.Tokens(positions_BS, segments_BS),
-      "xla",  # Slots are in no order that another one could read.
+      "xla",  # The other kernels require keys in order of their positions.
     )
 
     x_BTD, keys, values = self._embed(params, tokens_BT), [], []
     for block, is_local, keys_BKSH, values_BKSH in zip(
-      *(params["layers"], self.config.local, cache.keys, cache.values),
+      params["layers"],
+      self.config.local,
+      cache.keys,
+      cache.values,
       strict=True,
     ):
       x_BTD, keys_BKSH, values_BKSH = self._block(block).cached(
@@ -245,7 +247,7 @@ class Model:
     return self._final_norm(params, x_BTD), cache
 
   def head(self, params: Params) -> jax.Array:
-    """Gives the kernel from hidden states to logits, [D, V]."""
+    """Returns the kernel from hidden states to logits, [D, V]."""
     if self.config.tie_embeddings:
       return params["embed"]["embedding"].T
     return params["head"]["kernel"]
@@ -262,7 +264,7 @@ class Model:
     return self.project(params, hidden_BTD)
 
   def project(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Turns hidden states into float32 logits."""
+    """Projects hidden states to float32 logits."""
     logits_BTV = jnp.einsum(
       "...D,DV->...V",
       hidden_BTD,
@@ -272,15 +274,15 @@ class Model:
     return layers.soft_cap(logits_BTV, self.config.logit_soft_cap)
 
   def read_off(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Turns the residual stream after any layer into float32 logits.
+    """Projects the residual stream after any layer to float32 logits.
 
-    After the last layer these are `logits`; before it, what the model would
-    say if it ended there.
+    After the last layer, these are the model's `logits`; before it, those of
+    the model truncated after that layer.
     """
     return self.project(params, self._final_norm(params, x_BTD))
 
   def _block(self, params: Params) -> blocks.Block:
-    """Gives a layer its parameters, kernels restored where they are kept so."""
+    """Returns a block with the given parameters, kernels dequantized."""
     restored = quantized.restore(params, self.dtype)
     return nnx.merge(self.block_graph, nnx.State(restored))
 
@@ -290,7 +292,7 @@ class Model:
     keys: kernels.Tokens | None,
     kernel: kernels.Kernel,
   ) -> Callable[[jax.Array | bool], blocks.View]:
-    """Makes the function from whether a layer is local to what it sees."""
+    """Returns a function from whether a layer is local to its `View`."""
     config = self.config
 
     def view(rope: rope_lib.Rope, window: int | None) -> blocks.View:
@@ -321,10 +323,9 @@ class Model:
       def attend(
         q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
       ) -> jax.Array:
-        # Both are compiled, as a window is a part of some kernels.
+        # A window is compiled into some kernels, so both are compiled.
         return jax.lax.cond(
-          *(is_local, near.attend, everything.attend),
-          *(q_BTNH, k_BKSH, v_BKSH),
+          is_local, near.attend, everything.attend, q_BTNH, k_BKSH, v_BKSH
         )
 
       return blocks.View(turns, attend, near.counted_BT)
@@ -334,7 +335,7 @@ class Model:
   def _embed(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = params["embed"]["embedding"].astype(self.dtype)[tokens_BT]
     x_BTD = layouts.spread(x_BTD, self.layout)
-    # Rounded as Gemma rounds it; times one is nothing elsewhere.
+    # The scale is rounded to `dtype`, as in Gemma; other families have 1.
     return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
 
   def _final_norm(self, params: Params, x_BTD: jax.Array) -> jax.Array:
@@ -348,10 +349,10 @@ class Model:
 
 
 def unstack(params: Params) -> Params:
-  """Takes the layers apart, into a list of the parameters of each.
+  """Unstacks the layers into a list with the parameters of each.
 
-  Decoding goes through them one by one: a scan would copy a layer's kernels
-  and its cache for every token.
+  Decoding uses a Python loop over layers: a scan would copy a layer's kernels
+  and cache for every token.
   """
   stacked = params["layers"]
   num_layers = len(jax.tree.leaves(stacked)[0])
@@ -370,28 +371,24 @@ def build(
   unroll: int,
   layout: layouts.Layout | None = None,
 ) -> Model:
-  """Makes the pure functions of a decoder.
+  """Builds the pure functions of a decoder; allocates no parameters.
 
   Args:
-    config: its shape.
+    config: shape of the decoder.
     dtype: of activations and matrix products, such as "bfloat16".
     attention: the kernel, or "auto"; see `kernels.choose`.
-    remat: what the backward pass computes again. "none" keeps everything,
-      "dots" only the projections, "block" only each block's input. "offload"
-      is "block" with these inputs waiting in the host's memory.
-    unroll: layers per scan step; more compiles longer and, on a CPU, runs
-      faster.
-    layout: where activations lie on a mesh; None leaves it to the compiler.
-
-  Returns:
-    The model; no parameter is allocated.
+    remat: what is saved for the backward pass. "none" saves everything, "dots"
+      only projections and attention outputs, "block" only each block's input.
+      "offload" is "block" with these inputs in pinned host memory.
+    unroll: layers per scan step; more compile longer and run faster on a CPU.
+    layout: sharding of activations; None leaves it to the compiler.
 
   Raises:
-    errors.ConfigError: if the kernel cannot compute this model here.
+    errors.ConfigError: if the kernel does not support this model or platform.
   """
   if remat not in ("none", *_POLICIES):
     raise ValueError(
-      f"Got remat={remat!r}, expected one of 'none', {str([*_POLICIES])[1:-1]}."
+      f"remat must be one of {('none', *_POLICIES)}, got {remat!r}."
     )
   activation = jnp.dtype(dtype)
   kernel = kernels.choose(
@@ -413,5 +410,12 @@ def build(
   abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(decoder)))
   block_graph = nnx.graphdef(nnx.eval_shape(block))
   return Model(
-    *(config, activation, kernel, abstract, block_graph, remat, unroll, layout)
+    config=config,
+    dtype=activation,
+    kernel=kernel,
+    abstract_params=abstract,
+    block_graph=block_graph,
+    remat=remat,
+    _unroll=unroll,
+    layout=layout,
   )

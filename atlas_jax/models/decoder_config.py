@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a decoder, read from a Hugging Face `config.json`.
+"""Decoder configuration, read from a Hugging Face `config.json`.
 
 Every field of the file is either read, known to have no effect on the logits,
-or required to hold the one value this decoder computes. Anything else is
-refused by name: a field ignored in silence is a wrong model.
+or required to hold the one value this decoder computes. All other fields are
+rejected by name, since ignoring one would compute a different model.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """A mixture in place of the MLP: each token goes to `num_chosen` of `count`.
+  """Mixture of experts: each token is routed to `num_chosen` of `count`.
 
-  `normalise` makes the weights of those chosen sum to one.
+  `normalise` rescales the weights of the chosen experts to sum to one.
   """
 
   count: int
@@ -35,12 +35,11 @@ class DecoderConfig:
   """A decoder-only transformer: RoPE, grouped queries, a gated MLP, pre-norms.
 
   `head_width` is independent of `width / num_heads`. `qk_norm` normalises
-  queries and keys per head, before RoPE. `post_norms` normalises what attention
-  and MLP add to the residual stream as well; `zero_centered_norms` stores the
-  scales of norms less one. Attention scores are multiplied by
-  `attention_scale`; a soft cap c makes x into c tanh(x / c). Layers that are
-  `local` see `window` tokens, their own included, and turn heads by
-  `local_rope`.
+  queries and keys per head, before RoPE. `post_norms` also normalises the
+  outputs of attention and MLP; `zero_centered_norms` stores norm scales minus
+  one. Attention scores are multiplied by `attention_scale`; a soft cap c maps x
+  to c tanh(x / c). Layers marked in `local` attend to the last `window` tokens,
+  their own included, and use `local_rope`.
   """
 
   family: str
@@ -72,29 +71,29 @@ class DecoderConfig:
   experts: Experts | None
 
   def __post_init__(self) -> None:
-    """Refuses head counts that cannot be grouped, and windows without size."""
+    """Validates head counts, the window size and the number of experts."""
     if self.num_heads % self.num_kv_heads:
-      raise _refuse(
-        f"num_attention_heads={self.num_heads} is no multiple of "
+      raise _unsupported(
+        f"num_attention_heads={self.num_heads} is not a multiple of "
         f"num_key_value_heads={self.num_kv_heads}"
       )
     if any(self.local) and self.window is None:
-      raise _refuse("sliding_window is missing, yet layers have one")
+      raise _unsupported("sliding_window is missing, but layers use it")
     if self.experts and self.experts.num_chosen > self.experts.count:
-      raise _refuse("num_experts_per_tok is more than num_experts")
+      raise _unsupported("num_experts_per_tok exceeds num_experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """What `model_type` alone decides, and which fields it has of its own."""
+  """Architecture implied by `model_type`, and its family-specific fields."""
 
   reads: frozenset[str] = frozenset()
   qkv_bias: bool = False
   qk_norm: bool = False
   gemma: bool = False  # Scaled embeddings, post-norms, zero-centered norms.
-  global_every: int | None = None  # The layers that see everything.
+  global_every: int | None = None  # Every such layer has full attention.
   two_ropes: bool = False
-  head_width: int | None = None  # When `head_dim` is absent; or width / heads.
+  head_width: int | None = None  # Used if `head_dim` is absent.
 
 
 _BIASED = frozenset({"attention_bias"})
@@ -102,15 +101,21 @@ _WINDOWED = frozenset({"sliding_window", "layer_types"})
 _SWITCHED = _WINDOWED | {"use_sliding_window", "max_window_layers"}
 _SPARSE = frozenset(
   {
-    *("num_experts", "num_local_experts", "num_experts_per_tok"),
-    *("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
     "mlp_only_layers",
   }
 )
 _GEMMA = _WINDOWED | {
-  *("query_pre_attn_scalar", "attn_logit_softcapping"),
-  *("final_logit_softcapping", "hidden_activation"),
-  "hidden_act",  # Old files have it too; transformers reads the other.
+  "query_pre_attn_scalar",
+  "attn_logit_softcapping",
+  "final_logit_softcapping",
+  "hidden_activation",
+  "hidden_act",  # In older files too; transformers reads hidden_activation.
 }
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 _FAMILIES = {
@@ -132,47 +137,92 @@ _FAMILIES = {
 }
 
 _COUNTS = {
-  *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-  *("num_attention_heads", "num_key_value_heads", "head_dim"),
-  *("max_position_embeddings", "sliding_window", "sliding_window_pattern"),
-  *("num_experts", "num_local_experts", "num_experts_per_tok"),
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "max_position_embeddings",
+  "sliding_window",
+  "sliding_window_pattern",
+  "num_experts",
+  "num_local_experts",
+  "num_experts_per_tok",
   "moe_intermediate_size",
 }
 _NUMBERS = {
-  *("rms_norm_eps", "initializer_range", "rope_theta", "query_pre_attn_scalar"),
-  *("attn_logit_softcapping", "final_logit_softcapping"),
-  *("rope_local_base_freq", "partial_rotary_factor"),
+  "rms_norm_eps",
+  "initializer_range",
+  "rope_theta",
+  "query_pre_attn_scalar",
+  "attn_logit_softcapping",
+  "final_logit_softcapping",
+  "rope_local_base_freq",
+  "partial_rotary_factor",
 }
 _FLAGS = {
-  *("tie_word_embeddings", "attention_bias", "use_sliding_window"),
-  *("norm_topk_prob",),
+  "tie_word_embeddings",
+  "attention_bias",
+  "use_sliding_window",
+  "norm_topk_prob",
 }
 _OBJECTS = {"rope_scaling", "rope_parameters"}
-# Read in every family.
+# Fields that every family reads.
 _READ = {
-  *("model_type", "vocab_size", "hidden_size", "intermediate_size"),
-  *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-  *("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-  *("initializer_range", "tie_word_embeddings", "partial_rotary_factor"),
+  "model_type",
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "max_position_embeddings",
+  "rms_norm_eps",
+  "rope_theta",
+  "initializer_range",
+  "tie_word_embeddings",
+  "partial_rotary_factor",
   *_OBJECTS,
 }
-# No effect on the logits of a decoder in evaluation.
+# Fields that do not affect the logits in evaluation mode.
 _NO_EFFECT = {
-  *("architectures", "transformers_version", "torch_dtype", "dtype"),
-  *("_name_or_path", "use_cache", "return_dict", "id2label", "label2id"),
-  *("output_attentions", "output_hidden_states", "is_encoder_decoder"),
-  *("chunk_size_feed_forward", "problem_type", "max_window_layers"),
-  *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
-  *("sliding_window", "_attn_implementation_autoset", "resid_pdrop"),
-  *("embd_pdrop", "cache_implementation", "output_router_logits"),
-  *("router_aux_loss_coef", "original_max_position_embeddings"),
-  *("_sliding_window_pattern",),
+  "architectures",
+  "transformers_version",
+  "torch_dtype",
+  "dtype",
+  "_name_or_path",
+  "use_cache",
+  "return_dict",
+  "id2label",
+  "label2id",
+  "output_attentions",
+  "output_hidden_states",
+  "is_encoder_decoder",
+  "chunk_size_feed_forward",
+  "problem_type",
+  "max_window_layers",
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+  "attention_dropout",
+  "sliding_window",
+  "_attn_implementation_autoset",
+  "resid_pdrop",
+  "embd_pdrop",
+  "cache_implementation",
+  "output_router_logits",
+  "router_aux_loss_coef",
+  "original_max_position_embeddings",
+  "_sliding_window_pattern",
 }
 _ACTIVATIONS: dict[str, Activation] = {
   "silu": "silu",
   "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Honoured only at these values, unless the family reads the field.
+# The only supported values, unless the family reads the field.
 _REQUIRED: dict[str, tuple[Any, ...]] = {  # Any: JSON scalars.
   "hidden_act": ("silu",),
   "attention_bias": (False, None),
@@ -199,27 +249,29 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
   """
   name = fields.get("model_type")
   if not isinstance(name, str) or name not in _FAMILIES:
-    raise _refuse(
+    raise _unsupported(
       f"model_type={name!r} is not one of {sorted(_FAMILIES)}",
-      fix="Use a checkpoint of a family in the list.",
+      fix="Use a checkpoint of a supported family.",
     )
   family = _FAMILIES[name]
-  _refuse_unknown(fields, family)
-  # A null means what an absent field means, here as in transformers.
+  _check_fields(fields, family)
+  # A null field counts as absent, as in transformers.
   fields = {key: value for key, value in fields.items() if value is not None}
   _check_types(fields)
   try:
     return _read(name, family, fields)
   except KeyError as missing:
-    raise _refuse(f"field {missing} is missing") from missing
+    raise _unsupported(
+      f"field {missing} is missing", fix="Use a complete config.json."
+    ) from missing
   except ValueError as wrong:
-    raise _refuse(str(wrong)) from wrong
+    raise _unsupported(str(wrong)) from wrong
 
 
 def _read(
   name: str, family: _Family, fields: Mapping[str, Any]
 ) -> DecoderConfig:
-  """Reads fields whose types are right."""
+  """Reads fields of validated types."""
   width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
   head_width = fields.get("head_dim") or family.head_width or width // num_heads
   bias = fields.get("attention_bias", False)
@@ -257,46 +309,48 @@ def _read(
   )
 
 
-def _refuse_unknown(fields: Mapping[str, Any], family: _Family) -> None:
-  """Refuses fields that are unknown, or known at another value."""
+def _check_fields(fields: Mapping[str, Any], family: _Family) -> None:
+  """Rejects unknown fields, and known fields with unsupported values."""
   for key, value in fields.items():
     if key in family.reads:
       continue
     if key in _REQUIRED:
       if value not in _REQUIRED[key]:
-        raise _refuse(
-          f"{key}={value!r}; only {_REQUIRED[key][0]!r} is computed"
+        raise _unsupported(
+          f"{key} must be {_REQUIRED[key][0]!r}, got {value!r}"
         )
     elif key == "layer_types":
       kinds = value if isinstance(value, list) else [value]
       if value is not None and any(kind != "full_attention" for kind in kinds):
-        raise _refuse(f"layer_types={value!r}; only full_attention is computed")
+        raise _unsupported(
+          f"layer_types must all be full_attention, got {value!r}"
+        )
     elif key not in _READ | _NO_EFFECT:
-      raise _refuse(f"field {key}={value!r} is not known")
+      raise _unsupported(f"unknown field {key}={value!r}")
 
 
 def _check_types(fields: Mapping[str, Any]) -> None:  # Any: JSON.
-  """Refuses values that are no counts, numbers or flags where they must be."""
+  """Validates fields that hold counts, numbers, flags or objects."""
   for key, value in fields.items():
-    # A JSON true is no number, though Python counts with it.
+    # `type`, since a JSON true is an `int` to isinstance.
     kind = type(value)
     if key in _COUNTS and (kind is not int or value < 1):
-      raise _refuse(f"{key}={value!r} is no positive integer")
+      raise _unsupported(f"{key} must be a positive integer, got {value!r}")
     if key in _NUMBERS and not (kind in (int, float) and 0 < value < math.inf):
-      raise _refuse(f"{key}={value!r} is no positive number")
+      raise _unsupported(f"{key} must be a positive number, got {value!r}")
     if key in _OBJECTS and kind is not dict:
-      raise _refuse(f"{key}={value!r} is no object")
+      raise _unsupported(f"{key} must be an object, got {value!r}")
     if key in _FLAGS and kind is not bool:
-      raise _refuse(f"{key}={value!r} is neither true nor false")
+      raise _unsupported(f"{key} must be true or false, got {value!r}")
 
 
 def _ropes(
   family: _Family, fields: Mapping[str, Any], head_width: int
 ) -> tuple[rope_lib.Rope, rope_lib.Rope]:
-  """Reads RoPE of global and of local layers.
+  """Returns the RoPE of global layers and that of local layers.
 
-  It is one field in transformers 5 (for Gemma 3 one for each kind of layer),
-  and several in transformers 4.
+  transformers 5 writes one field, `rope_parameters` (for Gemma 3, one object
+  per kind of layer); transformers 4 writes several fields.
   """
   base = {
     "rope_theta": fields.get("rope_theta", 10_000.0),
@@ -308,7 +362,9 @@ def _ropes(
     rope = rope_lib.from_hf(base | scaling | newer, head_width=head_width)
     return rope, rope
   if newer.keys() - {_GLOBAL, _LOCAL}:
-    raise ValueError(f"rope_parameters={newer!r} is not for {_GLOBAL, _LOCAL}")
+    raise ValueError(
+      f"rope_parameters must have keys {_GLOBAL} and {_LOCAL}, got {newer!r}"
+    )
   local = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
   return (
     rope_lib.from_hf(
@@ -321,7 +377,7 @@ def _ropes(
 
 
 def _local(family: _Family, fields: Mapping[str, Any]) -> tuple[bool, ...]:
-  """Tells which layers see a window only."""
+  """Returns for each layer whether it attends to a window only."""
   num_layers = fields["num_hidden_layers"]
   everywhere_global = (False,) * num_layers
   if "sliding_window" not in family.reads:
@@ -336,10 +392,13 @@ def _local(family: _Family, fields: Mapping[str, Any]) -> tuple[bool, ...]:
     )
     if not known or len(kinds) != num_layers:
       raise ValueError(
-        f"layer_types={kinds!r} does not say {_GLOBAL} or {_LOCAL} of each"
+        f"layer_types must name {_GLOBAL} or {_LOCAL} for each of "
+        f"{num_layers} layers, got {kinds!r}"
       )
     if switched_off and _LOCAL in kinds:
-      raise ValueError("layer_types has windows, use_sliding_window is false")
+      raise ValueError(
+        f"layer_types has {_LOCAL}, but use_sliding_window is false"
+      )
     return tuple(kind == _LOCAL for kind in kinds)
   if switched_off:
     return everywhere_global
@@ -358,15 +417,15 @@ def _activation(family: _Family, fields: Mapping[str, Any]) -> Activation:
   name = fields.get("hidden_activation", "gelu_pytorch_tanh")
   if name not in _ACTIVATIONS:
     raise ValueError(
-      f"hidden_activation={name!r} is not one of {sorted(_ACTIVATIONS)}"
+      f"hidden_activation must be one of {sorted(_ACTIVATIONS)}, got {name!r}"
     )
   return _ACTIVATIONS[name]
 
 
 def _experts(fields: Mapping[str, Any]) -> Experts:
   if fields.get("decoder_sparse_step", 1) != 1 or fields.get("mlp_only_layers"):
-    raise ValueError("layers without experts among those with them")
-  # transformers 5 writes the other name.
+    raise ValueError("layers with and without experts cannot be combined")
+  # transformers 5 renamed the field to num_local_experts.
   count = fields.get("num_local_experts") or fields["num_experts"]
   return Experts(
     count=count,
@@ -376,12 +435,12 @@ def _experts(fields: Mapping[str, Any]) -> Experts:
   )
 
 
-def _refuse(
-  why: str, fix: str = "Use a checkpoint without it."
+def _unsupported(
+  what: str, fix: str = "Use a checkpoint without it."
 ) -> errors.CheckpointError:
   return errors.CheckpointError(
-    "This model cannot be computed faithfully.",
+    f"Unsupported model: {what}.",
     where="config.json",
-    why=f"{why}.",
+    why="A missing or ignored field would silently compute another model.",
     fix=fix,
   )

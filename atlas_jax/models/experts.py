@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts in place of the MLP, without dropped tokens."""
+"""Mixture-of-experts layer that drops no tokens."""
 
 from collections.abc import Sequence
 import functools
@@ -14,10 +14,10 @@ from atlas_jax.models import layout as layouts
 
 
 class Load(NamedTuple):
-  """How a layer spread its tokens over its experts, float32[E] each.
+  """Expert load of a layer, float32[E] each.
 
-  `counts` are of tokens that chose the expert, `probs` the sums of the router's
-  probabilities.
+  `counts` is the number of tokens routed to each expert, `probs` the sum of its
+  router probabilities.
   """
 
   counts: jax.Array
@@ -25,16 +25,16 @@ class Load(NamedTuple):
 
 
 def balance_loss(load: Load, num_tokens: jax.Array) -> jax.Array:
-  """Computes E sum_e f_e P_e: 1 x `num_chosen` where experts share evenly.
+  """Computes E sum_e f_e P_e, which is `num_chosen` for a uniform load.
 
-  f_e is the share of tokens that chose expert e, P_e its mean probability.
-  The gradient flows through P alone.
+  f_e is the fraction of tokens routed to expert e, P_e its mean router
+  probability. Only P has a gradient.
 
   Source: Fedus et al., arXiv:2101.03961, equations 4 to 6.
 
   Args:
     load: summed over all layers.
-    num_tokens: times the number of layers.
+    num_tokens: number of tokens times number of layers.
   """
   shares = load.counts / jnp.maximum(num_tokens, 1.0)
   means = load.probs / jnp.maximum(num_tokens, 1.0)
@@ -42,12 +42,14 @@ def balance_loss(load: Load, num_tokens: jax.Array) -> jax.Array:
 
 
 class Mixture(nnx.Module):
-  """sum over chosen experts e of p_e down_e(silu(gate_e(x)) * up_e(x)).
+  """Computes sum_e p_e down_e(silu(gate_e(x)) * up_e(x)) over chosen experts.
 
-  Where the mesh has an axis `expert`, a device holds some of the experts and
-  answers for the tokens of all devices along that axis: these are gathered
-  before, and the answers are added up and scattered after. So nothing is
-  dropped, however uneven the experts' shares are.
+  On a mesh with an axis `expert`, each device holds some of the experts:
+
+    all-gather tokens -> apply local experts -> reduce-scatter outputs
+
+  Every device sees the tokens of all devices along that axis, so no token is
+  dropped, however uneven the load is.
   """
 
   def __init__(
@@ -58,7 +60,7 @@ class Mixture(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ) -> None:
-    """Draws the router and the stacked kernels of all experts."""
+    """Draws the router and the stacked expert kernels."""
     scale = config.initializer_range
     width, count = config.width, experts.count
     self.router = layers.Linear(
@@ -81,13 +83,13 @@ class Mixture(nnx.Module):
     counted_BT: jax.Array,
     layout: layouts.Layout | None,
   ) -> tuple[jax.Array, Load]:
-    """Applies the mixture; tokens that are not `counted` make no load."""
+    """Applies the mixture; only tokens in `counted_BT` enter the load."""
     probs_BTE = jax.nn.softmax(self.router(x_BTD).astype(jnp.float32))
     weights_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self._experts.num_chosen)
     if self._experts.normalise:
       weights_BTC /= jnp.sum(weights_BTC, axis=-1, keepdims=True)
     mixed_BTD = self._mix(
-      *(x_BTD, weights_BTC.astype(self._dtype), chosen_BTC), layout=layout
+      x_BTD, weights_BTC.astype(self._dtype), chosen_BTC, layout=layout
     )
     one_hot_BTE = jax.nn.one_hot(chosen_BTC, self._experts.count).sum(axis=2)
     counted_BT1 = counted_BT[..., None]
@@ -105,14 +107,14 @@ class Mixture(nnx.Module):
     *,
     layout: layouts.Layout | None,
   ) -> jax.Array:
-    """Sends every token to its experts, on whatever devices they are."""
-    answer = functools.partial(_answer, activation=self._activation)
+    """Routes every token to its experts, across devices if needed."""
+    apply = functools.partial(_apply_experts, activation=self._activation)
     kernels = [
       kernel[...].astype(self._dtype)
       for kernel in (self.gate, self.up, self.down)
     ]
     if layout is None or not layouts.divides(x_BTD, layout):
-      return answer(x_BTD, weights_BTC, chosen_BTC, kernels, first=0)
+      return apply(x_BTD, weights_BTC, chosen_BTC, kernels, first=0)
 
     def on_device(
       x_BTD: jax.Array,
@@ -124,8 +126,10 @@ class Mixture(nnx.Module):
         jax.lax.all_gather, axis_name="expert", tiled=True
       )
       first = jax.lax.axis_index("expert") * len(kernels[0])
-      mixed_BTD = answer(
-        *(gather(x_BTD), gather(weights_BTC), gather(chosen_BTC)),
+      mixed_BTD = apply(
+        gather(x_BTD),
+        gather(weights_BTC),
+        gather(chosen_BTC),
         kernels,
         first=first,
       )
@@ -141,7 +145,7 @@ class Mixture(nnx.Module):
     )(x_BTD, weights_BTC, chosen_BTC, kernels)
 
 
-def _answer(
+def _apply_experts(
   x_BTD: jax.Array,
   weights_BTC: jax.Array,
   chosen_BTC: jax.Array,
@@ -150,16 +154,23 @@ def _answer(
   first: jax.typing.ArrayLike,
   activation: decoder_config.Activation,
 ) -> jax.Array:
-  """Adds up what some experts answer to the tokens which chose them.
+  """Returns, for each token, the weighted sum over its local experts.
 
-  Tokens are sorted by expert, so that each expert's are one product.
+  Tokens are sorted by expert, so that each expert computes one product. With
+  E = 2 local experts, 3 tokens and C = 2 choices for each:
+
+    chosen_Y  0 2 | 1 0 | 2 1    2 = len(gate): not a local expert
+    order_Y   0 3 | 2 5 | 1 4    slots of expert 0, of expert 1, the rest
+    token_Y   0 1 | 1 2 | 0 2    order_Y // C
+    sizes_E   2, 2
 
   Args:
-    x_BTD: what they are asked.
-    weights_BTC: of the answers.
-    chosen_BTC: the experts that each token chose.
-    kernels: gate, up and down, stacked for the experts at hand.
-    first: the number of the first of these; others answer elsewhere.
+    x_BTD: inputs.
+    weights_BTC: weights of the expert outputs.
+    chosen_BTC: global indices of the experts that each token chose.
+    kernels: gate, up and down of the local experts, stacked.
+    first: global index of the first local expert. Experts on other devices
+      are left out of the sum.
     activation: of the gate.
   """
   gate, up, down = kernels
@@ -170,8 +181,8 @@ def _answer(
   order_Y = jnp.argsort(chosen_Y, stable=True)
   token_Y = order_Y // chosen_BTC.shape[-1]
   sizes_E = jnp.bincount(chosen_Y, length=len(gate)).astype(jnp.int32)
-  # Those of other experts come last, in no group; what a product makes of them
-  # is not defined, so they are masked before and after.
+  # Slots of non-local experts are sorted last and belong to no group, where
+  # the output of `ragged_dot` is undefined: mask them before and after.
   is_here_Y1 = is_here_Y[order_Y][:, None]
   y_YD = jnp.where(is_here_Y1, x_XD[token_Y], 0)
   gate_YF = jax.lax.ragged_dot(y_YD, gate, sizes_E)

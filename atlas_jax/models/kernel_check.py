@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a kernel does what its mask says, on the device at hand."""
+"""Checks an attention kernel against the reference on the current device."""
 
 import functools
 from typing import NamedTuple
@@ -11,18 +11,18 @@ import numpy as np
 from atlas_jax import errors
 from atlas_jax.models import decoder_config, kernels
 
-# Kernels that are compiled from what is written here need no check.
+# These kernels are compiled from the code in `kernels` and need no check.
 _OWN = ("reference", "xla")
-# Of the norm: rounding to bfloat16 costs about 0.005; one segment that sees
-# another, several tenths.
+# Relative error. Rounding to bfloat16 contributes about 0.005; attention across
+# segments, several tenths.
 TOLERANCE = 0.03
 _NUM_TOKENS = 512
 
 
 class Case(NamedTuple):
-  """What attends, and how it is laid out in packed rows.
+  """An attention problem on packed rows.
 
-  `lengths` are of the segments of each row, padding behind them.
+  `lengths` holds the segment lengths of each row; padding follows them.
   """
 
   mask: kernels.Mask
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def draw(case: Case) -> tuple[kernels.Tokens, list[jax.Array]]:
-  """Draws queries, keys, values and the weights of a loss, 0 on padding."""
+  """Draws queries, keys, values and loss weights; weights are 0 on padding."""
   ids_BT = np.zeros((len(case.lengths), case.num_tokens), np.int32)
   positions_BT = np.zeros_like(ids_BT)
   for row, sizes in enumerate(case.lengths):
@@ -62,7 +62,7 @@ def attend(
   tokens: kernels.Tokens,
   arrays: list[jax.Array],
 ) -> tuple[jax.Array, ...]:
-  """Computes mixed values, and the gradients of queries, keys and values."""
+  """Computes outputs and the gradients of queries, keys and values."""
   *qkv, weights = arrays
 
   def loss(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,11 +75,11 @@ def attend(
 
 
 def differences(kernel: kernels.Kernel, case: Case) -> list[float]:
-  """Compares values and gradients with the reference in float32.
+  """Compares outputs and gradients with the float32 reference kernel.
 
   Returns:
-    Of values and of the gradients of queries, keys and values: the norm of the
-    difference, as a part of that of the reference.
+    The relative errors |got - want| / |want| of the outputs and of the
+    gradients of queries, keys and values.
   """
   tokens, arrays = draw(case)
 
@@ -99,10 +99,10 @@ def differences(kernel: kernels.Kernel, case: Case) -> list[float]:
 def require(
   kernel: kernels.Kernel, config: decoder_config.DecoderConfig, dtype: jnp.dtype
 ) -> None:
-  """Refuses a kernel that does not compute a model's attention here.
+  """Validates a kernel on a model's attention shapes and masks.
 
   Raises:
-    errors.ConfigError: if packed rows come out otherwise than by the reference.
+    errors.ConfigError: if its results on packed rows differ from the reference.
   """
   if kernel in _OWN:
     return
@@ -112,18 +112,21 @@ def require(
     )
     case = Case(
       mask,
-      *(config.num_heads, config.num_kv_heads, config.head_width, dtype),
+      num_heads=config.num_heads,
+      num_kv_heads=config.num_kv_heads,
+      head_width=config.head_width,
+      dtype=dtype,
       lengths=((200, 57, 200), (_NUM_TOKENS,)),
       num_tokens=_NUM_TOKENS,
     )
     found = differences(kernel, case)
-    if not max(found) < TOLERANCE:  # So that NaN is refused.
-      told = ", ".join(f"{x:.3g}" for x in found)
+    if not max(found) < TOLERANCE:  # Negated, so that NaN fails too.
+      listed = ", ".join(f"{x:.3g}" for x in found)
       raise errors.ConfigError(
-        "The attention kernel does not compute this model.",
+        f"Attention kernel {kernel!r} computes wrong results for this model.",
         where=f"--config.model.attention={kernel}, window={window}",
-        why=f"Values and gradients of packed rows are off by {told} of their "
-        f"norm; {TOLERANCE} is rounding.",
+        why="Relative errors of outputs and gradients on packed rows are "
+        f"{listed}; rounding explains up to {TOLERANCE}.",
         fix="Set --config.model.attention=xla, and run "
         "scripts.check_attention on this machine.",
       )

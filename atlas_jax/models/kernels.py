@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by several kernels, which all honour one description of the mask.
+"""Attention kernels that all implement the same `Mask`.
 
-A kernel that would ignore a part of the mask is refused when the model is
-built: packed sequences that see each other train a wrong model in silence.
+A kernel that would ignore a part of the mask is rejected when the model is
+built: attention across packed sequences would silently train a wrong model.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,24 @@ from atlas_jax.models import layout as layouts
 
 Kernel = Literal["reference", "xla", "cudnn", "splash"]
 Backend = Literal["auto", Kernel]
-# From queries [B, T, N, H], keys and values [B, K, S, H] to [B, T, N, H].
+# Maps queries [B, T, N, H], keys and values [B, K, S, H] to [B, T, N, H].
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# What a checkpoint policy may keep of attention, to mix values once only.
+# Name under which a checkpoint policy can save attention outputs.
 MIXED = "mixed_values"
-# Queries of each row whose scores exist at one time: few enough for a CPU's
-# cache, where the gradient takes 0.4 to 0.6 of the time it takes with all.
+# Queries per row whose scores exist at one time. Small enough for a CPU's
+# cache: the gradient takes 0.4 to 0.6 times as long as with all queries.
 _XLA_BLOCK = 64
-# Each span of a row has keys of its own: more spans skip more of what is
-# masked, three eighths with four, and take longer to compile.
+# Each span of queries has its own keys. More spans skip more masked scores,
+# three eighths with four spans, but take longer to compile.
 _XLA_SPANS = 4
-# The tiles of the TPU kernel are multiples of its lanes.
+# Block sizes of the TPU kernel must be multiples of the lane count.
 _LANES = 128
 _MAX_SPLASH_BLOCK = 512
 
 
 class Tokens(NamedTuple):
-  """Where tokens are. Segment 0 is padding."""
+  """Positions and segments of tokens; segment 0 is padding."""
 
   positions_BT: jax.Array
   segment_ids_BT: jax.Array
@@ -49,11 +49,12 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """What a query makes of a key, in every kernel.
+  """Attention mask and score transform, the same in every kernel.
 
-  It sees the keys of its own segment at positions up to its own; with a
-  `window` only as many, its own included. Nobody sees padding. Scores are
-  multiplied by `scale`; a `soft_cap` c then makes x into c tanh(x / c).
+  A query attends to the keys of its own segment at positions up to its own;
+  with a `window`, to the last `window` of them, its own included. Padding is
+  never attended to. Scores are multiplied by `scale`; a `soft_cap` c then maps
+  a score x to c tanh(x / c).
   """
 
   window: int | None
@@ -61,7 +62,19 @@ class Mask:
   soft_cap: float | None
 
   def dense(self, queries: Tokens, keys: Tokens) -> jax.Array:
-    """Tells which keys each query sees, bool[B, T, S]."""
+    """Returns which keys each query attends to, bool[B, T, S].
+
+    With q and k the positions of a query and a key:
+
+      same segment  and  segment > 0  and  0 <= q - k < window
+
+      segments  1 1 1 2 2 0      x . . . . .
+      window = 2                 x x . . . .
+                                 . x x . . .
+                                 . . . x . .
+                                 . . . x x .
+                                 . . . . . .  padding
+    """
     segment_ids_B1S = keys.segment_ids_BT[:, None, :]
     same_segment = queries.segment_ids_BT[:, :, None] == segment_ids_B1S
     distance_BTS = (
@@ -81,36 +94,37 @@ def choose(
   dtype: jnp.dtype,
   soft_cap: float | None,
 ) -> Kernel:
-  """Chooses a kernel, or refuses the one asked for.
+  """Returns the kernel to use.
 
   Args:
-    backend: a kernel, or "auto" for the fastest that can compute this model
+    backend: a kernel, or "auto" for the fastest one that supports this model
       on this platform.
-    platform: such as `jax.default_backend` tells.
-    head_width: of the model.
-    dtype: of its activations.
-    soft_cap: of its scores.
+    platform: as returned by `jax.default_backend`.
+    head_width: head width of the model.
+    dtype: dtype of the activations.
+    soft_cap: soft cap of the attention scores.
 
   Raises:
-    errors.ConfigError: if the kernel cannot do what the model needs.
+    errors.ConfigError: if the kernel does not support the model or platform.
   """
   if backend not in (*get_args(Kernel), "auto"):
-    raise _refused(backend, "There is no such kernel.")
+    raise _unsupported(backend, "The kernel is unknown.")
   why_not: dict[str, str] = {}
   if platform not in ("gpu", "cuda"):
-    why_not["cudnn"] = f"It runs on NVIDIA's GPUs, and this is a {platform}."
+    why_not["cudnn"] = f"It requires an NVIDIA GPU; the platform is {platform}."
   elif soft_cap is not None:
-    why_not["cudnn"] = "It has no soft cap, and this model needs one."
+    why_not["cudnn"] = "It has no soft cap, which this model requires."
   elif dtype not in (jnp.bfloat16, jnp.float16):
-    why_not["cudnn"] = f"It computes in 16 bits, and the model in {dtype}."
+    why_not["cudnn"] = f"It requires a 16-bit dtype, got {dtype}."
   elif head_width % 8 or head_width > 256:
     why_not["cudnn"] = (
-      f"Its heads are multiples of 8 up to 256 wide, not {head_width}."
+      "It requires a head width that is a multiple of 8 and at most 256, got "
+      f"{head_width}."
     )
   if platform != "tpu":
-    why_not["splash"] = f"It runs on TPUs, and this is a {platform}."
+    why_not["splash"] = f"It requires a TPU; the platform is {platform}."
   if backend in why_not:
-    raise _refused(backend, why_not[backend])
+    raise _unsupported(backend, why_not[backend])
   if backend != "auto":
     return backend
   return next(k for k in ("cudnn", "splash", "xla") if k not in why_not)
@@ -124,19 +138,20 @@ def make(
   *,
   layout: layouts.Layout | None = None,
 ) -> Attend:
-  """Makes the function from queries, keys and values to mixed values.
+  """Returns the attention function for a mask and token positions.
 
-  What depends on the mask alone is computed now, once for all layers. The
-  softmax is in float32. A query that sees nothing gets an arbitrary mixture.
+  Everything that depends on the mask alone is computed here, once for all
+  layers. The softmax is in float32. The output of a query that attends to
+  nothing is arbitrary.
 
   Args:
-    kernel: as `choose` chose it.
-    mask: what is seen.
-    queries: where they are.
-    keys: the same for them, wherever they are; "reference" and "xla" take
-      them. None if they are the queries' own tokens, those of a segment next
-      to each other and in order, as every kernel takes them.
-    layout: how rows are spread over a mesh, if there is one.
+    kernel: as returned by `choose`.
+    mask: which keys are attended to.
+    queries: positions and segments of the queries.
+    keys: the same of the keys, in any order; supported by "reference" and
+      "xla". None if they are the queries' own tokens, where each segment is
+      contiguous and in order; supported by every kernel.
+    layout: sharding of the activations; None for no mesh.
   """
   match kernel:
     case "reference":
@@ -157,10 +172,10 @@ def _mix(
   mask: Mask,
   seen_BTS: jax.Array,
 ) -> jax.Array:
-  """Mixes values, with scores of all queries and keys at once."""
+  """Computes attention with the scores of all queries and keys at once."""
   batch_size, num_queries, _, width = q_BTNH.shape
   num_kv_heads, num_keys = k_BKSH.shape[1:3]
-  # All queries of a group are the rows of one product.
+  # M = T G: all queries of a key/value head are the rows of one product.
   q_BTKGH = q_BTNH.reshape(batch_size, num_queries, num_kv_heads, -1, width)
   q_BKMH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(
     batch_size, num_kv_heads, -1, width
@@ -199,15 +214,25 @@ def _xla(
   keys: Tokens | None,
   layout: layouts.Layout | None,
 ) -> Attend:
-  """Goes through rows by spans, and through spans by blocks of queries.
+  """Splits rows into spans of queries, and spans into blocks of queries.
 
-  A span computes no scores of keys behind it, or wholly out of its window.
+  A span computes no scores of later keys, nor of keys outside its window:
+
+    queries [start, end)  x  keys [max(0, start - window + 1), end)
+
+  Four spans without a window (x computed, . skipped):
+
+    x . . .
+    x x . .
+    x x x .
+    x x x x
   """
   num_tokens = queries.positions_BT.shape[1]
   if num_tokens <= _XLA_BLOCK:
     return _all_at_once(mask, queries, queries if keys is None else keys)
   size = num_tokens
-  # Where devices share out tokens, each has some of all blocks: no spans.
+  # With tokens split over devices, each device has a part of every block, and
+  # slicing spans would move tokens.
   if keys is None and not layouts.splits_tokens(layout):
     size = _XLA_BLOCK * -(-num_tokens // (_XLA_BLOCK * _XLA_SPANS))
   keys = queries if keys is None else keys
@@ -223,7 +248,7 @@ def _xla(
   def attend(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
   ) -> jax.Array:
-    # Float32, so that gradients of spans and blocks are added up in it.
+    # In float32, because gradients of keys and values are summed over blocks.
     k32_BKSH, v32_BKSH = (x.astype(jnp.float32) for x in (k_BKSH, v_BKSH))
     mixed = [
       blocks(q_BTNH[:, own], k32_BKSH[:, :, seen], v32_BKSH[:, :, seen])
@@ -235,19 +260,20 @@ def _xla(
 
 
 def _by_blocks(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
-  """Mixes float32 values, computing in the precision of queries.
+  """Computes attention one block of queries at a time.
 
-  The scores of one block exist at a time, and are computed again on the way
-  back. What is masked is computed and then thrown away.
+  Keys and values are float32; products are in the dtype of the queries. The
+  scores of one block exist at a time and are recomputed in the backward pass.
+  Masked scores within a block are computed, then discarded.
   """
   num_tokens = queries.positions_BT.shape[1]
   num_blocks = -(-num_tokens // _XLA_BLOCK)
 
   def split(x: jax.Array) -> jax.Array:
-    """Moves blocks of tokens in front, filled with padding.
+    """Pads tokens and moves a leading block axis in front.
 
-    They are dealt out in turn, so that a device which has some tokens of each
-    row has some of each block.
+    Block b holds tokens b, b + num_blocks, b + 2 num_blocks, ...: a device
+    that has a contiguous part of each row then has a part of each block.
     """
     x = _pad(x, num_blocks)
     x = x.reshape(x.shape[0], -1, num_blocks, *x.shape[2:])
@@ -256,7 +282,8 @@ def _by_blocks(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
   def attend(
     q_BTNH: jax.Array, k32_BKSH: jax.Array, v32_BKSH: jax.Array
   ) -> jax.Array:
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # It is in a loop.
+    # prevent_cse is not needed inside the loop of `lax.map`.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(part: tuple[jax.Array, Tokens]) -> jax.Array:
       q_BTNH, queries = part
       return _mix(
@@ -276,14 +303,14 @@ def _by_blocks(mask: Mask, queries: Tokens, keys: Tokens) -> Attend:
 
 
 def _cudnn(mask: Mask, tokens: Tokens) -> Attend:
-  """Adds the mask to the scores as a bias, [B, 1, T, T].
+  """Passes the mask to cuDNN as a bias on the scores, [B, 1, T, T].
 
-  cuDNN has a layout for packed sequences which would not need it. In jax it is
-  no part of the public interface, and jax 0.10 reads the wrong keys with it
-  where several query heads share one.
+  cuDNN also has a layout for packed sequences that needs no bias. JAX does not
+  expose it publicly, and with jax 0.10 it reads the wrong keys where several
+  query heads share a key/value head.
   """
   num_tokens = tokens.positions_BT.shape[1]
-  tokens = Tokens(*(_pad(x, 2) for x in tokens))  # It needs an even length.
+  tokens = Tokens(*(_pad(x, 2) for x in tokens))  # cuDNN needs an even length.
   seen_B1TS = mask.dense(tokens, tokens)[:, None]
 
   def attend(
@@ -294,7 +321,7 @@ def _cudnn(mask: Mask, tokens: Tokens) -> Attend:
       *(_pad(x, 2) for x in (q_BTNH, k_BTKH, v_BTKH)),
       mask=seen_B1TS,
       scale=mask.scale,
-      is_causal=True,  # Spares it the blocks above the diagonal.
+      is_causal=True,  # Skips blocks above the diagonal.
       implementation="cudnn",
     )
     return mixed_BTNH[:, :num_tokens]
@@ -309,25 +336,20 @@ def splash(
   layout: layouts.Layout | None,
   interpret: bool,
 ) -> Attend:
-  """Makes the TPU's kernel; see `make`.
+  """Returns the attention function of the TPU kernel; see `make`.
 
-  It skips the blocks that a window or causality leaves empty.
+  It skips blocks that causality or a window leave empty.
 
   Args:
-    mask: what is seen.
-    tokens: queries and keys.
-    layout: how rows are spread over a mesh, whose axis "tensor" splits heads.
-    interpret: runs it on any platform, slowly, for tests.
+    mask: which keys are attended to.
+    tokens: positions and segments of queries and keys.
+    layout: sharding of the activations; the mesh axis "tensor" splits heads.
+    interpret: runs on any platform, slowly, for tests.
   """
   num_tokens = tokens.positions_BT.shape[1]
   segment_ids_BT = _pad(tokens.segment_ids_BT, _LANES)
-  length = segment_ids_BT.shape[1]
-  block = next(
-    size for size in range(_MAX_SPLASH_BLOCK, 0, -_LANES) if length % size == 0
-  )
-  reach = None if mask.window is None else mask.window - 1
-  one_head = splash_attention_mask.LocalMask(
-    (length, length), (reach, 0), offset=0
+  make_kernel = _splash_kernel(
+    mask, segment_ids_BT.shape[1], interpret=interpret
   )
 
   def on_device(
@@ -336,36 +358,14 @@ def splash(
     v_BKTH: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> jax.Array:
-    kernel = splash_attention_kernel.make_splash_mha(
-      splash_attention_mask.MultiHeadMask([one_head] * q_BNTH.shape[1]),
-      block_sizes=splash_attention_kernel.BlockSizes(
-        *(block, block, block),
-        *(block, block, block),  # The same for gradients of keys and values.
-        *(block, block),  # And of queries.
-      ),
-      attn_logits_soft_cap=mask.soft_cap,
-      head_shards=1,
-      q_seq_shards=1,
-      residual_checkpoint_name=MIXED,
-      interpret=interpret,
-    )
+    kernel = make_kernel(q_BNTH.shape[1])
     segments = splash_attention_kernel.SegmentIds(
       segment_ids_BT, segment_ids_BT
     )
     mixed = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
-    return mixed  # type: ignore[return-value] - a pair only if asked for.
+    return mixed  # type: ignore[return-value] - a pair only if requested.
 
-  if layout is not None:
-    # The compiler cannot split a kernel by itself.
-    heads = jax.sharding.PartitionSpec(*layout.spec[:1], "tensor")
-    ids = jax.sharding.PartitionSpec(*layout.spec[:1])
-    on_device = jax.shard_map(
-      on_device,
-      mesh=layout.mesh,
-      in_specs=(heads, heads, heads, ids),
-      out_specs=heads,
-      check_vma=False,
-    )
+  mapped = on_device if layout is None else _on_mesh(on_device, layout)
 
   def attend(
     q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array
@@ -375,7 +375,7 @@ def splash(
       _pad(x, _LANES)
       for x in (q_BTNH, k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2))
     )
-    mixed_BNTH = on_device(
+    mixed_BNTH = mapped(
       q_BTNH.swapaxes(1, 2),
       k_BTKH.swapaxes(1, 2),
       v_BTKH.swapaxes(1, 2),
@@ -386,16 +386,69 @@ def splash(
   return attend
 
 
+def _splash_kernel(
+  mask: Mask, length: int, *, interpret: bool
+) -> Callable[[int], splash_attention_kernel.SplashAttentionKernel]:
+  """Returns a function from a number of heads to the kernel for `length`."""
+  block = next(
+    size for size in range(_MAX_SPLASH_BLOCK, 0, -_LANES) if length % size == 0
+  )
+  # Keys q - reach <= k <= q + 0 of a query q.
+  reach = None if mask.window is None else mask.window - 1
+  one_head = splash_attention_mask.LocalMask(
+    (length, length), (reach, 0), offset=0
+  )
+
+  def make_kernel(
+    num_heads: int,
+  ) -> splash_attention_kernel.SplashAttentionKernel:
+    return splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([one_head] * num_heads),
+      block_sizes=splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+      ),
+      attn_logits_soft_cap=mask.soft_cap,
+      head_shards=1,
+      q_seq_shards=1,
+      residual_checkpoint_name=MIXED,
+      interpret=interpret,
+    )
+
+  return make_kernel
+
+
+def _on_mesh(
+  on_device: Callable[..., jax.Array], layout: layouts.Layout
+) -> Callable[..., jax.Array]:
+  """Shards rows and heads explicitly: the compiler cannot split a kernel."""
+  heads = jax.sharding.PartitionSpec(*layout.spec[:1], "tensor")
+  ids = jax.sharding.PartitionSpec(*layout.spec[:1])
+  return jax.shard_map(
+    on_device,
+    mesh=layout.mesh,
+    in_specs=(heads, heads, heads, ids),
+    out_specs=heads,
+    check_vma=False,
+  )
+
+
 def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:
-  """Fills rows with zeros, up to a multiple of so many tokens."""
+  """Pads axis 1 with zeros to a multiple of `multiple`."""
   padding = -x_BT.shape[1] % multiple
   return jnp.pad(x_BT, [(0, 0), (0, padding), *[(0, 0)] * (x_BT.ndim - 2)])
 
 
-def _refused(backend: str, why: str) -> errors.ConfigError:
+def _unsupported(backend: str, why: str) -> errors.ConfigError:
   return errors.ConfigError(
-    "Attention cannot be computed like this.",
+    f"Attention kernel {backend!r} is unsupported here.",
     where=f"--config.model.attention={backend}",
     why=why,
-    fix=f"Set it to one of {get_args(Kernel)} that can, or to auto.",
+    fix=f"Set it to a supported one of {get_args(Kernel)}, or to auto.",
   )

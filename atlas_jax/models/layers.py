@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers a decoder is made of, besides attention itself.
+"""Layers of the decoder, except attention.
 
-Parameters are kept in one dtype and computed in another: `dtype` is that of
-the activations; a kernel is cast where it is used.
+`dtype` is the dtype of activations. Parameters keep their own; kernels are cast
+where they are used.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from atlas_jax.models import decoder_config
 
 
 class Linear(nnx.Module):
-  """A matrix product over the trailing axes, with an optional bias.
+  """Linear map over trailing axes, with an optional bias and LoRA adapter.
 
-  The kernel keeps every axis by itself, such as [D, N, H], so that sharding
-  rules can name them. Leading axes are flattened first: one product over
-  [tokens, D] is faster than a batched one, in the gradient above all.
+  The kernel keeps its axes separate, such as [D, N, H], so that sharding rules
+  can name them. Leading axes of the input are flattened: one product over
+  [tokens, D] is faster than a batched one, mostly in the backward pass.
 
-  With an adapter it is x W + scale (x A) B + bias, arXiv:2106.09685; the
+  With an adapter, computes x W + scale (x A) B + bias, arXiv:2106.09685; the
   product A B, as large as the kernel, is never formed.
   """
 
@@ -36,7 +36,7 @@ class Linear(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ) -> None:
-    """Draws the kernel from a normal distribution of that `scale`."""
+    """Draws the kernel from a normal distribution with deviation `scale`."""
     shape = (*shape_in, *shape_out)
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
     self.bias = nnx.Param(jnp.zeros(shape_out)) if use_bias else None
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
     self._dtype = dtype
 
   def add_adapter(self, *, rank: int, scale: float) -> None:
-    """Adds A and B, both zeros; `lora.init` draws what training starts at."""
+    """Adds A and B as zeros; `lora.init` draws their initial values."""
     shape = self.kernel.shape
     shape_in, shape_out = shape[: self._num_in], shape[self._num_in :]
     self.lora_a = nnx.Param(jnp.zeros((*shape_in, rank)))
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
     self._lora_scale = scale
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Contracts the last axes of `x` with the first of the kernel."""
+    """Contracts the last axes of `x` with the first axes of the kernel."""
     kernel = self.kernel[...].astype(self._dtype)
     shape_in = kernel.shape[: self._num_in]
     shape_out = kernel.shape[self._num_in :]
@@ -83,8 +83,8 @@ def rms_norm(
 ) -> jax.Array:
   """Normalises the last axis by its root mean square, in float32.
 
-  A `zero_centered` scale is stored less one, and applied before rounding to
-  `dtype`, as Gemma has it.
+  A `zero_centered` scale is stored minus one, and applied before rounding to
+  `dtype`, as in Gemma.
 
   Source: Zhang and Sennrich, arXiv:1910.07467.
   """
@@ -97,12 +97,12 @@ def rms_norm(
 
 
 class RMSNorm(nnx.Module):
-  """`rms_norm` with its scale."""
+  """`rms_norm` with a trained scale."""
 
   def __init__(
     self, size: int, *, epsilon: float, zero_centered: bool, dtype: jnp.dtype
   ) -> None:
-    """Starts at a scale of one."""
+    """Initializes the scale to one."""
     start = jnp.zeros if zero_centered else jnp.ones
     self.scale = nnx.Param(start((size,)))
     self._epsilon, self._zero_centered = epsilon, zero_centered
@@ -120,7 +120,7 @@ class RMSNorm(nnx.Module):
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-  """Bends x into (-cap, cap): cap tanh(x / cap), or x where there is no cap.
+  """Computes cap tanh(x / cap), within (-cap, cap); returns x without a cap.
 
   Source: Gemma 2, arXiv:2408.00118, section 2.
   """
@@ -128,7 +128,7 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def activate(x: jax.Array, activation: decoder_config.Activation) -> jax.Array:
-  """Applies silu, or gelu by its tanh approximation."""
+  """Applies silu, or gelu in its tanh approximation."""
   if activation == "silu":
     return jax.nn.silu(x)
   return jax.nn.gelu(x, approximate=True)

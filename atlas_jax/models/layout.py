@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where activations lie on a mesh: hints for the compiler, which move no value.
+"""Sharding constraints for activations; they change no values.
 
-A layout is the sharding of arrays [B, T, ...]: the mesh axes of their rows, and
-that of their tokens. Without one the compiler decides by itself.
+A layout is the sharding of arrays [B, T, ...]: mesh axes of the rows, and the
+mesh axis of the tokens. Without a layout, the compiler decides.
 """
 
 import jax
@@ -12,17 +12,17 @@ Layout = js.NamedSharding
 
 
 def spread(x_BTD: jax.Array, layout: Layout | None) -> jax.Array:
-  """Lays rows and tokens out, and nothing else of an array."""
+  """Shards rows and tokens; all other axes are replicated."""
   if layout is None:
     return x_BTD
   return jax.lax.with_sharding_constraint(x_BTD, layout)
 
 
 def gather_tokens(x_BTKH: jax.Array, layout: Layout | None) -> jax.Array:
-  """Gives every device all tokens of its rows, of the heads that it has.
+  """Replicates tokens; rows stay sharded, the compiler decides on heads.
 
-  It costs one all-gather, and on the way back one reduce-scatter, of an array
-  of the rows' keys or values.
+  Costs one all-gather, and one reduce-scatter in the backward pass, of an array
+  of keys or values.
   """
   if layout is None:
     return x_BTKH
@@ -34,12 +34,12 @@ def gather_tokens(x_BTKH: jax.Array, layout: Layout | None) -> jax.Array:
 
 
 def splits_tokens(layout: Layout | None) -> bool:
-  """Tells whether devices have tokens of one row between them."""
+  """Returns whether the tokens of one row are split over devices."""
   return layout is not None and layout.mesh.shape[layout.spec[1]] > 1
 
 
 def divides(x_BTD: jax.Array, layout: Layout) -> bool:
-  """Tells whether each device gets as many rows and tokens as any other."""
+  """Returns whether rows and tokens divide evenly over the mesh."""
   sizes = dict(layout.mesh.shape)
   rows, tokens = layout.spec
   num_parts = 1

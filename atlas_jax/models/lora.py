@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters over a decoder's kernels.
+"""Low-rank adapters (LoRA) of a decoder's kernels.
 
-A kernel W stays as it is; what is trained is W + scale A B, with A and B of a
-small rank. The two are `lora_a` and `lora_b` beside their `kernel`, so that a
-tree of adapters has the paths of the parameters, and is joined with them or
-merged into them.
+A kernel W stays frozen; W + scale A B is trained, with A and B of low rank.
+`lora_a` and `lora_b` are siblings of their `kernel`, so a tree of adapters has
+the paths of the parameters and can be joined with or merged into them.
 
 Source: Hu et al., arXiv:2106.09685.
 """
@@ -27,13 +26,13 @@ _NAMES = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-  """What adapters a model gets.
+  """LoRA settings.
 
   Attributes:
-    rank: of every adapter; 0 for none, and then all parameters are trained.
+    rank: rank of every adapter; 0 disables LoRA and trains all parameters.
     alpha: the scale is alpha / rank.
-    targets: regular expressions that match a whole path within a layer, such
-      as `attention/[qkvo]`.
+    targets: regular expressions that match full paths within a layer, such as
+      `attention/[qkvo]`.
   """
 
   rank: int
@@ -41,26 +40,27 @@ class Lora:
   targets: Sequence[str]
 
   def __post_init__(self) -> None:
-    """Refuses adapters that could not learn."""
+    """Validates rank and alpha."""
     if self.rank < 0 or self.alpha <= 0.0:
       raise errors.ConfigError(
-        "Adapters of this rank and scale cannot learn.",
+        f"lora.rank must be >= 0 and lora.alpha > 0, got rank={self.rank} and "
+        f"alpha={self.alpha}.",
         where="--config.lora",
-        why=f"rank is {self.rank}, alpha is {self.alpha}.",
-        fix="Set rank to 16 and alpha to 32, for example; rank=0 is without.",
+        why="Adapters with another rank or scale cannot learn.",
+        fix="For example, set rank=16 and alpha=32; rank=0 disables LoRA.",
       )
 
   @property
   def scale(self) -> float:
-    """What the product of A and B is multiplied with."""
+    """Factor of the product A B."""
     return self.alpha / self.rank
 
 
 def adapt(model: decoder.Model, lora: Lora) -> decoder.Model:
-  """Gives a model that computes with adapters besides its parameters.
+  """Returns a model whose targeted layers have adapters.
 
   Raises:
-    errors.ConfigError: if a target matches no layer that can have one.
+    errors.ConfigError: if a target matches no layer that supports adapters.
   """
 
   def block() -> blocks.Block:
@@ -84,10 +84,10 @@ def adapt(model: decoder.Model, lora: Lora) -> decoder.Model:
 
 
 def init(key: jax.Array, abstract_adapters: decoder.Params) -> decoder.Params:
-  """Draws A as PEFT does and sets B to zero: at first nothing changes.
+  """Draws A as PEFT does and sets B to zero, so the model starts unchanged.
 
-  A is uniform within 1 / sqrt(inputs), which is what torch calls
-  `kaiming_uniform_` with a = sqrt(5).
+  A is uniform within 1 / sqrt(fan_in), like torch's `kaiming_uniform_` with
+  a = sqrt(5).
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_adapters)
   keys = jax.random.split(key, len(leaves))
@@ -106,7 +106,7 @@ def init(key: jax.Array, abstract_adapters: decoder.Params) -> decoder.Params:
 
 
 def only(params: decoder.Params) -> decoder.Params:
-  """Gives the adapters of a tree alone."""
+  """Returns the adapters of a parameter tree, without other parameters."""
   found = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
@@ -118,7 +118,7 @@ def only(params: decoder.Params) -> decoder.Params:
 
 
 def join(left: decoder.Params, right: decoder.Params) -> decoder.Params:
-  """Makes one tree of two that share no leaf; copies no array."""
+  """Merges two trees that share no leaf; copies no array."""
   shared = left.keys() & right.keys()
   inner = {name: join(left[name], right[name]) for name in shared}
   return {**left, **right, **inner}
@@ -129,8 +129,8 @@ def merge(
 ) -> decoder.Params:
   """Adds each adapter to its kernel: W + scale A B.
 
-  Computed in float32, whatever the kernel's precision is. What has no adapter
-  is not copied.
+  Computed in float32, whatever the dtype of the kernel. Parameters without an
+  adapter are not copied.
   """
   if "lora_a" in adapters:
     a, b = (adapters[name].astype(jnp.float32) for name in _NAMES)
@@ -145,10 +145,11 @@ def merge(
 
 
 def checksums(params: decoder.Params) -> decoder.Params:
-  """Sums the bits of each parameter, weighted by where they are; uint32.
+  """Sums the bits of each parameter, weighted by position; uint32.
 
-  Tells one base model from another, not from a forged one. Integers wrap, so
-  the sums are the same however the arrays are laid out.
+  The sum of w[i] (2 i + 1), with i the flat index of word w[i]. It tells base
+  models apart but does not detect forgery. Integers wrap, so the sums do not
+  depend on the sharding.
   """
 
   def of(leaf: jax.Array) -> jax.Array:
@@ -158,14 +159,14 @@ def checksums(params: decoder.Params) -> decoder.Params:
     for axis, size in enumerate(leaf.shape):
       place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
       index = index * jnp.uint32(size) + place
-    # Odd weights: no single change of a word goes unseen.
+    # Weights are odd, so that every change of a single word changes the sum.
     return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
 
   return jax.tree.map(of, params)
 
 
 def fingerprint(sums: decoder.Params) -> str:
-  """Names parameters by their `checksums`."""
+  """Returns a short hash of `checksums`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(sums))
   text = "".join(
     f"{jax.tree_util.keystr(path)}={leaf}\n" for path, leaf in leaves
@@ -174,20 +175,20 @@ def fingerprint(sums: decoder.Params) -> str:
 
 
 def _chosen(block: blocks.Block, targets: Sequence[str]) -> list[layers.Linear]:
-  """Finds the layers that the targets name; each must name one."""
+  """Returns the layers that match the targets; each target must match one."""
   linears = {
     "/".join(map(str, path)): node
     for path, node in nnx.iter_modules(block)
-    # An expert sees few tokens; its kernels are no `Linear`, its router is.
+    # Experts are not `Linear`; the router is, but gets no adapter either.
     if isinstance(node, layers.Linear) and path[0] != "mixture"
   }
   for target in targets:
     if not any(re.fullmatch(target, path) for path in linears):
       raise errors.ConfigError(
-        f"No layer that can have an adapter is called {target!r}.",
+        f"lora.targets: {target!r} matches no layer that supports adapters.",
         where="--config.lora.targets",
-        why=f"They are {', '.join(linears)}; a mixture's experts have none.",
-        fix="Write a regular expression that matches a whole name.",
+        why=f"Supported layers: {', '.join(linears)}; experts are not.",
+        fix="Write a regular expression that matches a full path.",
       )
   return [
     layer

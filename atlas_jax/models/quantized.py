@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels kept as small integers with scales, for a base that is not trained.
+"""Frozen kernels stored as small integers with scales.
 
-In the place of such a kernel's array there is a dict: `int8` with
-`channel_scales`, one for each output; or `nf4` with `block_scales`, one for
-each block of inputs of an output. Every axis of the kernel is kept, so that
-sharding rules can name it; what else there is stays an array. A decoder
-restores the kernels of a layer where it computes this layer.
+A quantized kernel is a dict instead of an array: `int8` with `channel_scales`,
+one per output; or `nf4` with `block_scales`, one per block of inputs of each
+output. The axes of the kernel are kept, so that sharding rules can name them.
+All other parameters stay arrays. The decoder dequantizes the kernels of a layer
+when it computes that layer.
 
 Source of nf4: Dettmers et al., arXiv:2305.14314, section 3, without its double
 quantization.
@@ -25,14 +25,14 @@ from atlas_jax import errors
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
-# Names of the scales beside those of the integers, and their precision. The
-# largest weight of a block of bfloat16 is its scale, bit for bit.
+# Names and dtypes of the scales. The scale of an nf4 block is its largest
+# absolute weight, which bfloat16 holds exactly for a bfloat16 kernel.
 _SCALES = {
   "int8": ("channel_scales", jnp.float32),
   "nf4": ("block_scales", jnp.bfloat16),
 }
-# By path: how many axes are stacked, and how many of inputs come after. What is
-# not here, such as embedding, head, norms and router, is kept in bfloat16.
+# Path, number of stacked axes, number of input axes after them. Parameters that
+# match no path (embedding, head, norms, router) are stored in bfloat16.
 _KERNELS = (
   (r"layers/attention/[qkv]/kernel", 1, 1),
   (r"layers/attention/o/kernel", 1, 2),
@@ -44,22 +44,27 @@ _MIN_BLOCK = 16
 
 
 def kind_of(params: Mapping[str, Any]) -> Kind | None:
-  """Tells how kernels of a tree are kept; None where all are floats."""
+  """Returns how the kernels of a tree are quantized; None if none is."""
   return next((kind for kind, _ in _found(params)), None)
 
 
 def describe(params: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-  """Tells shapes and precisions of parameters that are kept so.
+  """Returns the shapes and dtypes of quantized parameters.
 
   Args:
-    params: nested dicts with anything that has a `shape` as leaves.
-    kind: of their kernels.
+    params: nested dicts; leaves have a `shape`.
+    kind: quantization of the kernels.
 
   Returns:
-    The same with `jax.ShapeDtypeStruct` as leaves, a dict for each kernel.
+    The same tree with `jax.ShapeDtypeStruct` as leaves, and a dict for each
+    kernel. For a kernel [layers, inputs, outputs]:
+
+      int8  [layers, inputs, outputs]      channel_scales [layers, 1, outputs]
+      nf4   [layers, inputs / 2, outputs]  block_scales
+                                           [layers, inputs / block, outputs]
 
   Raises:
-    errors.ConfigError: if a kernel has no blocks worth a scale.
+    errors.ConfigError: if the inputs of a kernel do not divide into blocks.
   """
 
   def of(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -84,7 +89,7 @@ def describe(params: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def last_input(path: str) -> int | None:
-  """Tells which axis of a kernel has its blocks; None for what is no kernel."""
+  """Returns the last input axis of a kernel; None if `path` is no kernel."""
   for pattern, num_stacked, num_in in _KERNELS:
     if re.fullmatch(pattern, path):
       return num_stacked + num_in - 1
@@ -92,19 +97,19 @@ def last_input(path: str) -> int | None:
 
 
 def block_size(path: str, size: int) -> int:
-  """Tells how many inputs share a scale: 64, or the part of it that divides.
+  """Returns the number of inputs that share a scale: gcd(size, 64).
 
   Raises:
-    errors.ConfigError: if that is less than is worth a scale.
+    errors.ConfigError: if it is below 16.
   """
   block = math.gcd(size, _BLOCK)
   if block < _MIN_BLOCK:
     raise errors.ConfigError(
-      f"Parameter {path} has no blocks for nf4.",
+      f"Parameter {path} cannot be stored as nf4: it has {size} inputs.",
       where="param_dtype=nf4",
-      why=f"Its inputs are {size}, which divides by blocks of {block} at most; "
-      f"scales of blocks below {_MIN_BLOCK} would take what is saved.",
-      fix="Set this model's param_dtype to int8, or bfloat16.",
+      why=f"Their number divides into blocks of at most {block}; below "
+      f"{_MIN_BLOCK}, the scales take up the memory that nf4 saves.",
+      fix="Set this model's param_dtype to int8 or bfloat16.",
     )
   return block
 
@@ -112,16 +117,16 @@ def block_size(path: str, size: int) -> int:
 def quantize(
   kernel_XI: jax.Array, kind: Kind, block: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Rounds rows of a kernel, one row for each output.
+  """Quantizes a kernel with one row per output.
 
   Args:
     kernel_XI: float32, outputs by inputs.
-    kind: to what.
-    block: of nf4: how many inputs share a scale.
+    kind: the quantization.
+    block: number of inputs that share a scale; nf4 only.
 
   Returns:
-    The integers and the scales as they are kept, outputs first. Two inputs of
-    nf4 share a byte: of each block the first half is in the low bits.
+    Integers and scales, outputs first. Two nf4 codes share a byte: input i of a
+    block is in the low bits of byte i, input i + block / 2 in its high bits.
   """
   _, scale_dtype = _SCALES[kind]
   if kind == "int8":
@@ -141,10 +146,10 @@ def quantize(
 
 
 def restore(params: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
-  """Puts arrays of `dtype` in the place of kernels that are kept otherwise.
+  """Returns parameters with quantized kernels dequantized to `dtype`.
 
-  A value is its integer's times its scale, in float32, then rounded. All else
-  stays as it is, and is not copied.
+  A value is integer times scale in float32, rounded to `dtype`. Parameters that
+  are not quantized are returned as they are, without a copy.
   """
 
   def of(node: Any) -> Any:
@@ -159,16 +164,17 @@ def restore(params: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
 
 
 def whole(params: Mapping[str, Any], dtype: jnp.dtype) -> Mapping[str, Any]:
-  """Gives all parameters as arrays of one precision, where some are not.
+  """Returns all parameters as arrays of `dtype` if any kernel is quantized.
 
-  They lie where their integers do. What has no such kernel is given as it is.
+  Kernels keep the sharding of their integers. A tree without quantized kernels
+  is returned unchanged.
   """
   if kind_of(params) is None:
     return params
   return jax.device_put(_whole(params, dtype), places(params))
 
 
-# One program: step by step, a float32 of each kernel would be made first.
+# Jitted as a whole: op by op, each kernel would be materialized in float32.
 @functools.partial(jax.jit, static_argnames="dtype")
 def _whole(params: Mapping[str, Any], dtype: jnp.dtype) -> Mapping[str, Any]:
   restored = restore(params, dtype)
@@ -176,7 +182,7 @@ def _whole(params: Mapping[str, Any], dtype: jnp.dtype) -> Mapping[str, Any]:
 
 
 def places(params: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Tells where each parameter lies: a kernel is split as its integers are."""
+  """Returns the sharding of each parameter; kernels have their integers'."""
 
   def of(node: Any) -> Any:
     if not isinstance(node, Mapping):
@@ -190,7 +196,7 @@ def places(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _dequantize(kept: Mapping[str, jax.Array], kind: Kind) -> jax.Array:
-  """Computes a kernel in float32."""
+  """Dequantizes a kernel to float32."""
   values, scales = kept[kind], kept[_SCALES[kind][0]].astype(jnp.float32)
   if kind == "int8":
     return qwix.dequantize(qwix.QArray(values, scales))
@@ -204,8 +210,8 @@ def _dequantize(kept: Mapping[str, jax.Array], kind: Kind) -> jax.Array:
   packed = values.reshape(*before, num_blocks, 1, -1, *after)
   half = jnp.arange(2, dtype=jnp.uint8).reshape(2, 1, *(1,) * len(after))
   codes = (packed >> (4 * half)) & jnp.uint8(15)
-  # Looked up here and not by qwix, which lays all out in a row first: a kernel
-  # that is split over devices would be gathered for that.
+  # Not with qwix.dequantize, which flattens the kernel first and so gathers one
+  # that is sharded.
   restored = jnp.take(_levels(), codes, mode="clip") * scales.reshape(
     *before, num_blocks, 1, 1, *after
   )
@@ -213,7 +219,7 @@ def _dequantize(kept: Mapping[str, jax.Array], kind: Kind) -> jax.Array:
 
 
 def _levels() -> jax.Array:
-  """Gives the 16 numbers that nf4 has for weights within [-1, 1]."""
+  """Returns the 16 levels of nf4, within [-1, 1]."""
   every = qwix.QArray(
     jnp.arange(16).astype(jnp.uint4), jnp.ones(16), qtype="nf4"
   )
@@ -223,7 +229,7 @@ def _levels() -> jax.Array:
 def _found(
   params: Mapping[str, Any],
 ) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
-  """Lists the kernels that are kept as integers."""
+  """Yields the quantized kernels."""
   for name, node in params.items():
     if name in KINDS:
       yield name, params

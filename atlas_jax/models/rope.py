@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: their frequencies, and how they stretch to long contexts.
+"""Rotary position embeddings and their scaling to long contexts.
 
 Source: Su et al., arXiv:2104.09864.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Cosines and sines, float32[B, T, 1, H / 2] each.
+# Cosines and sines of the angles, float32[B, T, 1, width / 2] each.
 Turns = tuple[jax.Array, jax.Array]
 
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # Peng et al., section 3.2.
@@ -21,17 +21,18 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # Peng et al., section 3.2.
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """Every position counts as `1 / factor` of itself."""
+  """Divides every position, and so every frequency, by `factor`."""
 
   factor: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-  """Stretches long wavelengths by `factor`, and keeps short ones.
+  """Divides low frequencies by `factor` and keeps high ones.
 
-  Long is more than the original context divided by `low_freq_factor`, short
-  less than it divided by `high_freq_factor`; those between are interpolated.
+  With L the original context length, wavelengths above L / low_freq_factor are
+  scaled, those below L / high_freq_factor are kept, and those in between are
+  interpolated.
 
   Source: Llama 3.1's reference code.
   """
@@ -42,18 +43,22 @@ class Llama3:
   original_max_position_embeddings: float
 
   def __post_init__(self) -> None:
-    """Refuses an empty band to interpolate in."""
+    """Validates that the interpolated band is not empty."""
     if self.high_freq_factor <= self.low_freq_factor:
-      raise ValueError("high_freq_factor is not above low_freq_factor")
+      raise ValueError(
+        f"high_freq_factor must exceed low_freq_factor={self.low_freq_factor}, "
+        f"got {self.high_freq_factor}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-  """Stretches pairs that turn seldom in the original context.
+  """Divides frequencies by `factor` where they are low.
 
-  Pairs that turn less than `beta_slow` times in it are stretched by `factor`,
-  those that turn more than `beta_fast` times are kept, and between them a ramp
-  over the pairs mixes both. Queries and keys grow by `attention_factor`.
+  Pairs with fewer than `beta_slow` rotations in the original context are
+  scaled, those with more than `beta_fast` are kept, and a linear ramp over the
+  pair index interpolates in between. Queries and keys are multiplied by
+  `attention_factor`.
 
   Source: Peng et al., arXiv:2309.00071, sections 3.2 and 3.4.
   """
@@ -66,7 +71,7 @@ class Yarn:
 
   @property
   def amplitude(self) -> float:
-    """What multiplies queries and keys; 0.1 ln(factor) + 1 if not given."""
+    """Factor of queries and keys; defaults to 0.1 ln(factor) + 1."""
     if self.attention_factor is not None:
       return self.attention_factor
     return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
@@ -77,19 +82,27 @@ _SCALINGS = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How heads are turned: the first `width` numbers of each, in pairs."""
+  """RoPE over the first `width` elements of each head; scales frequencies."""
 
   theta: float
   width: int
   scaling: Linear | Llama3 | Yarn | None
 
   def __post_init__(self) -> None:
-    """Refuses odd widths."""
+    """Validates the width."""
     if self.width % 2:
-      raise ValueError(f"RoPE turns pairs, but {self.width} numbers of a head")
+      raise ValueError(
+        f"RoPE rotates pairs: width must be even, got {self.width}"
+      )
 
   def frequencies(self) -> np.ndarray:
-    """Computes the angle per position of each pair, float32[width / 2]."""
+    """Computes the angle per position of each pair, float32[width / 2].
+
+    Pair i has theta^(-2 i / width) without scaling, and otherwise, with `share`
+    in [0, 1] depending on the pair:
+
+      share theta^(-2 i / width) + (1 - share) theta^(-2 i / width) / factor
+    """
     exponent = np.arange(0, self.width, 2) / self.width
     kept = 1.0 / self.theta**exponent
     scaling = self.scaling
@@ -115,12 +128,12 @@ class Rope:
     return ((1.0 - share) * stretched + share * kept).astype(np.float32)
 
   def _pair_that_turns(self, times: float, context: float) -> float:
-    """Solves context * theta^(-2 i / width) = 2 pi times for i."""
+    """Returns the i with context * theta^(-2 i / width) = 2 pi times."""
     ratio = math.log(context / (2.0 * math.pi * times))
     return self.width * ratio / (2.0 * math.log(self.theta))
 
   def turns(self, positions_BT: jax.Array) -> Turns:
-    """Computes the cosines and sines of every pair at every position."""
+    """Computes the scaled cosine and sine of every pair at every position."""
     angles = positions_BT[..., None, None].astype(jnp.float32)
     angles = angles * self.frequencies()
     amplitude = (
@@ -130,7 +143,13 @@ class Rope:
 
 
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
-  """Turns pair (i, i + width / 2) of each head by its position's angle."""
+  """Rotates pairs (x_i, x_j), j = i + width / 2, by the angle a of a position.
+
+    x_i -> x_i cos a - x_j sin a
+    x_j -> x_j cos a + x_i sin a
+
+  Elements of the head from `width` on are returned unchanged.
+  """
   cos, sin = turns
   width = 2 * cos.shape[-1]
   turned, kept = x_BTNH[..., :width], x_BTNH[..., width:]
@@ -142,36 +161,39 @@ def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
 
 
 def from_hf(fields: Mapping[str, Any], *, head_width: int) -> Rope:
-  """Reads the fields of `rope_parameters`, or of what came before it.
+  """Builds a `Rope` from Hugging Face fields.
 
   Args:
-    fields: parsed JSON: `rope_theta`, `partial_rotary_factor`, `rope_type`
-      (older: `type`), and those of the type.
-    head_width: of which `partial_rotary_factor` is turned.
+    fields: parsed JSON of `rope_parameters`, or of the older fields merged into
+      one: `rope_theta`, `partial_rotary_factor`, `rope_type` (older: `type`)
+      and the parameters of the type.
+    head_width: `partial_rotary_factor` is a fraction of it.
 
   Raises:
-    ValueError: if a field is unknown, missing or no positive number.
+    ValueError: if a field is unknown, missing or not a positive number.
   """
   rest = {key: value for key, value in fields.items() if value is not None}
   kind = rest.pop("type", "default")
   kind = rest.pop("rope_type", kind)
-  # Yarn's own way to round is the one there is.
+  # YaRN's boundaries are always truncated to integers here.
   if rest.get("truncate") is True:
     del rest["truncate"]
   for name, value in rest.items():
     if type(value) not in (int, float) or not 0 < value < math.inf:
-      raise ValueError(f"rope field {name}={value!r} is no positive number")
+      raise ValueError(f"rope field {name} must be positive, got {value!r}")
   theta = float(rest.pop("rope_theta"))
   width = int(head_width * rest.pop("partial_rotary_factor", 1.0))
   if kind == "default":
     if rest:
-      raise ValueError(f"rope fields {sorted(rest)} are not known")
+      raise ValueError(f"unknown rope fields {sorted(rest)}")
     return Rope(theta, width, None)
   if not isinstance(kind, str) or kind not in _SCALINGS:
-    raise ValueError(f"rope_type={kind!r} is not one of {sorted(_SCALINGS)}")
+    raise ValueError(
+      f"rope_type must be one of {sorted(_SCALINGS)}, got {kind!r}"
+    )
   expected = dataclasses.fields(_SCALINGS[kind])
   if unknown := rest.keys() - {field.name for field in expected}:
-    raise ValueError(f"rope fields {sorted(unknown)} are not known")
+    raise ValueError(f"unknown rope fields {sorted(unknown)} of {kind!r}")
   for field in expected:
     if field.default is dataclasses.MISSING and field.name not in rest:
       raise ValueError(f"rope field {field.name!r} is missing")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns make the conversation and the question their format says."""
+"""Formats map columns to conversations and questions."""
 
 import dataclasses
 
@@ -17,8 +17,8 @@ _CHAT = [
   {"role": "user", "content": "q"},
   {"role": "assistant", "content": "a"},
 ]
-# A row of each known dataset in the shape that its page describes, with what
-# an SFT example and a question are made of it.
+# A row of each known dataset, as its Hub page describes it, with the expected
+# conversation and question.
 _ARC_SFT = {
   "problem_text": "What is 2 + 2?",
   "student_approach": "I multiply.",
@@ -134,7 +134,7 @@ def test_known_datasets_make_questions(
   assert made == types.Question("train:1", question, answer, solution=solution)
 
 
-def test_boxes_nest():
+def test_nested_boxes_are_matched():
   values = {"question": "q", "answer": r"\boxed{1} \boxed{\frac{\sqrt{3}}{2}}"}
   fmt = dataclasses.replace(
     _DEFAULT, answer_pattern=_FORMATS["stratos"].answer_pattern
@@ -143,12 +143,12 @@ def test_boxes_nest():
   assert made.answer == r"\frac{\sqrt{3}}{2}"
 
 
-def test_an_answer_without_its_pattern_makes_no_question():
+def test_answer_without_a_match_yields_no_question():
   row = _row(question="q", answer="It is 4.")
   assert formats.to_question(row, _FORMATS["gsm8k"]) is None
 
 
-def test_the_arc_system_prompt_is_written_by_its_format():
+def test_arc_format_adds_its_system_prompt():
   system, *_ = formats.to_messages(_row(**_ARC_SFT), _FORMATS["arc_atlas_v0"])
   assert system.role == "system"
   assert "Never give the answer away" in system.content
@@ -163,7 +163,7 @@ def test_reasoning_trace_is_wrapped_in_front_of_the_solution(trace):
   ]
 
 
-def test_a_row_cannot_name_columns_of_its_own():
+def test_braces_in_a_row_are_not_expanded():
   row = _row(question="{solution}", solution="s {question}")
   assert formats.to_messages(row, _DEFAULT) == [
     types.Message("user", "{solution}"),
@@ -184,22 +184,24 @@ def test_messages_are_used_as_they_are(name):
   assert formats.to_messages(row, fmt)[0] == types.Message("system", "p")
 
 
-def test_guidance_without_messages_is_refused():
+def test_guidance_without_messages_is_rejected():
   row = _row(question="q", probe="p", teaching="t")
   with pytest.raises(errors.DataError, match="question, probe, teaching"):
     formats.to_messages(row, _FORMATS["guidance"])
 
 
-def test_missing_column_is_told():
-  with pytest.raises(errors.DataError, match="no solution or ground_truth"):
+def test_missing_column_is_reported():
+  with pytest.raises(
+    errors.DataError, match="Missing column: solution or ground_truth"
+  ):
     formats.to_messages(_row(question="q"), _DEFAULT)
 
 
 @pytest.mark.parametrize(
   ("messages", "why"),
   [
-    ("hello", "no list"),
-    ([], "empty"),
+    ("hello", "Expected a list"),
+    ([], "not empty"),
     (["hello"], "Turn 1"),
     ([*_CHAT, {"role": "tool", "content": "x"}], "Turn 4"),
     ([{"role": ["user"], "content": "x"}], "Turn 1"),
@@ -208,20 +210,20 @@ def test_missing_column_is_told():
     ([{"role": "user", "content": " "}], "blank"),
   ],
 )
-def test_malformed_messages_are_told_by_turn(messages, why):
+def test_malformed_messages_are_reported_by_turn(messages, why):
   with pytest.raises(errors.DataError, match=why) as info:
     formats.to_messages(_row(messages=messages), _DEFAULT)
   assert info.value.where == "train.jsonl:1"
 
 
-def test_a_conversation_without_a_user_is_no_question():
+def test_conversation_without_a_user_turn_is_rejected():
   row = _row(messages=[_CHAT[0], _CHAT[2]])
   for make in (formats.to_question, formats.to_problem):
-    with pytest.raises(errors.DataError, match="user's turn"):
+    with pytest.raises(errors.DataError, match="user turn"):
       make(row, _DEFAULT)
 
 
-def test_a_question_is_named_and_graded_by_its_columns():
+def test_question_id_and_difficulty_are_read_from_columns():
   values = {"question": "q", "answer": "1", "id": 7, "difficulty": 0.5}
   assert formats.to_question(_row(**values), _DEFAULT) == types.Question(
     "7", "q", "1", "0.5"
@@ -230,7 +232,7 @@ def test_a_question_is_named_and_graded_by_its_columns():
   assert made.row_id == "r"
 
 
-def test_problems_are_told_apart_by_what_was_asked():
+def test_problems_are_identified_by_the_question():
   assert formats.to_problem(_row(**_META), _FORMATS["meta_math"]) == (
     "What is half of 8?"
   )
@@ -239,14 +241,14 @@ def test_problems_are_told_apart_by_what_was_asked():
   assert formats.to_problem(row, _DEFAULT) == "the problem"
 
 
-def test_a_filter_names_the_column_that_keeps_a_row_out():
+def test_excluded_by_names_the_column():
   fmt = dataclasses.replace(_DEFAULT, keep={"level": (4, "5"), "kind": ("a",)})
   assert formats.excluded_by(_row(level="4", kind="a"), fmt) == ""
   assert formats.excluded_by(_row(level=5, kind="b"), fmt) == "kind"
   assert formats.excluded_by(_row(kind="a"), fmt) == "level"
 
 
-def test_hub_datasets_have_their_format_by_themselves():
+def test_auto_selects_the_format_of_a_hub_dataset():
   for name, fmt in _FORMATS.items():
     if fmt.hub_id:
       assert formats.find("auto", fmt.hub_id.upper(), {}) is _FORMATS[name]
@@ -254,7 +256,7 @@ def test_hub_datasets_have_their_format_by_themselves():
   assert formats.find("gsm8k", "data/train.jsonl", {}) is _FORMATS["gsm8k"]
 
 
-def test_a_config_adds_formats():
+def test_config_adds_formats():
   config = ml_collections.ConfigDict(
     dict(
       mine=dict(question="{q}", keep=dict(level=("4",))),
@@ -270,7 +272,7 @@ def test_a_config_adds_formats():
 
 
 @pytest.mark.parametrize(
-  ("name", "fields", "told"),
+  ("name", "fields", "message"),
   [
     ("gms8k", {}, "Did you mean 'gsm8k'"),
     ("mine", {"qestion": "{q}"}, "qestion"),
@@ -280,12 +282,12 @@ def test_a_config_adds_formats():
     ("mine", {"rewrites": (("a", r"\2"),)}, "invalid group reference"),
   ],
 )
-def test_unknown_and_malformed_formats_are_refused(name, fields, told):
-  with pytest.raises(errors.ConfigError, match=told):
+def test_unknown_and_malformed_formats_are_rejected(name, fields, message):
+  with pytest.raises(errors.ConfigError, match=message):
     formats.find(name, "a.jsonl", {"mine": fields})
 
 
-def test_arc_rows_make_what_grpo_asks_of_a_teacher():
+def test_arc_rows_have_the_shape_of_grpo_teachings():
   fmt = formats.find("arc_atlas_tags", "a.jsonl", arc_atlas.get_formats())
   row = _row(**_ARC_SFT)
   asked, answered = formats.to_messages(row, fmt)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hub dataset becomes rows; without the Hub, a message."""
+"""Rows of Hub datasets, and errors without the Hub."""
 
 import sys
 
@@ -16,7 +16,7 @@ def _part(*answers):
 
 
 def _serve(monkeypatch, **parts):
-  """Stands in for the Hub; gives what it was asked for."""
+  """Fakes the Hub; returns the arguments of the requests."""
   whole = datasets.DatasetDict(parts)
   asked = []
 
@@ -51,7 +51,7 @@ def test_named_split_and_only_split_are_read(monkeypatch):
     ("o/n:a/b.jsonl", ("o/n", None, "train", "a/b.jsonl", None)),
   ],
 )
-def test_revision_subset_split_and_file_are_asked_for(
+def test_revision_subset_split_and_file_are_passed_on(
   monkeypatch, source, asked
 ):
   seen = _serve(monkeypatch, train=_part("1"))
@@ -65,12 +65,12 @@ def test_split_must_be_named_where_there_are_two(monkeypatch):
     _read("owner/name")
 
 
-def test_unreachable_dataset_is_told():
+def test_unreachable_dataset_is_rejected():
   with pytest.raises(errors.DataError, match="owner/nothing-of-this-name"):
     _read("owner/nothing-of-this-name")
 
 
-def test_without_the_package_it_is_told_what_to_install(monkeypatch):
+def test_missing_package_is_reported_with_the_command(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   monkeypatch.delitem(sys.modules, "atlas_jax.data.hub", raising=False)
   monkeypatch.delattr("atlas_jax.data.hub", raising=False)

@@ -70,7 +70,7 @@ def test_epochs_and_seeds_differ_in_order():
   assert not np.array_equal(_epoch(data, 0), _epoch(_loader(32, seed=1), 0))
 
 
-def test_batch_depends_on_the_step_alone():
+def test_batch_depends_only_on_the_step():
   data = _loader(10)
   batches = [data.batch(step) for step in range(7)]
   for step in (6, 0, 3):
@@ -93,7 +93,7 @@ def test_processes_share_the_global_batch(remainder):
     )
 
 
-def test_writing_into_a_batch_changes_no_other():
+def test_batches_share_no_memory():
   data = _loader(8)
   batch = data.batch(0)
   expected = batch["token_ids"].copy()
@@ -102,7 +102,7 @@ def test_writing_into_a_batch_changes_no_other():
 
 
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
-def test_names_are_those_of_all_processes_rows(remainder):
+def test_row_names_cover_all_processes(remainder):
   processes = [
     _loader(10, remainder=remainder, share=loader.Share(i, 2)) for i in range(2)
   ]
@@ -114,7 +114,7 @@ def test_names_are_those_of_all_processes_rows(remainder):
     assert sorted(names) == sorted(processes[0].row_names(step))
 
 
-def test_fingerprint_follows_contents_not_order_of_names():
+def test_fingerprint_depends_on_contents_not_order_of_names():
   arrays = _arrays(8)
   settings = {
     "batch_size": 4,
@@ -139,20 +139,20 @@ def test_fingerprint_follows_contents_not_order_of_names():
   assert digest(reshaped) != digest(arrays)
 
 
-def test_too_few_rows_are_refused():
-  with pytest.raises(errors.DataError, match="3 rows"):
+def test_too_few_rows_are_rejected():
+  with pytest.raises(errors.DataError, match="3, need"):
     _loader(3)
-  with pytest.raises(errors.DataError, match="0 rows"):
+  with pytest.raises(errors.DataError, match="0, need"):
     _loader(0, remainder="pad")
 
 
 @pytest.mark.parametrize("batch_size", [0, 3])
-def test_batch_that_processes_cannot_share_is_refused(batch_size):
+def test_batch_size_must_divide_by_processes(batch_size):
   with pytest.raises(errors.ConfigError, match="multiple"):
     _loader(8, batch_size=batch_size, share=loader.Share(0, 2))
 
 
-def test_unequal_arrays_and_unknown_remainder_are_refused():
+def test_unequal_arrays_and_unknown_remainder_are_rejected():
   with pytest.raises(ValueError, match="remainder"):
     _loader(8, remainder="keep")
   uneven = {**_arrays(8), "positions": np.zeros((7, 2))}
@@ -170,7 +170,7 @@ def test_unequal_arrays_and_unknown_remainder_are_refused():
 @hypothesis.given(
   count=st.integers(4, 30), batch_size=st.integers(1, 4), seed=st.integers(0, 5)
 )
-def test_questions_come_once_in_each_epoch(count, batch_size, seed):
+def test_each_question_appears_once_per_epoch(count, batch_size, seed):
   data = _question_loader(_questions(count), seed=seed, batch_size=batch_size)
   num_batches = count // batch_size
   epochs = [
@@ -186,7 +186,7 @@ def test_questions_come_once_in_each_epoch(count, batch_size, seed):
     assert len(seen) == num_batches * batch_size
 
 
-def test_questions_are_shuffled_anew_and_reproducibly():
+def test_questions_are_reshuffled_reproducibly():
   questions = _questions(16)
   data = _question_loader(questions, batch_size=16)
   first, second = data.batch(0), data.batch(1)
@@ -194,12 +194,12 @@ def test_questions_are_shuffled_anew_and_reproducibly():
   assert first == _question_loader(questions, batch_size=16).batch(0)
 
 
-def test_too_few_questions_are_refused():
-  with pytest.raises(errors.DataError, match="3 rows"):
+def test_too_few_questions_are_rejected():
+  with pytest.raises(errors.DataError, match="3, need"):
     _question_loader(_questions(3), batch_size=4)
 
 
-def test_fingerprint_of_questions_follows_contents_and_order():
+def test_fingerprint_of_questions_depends_on_contents_and_order():
   questions = _questions(3)
   other = types.Question("2", "2?", "3")
   digests = [
@@ -234,7 +234,7 @@ def test_fingerprint_is_the_same_on_every_host():
   weights=st.lists(st.floats(0.1, 9.0), min_size=3, max_size=3),
   seed=st.integers(0, 3),
 )
-def test_a_mix_takes_its_shares_and_loses_no_row(sizes, weights, seed):
+def test_mix_has_its_shares_and_loses_no_row(sizes, weights, seed):
   mix = loader.Mix(tuple(sizes), tuple(weights[: len(sizes)]), seed)
   counts = mix._counts()
   bounds = np.cumsum([0, *sizes])
@@ -245,21 +245,21 @@ def test_a_mix_takes_its_shares_and_loses_no_row(sizes, weights, seed):
     assert list(np.histogram(order, bounds)[0]) == counts
     seen += np.bincount(order, minlength=sum(sizes))
   for first, last, count in zip(bounds[:-1], bounds[1:], counts, strict=True):
-    # Rows of one set are gone through in rounds: none is a round behind.
+    # Counts differ by at most 1: a row repeats only after all others.
     assert seen[first:last].sum() == 40 * count
     assert np.ptp(seen[first:last]) <= 1
   share = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
   np.testing.assert_allclose(counts, share * sum(sizes), atol=1.0)
 
 
-def test_a_set_without_weights_is_seen_whole_in_each_epoch():
+def test_without_weights_each_epoch_has_all_rows():
   mix = loader.Mix((3, 5), (), 0)
   for epoch in range(3):
     assert sorted(mix.order(epoch)) == list(range(8))
   assert not np.array_equal(mix.order(0), mix.order(1))
 
 
-def test_a_mix_is_a_function_of_the_step():
+def test_mix_depends_only_on_the_step():
   def made():
     mix = loader.Mix((6, 2), (1.0, 3.0), 0)
     return _loader(8, mix=mix, batch_size=3)
@@ -274,6 +274,6 @@ def test_a_mix_is_a_function_of_the_step():
 @pytest.mark.parametrize(
   "weights", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))]
 )
-def test_weights_that_are_no_shares_are_refused(weights):
+def test_invalid_weights_are_rejected(weights):
   with pytest.raises(errors.ConfigError, match="weight"):
     loader.Mix((4, 4), weights, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing moves tokens; it never loses, mixes or teaches others."""
+"""Packing moves tokens; it never loses or mixes them or adds targets."""
 
 import collections
 
@@ -50,7 +50,7 @@ def _expected(examples):
 
 @pytest.mark.parametrize("layout", [packing.pack, packing.pad])
 @hypothesis.given(examples=_EXAMPLES)
-def test_every_example_comes_back_whole(layout, examples):
+def test_every_example_is_unpacked_unchanged(layout, examples):
   arrays, _, num_too_long = layout(examples, _LENGTH, too_long="error")
   assert num_too_long == 0
   assert collections.Counter(_unpack(arrays)) == collections.Counter(
@@ -69,7 +69,7 @@ def test_padding_is_zero_in_all_arrays_and_at_the_end(examples):
 
 
 @hypothesis.given(examples=_EXAMPLES)
-def test_no_two_rows_would_fit_into_one(examples):
+def test_no_two_rows_fit_into_one(examples):
   arrays, *_ = packing.pack(examples, _LENGTH, too_long="error")
   used = sorted((arrays["segment_ids"] > 0).sum(axis=1))
   assert len(used) < 2 or used[0] + used[1] > _LENGTH
@@ -105,7 +105,7 @@ def test_too_long_is_dropped_and_counted():
   assert _unpack(arrays) == _expected([_SHORT])
 
 
-def test_too_long_is_truncated_while_a_target_is_left():
+def test_too_long_is_truncated_if_a_target_remains():
   arrays, _, num_too_long = packing.pad(
     [_LONG, _PROMPT_ONLY, _SHORT], _LENGTH, too_long="truncate"
   )
@@ -119,23 +119,23 @@ def test_too_long_is_an_error_that_names_the_example():
     packing.pack([_SHORT, _LONG], _LENGTH, too_long="error")
 
 
-def test_nothing_left_is_an_error():
-  with pytest.raises(errors.DataError, match="No example"):
+def test_no_example_left_is_an_error():
+  with pytest.raises(errors.DataError, match="No example fits"):
     packing.pack([_LONG], _LENGTH, too_long="drop")
 
 
 @pytest.mark.parametrize("example", [([], []), ([1, 2], [True])])
-def test_mismatched_example_is_refused(example):
-  with pytest.raises(ValueError, match="Example 1 has"):
+def test_mismatched_example_is_rejected(example):
+  with pytest.raises(ValueError, match="Example 1 must have"):
     packing.pack([example], _LENGTH, too_long="drop")
 
 
-def test_unknown_treatment_is_refused():
+def test_unknown_too_long_is_rejected():
   with pytest.raises(ValueError, match="too_long"):
     packing.pack([_SHORT], _LENGTH, too_long="wrap")
 
 
-def test_rows_longer_than_the_context_are_refused():
+def test_rows_longer_than_the_context_are_rejected():
   packing.check_context(512, 512)
   with pytest.raises(errors.ConfigError, match="max_position_embeddings=512"):
     packing.check_context(513, 512)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts end where their last completion begins, and batches have numbers."""
+"""Prompts end where the last completion begins; batches depend on the step."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from atlas_jax.data import loader, pairs
 
 
 def _example(*runs):
-  """Makes (tokens, whether they are written) into ids 1, 2, ... and a mask."""
+  """Converts (tokens, is target) spans to ids 1, 2, ... and a loss mask."""
   mask = np.concatenate([np.full(size, marked) for size, marked in runs])
   return np.arange(1, len(mask) + 1), mask
 
@@ -20,15 +20,15 @@ def _split(example, length=100, max_new_tokens=0, too_long="drop"):
   )
 
 
-def test_the_last_turn_is_the_completion_and_what_follows_it_is_left_out():
+def test_last_turn_is_the_completion_and_the_rest_is_dropped():
   example = _example((3, False), (2, True), (4, False), (2, True), (1, False))
   token_ids, num_prompt = _split(example)
   assert token_ids.tolist() == list(range(1, 12))
   assert num_prompt == 9
 
 
-def test_a_mask_that_marks_nothing_is_a_fault():
-  with pytest.raises(ValueError, match="marks a token"):
+def test_empty_loss_mask_is_rejected():
+  with pytest.raises(ValueError, match="must mark at least one token"):
     _split(_example((3, False)))
 
 
@@ -36,14 +36,14 @@ def test_a_mask_that_marks_nothing_is_a_fault():
   ("length", "max_new_tokens", "fits"),
   [(10, 0, True), (9, 0, False), (10, 4, True), (10, 5, False), (11, 5, True)],
 )
-def test_prompt_and_completion_fit_and_what_is_sampled_does(
+def test_prompt_with_given_and_sampled_completion_must_fit(
   length, max_new_tokens, fits
 ):
   found = _split(_example((6, False), (4, True)), length, max_new_tokens)
   assert (found is not None) == fits
 
 
-def test_a_long_completion_is_cut_where_asked_and_a_prompt_never_is():
+def test_completions_are_truncated_on_request_and_prompts_never():
   example = _example((6, False), (4, True))
   token_ids, num_prompt = _split(example, 8, too_long="truncate")
   assert (len(token_ids), num_prompt) == (8, 6)
@@ -65,7 +65,7 @@ def _loader(batch_size=2, remainder="drop", seed=0, first=1):
   )
 
 
-def test_a_batch_has_the_pairs_of_its_rows():
+def test_batch_has_the_pairs_of_its_rows():
   found = _loader()
   for step in range(6):
     for pair, name in zip(
@@ -80,14 +80,14 @@ def test_a_batch_has_the_pairs_of_its_rows():
   assert found.num_completion_tokens.tolist() == [1] * 5
 
 
-def test_a_batch_that_is_filled_up_has_fewer_and_an_epoch_has_all():
+def test_padded_batch_has_fewer_pairs_and_an_epoch_has_all():
   found = _loader(remainder="pad")
   batches = [found.batch(i) for i in range(found.num_batches_per_epoch)]
   assert sorted(len(batch) for batch in batches) == [1, 2, 2]
   assert {p.row_id for batch in batches for p in batch} == set("01234")
 
 
-def test_a_fingerprint_is_of_tokens_order_and_size():
+def test_fingerprint_depends_on_tokens_order_and_size():
   same = _loader().fingerprint()
   assert _loader().fingerprint() == same
   others = (_loader(seed=1), _loader(batch_size=3), _loader(first=2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text is taken out of columns, or refused with the place of its row."""
+"""Text is read from columns, or rejected with the location of its row."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def _row(**values):
   return rows.Row("data/train.jsonl", 3, "train", values)
 
 
-def test_a_row_is_named_by_file_and_line_but_not_by_folder():
+def test_row_id_has_file_and_line_but_no_directory():
   assert _row().where == "data/train.jsonl:3"
   assert _row().row_id == "train:3"
 
@@ -21,11 +21,11 @@ def test_the_first_column_that_is_not_empty_is_taken():
   assert rows.text(row, "a", "b", "c", "d") == "x"
 
 
-def test_missing_column_names_the_columns_there():
+def test_missing_column_error_lists_the_columns():
   with pytest.raises(errors.DataError) as info:
     rows.text(_row(prompt="a", solution=None), "question", "solution")
   assert "question or solution" in info.value.what
-  assert info.value.why == "Its columns are: prompt, solution (empty)."
+  assert info.value.why == "The row has columns: prompt, solution (empty)."
   assert info.value.where == "data/train.jsonl:3"
 
 
@@ -40,15 +40,15 @@ def test_missing_column_names_the_columns_there():
     ("\ud800", "surrogate"),
   ],
 )
-def test_value_that_is_no_text_is_refused(value, why):
+def test_value_that_is_not_text_is_rejected(value, why):
   with pytest.raises(errors.DataError, match=why) as info:
     rows.text(_row(question=value), "question")
   assert info.value.where == "data/train.jsonl:3"
 
 
-@pytest.mark.parametrize(("value", "told"), [(42, "42"), (0.5, "0.5")])
-def test_a_number_is_its_digits(value, told):
-  assert rows.text(_row(answer=value), "answer") == told
+@pytest.mark.parametrize(("value", "text"), [(42, "42"), (0.5, "0.5")])
+def test_number_is_converted_to_text(value, text):
+  assert rows.text(_row(answer=value), "answer") == text
 
 
 def test_optional_text_may_be_absent_null_or_blank():

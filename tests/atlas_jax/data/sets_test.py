@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read, mixed and held out, from the config to the batches."""
+"""Reading, mixing and holding out data, from the config to batches."""
 
 import json
 
@@ -71,7 +71,7 @@ def _questions(tmp_path, path, *, held_out_path="", fraction=0.0, **changes):
 
 
 def _texts(tokenizer, data, *, counted=False):
-  """Gives the text of each row of an epoch, or of its counted tokens."""
+  """Returns the text of each row of an epoch, or of its counted tokens."""
   texts = []
   for step in range(data.num_batches_per_epoch):
     batch = data.batch(step)
@@ -84,7 +84,7 @@ def _texts(tokenizer, data, *, counted=False):
   return texts
 
 
-def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
+def test_only_assistant_turns_are_targets(tokenizer, tmp_path):
   path = _write(tmp_path)
   answers = {f"It is {2 * i}.<|im_end|>" for i in range(20)}
   found = []
@@ -97,7 +97,7 @@ def test_only_what_the_assistant_wrote_counts(tokenizer, tmp_path):
   assert len(found) == len(answers)
 
 
-def test_a_problem_is_on_one_side_with_all_its_rows(tokenizer, tmp_path):
+def test_all_rows_of_a_problem_are_in_one_split(tokenizer, tmp_path):
   again = [
     {**row, "question": row["question"].upper(), "solution": "As before."}
     for row in _ROWS
@@ -115,7 +115,7 @@ def test_a_problem_is_on_one_side_with_all_its_rows(tokenizer, tmp_path):
   assert not set(sides[0]) & set(sides[1])
 
 
-def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
+def test_separate_file_is_held_out_completely(tokenizer, tmp_path):
   held_out = _write(tmp_path, _ROWS[:4], "held_out.jsonl")
   train_set, eval_set = _conversations(
     tokenizer,
@@ -128,16 +128,18 @@ def test_a_file_of_its_own_is_held_out_whole(tokenizer, tmp_path):
   assert len(evaluated) == 4
   assert len(train) == 16
   assert not set(train) & set(evaluated)
-  with pytest.raises(errors.DataError, match="20 rows are about problems"):
+  with pytest.raises(
+    errors.DataError, match="problems of 20 rows are held out"
+  ):
     _questions(
       tmp_path, _write(tmp_path), held_out_path=_write(tmp_path, name="b.jsonl")
     )
 
 
-def test_held_out_is_told_in_one_way(tokenizer, tmp_path):
-  with pytest.raises(errors.ConfigError, match="one held-out set"):
+def test_held_out_requires_exactly_one_setting(tokenizer, tmp_path):
+  with pytest.raises(errors.ConfigError, match="Only one of held_out"):
     sets.HeldOut(path="held_out.jsonl", fraction=0.2)
-  with pytest.raises(errors.ConfigError, match="must be a held-out set"):
+  with pytest.raises(errors.ConfigError, match="must be set"):
     _conversations(tokenizer, tmp_path, _write(tmp_path), fraction=0.0)
 
 
@@ -156,7 +158,7 @@ def test_weights_mix_the_sets(tokenizer, tmp_path):
   assert sum(name.startswith("2/few:") for name in names) == 19
   plain, _ = _questions(tmp_path, path)
   assert plain.fingerprint() != data.fingerprint()
-  with pytest.raises(errors.ConfigError, match="mixed"):
+  with pytest.raises(errors.ConfigError, match="weights must be positive"):
     _questions(tmp_path, path, weights=(1.0,))
 
 
@@ -167,13 +169,13 @@ def test_each_dataset_has_its_format(tmp_path):
     _selection(path, format="default,gsm8k"), workdir=tmp_path
   )
   assert [question.answer for question in found[-2:]] == ["It is 38.", "4"]
-  with pytest.raises(errors.ConfigError, match="2 formats for 1"):
+  with pytest.raises(errors.ConfigError, match="name 1 or 1 formats, got 2"):
     sets.all_questions(
       _selection(_write(tmp_path), format="default,gsm8k"), workdir=tmp_path
     )
 
 
-def test_questions_come_in_their_order_and_the_first_if_so_many(tmp_path):
+def test_all_questions_keeps_order_and_limits_rows(tmp_path):
   path = _write(tmp_path)
   found = sets.all_questions(_selection(path, max_rows=3), workdir=tmp_path)
   assert [question.row_id for question in found] == [
@@ -181,7 +183,7 @@ def test_questions_come_in_their_order_and_the_first_if_so_many(tmp_path):
   ]
 
 
-def test_bad_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
+def test_invalid_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   path = tmp_path / "data.jsonl"
   lines = [json.dumps(row).encode() for row in _ROWS]
   lines[3:3] = [b'{"question": "\xff"}', b'{"question": "q"}']
@@ -195,7 +197,9 @@ def test_bad_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   entries = [json.loads(line) for line in listed]
   assert [entry["line"] for entry in entries] == [4, 5, 10]
   for entry, why in zip(
-    entries, ("UnicodeDecodeError", "no solution", "assistant"), strict=True
+    entries,
+    ("UnicodeDecodeError", "Missing column: solution", "assistant"),
+    strict=True,
   ):
     assert why in entry["reason"]
   with pytest.raises(errors.DataError, match="max_bad_rows") as info:
@@ -203,30 +207,30 @@ def test_bad_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   assert info.value.exit_code == 3
 
 
-def test_what_left_no_row_is_told(tmp_path):
+def test_reasons_for_left_out_rows_are_reported(tmp_path):
   rows = [{"question": "q", "answer": "So.", "level": i} for i in range(4)]
   fields = {"like": "gsm8k", "keep": {"level": (1, 2)}}
   path = tmp_path / "data.jsonl"
   path.write_text(
     "".join(json.dumps(row) + "\n" for row in rows) + "[]\n" + '{"ques'
   )
-  with pytest.raises(errors.DataError, match="No row is left") as info:
+  with pytest.raises(errors.DataError, match="All rows are left out") as info:
     sets.all_questions(
       _selection(
         str(path), format="mine", formats={"mine": fields}, max_bad_rows=1
       ),
       workdir=tmp_path,
     )
-  for told in (
-    "2 by the filter on level",
-    "2 without an answer of the format's pattern",
-    "1 in quarantine",
-    "1 a last line without an end",
+  for reason in (
+    "2 filtered by level",
+    "2 without a match of answer_pattern",
+    "1 quarantined",
+    "1 unfinished last line",
   ):
-    assert told in info.value.why
+    assert reason in info.value.why
 
 
-def test_empty_and_missing_data_and_too_few_rows_are_told(tokenizer, tmp_path):
+def test_empty_missing_or_too_little_data_is_rejected(tokenizer, tmp_path):
   with pytest.raises(errors.DataError, match=r"none\.jsonl"):
     _conversations(tokenizer, tmp_path, str(tmp_path / "none.jsonl"))
   with pytest.raises(errors.DataError, match="empty"):
@@ -236,11 +240,11 @@ def test_empty_and_missing_data_and_too_few_rows_are_told(tokenizer, tmp_path):
   no_solution = [{"question": "a", "answer": "b"}]
   with pytest.raises(errors.DataError, match="question, answer"):
     _conversations(tokenizer, tmp_path, _write(tmp_path, no_solution))
-  with pytest.raises(errors.DataError, match="too few rows"):
+  with pytest.raises(errors.DataError, match="Too few rows"):
     _conversations(tokenizer, tmp_path, _write(tmp_path), batch_size=64)
 
 
-def test_two_questions_of_one_name_are_refused(tmp_path):
+def test_duplicate_row_id_is_rejected(tmp_path):
   row = {"question": "q", "answer": "a", "id": "x"}
   with pytest.raises(errors.DataError, match="'x'"):
     sets.all_questions(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, folders and their parts are found, or told what is there instead."""
+"""Files, directories and their parts are found, or rejected."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def _ids(source, default_part=""):
   return [row.row_id for row in _read(source, default_part)]
 
 
-def test_every_kind_of_file_holds_the_same_rows(tmp_path):
+def test_all_file_types_yield_the_same_rows(tmp_path):
   _write_jsonl(tmp_path / "a.jsonl")
   _write_jsonl(tmp_path / "a.json")
   _write_parquet(tmp_path / "a.parquet")
@@ -52,7 +52,7 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path):
     assert found[1].where == f"{path}:2"
 
 
-def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+def test_directory_is_read_in_order_of_names(tmp_path):
   _write_jsonl(tmp_path / "b.jsonl")
   _write_jsonl(tmp_path / "a.json", _TABLE[:1])
   (tmp_path / "README.md").write_text("about")
@@ -61,7 +61,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 
 @pytest.fixture
 def snapshot(tmp_path):
-  """A Hub dataset's repository as it is downloaded, with two subsets."""
+  """A downloaded Hub dataset repository, with two subsets."""
   for subset in ("main", "socratic"):
     for split in ("train", "test"):
       name = f"{split}-00000-of-00001.parquet"
@@ -79,29 +79,29 @@ def snapshot(tmp_path):
     ("main/test-00000-of-00001.parquet", ["main test"]),
   ],
 )
-def test_a_part_of_a_folder_is_read(snapshot, part, expected):
+def test_part_of_a_directory_is_read(snapshot, part, expected):
   for found in (_read(f"{snapshot}:{part}"), _read(str(snapshot), part)):
     assert [row.values["x"] for row in found] == expected
   assert _ids(f"{snapshot}:main/train") == ["main/train-00000-of-00001:1"]
 
 
-def test_splits_are_not_read_as_one(snapshot):
-  with pytest.raises(errors.DataError, match="more than one part") as info:
+def test_splits_are_not_merged(snapshot):
+  with pytest.raises(errors.DataError, match="more than one split") as info:
     _read(str(snapshot))
   assert "socratic/test-00000-of-00001.parquet" in info.value.why
   for part in ("validation", "other/train", "main/none.jsonl"):
-    with pytest.raises(errors.DataError, match="no files"):
+    with pytest.raises(errors.DataError, match="No data files"):
       _read(f"{snapshot}:{part}")
 
 
-def test_a_part_is_a_whole_word_of_a_name(tmp_path):
+def test_part_matches_whole_words_of_a_name(tmp_path):
   _write_jsonl(tmp_path / "curriculum/arc_atlas_teach_rl.jsonl", [{"x": "rl"}])
   _write_jsonl(tmp_path / "curriculum/world.jsonl", [{"x": "world"}])
   (row,) = _read(f"{tmp_path}:rl")
   assert row.values == {"x": "rl"}
 
 
-def test_a_folder_without_the_usual_part_is_read_whole(tmp_path):
+def test_directory_without_the_default_part_is_read_completely(tmp_path):
   _write_jsonl(tmp_path / "mine.jsonl")
   assert _ids(str(tmp_path), "main/train") == ["mine:1", "mine:2"]
 
@@ -113,7 +113,7 @@ def test_links_into_a_cache_are_followed(tmp_path):
   assert _ids(str(tmp_path / "snapshot")) == ["train:1", "train:2"]
 
 
-def test_what_datasets_saved_is_read_without_it(tmp_path):
+def test_saved_datasets_are_read_without_the_package(tmp_path):
   datasets = pytest.importorskip("datasets")
   whole = datasets.DatasetDict(
     train=datasets.Dataset.from_list(_TABLE),
@@ -124,26 +124,26 @@ def test_what_datasets_saved_is_read_without_it(tmp_path):
   (tmp_path / "one/cache-0.arrow").write_bytes(b"")
   for source in (f"{tmp_path}/both:train", f"{tmp_path}/one"):
     assert [row.values for row in _read(source)] == _TABLE
-  with pytest.raises(errors.DataError, match="more than one part"):
+  with pytest.raises(errors.DataError, match="more than one split"):
     _read(f"{tmp_path}/both")
 
 
 @pytest.mark.parametrize(
   "name", ["a.jsonl", "a.parquet", "no such/kind.csv", "a.jsonl:train"]
 )
-def test_missing_or_unknown_file_is_told(tmp_path, name):
+def test_missing_or_unknown_file_is_rejected(tmp_path, name):
   with pytest.raises(errors.DataError) as info:
     _read(str(tmp_path / name))
   assert info.value.where == str(tmp_path / name)
 
 
-def test_a_missing_file_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+def test_missing_file_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(errors.DataError, match="no file"):
+  with pytest.raises(errors.DataError, match="not a file"):
     _read("data/train.jsonl")
 
 
-def test_a_file_has_no_parts_and_a_known_ending(tmp_path):
+def test_file_with_a_part_or_unknown_ending_is_rejected(tmp_path):
   path = _write_jsonl(tmp_path / "a.jsonl")
   with pytest.raises(errors.DataError, match="no parts"):
     _read(f"{path}:train")
@@ -152,7 +152,7 @@ def test_a_file_has_no_parts_and_a_known_ending(tmp_path):
     _read(str(tmp_path / "a.csv"))
 
 
-def test_a_hub_id_is_taken_apart():
+def test_hub_id_is_parsed():
   found = sources.parse("owner/name@refs/pr/3:main/train")
   assert found == sources.Source(
     "owner/name", is_local=False, revision="refs/pr/3", part="main/train"
@@ -161,7 +161,7 @@ def test_a_hub_id_is_taken_apart():
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
-def test_broken_tables_are_told(tmp_path, ending):
+def test_corrupt_tables_are_rejected(tmp_path, ending):
   path = tmp_path / f"a.{ending}"
   for content in (b"", b"PAR1 no more"):
     path.write_bytes(content)

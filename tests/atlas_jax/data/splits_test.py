@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No problem is on both sides, however often and however it is written."""
+"""No problem is in both splits, in whatever rows or spelling."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ def _items(*problems):
   fraction=st.floats(0.05, 0.6),
   seed=st.integers(0, 3),
 )
-def test_problems_are_on_one_side_and_rows_on_any(sets, fraction, seed):
+def test_splits_share_no_problem_and_lose_no_row(sets, fraction, seed):
   problems = {p for rows in sets for p in rows}
   items = [_items(*map(str, rows)) for rows in sets]
   num_held_out = max(1, round(fraction * len(problems)))
@@ -43,7 +43,7 @@ def test_problems_are_on_one_side_and_rows_on_any(sets, fraction, seed):
     assert set(rows) <= set(all_rows)
 
 
-def test_the_seed_alone_decides():
+def test_split_depends_only_on_the_seed():
   items = _items(*map(str, range(50)))
   first = splits.by_fraction([items], 0.2, 0)
   assert first == splits.by_fraction([items], 0.2, 0)
@@ -53,11 +53,11 @@ def test_the_seed_alone_decides():
 @pytest.mark.parametrize(
   "other", ["what is  2 + 2?\n", "WHAT IS 2 + 2?", "What is \uff12 + 2?"]
 )
-def test_case_space_and_width_do_not_tell_problems_apart(other):
+def test_key_ignores_case_whitespace_and_width(other):
   assert splits.key(other) == splits.key("What is 2 + 2?")
   assert splits.key(other) != splits.key("What is 2 + 3?")
 
 
-def test_rows_about_held_out_problems_are_taken_out():
+def test_rows_of_held_out_problems_are_removed():
   rows = _items("a", "b", "a", "c")
   assert splits.without(rows, _items("A", "d")) == [rows[1], rows[3]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small world: checkable problems, and people who act as described."""
+"""Synthetic word problems, and a student who acts as described."""
 
 import re
 
@@ -29,7 +29,7 @@ def teacher(problems):
 
 
 def _named(text):
-  """Lists the operations a text names, in its order."""
+  """Returns the operations that a text names, in order."""
   return tuple(name.lower() for name in _METHOD.findall(text))
 
 
@@ -42,7 +42,7 @@ def _by_text(problems):
   return {problem.text: problem for problem in problems}
 
 
-def test_a_seed_decides_everything(problems, student, teacher):
+def test_generation_depends_only_on_the_seed(problems, student, teacher):
   again = word_problems.problems(600, seed=3, excluded=set())
   assert again == problems
   assert list(word_problems.student_rows(again, seed=4)) == student
@@ -70,17 +70,17 @@ def test_every_difficulty_has_every_method(problems):
   }
 
 
-def test_answers_are_whole_numbers_that_the_text_does_not_hold(problems):
+def test_answers_are_integers_that_the_text_does_not_contain(problems):
   for problem in problems:
     assert problem.answer.isdigit()
     assert int(problem.answer) > 0
     assert all(str(number) in problem.text for number in problem.numbers)
-  # Else a student could copy what it should compute.
+  # Otherwise a student could copy the answer.
   given = [str(p.answer) in re.findall(r"\d+", p.text) for p in problems]
   assert np.mean(given) < 0.2
 
 
-def test_a_question_shows_what_may_be_seen(problems):
+def test_question_has_the_public_fields_of_its_problem(problems):
   for problem in problems[:20]:
     question = problem.question()
     assert (question.row_id, question.question) == (
@@ -91,7 +91,7 @@ def test_a_question_shows_what_may_be_seen(problems):
     assert question.difficulty == problem.difficulty
 
 
-def test_the_student_alone_fails_at_hard_wordings(problems, student):
+def test_student_without_help_fails_hard_wordings(problems, student):
   by_text = _by_text(problems)
   right = {name: [] for name in word_problems.DIFFICULTIES}
   for row in student:
@@ -103,7 +103,7 @@ def test_the_student_alone_fails_at_hard_wordings(problems, student):
   assert medium > hard + 0.2
 
 
-def test_the_students_plan_foretells_nothing_but_a_method(problems, student):
+def test_students_plan_names_only_a_method(problems, student):
   by_text = _by_text(problems)
   for row in student:
     if row["kind"] == "probe":
@@ -111,7 +111,7 @@ def test_the_students_plan_foretells_nothing_but_a_method(problems, student):
       assert not re.search(r"\d", row["reply"])
 
 
-def test_the_student_does_what_a_hint_says(problems, student):
+def test_student_follows_hints(problems, student):
   by_text = _by_text(problems)
   outcomes = {True: [], False: []}
   for row in student:
@@ -119,13 +119,13 @@ def test_the_student_does_what_a_hint_says(problems, student):
     if row["kind"] == "taught" and _named(row["hint"]):
       is_right = _named(row["hint"]) == problem.method
       outcomes[is_right].append(_solves(row["reply"], problem))
-  # A wrong method may give the right number by chance.
+  # A wrong method may have the right result by chance.
   assert all(outcomes[True])
   assert np.mean(outcomes[False]) < 0.1
   assert min(map(len, outcomes.values())) > 100
 
 
-def test_every_row_can_be_asked_and_answered(student, teacher):
+def test_every_row_has_its_texts(student, teacher):
   assert {row["kind"] for row in student} == {"probe", "baseline", "taught"}
   for row in student:
     assert bool(row["hint"]) == (row["kind"] == "taught")
@@ -133,7 +133,7 @@ def test_every_row_can_be_asked_and_answered(student, teacher):
   assert all(row["probe"] and row["reply"] for row in teacher)
 
 
-def test_guidance_is_of_mixed_quality_and_worst_where_it_matters(
+def test_guidance_is_of_mixed_quality_and_worst_for_hard_problems(
   problems, teacher
 ):
   right = {name: [] for name in word_problems.DIFFICULTIES}
@@ -147,7 +147,7 @@ def test_guidance_is_of_mixed_quality_and_worst_where_it_matters(
       right[problem.difficulty].append(_named(teaching) == problem.method)
       num_leaks += answers.leaks(teaching, problem.text, problem.answer)
   easy, _, hard = (np.mean(right[name]) for name in word_problems.DIFFICULTIES)
-  # Reinforcement needs something to reinforce, and something to improve.
+  # Reinforcement learning needs some good guidance and some bad.
   assert 0.9 > easy > hard > 0.1
   assert 0 < num_leaks < 0.15 * len(teacher)
   assert 0 < num_untagged < 0.1 * len(teacher)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages: known numbers, limits, and rewards that are missing."""
+"""Advantages: known values, limits and missing rewards."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_advantages_of_known_rewards():
   np.testing.assert_array_equal(advantages_PC[1], 0.0)
 
 
-def test_unscaled_advantages_are_the_distance_to_the_mean():
+def test_unscaled_advantages_are_differences_to_the_mean():
   advantages_PC = advantages.group_advantages(
     np.array([[1.0, 0.0, 0.0, 3.0]]), np.ones((1, 4), bool), **_DR_GRPO
   )
@@ -41,7 +41,7 @@ def test_unscaled_advantages_are_the_distance_to_the_mean():
 
 @pytest.mark.parametrize("reward", [0.1, 0.7, -1e-3, 123.456])
 @pytest.mark.parametrize("how", _ALL, ids=str)
-def test_equal_rewards_teach_exactly_nothing(reward, how):
+def test_equal_rewards_have_zero_advantage(reward, how):
   advantages_PC = advantages.group_advantages(
     np.full((1, 7), reward), np.ones((1, 7), bool), **how
   )
@@ -51,7 +51,7 @@ def test_equal_rewards_teach_exactly_nothing(reward, how):
 @pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, -1e30])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", ["group", "none"])
-def test_missing_rewards_are_as_if_never_asked_for(garbage, baseline, scale):
+def test_missing_rewards_do_not_affect_the_others(garbage, baseline, scale):
   how = dict(baseline=baseline, scale=scale)
   rewards_PC = np.array(
     [[1.0, garbage, 0.5, 0.0], [garbage, 1.0, garbage, garbage], [garbage] * 4]
@@ -73,7 +73,7 @@ def test_missing_rewards_are_as_if_never_asked_for(garbage, baseline, scale):
   np.testing.assert_array_equal(advantages_PC[1:], 0.0)
 
 
-def test_leaving_one_out_is_the_distance_to_the_mean_of_the_others():
+def test_leave_one_out_is_the_difference_to_the_others_mean():
   rewards_PC = np.array([[1.0, 0.0, 0.5, 3.0], [2.0, np.nan, 1.0, 0.0]])
   advantages_PC = advantages.group_advantages(
     rewards_PC, ~np.isnan(rewards_PC), baseline="leave_one_out", scale="none"
@@ -85,7 +85,7 @@ def test_leaving_one_out_is_the_distance_to_the_mean_of_the_others():
   np.testing.assert_allclose(advantages_PC, want_PC, atol=1e-6)
 
 
-def test_the_deviation_of_the_batch_is_of_all_rewards_there_are():
+def test_batch_deviation_is_over_all_valid_rewards():
   rewards_PC = np.array([[1.0, 0.0, 0.5], [7.0, np.nan, 6.0], [2.0, 2.0, 2.0]])
   valid_PC = ~np.isnan(rewards_PC)
   advantages_PC = advantages.group_advantages(
@@ -103,7 +103,7 @@ def test_only_groups_whose_rewards_differ_have_variance():
 
 
 @pytest.mark.parametrize("name", ["baseline", "scale"])
-def test_an_unknown_choice_is_refused(name):
+def test_unknown_choice_is_rejected(name):
   with pytest.raises(errors.ConfigError, match=f"advantages.{name}=median"):
     advantages.group_advantages(
       np.zeros((1, 2)), np.ones((1, 2), bool), **{**_GRPO, name: "median"}

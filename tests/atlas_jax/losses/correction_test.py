@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from the sampler's distribution to the trainer's."""
+"""Importance weights that correct for the sampler."""
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,6 @@ def test_weights_are_the_bounded_ratios(how, want_BT):
     {"min_ratio": 4.0},
   ],
 )
-def test_what_is_no_correction_is_refused(wrong):
+def test_invalid_correction_is_rejected(wrong):
   with pytest.raises(errors.ConfigError, match=r"config\.correction"):
     correction.sampler_weights(*_arrays(), **{**_TIS, **wrong})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The divergence against TRL's, on one masked batch of logits."""
+"""Divergence against TRL, on one masked batch of logits."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ _IGNORED = -100
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_loss_and_gradient_are_theirs(beta, temperature):
+def test_loss_and_gradient_match_trl(beta, temperature):
   rng = np.random.default_rng(0)
   student_BTV, teacher_BTV = 2.0 * rng.normal(size=(2, _B, _T, _V)).astype(
     np.float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The divergence is the paper's, and its chunks stay small."""
+"""Divergence against the paper, and memory of its chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def _kl(p_BTV, q_BTV):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("beta", [0.0, 1e-3, 0.3, 0.5, 1.0])
-def test_it_is_equation_1_with_the_teacher_as_p(beta, temperature):
+def test_divergence_is_equation_1_with_the_teacher_as_p(beta, temperature):
   student_BTV, teacher_BTV = _logits()
   q_BTV, p_BTV = (_softmax(x / temperature) for x in (student_BTV, teacher_BTV))
   m_BTV = beta * p_BTV + (1 - beta) * q_BTV
@@ -46,8 +46,8 @@ def test_it_is_equation_1_with_the_teacher_as_p(beta, temperature):
 
 
 @pytest.mark.parametrize(("end", "inside"), [(0.0, 1e-3), (1.0, 1.0 - 1e-3)])
-def test_the_ends_are_the_limits_of_what_is_between(end, inside):
-  """As section 3 of the paper has them: over beta, and over 1 - beta."""
+def test_end_points_are_the_limits_of_the_interior(end, inside):
+  """See section 3 of the paper: over beta, and over 1 - beta."""
   logits = [jnp.asarray(x, jnp.float32) for x in _logits()]
   at_end_BT, near_BT = (
     gkd.generalized_jsd(*logits, beta=beta, temperature=1.0)
@@ -57,7 +57,7 @@ def test_the_ends_are_the_limits_of_what_is_between(end, inside):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_models_that_agree_have_none_and_no_gradient(beta):
+def test_equal_models_have_zero_divergence_and_gradient(beta):
   logits_BTV = jnp.asarray(_logits()[0])
 
   def total(student_BTV):
@@ -86,7 +86,7 @@ def test_huge_bfloat16_logits_stay_finite(beta):
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e9, -1e9])
-def test_what_is_masked_changes_neither_loss_nor_gradient(garbage):
+def test_masked_tokens_change_neither_loss_nor_gradient(garbage):
   student_BTV, teacher_BTV = map(jnp.asarray, _logits())
   mask_BT = jnp.asarray(np.random.default_rng(1).random((_B, _T)) < 0.5)
 
@@ -120,7 +120,7 @@ def _outputs(num_shared=_V, dtype=jnp.float32):
 
 
 def _whole(student, teacher, targets_BT):
-  """The same statistics, from whole logits."""
+  """Computes the same statistics from full logits."""
   student_BTV = student.hidden_BTD @ student.head_DV
   teacher_BTV = 3.0 * jnp.tanh(teacher.hidden_BTD @ teacher.head_DV / 3.0)
   stats, theirs = (
@@ -189,7 +189,7 @@ def test_only_the_divergence_has_a_gradient_and_only_to_the_student():
 
 
 def _temporary_bytes(chunk_tokens, num_tokens, num_words):
-  """Compiles the gradient of all there is, and asks what it needs."""
+  """Compiles the gradient of every statistic; returns its memory."""
 
   def loss(student_hidden_BTD, student_head_DV, teacher):
     stats = gkd.of_outputs(
@@ -213,15 +213,15 @@ def _temporary_bytes(chunk_tokens, num_tokens, num_words):
 def test_compiled_memory_does_not_grow_with_vocabulary_times_sequence():
   short = _temporary_bytes(8, 64, 1024)
   long = _temporary_bytes(8, 512, 1024)
-  # The rest is hidden states and statistics, of a few numbers a token.
+  # The rest is hidden states and statistics, a few numbers per token.
   assert long - short < 128 * _B * (512 - 64)
   assert long < 0.3 * 4 * _B * 512 * 1024
-  # In one chunk it does grow: the bounds above mean something.
+  # With one chunk it does grow, so the bounds above are meaningful.
   assert _temporary_bytes(512, 512, 1024) >= 4 * _B * 512 * 1024
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1])
-def test_beta_is_a_part_of_one(beta):
+def test_beta_must_be_in_the_unit_interval(beta):
   with pytest.raises(ValueError, match="beta"):
     gkd.generalized_jsd(*_logits(), beta=beta, temperature=1.0)
 
@@ -231,13 +231,13 @@ def test_temperature_must_be_positive():
     gkd.generalized_jsd(*_logits(), beta=0.5, temperature=0.0)
 
 
-def test_vocabularies_must_be_one():
+def test_vocabularies_must_match():
   student_BTV, teacher_BTV = _logits()
   with pytest.raises(ValueError, match="vocabularies of 101 and 100"):
     gkd.generalized_jsd(student_BTV, teacher_BTV[..., 1:], **_HYPER)
 
 
-def test_sharded_heads_and_batch_give_the_same():
+def test_sharded_heads_and_batch_match_unsharded():
   student, teacher, targets_BT = _outputs(_V - 1)
   teacher = teacher._replace(head_DV=teacher.head_DV[:, : _V - 1])
   mesh = jax.make_mesh(

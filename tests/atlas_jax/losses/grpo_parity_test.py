@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GRPO loss against TRL's own methods on the same arrays.
+"""GRPO loss against TRL's methods on the same arrays.
 
 `GRPOTrainer` is never built: its methods run on a stand-in for `self` whose
 models return recorded log-probabilities, so TRL's code sees our arrays.
@@ -39,13 +39,13 @@ _GRPO = dict(
   aggregate="sequence_mean",
   max_tokens=_MAX_TOKENS,
 )
-# Ratios of whole sequences are nearer to 1.
+# Sequence ratios are closer to 1.
 _NARROW = dict(clip_low=0.02, clip_high=0.03)
 _THEIR_NARROW = dict(epsilon_low=0.02, epsilon_high=0.03)
 
 
 class _Recording(torch.nn.Module):
-  """A model that only knows the log-probabilities it once returned."""
+  """A model that returns fixed log-probabilities."""
 
   is_gradient_checkpointing = False
 
@@ -72,7 +72,7 @@ def _arrays():
 
 
 def _trainer(loss_type="grpo", **changes):
-  """Stands in for a GRPOTrainer, as its __init__ would have left it."""
+  """Fakes the attributes that GRPOTrainer.__init__ sets."""
   _, old_BT, ref_BT, rollout_BT, rewards_PC, lengths_B = _arrays()
   completions = [[1] * length for length in lengths_B]
   reported = [
@@ -172,7 +172,7 @@ def _theirs(**changes):
 
 
 def _arguments():
-  """Gives our functions the arrays that TRL's saw, and the mask."""
+  """Returns our arguments for TRL's arrays, and the mask."""
   *arrays, lengths_B = map(jnp.asarray, _arrays())
   return *arrays, jnp.arange(_T) < lengths_B[:, None]
 
@@ -240,13 +240,13 @@ def _assert_same(ours, theirs):
   ],
   ids=str,
 )
-def test_loss_and_gradient_are_trls(theirs, ours, beta):
+def test_loss_and_gradient_match_trl(theirs, ours, beta):
   from_trl = _theirs(beta=beta, **theirs)
   advantages_B = jnp.asarray(from_trl[0]["advantages"].numpy())
   _assert_same(_ours(advantages_B, kl_coef=beta, **ours), from_trl)
 
 
-def test_metrics_are_trls():
+def test_metrics_match_trl():
   batch, _, _, their_metrics = _theirs()
   *_, metrics = _ours(jnp.asarray(batch["advantages"].numpy()))
   for ours, theirs in {
@@ -260,13 +260,13 @@ def test_metrics_are_trls():
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_are_trls(scale):
+def test_advantages_match_trl(scale):
   batch, *_ = _theirs(scale_rewards=scale)
   rewards_PC = _arguments()[4]
   advantages_PC = advantages.group_advantages(
     rewards_PC, ~jnp.isnan(rewards_PC), baseline="mean", scale=scale
   )
-  # Of equal rewards TRL keeps the rounding error of their mean, over 1e-4.
+  # For equal rewards, TRL keeps the mean's rounding error, divided by 1e-4.
   np.testing.assert_allclose(
     advantages_PC.reshape(_B), batch["advantages"], atol=1e-3
   )
@@ -285,7 +285,7 @@ def test_advantages_are_trls(scale):
   ],
 )
 @pytest.mark.parametrize("min_ratio", [None, 0.8])
-def test_sampler_weights_are_trls(mode, ours, min_ratio):
+def test_sampler_weights_match_trl(mode, ours, min_ratio):
   from_trl = _theirs(
     vllm_importance_sampling_mode=mode,
     vllm_importance_sampling_clip_min=min_ratio,
@@ -328,7 +328,7 @@ def _rloo(beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
-def test_rloo_is_trls(beta):
+def test_rloo_matches_trl(beta):
   from_trl = _rloo(beta)
   _, old_BT, ref_BT, _, rewards_PC, mask_BT = _arguments()
   penalty_B = kl.of_sequences(old_BT, ref_BT, mask_BT, estimator="k1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GRPO loss against the paper, at its limits and under padding."""
+"""GRPO loss against the paper, in its limits and under padding."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ _HYPER = dict(
 
 
 def _batch(spread=0.4):
-  """What `surrogate` takes, in its order; lengths 1 to T, one empty."""
+  """Returns arguments of `surrogate`; lengths 1 to T, one empty."""
   rng = np.random.default_rng(0)
   logprobs_BT = -rng.exponential(size=(_B, _T))
   old_BT = logprobs_BT + spread * rng.normal(size=(_B, _T))
@@ -55,7 +55,7 @@ def _objective(**changes):
 
 
 def _paper(batch, weights_BT, *, at, objective):
-  """Transcribes the objective token by token, in float64.
+  """Computes the objective token by token, in float64.
 
   Where the papers stop the gradient, `at` stands for the log-probabilities.
   """
@@ -137,7 +137,7 @@ def _loss_and_grad(batch, weights_BT, **changes):
   return jax.value_and_grad(loss, has_aux=True)(batch[0])
 
 
-# Ratios of whole sequences are nearer to 1.
+# Sequence ratios are closer to 1.
 _NARROW = dict(clip_low=0.02, clip_high=0.03)
 _FAMILY = [
   {},
@@ -160,7 +160,7 @@ _FAMILY = [
 
 
 @pytest.mark.parametrize("changes", _FAMILY, ids=str)
-def test_loss_and_gradient_are_the_papers(changes):
+def test_loss_and_gradient_match_the_paper(changes):
   batch, weights_BT = _batch(), _weights()
   (loss, metrics), grad_BT = _loss_and_grad(batch, weights_BT, **changes)
 
@@ -223,7 +223,7 @@ def test_order_of_sequences_does_not_matter(changes):
 
 
 @pytest.mark.parametrize("changes", _FAMILY, ids=str)
-def test_nothing_counted_is_zero_everywhere(changes):
+def test_loss_and_gradient_are_zero_without_counted_tokens(changes):
   *batch, mask_BT = _batch()
   (loss, metrics), grad_BT = _loss_and_grad(
     [*batch, jnp.zeros_like(mask_BT)], _weights(), **changes
@@ -262,7 +262,7 @@ def _on_policy():
 
 @pytest.mark.parametrize("clipping", ["objective", "weight"])
 @pytest.mark.parametrize("ratio", ["token", "sequence_token"])
-def test_on_policy_it_is_the_plain_policy_gradient(clipping, ratio):
+def test_on_policy_gradient_is_the_plain_policy_gradient(clipping, ratio):
   batch = _on_policy()
   *_, advantages_B, mask_BT = batch
   changes = dict(clipping=clipping, ratio=ratio, aggregate="token_mean")
@@ -275,7 +275,7 @@ def test_on_policy_it_is_the_plain_policy_gradient(clipping, ratio):
   assert metrics["kl"] == metrics["clip_low_fraction"] == 0.0
 
 
-def test_on_policy_a_product_is_as_good_as_the_sequence_is_long():
+def test_on_policy_product_gradient_is_length_times_gspo():
   """RLOO sums a sequence's log-probabilities, where GSPO takes their mean."""
   batch = _on_policy()
   _, product_BT = _loss_and_grad(batch, jnp.ones((_B, _T)), ratio="product")
@@ -284,7 +284,7 @@ def test_on_policy_a_product_is_as_good_as_the_sequence_is_long():
   np.testing.assert_allclose(product_BT, mean_BT * lengths_B1, rtol=1e-6)
 
 
-def test_gspo_by_the_token_has_the_gradient_of_gspo():
+def test_gspo_token_has_the_gradient_of_gspo():
   batch, ones_BT = _batch(), jnp.ones((_B, _T))
   (want, _), want_BT = _loss_and_grad(batch, ones_BT, ratio="sequence")
   (loss, _), grad_BT = _loss_and_grad(batch, ones_BT, ratio="sequence_token")
@@ -292,7 +292,7 @@ def test_gspo_by_the_token_has_the_gradient_of_gspo():
   np.testing.assert_allclose(grad_BT, want_BT, rtol=1e-5, atol=1e-9)
 
 
-def test_a_wide_clip_of_the_weight_is_importance_sampling():
+def test_wide_weight_clipping_is_importance_sampling():
   batch, weights_BT = _batch(), _weights()
   wide = dict(clip_low=1.0, clip_high=1e9)
   _, weight_BT = _loss_and_grad(batch, weights_BT, clipping="weight", **wide)
@@ -304,7 +304,7 @@ def test_a_wide_clip_of_the_weight_is_importance_sampling():
   ("ratio", "advantage", "low", "high"),
   [(0.5, -1, 1, 0), (0.5, 1, 0, 0), (2.0, 1, 0, 1), (2.0, -1, 0, 0)],
 )
-def test_a_token_is_clipped_only_where_its_gradient_is(
+def test_clip_fractions_count_tokens_without_gradient(
   ratio, advantage, low, high
 ):
   batch = [
@@ -334,6 +334,6 @@ def test_a_token_is_clipped_only_where_its_gradient_is(
     ({"kl_estimator": "k1"}, "kl_estimator=k1"),
   ],
 )
-def test_what_is_no_objective_is_refused(wrong, match):
+def test_invalid_objective_is_rejected(wrong, match):
   with pytest.raises(errors.ConfigError, match=match):
     _objective(**wrong)

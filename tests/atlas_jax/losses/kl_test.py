@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL estimators: their values and gradients, in the mean over all tokens."""
+"""KL estimators: values, and expected values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def _divergence(left_V, right_V):
 
 
 def _mean_gradient(estimator, *, drawn_by_V, weighted):
-  """The gradient that a loss has in the mean: over tokens, by probability."""
+  """Computes the expected gradient of a loss over drawn tokens."""
   policy_V, reference_V, _ = _policies()
   drawn_V = jax.nn.log_softmax(drawn_by_V)
 
@@ -56,7 +56,7 @@ def test_estimates_of_known_gaps(gap, k1, k2, k3):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_k1_and_k3_have_the_divergence_as_their_mean():
+def test_k1_and_k3_are_unbiased():
   policy_V, reference_V, _ = _policies()
   gap_V = jax.nn.log_softmax(policy_V) - jax.nn.log_softmax(reference_V)
   for estimator in ("k1", "k3"):
@@ -67,7 +67,7 @@ def test_k1_and_k3_have_the_divergence_as_their_mean():
     np.testing.assert_allclose(mean, want, rtol=1e-5)
 
 
-def test_plain_gradients_on_policy_are_nothing_one_way_and_the_other():
+def test_plain_on_policy_gradients_are_zero_forward_and_reverse():
   policy_V, reference_V, _ = _policies()
   k1_V, k2_V, k3_V = (
     _mean_gradient(estimator, drawn_by_V=policy_V, weighted=False)
@@ -83,7 +83,7 @@ def test_plain_gradients_on_policy_are_nothing_one_way_and_the_other():
 
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("estimator", _ALL)
-def test_weighted_gradients_are_the_divergences(estimator, on_policy):
+def test_weighted_gradients_match_the_divergence(estimator, on_policy):
   policy_V, reference_V, old_V = _policies()
   grad_V = _mean_gradient(
     estimator, drawn_by_V=policy_V if on_policy else old_V, weighted=True
@@ -92,7 +92,7 @@ def test_weighted_gradients_are_the_divergences(estimator, on_policy):
   np.testing.assert_allclose(grad_V, want_V, atol=1e-6)
 
 
-def test_a_sequences_penalty_is_the_sum_over_its_tokens():
+def test_penalty_of_a_sequence_is_the_sum_over_tokens():
   old_BT = jnp.array([[1.0, 2.0, jnp.nan], [jnp.nan] * 3])
   ref_BT = jnp.array([[0.5, 3.0, 9.0], [0.0] * 3])
   penalty_B = kl.of_sequences(
@@ -101,6 +101,6 @@ def test_a_sequences_penalty_is_the_sum_over_its_tokens():
   np.testing.assert_allclose(penalty_B, [0.5 - 1.0, 0.0])
 
 
-def test_an_unknown_estimator_is_refused():
+def test_unknown_estimator_is_rejected():
   with pytest.raises(ValueError, match="k4"):
     kl.estimate(jnp.zeros(1), estimator="k4")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunked log-probabilities equal the plain ones and stay small."""
+"""Chunked log-probabilities match the plain ones and need little memory."""
 
 import jax
 from jax import extend
@@ -31,7 +31,7 @@ def _whole(hidden_BTD, head_DV, targets_BT, *, temperature):
 
 
 def _weighted_sum(stats):
-  """Weighs every statistic with a gradient differently for every token."""
+  """Sums the statistics with a gradient, with random weights per token."""
   weights = np.random.default_rng(1).normal(size=(3, _B, _T))
   return jnp.sum(jnp.stack(stats[:3]) * weights)
 
@@ -106,7 +106,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_tokens, temperature):
     np.testing.assert_allclose(got_leaf, want_leaf, atol=2e-5, rtol=1e-5)
 
 
-def test_bfloat16_hidden_states_give_float32_sums():
+def test_bfloat16_hidden_states_are_summed_in_float32():
   hidden_BTD, head_DV, targets_BT = _batch(jnp.bfloat16)
 
   def loss(head_DV):
@@ -122,7 +122,7 @@ def test_bfloat16_hidden_states_give_float32_sums():
 
 
 def _sizes(jaxpr):
-  """Sizes of all arrays that a program and those inside it compute."""
+  """Returns the sizes of all arrays in a jaxpr and its sub-jaxprs."""
   for equation in jaxpr.eqns:
     yield from (variable.aval.size for variable in equation.outvars)
     for inner in jax.tree.leaves(list(equation.params.values())):
@@ -158,14 +158,12 @@ def _summed(chunk_tokens):
 @pytest.mark.parametrize(
   ("chunk_tokens", "num_tokens"), [(None, 64), (8, 8), (40, 32), (512, 64)]
 )
-def test_no_array_holds_more_logits_than_an_even_chunks(
-  chunk_tokens, num_tokens
-):
+def test_no_array_holds_more_logits_than_one_chunk(chunk_tokens, num_tokens):
   assert _largest_array(*_summed(chunk_tokens)) == _B * num_tokens * 256
 
 
 def _temporary_bytes(chunk_tokens, num_tokens, num_words):
-  """Compiles the gradient of every statistic, and asks what it needs."""
+  """Compiles the gradient of every statistic; returns its memory."""
 
   def loss(hidden_BTD, head_DV):
     targets_BT = jnp.zeros((_B, num_tokens), int)
@@ -186,10 +184,10 @@ def _temporary_bytes(chunk_tokens, num_tokens, num_words):
 def test_compiled_memory_does_not_grow_with_vocabulary_times_sequence():
   short = _temporary_bytes(8, 64, 1024)
   long = _temporary_bytes(8, 512, 1024)
-  # The rest is hidden states and statistics, of a few numbers a token.
+  # The rest is hidden states and statistics, a few numbers per token.
   assert long - short < 128 * _B * (512 - 64)
   assert long < 0.3 * 4 * _B * 512 * 1024
-  # In one chunk it does grow: the bound above means something.
+  # With one chunk it does grow, so the bound above is meaningful.
   assert _temporary_bytes(512, 512, 1024) >= 4 * _B * 512 * 1024
 
 
@@ -204,7 +202,7 @@ def test_chunk_size_must_be_positive():
     logprobs.of_targets(*_batch(), temperature=1.0, chunk_tokens=0)
 
 
-def test_sharded_head_and_batch_give_the_same():
+def test_sharded_head_and_batch_match_unsharded():
   hidden_BTD, head_DV, targets_BT = _batch()
   head_DV = head_DV[:, :100]
   targets_BT = targets_BT % 100
@@ -236,7 +234,7 @@ def test_sharded_head_and_batch_give_the_same():
 
 
 def _support_probs(logits_BTV, targets_BT, support, temperature):
-  """Transcribes top-k, then top-p, in float64; the target always stays."""
+  """Computes top-k, then top-p, in float64; the target is always kept."""
   probs_BTV = np.zeros(logits_BTV.shape)
   for b, t in np.ndindex(*targets_BT.shape):
     weights_V = np.exp(logits_BTV[b, t] / temperature)
@@ -259,9 +257,9 @@ def _support_probs(logits_BTV, targets_BT, support, temperature):
     logprobs.Support(top_p=1.0, top_k=_V + 5),
   ],
 )
-def test_a_support_shares_the_probability_of_the_rest_out(support, temperature):
+def test_support_renormalizes_the_distribution(support, temperature):
   logits_BTV = np.random.default_rng(0).normal(size=(_B, _T, _V))
-  # Some targets are within the support, and some are not.
+  # Some targets are in the support, and some are not.
   targets_BT = np.argsort(-logits_BTV)[..., 2]
   targets_BT[:, ::3] = np.random.default_rng(1).integers(0, _V, (_B, 13))
 
@@ -285,7 +283,7 @@ def test_a_support_shares_the_probability_of_the_rest_out(support, temperature):
   np.testing.assert_allclose(grad_BTV, want_BTV, atol=1e-5)
 
 
-def test_all_gradients_over_a_support_are_finite_and_the_same_in_chunks():
+def test_gradients_over_a_support_are_finite_and_independent_of_chunks():
   hidden_BTD, head_DV, targets_BT = _batch()
   support = logprobs.Support(top_p=0.5, top_k=10)
 

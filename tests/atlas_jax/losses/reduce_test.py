@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means count what the mask shows, and nothing else."""
+"""Means depend on counted tokens only."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ _MASK_BT = jnp.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
 _MEANS = [reduce.token_mean, reduce.sequence_mean]
 
 
-def test_token_mean_weighs_tokens_alike():
+def test_token_mean_weighs_tokens_equally():
   assert reduce.token_mean(_X_BT, _MASK_BT) == (1 + 2 + 30) / 3
 
 
-def test_sequence_mean_weighs_sequences_alike_and_skips_empty_ones():
+def test_sequence_mean_weighs_sequences_equally_and_skips_empty_ones():
   assert reduce.sequence_mean(_X_BT, _MASK_BT) == (1.5 + 30) / 2
 
 
@@ -32,7 +32,7 @@ def test_masked_values_reach_neither_mean_nor_gradient(mean, garbage):
 
 
 @pytest.mark.parametrize("mean", _MEANS)
-def test_nothing_counted_is_zero_with_zero_gradient(mean):
+def test_mean_and_gradient_are_zero_without_counted_tokens(mean):
   value, grad_BT = jax.value_and_grad(mean)(
     jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool)
   )
@@ -47,7 +47,7 @@ def test_bfloat16_is_summed_in_float32(mean):
   assert mean(x_BT, x_BT > 0.0) == 1.0
 
 
-def test_mean_goes_by_name():
+def test_mean_is_selected_by_name():
   whole = reduce.mean
   for aggregate in ("token_mean", "sequence_mean"):
     want = getattr(reduce, aggregate)(_X_BT, _MASK_BT)
@@ -55,11 +55,11 @@ def test_mean_goes_by_name():
   want = reduce.constant_length(_X_BT, _MASK_BT, length=3)
   got = whole(_X_BT, _MASK_BT, aggregate="constant_length", length=3)
   assert got == want
-  with pytest.raises(ValueError, match=r"batch_mean.*sequence_mean"):
+  with pytest.raises(ValueError, match=r"sequence_mean.*batch_mean"):
     whole(_X_BT, _MASK_BT, aggregate="batch_mean", length=3)
 
 
-def test_a_constant_length_weighs_every_token_alike():
+def test_constant_length_weighs_tokens_equally():
   grad_BT = jax.grad(reduce.constant_length)(_X_BT, _MASK_BT, length=50)
   num_sequences = np.any(_MASK_BT, axis=1).sum()
   want_BT = np.where(_MASK_BT, 1 / (50 * num_sequences), 0.0)
@@ -67,7 +67,7 @@ def test_a_constant_length_weighs_every_token_alike():
 
 
 @pytest.mark.parametrize("aggregate", reduce.AGGREGATES)
-def test_parts_weighed_by_their_counts_are_the_whole(aggregate):
+def test_means_of_parts_weighted_by_counts_add_up(aggregate):
   rng = np.random.default_rng(0)
   x_BT = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
   mask_BT = jnp.arange(5) < jnp.array([[5], [0], [1], [0], [0], [3]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFT loss against PyTorch's and transformers' on one masked batch."""
+"""SFT loss against PyTorch and transformers, on one masked batch."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def _batch():
 
 
 def _ours(hidden_BTD, head_DV, tokens_BT, mask_BT):
-  """Returns our loss, with the shift that the caller makes."""
+  """Returns our loss, with shifted targets."""
   stats = logprobs.of_targets(
     hidden_BTD[:, :-1],
     head_DV,
@@ -53,7 +53,7 @@ def _transformers_loss(logits_BTV, labels_BT):
 
 
 @pytest.mark.parametrize("theirs", [_torch_cross_entropy, _transformers_loss])
-def test_loss_and_gradients_are_theirs(theirs):
+def test_loss_and_gradients_match_the_references(theirs):
   hidden_BTD, head_DV, tokens_BT, mask_BT = _batch()
   hidden = torch.tensor(hidden_BTD, requires_grad=True)
   head = torch.tensor(head_DV, requires_grad=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross entropy counts the tokens of the mask, once each."""
+"""Cross entropy is the mean over counted tokens."""
 
 import jax
 import jax.numpy as jnp

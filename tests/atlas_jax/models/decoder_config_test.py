@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config means, and what is refused by name."""
+"""Reading of config.json, and fields rejected by name."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
   [
     ({"model_type": "gpt2"}, "gpt2"),
     ({"model_type": ["llama"]}, "llama"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
     ({"attention_bias": True}, "attention_bias"),
     ({"use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
     ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
@@ -33,11 +33,11 @@ def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
     ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value"),
-    ({"head_dim": 7}, "7 numbers of a head"),
+    ({"head_dim": 7}, "must be even, got 7"),
     ({"vocab_size": None}, "vocab_size"),
-    ({"vocab_size": "37"}, "vocab_size='37'"),
-    ({"num_attention_heads": 0}, "num_attention_heads=0"),
-    ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    ({"vocab_size": "37"}, "vocab_size must be a positive integer, got '37'"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be"),
+    ({"num_hidden_layers": True}, "num_hidden_layers must be"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
@@ -49,20 +49,20 @@ def test_family_decides_biases_and_norms(family, qkv_bias, qk_norm):
     ),
   ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(changes, named):
+def test_unsupported_fields_are_rejected_by_name(changes, named):
   with pytest.raises(errors.CheckpointError) as caught:
     decoder_config.from_hf(tiny.fields("qwen2", **changes))
-  assert named in caught.value.why
+  assert named in caught.value.what
 
 
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor"])
-def test_incomplete_rope_scaling_is_refused_by_name(missing):
+def test_incomplete_rope_scaling_is_rejected_by_name(missing):
   rope = {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != missing}
   with pytest.raises(errors.CheckpointError, match=missing):
     decoder_config.from_hf(tiny.fields("llama", rope_parameters=rope))
 
 
-def test_unknown_and_flat_rope_scalings_are_refused_by_name():
+def test_unknown_and_empty_rope_scalings_are_rejected_by_name():
   unknown = {**tiny.LLAMA3_ROPE, "beta_fast": 32.0}
   with pytest.raises(errors.CheckpointError, match="beta_fast"):
     decoder_config.from_hf(tiny.fields("llama", rope_parameters=unknown))
@@ -71,7 +71,7 @@ def test_unknown_and_flat_rope_scalings_are_refused_by_name():
     decoder_config.from_hf(tiny.fields("llama", rope_parameters=flat))
 
 
-def test_older_and_newer_rope_fields_mean_the_same():
+def test_older_and_newer_rope_fields_are_equivalent():
   newer = tiny.fields("llama")
   older = tiny.fields("llama")
   rope = dict(older.pop("rope_parameters"))
@@ -80,7 +80,7 @@ def test_older_and_newer_rope_fields_mean_the_same():
   assert decoder_config.from_hf(older) == decoder_config.from_hf(newer)
 
 
-def test_head_width_falls_back_as_each_family_has_it():
+def test_head_width_defaults_depend_on_the_family():
   changes = {"hidden_size": 24, "head_dim": None}
   assert decoder_config.from_hf(tiny.fields("qwen2", **changes)).head_width == 8
   assert decoder_config.from_hf(tiny.fields("llama", **changes)).head_width == 8
@@ -95,7 +95,7 @@ def _local(family, **changes):
   return "".join("w" if is_local else "f" for is_local in local)
 
 
-def test_each_family_says_in_its_way_which_layers_have_a_window():
+def test_local_layers_are_read_from_each_familys_fields():
   window = {"sliding_window": 9, "layer_types": None}
   switched = {**window, "use_sliding_window": True, "max_window_layers": 4}
   assert _local("gemma2", **window) == "wfwfwf"
@@ -108,7 +108,7 @@ def test_each_family_says_in_its_way_which_layers_have_a_window():
   assert _local("llama", sliding_window=9) == "ffffff"
 
 
-def test_older_and_newer_gemma_ropes_mean_the_same():
+def test_older_and_newer_gemma_ropes_are_equivalent():
   newer = tiny.fields("gemma3_text")
   older = tiny.fields("gemma3_text")
   del older["rope_parameters"]
@@ -122,7 +122,7 @@ def test_older_and_newer_gemma_ropes_mean_the_same():
   assert got.rope != got.local_rope
 
 
-def test_mixed_layers_of_experts_are_refused():
+def test_mixed_dense_and_expert_layers_are_rejected():
   for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
     with pytest.raises(errors.CheckpointError, match="experts"):
       decoder_config.from_hf(tiny.fields("qwen3_moe", **changes))

@@ -63,12 +63,12 @@ def test_packed_equals_unpacked(family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_cached_decoding_equals_the_whole_sequence(family):
+def test_cached_decoding_matches_the_full_forward_pass(family):
   model = tiny.build(family)
   params = tiny.params_of(model)
   num_prompt, num_new = 6, 4
   # The second prompt is two tokens shorter, padded on the right, so slots and
-  # positions part ways.
+  # positions differ.
   lengths = jnp.array([6, 4])
   tokens, _, _ = tiny.batch(model, num_tokens=num_prompt + num_new)
   slots = jnp.arange(num_prompt)[None]
@@ -134,18 +134,18 @@ def _traced_gradient(**changes):
   return jax.jit(gradient).trace(model.abstract_params)
 
 
-def test_what_is_computed_again_is_not_kept():
+def test_rematerialized_activations_are_not_saved():
   none, dots, block, offload = (
     _traced_gradient(remat=remat).lower().compile().memory_analysis()
     for remat in ("none", "dots", "block", "offload")
   )
   assert dots.temp_size_in_bytes < 0.5 * none.temp_size_in_bytes
   assert block.temp_size_in_bytes < 0.8 * dots.temp_size_in_bytes
-  # On a CPU both memories are one.
+  # On a CPU, both are the same memory.
   assert offload.temp_size_in_bytes <= block.temp_size_in_bytes
 
 
-def test_dots_computes_no_product_again_but_scores():
+def test_remat_dots_recomputes_no_product_but_scores():
   none, dots = (
     _traced_gradient(remat=remat).lower().compile().as_text().count(" dot(")
     for remat in ("none", "dots")
@@ -154,22 +154,22 @@ def test_dots_computes_no_product_again_but_scores():
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_offload_puts_the_inputs_of_blocks_into_the_hosts_memory(platform):
+def test_remat_offload_moves_block_inputs_to_host_memory(platform):
   for remat, is_there in (("offload", True), ("block", False)):
     traced = _traced_gradient(remat=remat)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("pinned_host" in text) == is_there
 
 
-def test_blocks_outside_of_a_loop_are_kept_from_being_merged():
+def test_unrolled_blocks_are_not_merged_with_their_recomputation():
   for unroll, is_needed in ((3, False), (6, True)):
     traced = _traced_gradient(remat="block", unroll=unroll)
     text = traced.lower().as_text()
     assert ("optimization_barrier" in text) == is_needed
 
 
-def test_unknown_remat_is_refused():
-  with pytest.raises(ValueError, match="remat='full'"):
+def test_unknown_remat_is_rejected():
+  with pytest.raises(ValueError, match="got 'full'"):
     tiny.build("qwen2", remat="full")
 
 
@@ -182,7 +182,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
   hidden = jax.eval_shape(model.hidden, params, *batch)
   assert hidden.dtype == jnp.bfloat16
   assert logits.dtype == jnp.float32
-  # A cast after a bfloat16 product would leave multiples of its precision.
+  # A cast after a bfloat16 product would leave bfloat16 values.
   assert not np.array_equal(logits, logits.astype(jnp.bfloat16))
   exact = jax.jit(tiny.build("qwen3").logits)(params, *batch)
   scale = float(jnp.max(jnp.abs(exact)))
@@ -217,7 +217,7 @@ def test_padding_changes_no_logit_and_leaks_no_nan():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_abstract_params_are_those_init_draws(tied):
+def test_abstract_params_match_those_of_init(tied):
   model = tiny.build("qwen2", tie_word_embeddings=tied)
   params = jax.eval_shape(model.init, jax.random.key(0))
   abstract = jax.tree.map(
@@ -230,7 +230,7 @@ def test_abstract_params_are_those_init_draws(tied):
   assert jax.eval_shape(model.head, params).shape == (21, 37)
 
 
-def test_layers_are_drawn_apart():
+def test_layers_are_initialized_differently():
   model = tiny.build("qwen2")
   kernel = model.init(jax.random.key(0))["layers"]["mlp"]["up"]["kernel"]
   assert not np.array_equal(kernel[0], kernel[1])

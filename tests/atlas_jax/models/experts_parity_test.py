@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balance of experts against transformers."""
+"""Balance loss against transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
-def test_balance_equals_that_of_transformers():
+def test_balance_loss_matches_transformers():
   from transformers.models.qwen3_moe import modeling_qwen3_moe
 
   model = tiny.build("qwen3_moe", num_hidden_layers=1)
@@ -34,7 +34,7 @@ def test_balance_equals_that_of_transformers():
 
 
 def _router_logits(model, params, tokens, positions, segments):
-  """Recomputes what the router of a one-layer model sees."""
+  """Recomputes the router inputs of a one-layer model."""
   seen = []
 
   def spy(x):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixture of experts against NumPy, and its balance."""
+"""Mixture of experts against NumPy, and its balance loss."""
 
 from flax import nnx
 import jax
@@ -20,7 +20,7 @@ def _mixture(**changes):
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_every_token_gets_the_sum_over_its_experts(normalise):
+def test_output_is_the_weighted_sum_over_chosen_experts(normalise):
   module, sizes = _mixture(norm_topk_prob=normalise, initializer_range=1.0)
   x = jax.random.normal(jax.random.key(1), (2, 3, 21))
 
@@ -58,7 +58,7 @@ def test_load_counts_choices_of_counted_tokens():
   assert float(load.probs.sum()) == pytest.approx(3.0, rel=1e-5)
 
 
-def test_balance_is_least_where_experts_share_evenly():
+def test_balance_loss_is_minimal_for_a_uniform_load():
   even = experts.Load(jnp.full((4,), 2.0), jnp.full((4,), 2.0))
   uneven = experts.Load(
     jnp.array([8.0, 0.0, 0.0, 0.0]), jnp.array([6.5, 0.5, 0.5, 0.5])
@@ -67,7 +67,7 @@ def test_balance_is_least_where_experts_share_evenly():
   assert float(experts.balance_loss(uneven, 8.0)) > 3.0
 
 
-def test_a_dense_model_has_no_balance_to_keep():
+def test_dense_model_has_zero_balance_loss():
   model = tiny.build("qwen3")
   _, balance = model.hidden_and_balance(
     tiny.params_of(model), *tiny.batch(model)

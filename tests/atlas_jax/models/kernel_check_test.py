@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that ignores its mask is found out before training."""
+"""A kernel that ignores its mask is rejected before training."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests import tiny
 
 
 def _blind(kernel, mask, queries):
-  """Attends as cuDNN would without a mask: causally, segments or not."""
+  """Causal attention that ignores segments."""
   if kernel != "cudnn":
     return _MAKE(kernel, mask, queries)
   one_segment = jnp.ones_like(queries.segment_ids_BT)
@@ -30,12 +30,12 @@ _MAKE = kernels.make
 
 @pytest.fixture(autouse=True)
 def _forget():
-  """Lets no test run what another has compiled of another kernel."""
+  """Clears compiled functions, which contain the kernel of a test."""
   jax.clear_caches()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_kernel_that_ignores_segments_is_refused(monkeypatch, dtype):
+def test_kernel_that_ignores_segments_is_rejected(monkeypatch, dtype):
   config = tiny.build("gemma2").config
   monkeypatch.setattr(kernels, "make", _blind)
   with pytest.raises(errors.ConfigError, match="attention=cudnn"):
@@ -43,7 +43,7 @@ def test_a_kernel_that_ignores_segments_is_refused(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_kernel_that_rounds_is_not_refused(monkeypatch, dtype):
+def test_rounding_errors_are_accepted(monkeypatch, dtype):
   config = tiny.build("gemma2").config
   monkeypatch.setattr(kernels, "make", _exact)
   kernel_check.require("cudnn", config, jnp.dtype(dtype))

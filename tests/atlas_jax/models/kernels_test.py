@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel that runs here against NumPy, and what is refused."""
+"""Attention kernels against NumPy, and rejected ones."""
 
 import functools
 
@@ -12,7 +12,7 @@ from atlas_jax import errors, sharding
 from atlas_jax.models import kernels
 from tests import tiny
 
-_LENGTHS = ((5, 60, 2), (1, 140))  # Of the segments in each row.
+_LENGTHS = ((5, 60, 2), (1, 140))  # Segment lengths of each row.
 _NUM_TOKENS = 145
 _KERNELS = {
   "reference": functools.partial(kernels.make, "reference"),
@@ -26,12 +26,12 @@ _KERNELS = {
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-  """Makes short rows several tiles long."""
+  """Shrinks tiles, so that short rows span several."""
   monkeypatch.setattr(kernels, "_MAX_SPLASH_BLOCK", 128)
 
 
 def _tokens(lengths, num_tokens):
-  """Lays segments out in rows, padding behind them."""
+  """Packs segments of the given lengths into rows, followed by padding."""
   shape = (len(lengths), num_tokens)
   positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
   for row, sizes in enumerate(lengths):
@@ -52,13 +52,13 @@ def _draw(num_rows, num_tokens, *, heads=4, kv_heads=2, width=8):
 
 
 def _in_numpy(q_TNH, k_TKH, v_TKH, mask):
-  """Attends within one sequence, by the formula."""
+  """Computes attention within one sequence, in NumPy."""
   mixed = np.zeros(q_TNH.shape)
   at = np.arange(len(q_TNH))
   distance = at[:, None] - at
   seen = (distance >= 0) & (distance < (mask.window or np.inf))
   for head in range(q_TNH.shape[1]):
-    # Neighbouring query heads share one key and value head.
+    # Neighbouring query heads share a key/value head.
     shared = head // (q_TNH.shape[1] // k_TKH.shape[1])
     scores = mask.scale * q_TNH[:, head] @ k_TKH[:, shared].T
     if mask.soft_cap:
@@ -77,7 +77,7 @@ def _attend(kernel, mask, tokens, q, k, v):
 @pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
-def test_each_segment_is_attended_by_the_formula(kernel, window, soft_cap):
+def test_attention_within_segments_matches_numpy(kernel, window, soft_cap):
   mask = kernels.Mask(window, 0.4, soft_cap)
   tokens = _tokens(_LENGTHS, _NUM_TOKENS)
   q, k, v, _ = _draw(2, _NUM_TOKENS)
@@ -114,7 +114,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(kernel, window):
     return jnp.sum(weights * _attend(kernel, mask, packed, q, k, v))
 
   def of_unpacked(q, k, v):
-    # The weights of padding are 0, so it has no part in the gradient.
+    # Loss weights are 0 on padding, which adds nothing to the gradient.
     rows = _attend("reference", mask, apart, *map(unpack, (q, k, v)))
     return jnp.sum(unpack(weights) * rows)
 
@@ -125,7 +125,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(kernel, window):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_the_kernel_of_tpus_is_split_over_a_mesh():
+def test_splash_kernel_is_sharded_over_a_mesh():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   rows = sharding.of_batch(mesh)
   mask = kernels.Mask(7, 0.4, None)
@@ -149,7 +149,7 @@ def test_the_kernel_of_tpus_is_split_over_a_mesh():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_sees_nothing_and_is_not_seen():
+def test_padding_neither_attends_nor_is_attended_to():
   tokens = _tokens([(2, 2)], 5)
   seen = kernels.Mask(None, 1.0, None).dense(tokens, tokens)
   expected = [
@@ -162,7 +162,7 @@ def test_padding_sees_nothing_and_is_not_seen():
   np.testing.assert_array_equal(seen[0], np.array(expected, bool))
 
 
-def test_a_window_counts_the_own_token():
+def test_window_includes_the_query_itself():
   tokens = _tokens([(6,)], 6)
   seen = kernels.Mask(3, 1.0, None).dense(tokens, tokens)
   np.testing.assert_array_equal(seen[0].sum(axis=1), [1, 2, 3, 3, 3, 3])
@@ -180,7 +180,7 @@ def test_softmax_is_in_float32(kernel):
   assert all(":f32[" in line for line in exps)
 
 
-def test_gradients_of_blocks_are_added_up_in_float32():
+def test_gradients_of_blocks_are_summed_in_float32():
   tokens = _tokens([(1024,)], 1024)
   mask = kernels.Mask(None, 0.4, None)
   *in_bf16, weights = (x.astype(jnp.bfloat16) for x in _draw(1, 1024))
@@ -201,12 +201,12 @@ def test_gradients_of_blocks_are_added_up_in_float32():
     ]
     for k in ("reference", "xla")
   )
-  # Added up in bfloat16, 16 blocks are off by 1.8 times as much.
+  # Summed in bfloat16, the error over 16 blocks is 1.8 times as large.
   assert blocks[0] < 1.4 * whole[0]
   assert blocks[1] < 1.4 * whole[1]
 
 
-def test_keys_behind_a_span_or_out_of_its_window_are_not_read():
+def test_keys_after_a_span_or_outside_its_window_are_not_read():
   tokens = _tokens([(256,)], 256)  # Four spans.
   q, k, v, _ = _draw(1, 256)
   nan_at = {
@@ -224,12 +224,12 @@ def test_keys_behind_a_span_or_out_of_its_window_are_not_read():
 
 
 @pytest.mark.parametrize("kernel", ["reference", "xla", "splash"])
-def test_kept_values_are_not_mixed_again(kernel):
+def test_saved_attention_outputs_are_not_recomputed(kernel):
   tokens = _tokens([(256,)], 256)
   q, *kv, weights = _draw(1, 256)
 
   def num_products(policy):
-    # In a loop, so that the compiler does not merge a layer with its copy.
+    # In a loop, so that the compiler keeps the recomputation.
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def layer(x, kv):
       mask = kernels.Mask(None, 0.4, None)
@@ -247,7 +247,7 @@ def test_kept_values_are_not_mixed_again(kernel):
   assert num_products(keep) < num_products(again)
 
 
-def test_long_rows_make_no_matrix_of_all_scores():
+def test_long_rows_need_no_full_score_matrix():
   def peak(kernel, num_tokens):
     def loss(q, k, v, tokens):
       mask = kernels.Mask(None, 0.4, None)
@@ -279,7 +279,7 @@ _ABLE = {"head_width": 128, "dtype": jnp.dtype("bfloat16"), "soft_cap": None}
     ("tpu", {"soft_cap": 50.0}, "splash"),
   ],
 )
-def test_auto_takes_the_fastest_that_can(platform, changes, expected):
+def test_auto_selects_the_fastest_supported_kernel(platform, changes, expected):
   got = kernels.choose("auto", platform=platform, **{**_ABLE, **changes})
   assert got == expected
 
@@ -287,19 +287,19 @@ def test_auto_takes_the_fastest_that_can(platform, changes, expected):
 @pytest.mark.parametrize(
   ("backend", "platform", "changes", "why"),
   [
-    ("cudnn", "cpu", {}, "this is a cpu"),
+    ("cudnn", "cpu", {}, "platform is cpu"),
     ("cudnn", "gpu", {"soft_cap": 50.0}, "no soft cap"),
-    ("cudnn", "gpu", {"head_width": 36}, "not 36"),
-    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "in float32"),
-    ("splash", "gpu", {}, "this is a gpu"),
-    ("flash", "gpu", {}, "no such kernel"),
+    ("cudnn", "gpu", {"head_width": 36}, "got 36"),
+    ("cudnn", "gpu", {"dtype": jnp.dtype("float32")}, "got float32"),
+    ("splash", "gpu", {}, "platform is gpu"),
+    ("flash", "gpu", {}, "kernel is unknown"),
   ],
 )
-def test_a_kernel_that_cannot_is_refused(backend, platform, changes, why):
+def test_unsupported_kernel_is_rejected(backend, platform, changes, why):
   with pytest.raises(errors.ConfigError, match=why):
     kernels.choose(backend, platform=platform, **{**_ABLE, **changes})
 
 
-def test_a_model_is_refused_when_it_is_built():
+def test_build_rejects_an_unsupported_kernel():
   with pytest.raises(errors.ConfigError, match="attention=cudnn"):
     tiny.build("gemma2", attention="cudnn")

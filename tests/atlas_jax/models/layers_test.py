@@ -13,7 +13,7 @@ from atlas_jax.models import layers
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_rms_norm_is_the_formula_in_numpy(zero_centered):
+def test_rms_norm_matches_numpy(zero_centered):
   rng = np.random.default_rng(0)
   x, scale = rng.normal(size=(3, 7)), rng.normal(size=7)
 
@@ -34,7 +34,7 @@ def test_rms_norm_is_the_formula_in_numpy(zero_centered):
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_rms_norm_rounds_once_only(zero_centered):
+def test_rms_norm_rounds_only_once(zero_centered):
   x = jax.random.normal(jax.random.key(0), (50, 64), jnp.bfloat16)
   got = layers.rms_norm(
     x,
@@ -47,7 +47,7 @@ def test_rms_norm_rounds_once_only(zero_centered):
   exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
   assert got.dtype == jnp.bfloat16
   same = np.asarray(got) == exact.astype(jnp.bfloat16)
-  assert np.mean(same) > 0.999  # In bfloat16 throughout it is 0.7.
+  assert np.mean(same) > 0.999  # 0.7 if computed in bfloat16.
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_linear_contracts_trailing_axes(shape_in, shape_out):
   )
 
 
-def test_linear_draws_at_its_scale():
+def test_linear_is_initialized_with_its_scale():
   linear = layers.Linear(
     (200,),
     (100,),
@@ -84,7 +84,7 @@ def test_linear_draws_at_its_scale():
   assert linear.bias is None
 
 
-def test_gated_mlp_is_the_formula():
+def test_gated_mlp_matches_numpy():
   mlp = layers.GatedMLP(
     5,
     7,

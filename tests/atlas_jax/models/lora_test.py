@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: nothing at first, the same merged, and only where they may be."""
+"""Adapters: initialization, merging and targets."""
 
 import math
 
@@ -22,7 +22,7 @@ def _adapters(model, settings=_LORA):
   return lora.init(jax.random.key(0), abstract)
 
 
-def test_a_new_adapter_changes_no_bit_and_starts_as_that_of_peft():
+def test_new_adapter_changes_no_bit_and_matches_pefts_init():
   model = tiny.build("qwen3")
   params, adapters = tiny.params_of(model), _adapters(model)
   batch = tiny.batch(model)
@@ -37,7 +37,7 @@ def test_a_new_adapter_changes_no_bit_and_starts_as_that_of_peft():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_merged_model_says_what_the_adapted_one_does(family):
+def test_merged_model_matches_the_adapted_one(family):
   model = tiny.build(family)
   settings = _LORA
   if family == "qwen3_moe":
@@ -52,11 +52,11 @@ def test_a_merged_model_says_what_the_adapted_one_does(family):
 
   np.testing.assert_allclose(got, model.logits(merged, *batch), atol=5e-5)
   assert np.abs(got - model.logits(params, *batch)).max() > 0.1
-  # What has no adapter is not copied.
+  # Parameters without an adapter are not copied.
   assert merged["embed"]["embedding"] is params["embed"]["embedding"]
 
 
-def test_merging_is_in_float32_and_keeps_the_precision_of_the_kernel():
+def test_merge_computes_in_float32_and_keeps_the_dtype():
   params = {"kernel": jnp.ones((1, 2, 2), jnp.bfloat16)}
   a, b = jnp.full((1, 2, 1), 1e-3), jnp.ones((1, 1, 2))
   merged = lora.merge(params, {"lora_a": a, "lora_b": b}, 100.0)["kernel"]
@@ -72,19 +72,19 @@ def test_merging_is_in_float32_and_keeps_the_precision_of_the_kernel():
     ("qwen3_moe", "mixture/.*"),
   ],
 )
-def test_a_target_that_no_layer_answers_to_is_refused(family, target):
+def test_target_that_matches_no_layer_is_rejected(family, target):
   settings = lora.Lora(rank=2, alpha=1.0, targets=("attention/q", target))
   with pytest.raises(errors.ConfigError, match="attention/k"):
     lora.adapt(tiny.build(family), settings)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(-1, 1.0), (4, 0.0)])
-def test_adapters_that_could_not_learn_are_refused(rank, alpha):
-  with pytest.raises(errors.ConfigError, match=f"rank is {rank}"):
+def test_invalid_rank_and_alpha_are_rejected(rank, alpha):
+  with pytest.raises(errors.ConfigError, match=f"rank={rank} and"):
     lora.Lora(rank=rank, alpha=alpha, targets=())
 
 
-def test_a_fingerprint_sees_one_bit_and_an_exchange():
+def test_fingerprint_detects_one_bit_and_a_permutation():
   params = {"x": jnp.arange(12.0).reshape(3, 4), "y": jnp.ones(3, jnp.bfloat16)}
   other = {**params, "x": jnp.nextafter(params["x"], 99.0)}
   exchanged = {**params, "x": params["x"][::-1]}

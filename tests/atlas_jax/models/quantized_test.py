@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels in few bits: the published numbers, half and a quarter of the bytes.
+"""Quantized kernels: published levels, half and a quarter of the bytes.
 
 And never restored but a layer at a time.
 """
@@ -41,7 +41,7 @@ _NF4 = [
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-  """Gives a model, its parameters, and these kept in each way."""
+  """Returns a model, its parameters, and these quantized in each way."""
   directory = tmp_path_factory.mktemp("quantized") / "hf"
   model, params = tiny.write_checkpoint(
     directory, "qwen3", **tiny.blocks("qwen3")
@@ -53,8 +53,8 @@ def loaded(tmp_path_factory):
   return model, params, kept
 
 
-def test_nf4_has_the_published_numbers_between_which_weights_are_rounded():
-  # Each number, and what is just short of halfway to the next one.
+def test_nf4_rounds_to_the_published_levels():
+  # Each level, and a value just below the midpoint to the next one.
   halves = np.diff(_NF4) * 0.4999 + _NF4[:-1]
   row = np.concatenate([_NF4, halves, np.zeros(33)]).astype(np.float32)
   row_XI = jnp.asarray(row[None] * 0.25)
@@ -68,14 +68,14 @@ def test_nf4_has_the_published_numbers_between_which_weights_are_rounded():
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_a_restored_kernel_is_what_qwix_makes_of_it(loaded, kind):
+def test_dequantized_kernel_matches_qwix(loaded, kind):
   _, params, kept = loaded
   restored = quantized.restore(kept[kind], _FLOAT32)
   how = {
     "int8": {"qtype": jnp.int8},
     "nf4": {"qtype": "nf4", "scale_dtype": jnp.bfloat16},
   }[kind]
-  # By hand: which axes are inputs, and of which of them there are blocks.
+  # By hand: the input axes, and the one that is split into blocks.
   for name, inputs, block in (
     (("attention", "q"), {1}, {1: 64}),
     (("attention", "o"), {1, 2}, {2: 32}),
@@ -96,7 +96,7 @@ def test_a_restored_kernel_is_what_qwix_makes_of_it(loaded, kind):
     assert gap == pytest.approx({"int8": 0.0065, "nf4": 0.092}[kind], rel=0.1)
 
 
-def test_what_is_no_large_kernel_stays_in_bfloat16(loaded):
+def test_parameters_other_than_kernels_stay_in_bfloat16(loaded):
   _, params, kept = loaded
   for kind in quantized.KINDS:
     names = {path for path, _ in rules.flatten(kept[kind])}
@@ -113,7 +113,7 @@ def test_what_is_no_large_kernel_stays_in_bfloat16(loaded):
 
 
 def test_int8_takes_half_of_the_bytes_of_bfloat16_and_nf4_a_quarter():
-  # As wide as it is deep, so that nothing else counts.
+  # Large enough that kernels dominate.
   model = tiny.build(
     "llama", **{**tiny.blocks("llama"), "intermediate_size": 1024}
   )
@@ -129,7 +129,7 @@ def test_int8_takes_half_of_the_bytes_of_bfloat16_and_nf4_a_quarter():
   assert parts == pytest.approx({"int8": 0.51, "nf4": 0.27}, abs=0.01)
 
 
-def test_int8_logits_are_close_to_those_of_the_model_and_nf4_farther(loaded):
+def test_int8_logits_are_closer_to_the_model_than_nf4(loaded):
   model, params, kept = loaded
   batch = tiny.batch(model)
   expected = model.logits(params, *batch)
@@ -145,7 +145,7 @@ def test_int8_logits_are_close_to_those_of_the_model_and_nf4_farther(loaded):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_a_decoder_computes_with_the_restored_kernels(loaded, kind):
+def test_decoder_computes_with_dequantized_kernels(loaded, kind):
   model, _, kept = loaded
   batch = tiny.batch(model)
   whole = quantized.whole(kept[kind], _FLOAT32)
@@ -159,7 +159,7 @@ def test_a_decoder_computes_with_the_restored_kernels(loaded, kind):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_a_mesh_changes_no_logit(loaded, kind):
+def test_sharding_changes_no_logit(loaded, kind):
   model, _, kept = loaded
   batch = tiny.batch(model, batch_size=4)
   expected = jax.jit(model.logits)(kept[kind], *batch)
@@ -179,7 +179,7 @@ def test_a_mesh_changes_no_logit(loaded, kind):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_no_kernel_is_kept_for_the_backward_pass(loaded, kind):
+def test_no_kernel_is_saved_for_the_backward_pass(loaded, kind):
   model, _, kept = loaded
   model = tiny.build(
     "qwen3", **tiny.blocks("qwen3"), remat="dots", num_hidden_layers=16
@@ -208,7 +208,7 @@ def test_no_kernel_is_kept_for_the_backward_pass(loaded, kind):
   assert compiled.temp_size_in_bytes < restored / 3
 
 
-def test_a_mesh_that_cuts_through_blocks_is_refused_with_its_flag(loaded):
+def test_mesh_that_splits_blocks_is_rejected_with_its_flag(loaded):
   model, _, _ = loaded
   mesh = tiny.mesh(fsdp=4)  # 128 inputs are two blocks.
   sharding.of_params(mesh, load.describe(model, "int8"))
@@ -217,15 +217,17 @@ def test_a_mesh_that_cuts_through_blocks_is_refused_with_its_flag(loaded):
   assert caught.value.where == "--config.mesh.fsdp=4"
 
 
-def test_inputs_without_blocks_are_refused_with_what_to_set():
+def test_inputs_that_do_not_divide_into_blocks_are_rejected():
   model = tiny.build("qwen3")
-  with pytest.raises(errors.ConfigError, match="no blocks") as caught:
+  with pytest.raises(
+    errors.ConfigError, match="cannot be stored as nf4"
+  ) as caught:
     quantized.describe(model.abstract_params, "nf4")
   assert "param_dtype to int8" in caught.value.fix
   quantized.describe(model.abstract_params, "int8")
 
 
-def test_rounding_is_traceable_and_leaves_zeros_zero():
+def test_quantize_is_traceable_and_keeps_zeros():
   zeros = jnp.zeros((3, 64))
   for kind, name in (("int8", "channel_scales"), ("nf4", "block_scales")):
     rounded = jax.jit(

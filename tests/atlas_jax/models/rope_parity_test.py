@@ -30,16 +30,16 @@ def _llama3(original, factor):
   ("head_dim", "parameters"),
   [
     (8, _llama3(16, 8.0)),
-    (64, _llama3(512, 32.0)),  # Of Llama 3.2.
-    (128, _llama3(8192, 8.0)),  # Of Llama 3.1.
-    (128, _YARN),  # Of Qwen 2.5 and 3 past 32k.
+    (64, _llama3(512, 32.0)),  # Llama 3.2.
+    (128, _llama3(8192, 8.0)),  # Llama 3.1.
+    (128, _YARN),  # Qwen 2.5 and 3 past 32k.
     (64, {**_YARN, "beta_fast": 16.0, "beta_slow": 2.0}),
     (16, {**_YARN, "attention_factor": 1.3, "factor": 40.0}),
     (8, {**_YARN, "original_max_position_embeddings": 64}),
     (32, {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}),
   ],
 )
-def test_frequencies_equal_those_of_transformers(head_dim, parameters):
+def test_frequencies_match_transformers(head_dim, parameters):
   from transformers import modeling_rope_utils
 
   fields = tiny.fields(
@@ -54,7 +54,7 @@ def test_frequencies_equal_those_of_transformers(head_dim, parameters):
 
   got = decoder_config.from_hf(fields).rope
 
-  # transformers computes in float32 what is float64 here.
+  # transformers computes in float32, we in float64.
   np.testing.assert_allclose(got.frequencies(), expected.numpy(), rtol=1e-5)
   amplitude = 1.0
   if isinstance(got.scaling, rope.Yarn):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: what they keep, and what is refused."""
+"""Invariances of rotary positions, and rejected fields."""
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +40,21 @@ def test_rotation_at_position_zero_is_the_identity():
 
 
 def test_rotation_keeps_far_positions_apart_in_bfloat16():
-  # bfloat16 holds no odd number above 256, so angles must not be in it.
+  # bfloat16 has no odd numbers above 256, so angles must not use it.
   x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
   got = rope.rotate(x, _plain().turns(jnp.array([[4096, 4097]])))
   assert got.dtype == jnp.bfloat16
   assert not np.array_equal(got[0, 0], got[0, 1])
 
 
-def test_a_part_of_a_head_is_left_alone():
+def test_partial_rotary_leaves_the_rest_of_a_head_unchanged():
   x = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
   got = rope.rotate(x, _plain(width=6).turns(jnp.array([[5]])))
   np.testing.assert_array_equal(got[..., 6:], x[..., 6:])
   assert not np.any(got[..., :6] == x[..., :6])
 
 
-def test_a_linear_scaling_divides_positions():
+def test_linear_scaling_divides_positions():
   scaled = rope.Rope(10_000.0, 8, rope.Linear(4.0))
   for got, expected in zip(
     scaled.turns(jnp.array([[12]])),
@@ -73,13 +73,16 @@ def test_a_linear_scaling_divides_positions():
     ({"rope_type": "yarn", "factor": 4.0}, "original_max_position"),
     ({"factor": 2.0}, "factor"),
     ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "mscale"),
-    ({"rope_type": "linear", "factor": -2.0}, "factor=-2.0"),
-    ({"rope_theta": "1"}, "rope_theta='1'"),
+    (
+      {"rope_type": "linear", "factor": -2.0},
+      "factor must be positive, got -2.0",
+    ),
+    ({"rope_theta": "1"}, "rope_theta must be positive, got '1'"),
     ({"rope_theta": float("nan")}, "rope_theta"),
     ({**tiny.LLAMA3_ROPE, "high_freq_factor": 1.0}, "high_freq_factor"),
     ({"partial_rotary_factor": 0.9}, "pairs"),
   ],
 )
-def test_what_is_not_known_is_refused_by_name(fields, named):
+def test_unknown_or_invalid_fields_are_rejected_by_name(fields, named):
   with pytest.raises(ValueError, match=named):
     rope.from_hf({"rope_theta": 10_000.0, **fields}, head_width=8)
