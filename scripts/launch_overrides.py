@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
 import pathlib
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from atlas_jax import errors
+from atlas_jax import errors, types
 
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
@@ -196,7 +195,7 @@ class LaunchRequest:
   recipe: str
   settings: tuple[str, ...]
   origins: Mapping[str, str]
-  config: Any  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config
   workdir: pathlib.Path
   host: str | None
   port: int | None
@@ -262,7 +261,7 @@ def resolve(
 
 
 def _read_words(
-  base: Any,  # Any: as in `LaunchRequest`.
+  base: types.Config,
   words: Sequence[str],
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
   """Parses the arguments after the recipe.
@@ -301,7 +300,7 @@ def _read_words(
 
 
 def _direct_settings(
-  base: Any,  # Any: as in `LaunchRequest`.
+  base: types.Config,
   name: str,
   value: str,
 ) -> list[str]:
@@ -336,7 +335,7 @@ def path_of(setting: str) -> str:
   return setting.removeprefix("--config.").partition("=")[0]
 
 
-def has(config: Any, path: str) -> bool:  # Any: as in `LaunchRequest`.
+def has(config: types.Config, path: str) -> bool:
   """Returns whether a config has a value with this dotted key."""
   *parents, last = path.split(".")
   for key in parents:
@@ -348,7 +347,7 @@ def has(config: Any, path: str) -> bool:  # Any: as in `LaunchRequest`.
 
 def _sizes(
   given: Mapping[str, str],
-  config: Any,  # Any: as in `LaunchRequest`.
+  config: types.Config,
   num_devices: int,
 ) -> dict[str, int]:
   """Returns the batch sizes that the given sizes imply, by config key.
@@ -389,7 +388,7 @@ def _sizes(
   return sizes
 
 
-def _offload(config: Any) -> list[str]:  # Any: as in `LaunchRequest`.
+def _offload(config: types.Config) -> list[str]:
   """Returns settings that offload all state that the recipe can offload."""
   has_reference = has(config, "loss.kl_coef") and config.loss.kl_coef > 0
   return [
@@ -412,9 +411,7 @@ def _divide(name: str, value: str, rows: int, divisor: int) -> int:
   return rows // divisor
 
 
-def load(
-  recipe: str, settings: Sequence[str]
-) -> Any:  # Any: as in `LaunchRequest`.
+def load(recipe: str, settings: Sequence[str]) -> types.Config:
   """Loads the config of a recipe, as the training script does."""
   values = flags.FlagValues()
   argv = ["launch", f"--config={recipe}", *settings]

@@ -34,7 +34,7 @@ def plan(
     errors.ConfigError: if the recipe does not use servers, the engine is not
       installed, or a port is taken.
   """
-  if "rollout" not in job.config:
+  if job.config.recipe == "sft":
     raise errors.ConfigError(
       "This recipe does not sample.",
       where=job.recipe,

@@ -16,7 +16,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from atlas_jax import sharding
+from atlas_jax import sharding, types
 from atlas_jax.models import decoder, decoder_config
 from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import optimizer_step, sft, train_state
@@ -61,7 +61,7 @@ def _time(num_layers: int) -> tuple[float, float, float]:
   return traced - start, end - traced, cpu_end - cpu_start
 
 
-def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
+def _make_lower(num_layers: int) -> types.Config:
   """Returns a function that traces the training step of a small Qwen3."""
   config = decoder_config.from_hf(
     {
@@ -81,7 +81,7 @@ def _make_lower(num_layers: int) -> Any:  # Any: JAX has no name for its type.
   model = decoder.build(
     config, dtype="bfloat16", attention="xla", remat=remat, unroll=_UNROLL.value
   )
-  settings: Any = optimizer.get_config()  # Any: a ConfigDict.
+  settings: types.Config = optimizer.get_config()
   update = train_optimizer.make_optimizer(
     lambda _: jnp.float32(1e-3), **settings
   )

@@ -144,7 +144,7 @@ def _num_steps() -> int:
 
 def _config(
   directory: pathlib.Path,
-) -> Any:  # Any: a ConfigDict, whose values have no static type.
+) -> types.Config:
   """Returns the config of our side, for one CPU device."""
   config: Any = rlvr.get_config("smoke,grpo")
   config.model.path = str(directory / "model")
@@ -264,7 +264,7 @@ def _trl(directory: pathlib.Path) -> None:
   clock = _Clock()
 
   class Timed(grpo_trainer.GRPOTrainer):
-    def _generate(self, prompts: list[str]) -> Any:  # Any: a tuple of TRL's.
+    def _generate(self, prompts: list[str]) -> types.Config:
       with clock.generate():
         return super()._generate(prompts)
 

@@ -192,7 +192,7 @@ def _ours(
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   placed = sharding.of_params(mesh, model.abstract_params)
   params = jax.jit(model.init, out_shardings=placed)(jax.random.key(0))
-  config: Any = rlvr.get_config("smoke,grpo")  # Any: a ConfigDict.
+  config: types.Config = rlvr.get_config("smoke,grpo")
   config.logits.chunk_tokens = _CHUNK.value
   config.loss.kl_coef = 0.0
   config.sampling.teach.group_size = 2

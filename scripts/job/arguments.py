@@ -62,7 +62,7 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
           fix=f"Remove it, or set --config.optimizer.name={section}.",
         )
   if _PROFILE_STEPS.value:
-    if "loop" not in config:
+    if recipe == "evaluation":
       raise errors.ConfigError(
         "--profile_steps requires a training recipe.",
         where=f"--profile_steps={_PROFILE_STEPS.value}",

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 import os
 import re
 import sys
-from typing import Any
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
+from atlas_jax import types
 from scripts import launch_overrides
 
 _PRINT = flags.DEFINE_bool(
@@ -48,7 +48,7 @@ def show(text: str) -> None:
 
 def table(
   recipe: str,
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
   given: Mapping[str, str],
 ) -> str:
   """Formats the values of a config and their origins, one value per line.
@@ -82,7 +82,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _values(
-  section: Any,  # Any: as in `table`.
+  section: types.Config,
   prefix: str = "",
 ) -> Iterator[tuple[str, str]]:
   """Yields the dotted name and the `repr` of every value."""

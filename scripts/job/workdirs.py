@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import logging
 
-from atlas_jax import errors
+from atlas_jax import errors, types
 
 _CONFIG = "config.json"
 _LOCK = "lock"
@@ -54,7 +54,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
 
 def write_config(
   workdir: pathlib.Path,
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
 ) -> None:
   """Writes the resolved config; renames a different one from an earlier run.
 
@@ -79,7 +79,7 @@ def facts(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def flat(
-  config: Any,  # Any: as in `write_config`.
+  config: types.Config,
 ) -> dict[str, str]:
   """Returns every value of a config as JSON, by dotted key."""
   return _flatten(json.loads(config.to_json_best_effort()))

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -73,13 +73,13 @@ class Facts:
     self.checks.append(Check(name, "absent", found))
 
 
-def run(config: Any) -> Facts:  # Any: a ConfigDict of anything.
+def run(config: types.Config) -> Facts:
   """Checks the files, data and servers of a config."""
   facts = Facts()
   tokenizer = _check_model(facts, "model", config.model.path)
   if "student" in config:
     _check_model(facts, "student", config.student.path)
-  if "teacher" in config:
+  if config.recipe == "gkd":
     theirs = _check_model(facts, "teacher", config.teacher.path)
     if tokenizer is not None and theirs is not None:
       with facts.checking("one tokenizer") as ok:
@@ -163,7 +163,7 @@ def _check_model(
 
 def _check_data(
   facts: Facts,
-  config: Any,  # Any: as in `run`.
+  config: types.Config,
   tokenizer: chat.Tokenizer,
 ) -> str:
   """Reads the data as training does; returns a summary."""
@@ -171,7 +171,7 @@ def _check_data(
   held_out = sets.HeldOut(**config.held_out)
   with tempfile.TemporaryDirectory() as folder:  # For the list of bad rows.
     workdir = pathlib.Path(folder)
-    if "reward" in config:
+    if config.recipe == "grpo":
       questions, kept_out = sets.questions(
         selection,
         held_out,
@@ -186,7 +186,7 @@ def _check_data(
         f"{len(questions.questions):,} questions, {len(kept_out):,} held out; "
         f"the longest has {facts.prompt_tokens:,} tokens in its template"
       )
-    if "teacher" in config:
+    if config.recipe == "gkd":
       return _check_pairs(facts, config, tokenizer, workdir)
     train_set, eval_set = sets.conversations(
       tokenizer,
@@ -210,7 +210,7 @@ def _check_data(
 
 def _check_pairs(
   facts: Facts,
-  config: Any,  # Any: as in `run`.
+  config: types.Config,
   tokenizer: chat.Tokenizer,
   workdir: pathlib.Path,
 ) -> str:
@@ -243,7 +243,7 @@ def _check_pairs(
 
 
 def _longest_prompt(
-  config: Any,  # Any: as in `run`.
+  config: types.Config,
   tokenizer: chat.Tokenizer,
   questions: Sequence[types.Question],
 ) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from atlas_jax import sharding
+from atlas_jax import sharding, types
 from atlas_jax.models import decoder, decoder_config, lora, quantized
 from atlas_jax.train import gkd, gkd_batches, grpo, train_state, trainable
 from atlas_jax.train import optimizer as train_optimizer
@@ -58,7 +58,7 @@ class Need:
 
 
 def describe(
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
   shape: decoder_config.DecoderConfig,
   *,
   prompt_tokens: int,
@@ -83,7 +83,7 @@ def describe(
   optimizer = train_optimizer.make_optimizer(
     optax.constant_schedule(0.0), **config.optimizer
   )
-  reference = "reward" in config and grpo.needs_copy(policy, config)
+  reference = config.recipe == "grpo" and grpo.needs_copy(policy, config)
   state = train_state.describe(
     trained,
     optimizer,
@@ -98,13 +98,13 @@ def describe(
     functools.partial(decoder.build, **settings),
     _rows(config, mesh, prompt_tokens),
     mesh,
-    _teacher(mesh, config) if "teacher" in config else None,
+    _teacher(mesh, config) if config.recipe == "gkd" else None,
   )
 
 
 def need(
   described: RunShapes,
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   *,
   prompt_tokens: int,
 ) -> Need:
@@ -120,7 +120,7 @@ def need(
   names = ("parameters", "frozen base", "optimizer", "reference", "teacher")
   resident = {name: update.pop(name) for name in names}
   phases = {"update": update}
-  if "reward" in config:
+  if config.recipe == "grpo":
     resident |= _students(described, config)
   if is_sampled(config):
     if config.rollout.backend == "jax":
@@ -141,7 +141,7 @@ def need(
 
 def _push(
   described: RunShapes,
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
 ) -> dict[str, int]:
   """Counts the dequantized copies of a base when it is sent to a sampler."""
   whole = _cast(described.policy.base, described, config.model.dtype)
@@ -151,14 +151,14 @@ def _push(
 
 
 def longest_row(
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   prompt_tokens: int,
 ) -> int:
   """Counts the tokens of the longest prompt with the longest completion.
 
   With a student, its probe is part of the prompt.
   """
-  if "teacher" in config:
+  if config.recipe == "gkd":
     sampled = gkd_batches.max_new_tokens(config)
     return min(prompt_tokens + sampled, config.packing.length)
   sampling = config.sampling
@@ -166,15 +166,15 @@ def longest_row(
   return prompt_tokens + probe + sampling.teach.max_completion_tokens
 
 
-def is_sampled(config: Any) -> bool:  # Any: as in `describe`.
+def is_sampled(config: types.Config) -> bool:
   """Returns whether training samples from the policy."""
-  if "teacher" in config:
+  if config.recipe == "gkd":
     return gkd_batches.max_new_tokens(config) > 0
-  return "reward" in config
+  return config.recipe == "grpo"
 
 
 def with_changes(
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   changes: Mapping[str, object],
 ) -> Any:
   """Returns a copy of a config with some values changed, by dotted key."""
@@ -183,7 +183,7 @@ def with_changes(
   return changed
 
 
-def _settings(section: Any) -> dict[str, Any]:  # Any: as in `describe`.
+def _settings(section: types.Config) -> dict[str, Any]:
   """Returns the arguments of `decoder.build`, for simulated CPU devices."""
   settings = dict(section.items())
   del settings["path"], settings["param_dtype"]
@@ -203,12 +203,12 @@ def _cast(model: decoder.Model, described: RunShapes, dtype: str) -> int:
 
 
 def _rows(
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   mesh: jax.sharding.Mesh,
   prompt_tokens: int,
 ) -> update_bytes.Rows:
   """Counts the rows of an update."""
-  if "teacher" in config:
+  if config.recipe == "gkd":
     return _packed_rows(
       config,
       mesh,
@@ -217,7 +217,7 @@ def _rows(
       * config.sampling.complete.group_size,
       chunk_tokens=config.loss.chunk_tokens,
     )
-  if "reward" in config:
+  if config.recipe == "grpo":
     batch, teach = config.batch, config.sampling.teach
     return _packed_rows(
       config,
@@ -232,7 +232,7 @@ def _rows(
 
 
 def _sft_rows(
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   mesh: jax.sharding.Mesh,
 ) -> update_bytes.Rows:
   num_microbatches = sharding.num_microbatches(mesh, **config.batch)
@@ -251,7 +251,7 @@ def _sft_rows(
 
 
 def _packed_rows(
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   mesh: jax.sharding.Mesh,
   longest: int,
   *,
@@ -271,7 +271,7 @@ def _packed_rows(
 
 def _students(
   described: RunShapes,
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
 ) -> dict[str, int]:
   """Counts the bytes of the student, if it is in the training process."""
   is_sampled = config.rollout.backend == "jax"
@@ -286,7 +286,7 @@ def _students(
 
 def _teacher(
   mesh: jax.sharding.Mesh,
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
 ) -> gkd.Teacher:
   model = _frozen(mesh, config.teacher)
   kept = load.describe(model, config.teacher.param_dtype)
@@ -295,7 +295,7 @@ def _teacher(
 
 def _frozen(
   mesh: jax.sharding.Mesh,
-  section: Any,  # Any: as in `describe`.
+  section: types.Config,
 ) -> decoder.Model:
   """Builds a model that is not trained."""
   directory = load.resolve(section.path, with_weights=False)
@@ -307,14 +307,14 @@ def _frozen(
 
 def _cache(
   described: RunShapes,
-  config: Any,  # Any: as in `describe`.
+  config: types.Config,
   *,
   prompt_tokens: int,
 ) -> int:
   """Counts the bytes of the larger KV cache: the policy's or the student's."""
   sampling, batch = config.sampling, config.batch
   longest = longest_row(config, prompt_tokens)
-  if "teacher" in config:
+  if config.recipe == "gkd":
     num_rows = batch.num_prompts * sampling.complete.group_size
   else:
     num_rows = batch.num_questions * sampling.teach.group_size

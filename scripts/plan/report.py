@@ -13,12 +13,11 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any
 
 from absl import flags
 import jax
 
-from atlas_jax import errors
+from atlas_jax import errors, types
 from atlas_jax.train.telemetry import flops
 from conversion import save
 from scripts.job import arguments
@@ -142,7 +141,7 @@ def _simulate(num_devices: int) -> None:
 
 
 def _num_steps(
-  config: Any,  # Any: a ConfigDict, whose values have no static type.
+  config: types.Config,
   facts: plan_checks.Facts,
 ) -> int | None:
   if config.loop.num_steps:
@@ -154,7 +153,7 @@ def _num_steps(
 
 def _disk_bytes(
   described: plan_memory.RunShapes,
-  config: Any,  # Any: as in `_num_steps`.
+  config: types.Config,
 ) -> int:
   """Counts the bytes of the checkpoints and exports in the workdir."""
   checkpoints = config.checkpoint.keep + _MORE_CHECKPOINTS
@@ -167,7 +166,7 @@ def _disk_bytes(
 
 
 def _step_flops(
-  config: Any,  # Any: as in `_num_steps`.
+  config: types.Config,
   facts: plan_checks.Facts,
   described: plan_memory.RunShapes,
 ) -> tuple[int, float]:
@@ -181,7 +180,7 @@ def _step_flops(
     update = flops.of_update(shape, lengths, is_base_frozen=is_base_frozen)
     teacher = described.teacher.model.config
     return sum(lengths), update + flops.of_forward(teacher, lengths)
-  if "reward" not in config:
+  if config.recipe != "grpo":
     length = round(facts.tokens_per_row or described.rows.length)
     lengths = [length] * config.batch.size
     return sum(lengths), flops.of_update(
@@ -203,7 +202,7 @@ def _print_checks(checks: list[plan_checks.Check]) -> None:
 
 def _print_run(
   described: plan_memory.RunShapes,
-  config: Any,  # Any: as in `_num_steps`.
+  config: types.Config,
   facts: plan_checks.Facts,
   devices: _Devices,
 ) -> None:
@@ -279,7 +278,7 @@ def _failed(checks: list[plan_checks.Check]) -> errors.ConfigError:
 
 
 def _too_large(
-  config: Any,  # Any: as in `_num_steps`.
+  config: types.Config,
   facts: plan_checks.Facts,
   need: plan_memory.Need,
   devices: _Devices,
@@ -315,7 +314,7 @@ def _too_large(
 
 
 def _alternatives(
-  config: Any,  # Any: as in `_num_steps`.
+  config: types.Config,
 ) -> Iterator[dict[str, object]]:
   """Yields changes; those that keep results come first, alone and combined."""
   same: list[dict[str, object]] = []
