@@ -179,6 +179,6 @@ def test_missing_cpu_backend_is_an_error_with_a_fix(written, monkeypatch):
     raise RuntimeError(f"Unknown backend {backend}")
 
   monkeypatch.setattr(jax, "local_devices", fail)
-  with pytest.raises(errors.ConfigError, match="rounded to nf4") as caught:
+  with pytest.raises(errors.ConfigError, match="quantized to nf4") as caught:
     _load(directory, model, "nf4")
   assert "JAX_PLATFORMS" in caught.value.where
