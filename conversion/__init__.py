@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights between Flax parameters and Hugging Face directories."""
+"""Converts weights between Flax parameters and Hugging Face directories."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large arrays, worked on in pieces that stay in the cache.
+"""Processes large arrays in pieces that fit the CPU cache.
 
-Memory is slower than anything that is done to weights on their way to a file,
-so it is read once: what is laid out in one piece is checked, hashed and
-written before the next.
+Memory bandwidth limits the reading and writing of weights, so each piece is
+copied, checked, hashed and written before the next one is loaded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,10 @@ import numpy as np
 from atlas_jax import errors
 
 _PIECE = 2**18
-_TILE_BYTES = 256  # Of a row.
-_ALIGNMENT = 64  # XLA on a CPU takes what is aligned so as it is.
+_TILE_BYTES = 256  # One row of a tile.
+_ALIGNMENT = 64  # XLA on a CPU uses arrays of this alignment in place.
 _BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-# The bits of infinity; those of a NaN are more, those of numbers are less.
+# Bits of +infinity. Without the sign, NaNs are larger, finite values smaller.
 _INFINITIES = {
   _FLOAT32: 0x7F800000,
   np.dtype(np.float16): 0x7C00,
@@ -27,7 +26,7 @@ _INFINITIES = {
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """Makes an array, not filled, which a CPU device takes without a copy."""
+  """Returns an uninitialized array that a CPU device can use without a copy."""
   num_bytes = math.prod(shape) * dtype.itemsize
   memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % _ALIGNMENT
@@ -37,15 +36,15 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def copy(
   source: np.ndarray, target: np.ndarray, look: Callable[[np.ndarray], None]
 ) -> None:
-  """Copies an array into one of the same shape, and casts it.
+  """Copies an array into one of the same shape and casts it.
 
-  It is fast for a source in C order, into a target in either order.
+  It is fast for a source in C order and a target in C or Fortran order.
 
   Args:
-    source: where from.
-    target: where to.
-    look: sees each piece of the source before it is copied, so that memory is
-      read once.
+    source: array to copy from.
+    target: array to copy to.
+    look: called with each piece of the source before it is copied, while the
+      piece is in the cache.
   """
   if source.ndim != 2 or target.strides[0] != target.itemsize:
     step = max(1, _PIECE // max(1, math.prod(source.shape[1:])))
@@ -74,17 +73,17 @@ def copy(
 
 
 def _tile(dtype: np.dtype) -> int:
-  """Tells how many rows and columns of a matrix are turned at a time.
+  """Returns the side length of the tiles in which a matrix is transposed.
 
-  NumPy walks a whole transpose against the cache. Tiles that fit the fastest
-  cache, which are copied as they lie, turned, and copied out, are 5 times
-  faster. Unsigned integers are copied in bulk, bfloat16 element by element.
+  NumPy transposes a whole matrix with strided, cache-missing access. Tiles that
+  fit the L1 cache are copied in, transposed, and copied out 5 times faster.
+  Unsigned integers are copied in bulk, bfloat16 element by element.
   """
   return _TILE_BYTES // dtype.itemsize
 
 
 def _cast(source: np.ndarray, target: np.ndarray) -> None:
-  """Copies values; bfloat16 by its bits, since its own loops are slow."""
+  """Copies and casts values; bfloat16 via its bits, as its loops are slow."""
   if source.dtype == target.dtype:
     _bits(target)[...] = _bits(source)
   elif (source.dtype, target.dtype) == (_BFLOAT16, _FLOAT32):
@@ -98,11 +97,11 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def pieces(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-  """Lays an array out in C order, piece by piece.
+  """Yields an array in C order, piece by piece.
 
-  Pieces may share their memory: one is good until the next is asked for.
+  Pieces may share memory: each is valid until the next one is requested.
   """
-  with np.errstate(over="ignore"):  # An infinity is for the caller to find.
+  with np.errstate(over="ignore"):  # Callers check for infinities.
     array = array.astype(dtype, copy=False)
   if array.ndim != 2 or array.flags.c_contiguous:
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -128,11 +127,12 @@ def pieces(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 
 def is_finite(array: np.ndarray) -> bool:
-  """Tells if no value is infinite or NaN, without a mask of the whole."""
+  """Returns whether all values are finite, without a full-size mask."""
   if array.dtype not in _INFINITIES or not array.size:
     return bool(np.isfinite(array).all())
-  # NumPy has no fast loop for bfloat16. Read as integers, with and without a
-  # sign, the greatest positive and the greatest negative number are maxima.
+  # NumPy has no fast loop for bfloat16, so the bits are compared as integers:
+  # the signed maximum is the largest positive value, and the unsigned maximum
+  # is the negative value of the largest magnitude.
   infinity, size = _INFINITIES[array.dtype], array.dtype.itemsize
   sign = 1 << (8 * size - 1)
   return bool(
@@ -142,7 +142,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-  """Refuses a tensor, or part of one, that holds an infinity or a NaN.
+  """Rejects a tensor, or part of one, that holds an infinity or a NaN.
 
   Raises:
     errors.CheckpointError: naming the tensor.
@@ -150,8 +150,8 @@ def check_finite(name: str, array: np.ndarray) -> None:
   if not is_finite(array):
     count = int(array.size - np.isfinite(array).sum())
     raise errors.CheckpointError(
-      "A weight is not finite.",
+      "Weights are not finite.",
       where=name,
       why=f"At least {count} of its values are infinite or NaN.",
-      fix="Go back to a checkpoint from before training diverged.",
+      fix="Use a checkpoint from before training diverged.",
     )

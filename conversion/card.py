@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of what is written: what it is, and where it came from."""
+"""Writes the model card (README.md) of an export."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -14,29 +14,28 @@ import yaml
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _NAME = "README.md"
-# What a base's card says that holds of what was made from it.
+# Fields of the base's card that also apply to models derived from it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _LIMITS = """\
 ## Limits
 
-These weights were read back and compared with those that were trained; that
-says nothing about what they write. They were evaluated as far as the metrics
-above go. What limits the base model, and its license, limit these weights too.
+The files were read back and compared with the trained weights. The quality of
+the generated text was evaluated only by the metrics above. The limitations and
+the license of the base model also apply to these weights.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-  """What the files do not tell.
+  """Contents of a model card that are not in the model's files.
 
   Attributes:
-    base: path or id of the model that these weights were made from; empty for
-      none.
-    facts: such as the recipe, the reward and the data's fingerprint; one line
-      each.
-    metrics: the last of each, with its step.
-    rounded_to: how the base was kept while adapters were trained; empty where
-      it was not rounded.
+    base: path or Hub id of the base model; empty if there is none.
+    facts: values by label, such as the recipe, the reward and the data's
+      fingerprint; one line each.
+    metrics: the last value of each metric, with its step.
+    rounded_to: precision of the quantized base under the adapters; empty if
+      the base was not quantized.
   """
 
   base: str
@@ -55,42 +54,28 @@ def write(
   library: Literal["transformers", "peft"],
   digests: Mapping[str, str],
 ) -> None:
-  """Writes a card that the Hub can read.
+  """Writes a model card in the Hub's format.
 
   Args:
-    directory: gets README.md.
-    card: see there.
-    source: where the base is on disk; its card's license is handed on.
-    library: that opens the directory.
-    digests: of the files with weights; see `shards.new_digest`.
+    directory: receives README.md.
+    card: contents; see `Card`.
+    source: directory of the base model; the license of its card is copied.
+    library: the library that loads the directory.
+    digests: digest of each weight file; see `shards.new_digest`.
   """
-  inherited = _read_head(source)
+  inherited, revision = _read_head(source), _hub_revision(source)
   head = {
     "library_name": library,
     "pipeline_tag": "text-generation",
     "tags": ["atlas_jax", *(["lora"] if library == "peft" else [])],
     **{key: inherited[key] for key in _INHERITED if key in inherited},
   }
-  revision = _hub_revision(source)
-  # The Hub wants an id of its own, which a path is not.
+  # The Hub accepts only its own ids here, not local paths.
   if base := card.base if revision else inherited.get("base_model"):
     head["base_model"] = base
-  facts = {**card.facts, "Written by": _code()}
-  if card.base:
-    facts = {"Base model": card.base, **facts}
-  if revision:
-    facts["Base revision"] = revision
-  if card.rounded_to:
-    facts["Base rounded to"] = (
-      f"{card.rounded_to}: adapters were trained over the rounded base"
-    )
-    facts["Weights"] = (
-      "adapters, for the base as it is or rounded alike"
-      if library == "peft"
-      else "the rounded base's, with adapters added; not the base's own"
-    )
+  facts = _facts(card, revision, library)
   if card.base and "license" not in head:
-    facts["License"] = "that of the base model, whose card names none here"
+    facts["License"] = "that of the base model; its card here names no license"
   text = "\n".join(
     [
       "---",
@@ -113,21 +98,42 @@ def write(
   (directory / _NAME).write_text(text, encoding="utf-8")
 
 
+def _facts(
+  card: Card, revision: str | None, library: Literal["transformers", "peft"]
+) -> dict[str, str]:
+  """Returns the lines of the card that say how the weights were made."""
+  facts = {**card.facts, "Written by": _code()}
+  if card.base:
+    facts = {"Base model": card.base, **facts}
+  if revision:
+    facts["Base revision"] = revision
+  if card.rounded_to:
+    facts["Base quantized to"] = (
+      f"{card.rounded_to}: adapters were trained over the quantized base"
+    )
+    facts["Weights"] = (
+      "adapters, for the original base or one quantized in the same way"
+      if library == "peft"
+      else "the quantized base merged with adapters, not the original base"
+    )
+  return facts
+
+
 def _read_head(source: pathlib.Path) -> dict[str, object]:
-  """Reads what stands at the head of the base's card, if it has one."""
+  """Reads the YAML header of the base's card, if it has one."""
   path = source / _NAME
   if not path.exists():
     return {}
   try:
     return huggingface_hub.metadata_load(path) or {}
   except (OSError, ValueError, yaml.YAMLError) as error:
-    # No reason to lose what was trained.
-    logging.warning("The card of the base is not read: %s", error)
+    # The export is more important than the fields copied from this card.
+    logging.warning("Ignored the unreadable card of the base: %s", error)
     return {}
 
 
 def _code() -> str:
-  """Names this project's version and, in a clone, its commit."""
+  """Returns this project's version and, in a git clone, its commit."""
   try:
     version = importlib.metadata.version("atlas_jax")
   except importlib.metadata.PackageNotFoundError:
@@ -143,7 +149,7 @@ def _code() -> str:
 
 
 def _hub_revision(source: pathlib.Path) -> str | None:
-  """Gives the commit of a directory that came from the Hub."""
+  """Returns the commit of a directory in the Hub's cache, or None."""
   return source.name if source.parent.name == "snapshots" else None
 
 
@@ -154,12 +160,13 @@ def _table(
     return []
   lines = [head, ("---",) * len(head), *rows]
   return [
-    *(f"## {title}", ""),
+    f"## {title}",
+    "",
     *(f"| {' | '.join(map(_one_line, line))} |" for line in lines),
     "",
   ]
 
 
 def _one_line(text: str) -> str:
-  """Keeps a text from ending its line or cell, and from being read as HTML."""
+  """Joins a text into one line and escapes Markdown cells and HTML."""
   return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `scripts.convert` does: to and from Hugging Face format, and compare."""
+"""Commands of `scripts.convert`: convert to and from Hugging Face, compare."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -27,12 +27,12 @@ from conversion import (
 )
 
 _TOLERANCE = 1e-4
-_MAX_TOLD = 8
+_MAX_SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The flags of a conversion; `dtype` is empty for that of the input."""
+  """Flags of a conversion; an empty `dtype` keeps the input's precision."""
 
   source: str
   dtype: Literal["", "float32", "bfloat16"]
@@ -46,26 +46,26 @@ class Options:
 def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   """Writes the parameters of a checkpoint in Hugging Face format.
 
-  Adapters are merged into their base, or written as PEFT has them.
+  Adapters are merged into their base, or written in PEFT format.
 
   Raises:
-    errors.AtlasError: if an input or the target cannot be used, or what is
-      read back differs.
+    errors.AtlasError: if an input or the target is invalid, or the files read
+      back differ.
   """
   step = orbax_step.find(origin)
   if step is None:
     raise errors.CheckpointError(
-      "There is no checkpoint.",
+      "No checkpoint found.",
       where=str(origin),
-      why="It is no step, no folder of steps and no workdir with one.",
-      fix="Give the --workdir of a run that has saved.",
+      why="It is not a step, a folder of steps or a workdir with steps.",
+      fix="Pass the --workdir of a run that saved a checkpoint.",
     )
   if not options.source:
     raise errors.ConfigError(
-      "It is not told which model was trained.",
+      "--source is required to convert a checkpoint.",
       where="--source",
-      why="A checkpoint has no tokenizer, and one of a run no config.",
-      fix="Add --source= with the value of --config.model.path.",
+      why="A checkpoint holds neither a tokenizer nor the model's config.",
+      fix="Set --source to the run's --config.model.path.",
     )
   source = load.resolve(options.source)
   model = _build(source)
@@ -79,7 +79,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   files = shards.layout(
     rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
   )
-  _tell_plan(f"{step} with {source}", out, f"{len(files)} files", num_bytes)
+  _print_plan(f"{step} with {source}", out, f"{len(files)} files", num_bytes)
   wanted = weights.cast(stored, dtype)
   if not options.overwrite and _is_done(out, model, wanted):
     return
@@ -88,7 +88,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
   )
   if options.is_dry_run:
     return
-  with progress.telling("Read", _size(stored)) as advance:
+  with progress.reporting("Read", _size(stored)) as advance:
     params = orbax_step.read(step, model)
     advance(_size(stored))
   _write(step, params, source, model, out, options, dtype)
@@ -102,13 +102,13 @@ def _adapters_to_hf(
   out: pathlib.Path,
   options: Options,
 ) -> None:
-  """Does what `to_hf` does, for a run that trained adapters."""
+  """Implements `to_hf` for a run that trained adapters."""
   abstract = lora.only(lora.adapt(model, settings).abstract_params)
   dtype = options.dtype or weights.dtype_of(
     weights.of_directory(source), source
   )
   num_bytes = save.num_bytes(model, dtype) if options.merge else 0
-  _tell_plan(f"{step} over {source}", out, f"rank {settings.rank}", num_bytes)
+  _print_plan(f"{step} over {source}", out, f"rank {settings.rank}", num_bytes)
   target.check(out, source, num_bytes=num_bytes, overwrite=options.overwrite)
   if options.is_dry_run:
     return
@@ -127,7 +127,7 @@ def _adapters_to_hf(
     model,
     settings=settings,
     source=source,
-    about=_about(step, options),
+    about=_card(step, options),
   )
   print(f"Done: {out}")
 
@@ -141,9 +141,9 @@ def _write(
   options: Options,
   dtype: Literal["float32", "bfloat16"],
 ) -> None:
-  """Writes a directory, and compares its logits with the parameters'."""
+  """Writes a directory and compares its logits with those of `params`."""
   num_bytes = save.num_bytes(model, dtype)
-  with progress.telling("Wrote and read back", num_bytes) as advance:
+  with progress.reporting("Wrote and read back", num_bytes) as advance:
     save.save(
       out,
       params,
@@ -151,19 +151,19 @@ def _write(
       source=source,
       dtype=dtype,
       max_shard_bytes=options.max_shard_bytes,
-      about=_about(step, options),
+      about=_card(step, options),
       overwrite=options.overwrite,
       progress=advance,
     )
   print(save.describe_carried(source))
   if options.with_logits:
     gap = verify.logits_equal(out, params, model, tolerance=_TOLERANCE)
-    print(f"Logits differ by {gap:.1e} at most.")
+    print(f"Logits differ by at most {gap:.1e}.")
   print(f"Done: {out}")
 
 
-def _about(step: pathlib.Path, options: Options) -> card.Card:
-  """Tells what is known of a checkpoint."""
+def _card(step: pathlib.Path, options: Options) -> card.Card:
+  """Returns the model card of a checkpoint."""
   held = (checkpoint_format.read(step) or {})["metrics"]
   number = int(step.name) if step.name.isdecimal() else 0
   return card.Card(
@@ -177,11 +177,11 @@ def _about(step: pathlib.Path, options: Options) -> card.Card:
 def merge(
   base: str, adapter: pathlib.Path, out: pathlib.Path, options: Options
 ) -> None:
-  """Adds a PEFT adapter to its base, one tensor in memory at a time.
+  """Adds a PEFT adapter to its base, with one tensor in memory at a time.
 
   Raises:
-    errors.AtlasError: if an input or the target cannot be used, or what is
-      read back differs.
+    errors.AtlasError: if an input or the target is invalid, or the files read
+      back differ.
   """
   source = load.resolve(base)
   model = _build(source)
@@ -194,7 +194,7 @@ def merge(
   files = shards.layout(
     rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
   )
-  _tell_plan(f"{source} and {adapter}", out, f"{len(files)} files", num_bytes)
+  _print_plan(f"{source} and {adapter}", out, f"{len(files)} files", num_bytes)
   fetch = peft_adapters.merging(opened, tensors, dtype)
   wanted = {
     name: weights.Weight(np.dtype(dtype), shape, functools.partial(fetch, name))
@@ -209,7 +209,7 @@ def merge(
   )
   if options.is_dry_run:
     return
-  with progress.telling("Wrote and read back", num_bytes) as advance:
+  with progress.reporting("Wrote and read back", num_bytes) as advance:
     save.write(
       out,
       fetch,
@@ -229,8 +229,8 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
   """Writes a model in Hugging Face format as an orbax checkpoint.
 
   Raises:
-    errors.AtlasError: if the input or the target cannot be used, or what is
-      read back differs.
+    errors.AtlasError: if the input or the target is invalid, or the files read
+      back differ.
   """
   source = load.resolve(origin)
   model = _build(source)
@@ -238,8 +238,8 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
   held = weights.of_directory(source)
   dtype = options.dtype or weights.dtype_of(held, source)
   num_bytes = save.num_bytes(model, dtype)
-  _tell_plan(str(source), out, "an orbax checkpoint", num_bytes)
-  # A tied head, and tables that follow from the config, are left behind.
+  _print_plan(str(source), out, "an orbax checkpoint", num_bytes)
+  # A tied head and tables computed from the config are not copied.
   wanted = {
     name: weight
     for name, weight in weights.cast(held, dtype).items()
@@ -250,14 +250,14 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
   target.check(out, source, num_bytes=num_bytes, overwrite=options.overwrite)
   if options.is_dry_run:
     return
-  with progress.telling("Read", num_bytes) as advance:
+  with progress.reporting("Read", num_bytes) as advance:
     params = load.load(source, model, param_dtype=dtype, progress=advance)
   with target.writing(out) as partial:
-    with progress.telling("Wrote", num_bytes) as advance:
+    with progress.reporting("Wrote", num_bytes) as advance:
       orbax_step.write(partial, params, source=source)
       advance(num_bytes)
-    del params  # What is read back may not fit beside them.
-    with progress.telling("Read back", num_bytes) as advance:
+    del params  # Host memory may not hold a second copy.
+    with progress.reporting("Read back", num_bytes) as advance:
       found = verify.differences(
         wanted, weights.of_step(partial, model), advance
       )
@@ -269,7 +269,7 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
 def verify_pair(
   left: pathlib.Path, right: pathlib.Path, *, source: str, with_logits: bool
 ) -> None:
-  """Compares two models in either format; prints how they differ.
+  """Compares two models in either format and prints the differences.
 
   Raises:
     errors.CheckpointError: if they differ, or one cannot be read.
@@ -277,10 +277,10 @@ def verify_pair(
   known = [_build_if_computed(path) for path in (left, right)]
   if source:
     known.append(_build(load.resolve(source)))
-  # A run's checkpoint has no config: it is of the model that is known.
+  # The checkpoint of a run has no config, so it uses the other side's model.
   a, b = (model or next(filter(None, known), None) for model in known[:2])
   held = [_weights(left, a), _weights(right, b)]
-  with progress.telling("Compared", _size(held[0])) as advance:
+  with progress.reporting("Compared", _size(held[0])) as advance:
     found = verify.differences(held[0], held[1], advance)
   changed = verify.config_differences(a, b) if a and b else []
   if not found and not changed:
@@ -293,10 +293,10 @@ def verify_pair(
     sides = (a, _params(left, a)), (b, _params(right, b))
     gap = verify.logit_gap(*sides)
     print(
-      f"Logits differ by {gap.largest:.3g} at most, and by a KL divergence of "
+      f"Logits differ by at most {gap.largest:.3g}, with a KL divergence of "
       f"{gap.divergence:.3g} nats."
     )
-    print(verify.where_they_part(*sides))
+    print(verify.compare_layers(*sides))
   raise _different(left, right, [*changed, *(each.name for each in found)])
 
 
@@ -308,12 +308,12 @@ def _build(directory: pathlib.Path) -> decoder.Model:
 
 
 def _build_if_computed(path: pathlib.Path) -> decoder.Model | None:
-  """Builds the model of a config, if there is one, and it is computed here."""
+  """Builds the model of a directory; None without a supported config."""
   place = orbax_step.find(path) or path
   try:
     return _build(place) if (place / "config.json").exists() else None
   except errors.CheckpointError as error:
-    print(f"Only tensors are compared: {error.what} ({error.where})")
+    print(f"Comparing tensors only: {error.what} ({error.where})")
     return None
 
 
@@ -340,35 +340,35 @@ def _size(held: weights.Weights) -> int:
   )
 
 
-def _tell_plan(
+def _print_plan(
   origin: str, out: pathlib.Path, what: str, num_bytes: int
 ) -> None:
   print(f"From {origin}")
   print(f"to {out}: {what}, {num_bytes:,} bytes of weights;")
-  print(f"{target.free_bytes(out):,} bytes are free there.")
+  print(f"{target.free_bytes(out):,} bytes are free on that disk.")
 
 
 def _is_done(
   out: pathlib.Path, model: decoder.Model, wanted: weights.Weights
 ) -> bool:
-  """Tells whether a target already holds what would be written."""
+  """Returns whether the target already holds the weights to be written."""
   there = _build_if_computed(out)
   if there is None or there.config != model.config:
     return False
-  with progress.telling("Compared with what is there", _size(wanted)) as tell:
-    found = verify.differences(wanted, _weights(out, model), tell)
+  with progress.reporting("Compared with the target", _size(wanted)) as advance:
+    found = verify.differences(wanted, _weights(out, model), advance)
   if not found:
-    print("It is done already, bit for bit.")
+    print("Already done: the target is equal, bit for bit.")
   return not found
 
 
 def _different(
   left: pathlib.Path, right: pathlib.Path, names: Sequence[str]
 ) -> errors.CheckpointError:
-  more = f" and {len(names) - _MAX_TOLD} more" * (len(names) > _MAX_TOLD)
+  more = f" and {len(names) - _MAX_SHOWN} more" * (len(names) > _MAX_SHOWN)
   return errors.CheckpointError(
     f"{len(names)} tensors or settings differ.",
     where=f"{left} and {right}",
-    why=", ".join(names[:_MAX_TOLD]) + more,
-    fix="Convert again from the one you trust.",
+    why=", ".join(names[:_MAX_SHOWN]) + more,
+    fix="Convert again from the directory that you trust.",
   )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a `*.safetensors` file says that it holds.
+"""Reads and writes the headers of `*.safetensors` files.
 
-A file is eight bytes of header length, a JSON header and the tensors' bytes.
-Files come from strangers, so everything the header claims is checked against
-the file before any tensor is touched.
+A file consists of eight bytes of header length, a JSON header and the tensors'
+bytes. Files are untrusted: every claim of the header is checked against the
+file before any tensor is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ _NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one tensor's bytes are."""
+  """Position of one tensor's bytes in a file: `begin` to `end`."""
 
   file: pathlib.Path
   dtype: np.dtype
@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
 
   Raises:
     errors.CheckpointError: unless the tensors tile the body of the file
-      exactly, each with a supported dtype and the size its shape needs.
+      exactly, each with a supported dtype and the size that its shape needs.
   """
   try:
     with path.open("rb") as file:
@@ -58,14 +58,16 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
       length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
       start = _LENGTH_BYTES + length
       if length > _MAX_BYTES or start > file_size:
-        raise refuse(
+        raise malformed(
           path, f"its header claims {length} bytes in a file of {file_size}"
         )
       header = json.loads(file.read(length), object_pairs_hook=_unique)
   except (OSError, ValueError, RecursionError) as error:
-    raise refuse(path, f"its header cannot be read ({error})") from error
+    raise malformed(path, f"its header cannot be read ({error})") from error
   if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-    raise refuse(path, "its header is no object of a sane size")
+    raise malformed(
+      path, f"its header must be an object of at most {MAX_TENSORS} keys"
+    )
   header.pop("__metadata__", None)
   tensors = {
     name: _entry(path, name, entry, start) for name, entry in header.items()
@@ -75,8 +77,8 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def make(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
-  """Makes what stands before the tensors of a file, its length included."""
-  # transformers refuses files that do not name a framework.
+  """Returns the bytes before the tensors: the header and its length."""
+  # transformers rejects files without a framework in the metadata.
   entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: JSON.
   position = 0
   for name, shape in shapes.items():
@@ -92,10 +94,10 @@ def make(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
   return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
 
 
-def refuse(
-  path: pathlib.Path, why: str, fix: str = "Fetch or export the model again."
+def malformed(
+  path: pathlib.Path, why: str, fix: str = "Download or export the model again."
 ) -> errors.CheckpointError:
-  """Makes the error that says how a file is malformed."""
+  """Returns the error for a malformed file."""
   return errors.CheckpointError(
     f"{path.name} is malformed.", where=str(path), why=f"{why}.", fix=fix
   )
@@ -104,24 +106,24 @@ def refuse(
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON.
   fields = dict(pairs)
   if len(fields) != len(pairs):
-    raise ValueError("a key is given twice")
+    raise ValueError("duplicate key")
   return fields
 
 
 def _entry(
   path: pathlib.Path,
   name: str,
-  entry: Any,  # Any: JSON from a stranger.
+  entry: Any,  # Any: untrusted JSON.
   start: int,
 ) -> Tensor:
-  """Reads one tensor's entry; `start` is where the body begins."""
+  """Parses one tensor's entry; the body of the file begins at `start`."""
   if not isinstance(entry, dict):
-    raise refuse(path, f"the entry of {reprlib.repr(name)} is no object")
+    raise malformed(path, f"the entry of {reprlib.repr(name)} is not an object")
   kind, short = entry.get("dtype"), reprlib.repr(name)
   if not _NAME.fullmatch(name):
-    raise refuse(path, f"{short} is no name of a tensor")
+    raise malformed(path, f"{short} is not a valid tensor name")
   if not isinstance(kind, str) or kind not in _DTYPES:
-    raise refuse(
+    raise malformed(
       path,
       f"{short} has dtype {reprlib.repr(kind)}; "
       f"supported are {sorted(_DTYPES)}",
@@ -130,17 +132,17 @@ def _entry(
   shape, offsets = entry.get("shape"), entry.get("data_offsets")
   if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
     given = f"shape {reprlib.repr(shape)}, offsets {reprlib.repr(offsets)}"
-    raise refuse(path, f"{short} has {given}")
+    raise malformed(path, f"{short} has {given}")
   dtype, (begin, end) = _DTYPES[kind], offsets
   if math.prod(shape) * dtype.itemsize != end - begin:
-    raise refuse(
-      path, f"{short} of shape {shape} does not take {end - begin} bytes"
+    raise malformed(
+      path, f"{short} of shape {shape} does not fit {end - begin} bytes"
     )
   return Tensor(path, dtype, tuple(shape), start + begin, start + end)
 
 
 def _are_sizes(
-  value: Any,  # Any: JSON from a stranger.
+  value: Any,  # Any: untrusted JSON.
 ) -> TypeGuard[list[int]]:
   return (
     isinstance(value, list)
@@ -152,13 +154,13 @@ def _are_sizes(
 def _check_tiling(
   path: pathlib.Path, tensors: Mapping[str, Tensor], start: int, file_size: int
 ) -> None:
-  """Refuses holes, overlaps and a body of another length."""
+  """Rejects holes, overlaps, and a body of a different length."""
   position = start
   for begin, end in sorted((t.begin, t.end) for t in tensors.values()):
     if begin != position:
-      raise refuse(path, f"byte {position} begins no tensor, or is in two")
+      raise malformed(path, f"byte {position} is in no tensor, or in two")
     position = end
   if position != file_size:
-    raise refuse(
+    raise malformed(
       path, f"its tensors end at byte {position}, the file at {file_size}"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists what a model directory or a checkpoint holds, from headers alone."""
+"""Lists the contents of a model directory or a checkpoint from its headers."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -13,7 +13,7 @@ from conversion import load, orbax_step, shards
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What is known of an array without reading it; `place` is its sharding."""
+  """Dtype, shape and sharding (`place`, as text) of an array."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -21,15 +21,16 @@ class Header:
 
   @property
   def num_bytes(self) -> int:
-    """What it takes."""
+    """Size of the array in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def lines(directory: pathlib.Path) -> Iterator[str]:
-  """Makes the lines of a listing: config, tree of arrays, total.
+  """Yields the lines of a listing: config, tree of arrays, total.
 
   Args:
-    directory: in Hugging Face format, or anything `step.find` finds.
+    directory: in Hugging Face format, or any path that `orbax_step.find`
+      accepts.
 
   Raises:
     errors.CheckpointError: if it is neither, or malformed.
@@ -59,7 +60,7 @@ def _of_step(step: pathlib.Path) -> dict[str, Header]:
 
 
 def _place(sharding: object) -> str:
-  """Says which axes of a mesh split each axis of an array, if any do."""
+  """Describes how the axes of an array are split over those of a mesh."""
   sizes = dict(
     zip(
       getattr(sharding, "axis_names", ()),
@@ -84,7 +85,7 @@ def _config(place: pathlib.Path) -> str:
     f"of {config.head_width}",
     "MLP": config.mlp_width,
     "vocabulary": config.vocab_size,
-    "head": "tied" if config.tie_embeddings else "its own",
+    "head": "tied" if config.tie_embeddings else "separate",
   }
   if config.experts:
     parts["experts"] = (
@@ -96,7 +97,7 @@ def _config(place: pathlib.Path) -> str:
 
 
 def _tree(headers: Mapping[str, Header], separator: str) -> Iterator[str]:
-  """Indents names below what they share, which is told once with its bytes."""
+  """Yields names indented as a tree; each prefix once, with its total bytes."""
   sizes: dict[tuple[str, ...], int] = {}
   keys = {
     name: tuple(
@@ -108,15 +109,15 @@ def _tree(headers: Mapping[str, Header], separator: str) -> Iterator[str]:
     for depth in range(1, len(keys[name])):
       prefix = tuple(map(str, keys[name][:depth]))
       sizes[prefix] = sizes.get(prefix, 0) + header.num_bytes
-  told: set[tuple[str, ...]] = set()
-  # Layer 10 comes after layer 9; names and numbers do not compare.
+  shown: set[tuple[str, ...]] = set()
+  # Numbers sort by value (layer 10 after layer 9) and before names.
   for name in sorted(
     headers, key=lambda n: [(isinstance(k, str), k) for k in keys[n]]
   ):
     path = tuple(map(str, keys[name]))
     for depth in range(1, len(path)):
-      if path[:depth] not in told:
-        told.add(path[:depth])
+      if path[:depth] not in shown:
+        shown.add(path[:depth])
         key = "  " * (depth - 1) + path[depth - 1]
         yield f"{sizes[path[:depth]]:>16,}  {key}"
     header = headers[name]

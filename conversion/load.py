@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face directories become parameters, without torch.
+"""Loads Hugging Face directories as parameters, without torch.
 
-Each device's part of a parameter is cut out of the mapped files by itself, so
-the host holds the parts of one parameter at a time and reads no byte that no
-device asked for.
+Each device's part of a parameter is read from the memory-mapped files
+directly: the host holds the parts of one parameter at a time and reads only
+bytes that a device needs.
 """
 
 import collections
@@ -28,41 +28,40 @@ from conversion import arrays, header, quantize, rules, shards
 _HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
 _MAX_LISTED = 8
-# Twice the cores: half of them may wait for the disk.
+# Twice the cores, since half of the readers may be waiting for the disk.
 NUM_READERS = min(16, 2 * (os.cpu_count() or 1))
-_STEP_BYTES = 16 * 2**20  # Of a tensor, for one reader: none waits for long.
-_NUM_AHEAD = 16  # Steps that the disk fetches before they are read.
+_STEP_BYTES = 16 * 2**20  # Per read, so that readers finish together.
+_NUM_AHEAD = 16  # Steps prefetched before they are read.
 
 
 def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
-  """Finds a model directory, fetching it from the hub if it is not a path.
+  """Returns a model's directory; downloads it from the Hub if it is not a path.
 
   Args:
-    name: a local directory, or `owner/name` on the Hugging Face hub, perhaps
-      with `@revision`: a branch, a tag or, to have the same ever after, a
-      commit.
-    with_weights: whether to fetch these too.
+    name: a local directory, or `owner/name` on the Hugging Face Hub, optionally
+      with `@revision`: a branch, a tag or, for a reproducible result, a commit.
+    with_weights: whether to download the weights too.
 
   Raises:
-    errors.CheckpointError: if it is neither, or cannot be fetched.
+    errors.CheckpointError: if it is neither, or the download fails.
   """
   path = pathlib.Path(name).expanduser()
   if path.exists():
     return path
   patterns = [*_HUB_PATTERNS, *(_HUB_WEIGHTS if with_weights else ())]
   try:
-    # Repositories also hold pickled and original weights; those stay there.
+    # Skips the pickled and original weights that repositories may hold.
     repository, _, revision = name.partition("@")
     found = huggingface_hub.snapshot_download(
       repository, revision=revision or None, allow_patterns=patterns
     )
   except (OSError, ValueError) as error:
     raise errors.CheckpointError(
-      "The model can be found neither on disk nor on the hub.",
+      "The model was not found on disk or on the Hub.",
       where=name,
       why=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-      fix="Check the path; for a hub model check its name, the network, "
-      "and HF_TOKEN if it is gated; HF_HUB_OFFLINE=1 is offline mode.",
+      fix="Check the path. For a Hub model, check its name, the network, and "
+      "HF_TOKEN if it is gated; HF_HUB_OFFLINE=1 is offline mode.",
     ) from error
   return pathlib.Path(found)
 
@@ -70,18 +69,18 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
 def read_config(
   directory: pathlib.Path,
 ) -> tuple[decoder_config.DecoderConfig, dict[str, Any]]:  # Any: JSON.
-  """Reads `config.json` as a decoder's shape, and as it is.
+  """Reads `config.json` as a `DecoderConfig`, and as raw JSON.
 
   Raises:
-    errors.CheckpointError: if the file is absent or malformed, or describes a
-      model this project does not compute.
+    errors.CheckpointError: if the file is absent or malformed, or describes an
+      unsupported model.
   """
   if directory.is_file():
     raise errors.CheckpointError(
-      "A model is a directory, but this is a file.",
+      "Expected a model directory, got a file.",
       where=str(directory),
-      why="config.json and the tokenizer are looked for beside the weights.",
-      fix=f"Give {directory.parent} instead.",
+      why="config.json and the tokenizer are read from the same directory.",
+      fix=f"Pass {directory.parent} instead.",
     )
   path = directory / "config.json"
   fields = shards.read_json(path)
@@ -106,39 +105,27 @@ def load(
   Args:
     directory: in Hugging Face format, of the same shape as `model`.
     model: as built from this directory's config.
-    param_dtype: of the parameters, "float32" or "bfloat16"; or how to keep
-      kernels, one of `quantized.KINDS`.
-    shardings: where each goes: a tree of `jax.sharding.Sharding` like the
-      parameters', or None for the first device.
-    progress: told the bytes of each parameter once it is read.
+    param_dtype: "float32" or "bfloat16" for parameters of that precision, or
+      one of `quantized.KINDS` for quantized kernels.
+    shardings: a tree of `jax.sharding.Sharding` like the parameters', or None
+      for the first device.
+    progress: called with the number of bytes of each parameter once it is read.
 
   Returns:
-    The parameters, as `model.init` would make them, or with a dict in the
-    place of each kernel that is kept in few bits.
+    The parameters, with the structure of `model.init`; a quantized kernel is a
+    dict of arrays.
 
   Raises:
-    errors.ConfigError: if parameters cannot have that dtype.
-    errors.CheckpointError: if a file is malformed, tensors are missing,
-      unexpected or of another shape (all in one list), or not finite.
+    errors.ConfigError: if `param_dtype` is invalid for the parameters.
+    errors.CheckpointError: if a file is malformed, a value is not finite, or
+      tensors are missing, unexpected or of the wrong shape (all in one list).
   """
   kept = describe(model, param_dtype)
   tensors = open_tensors(directory, model)
-  parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
-  for piece in rules.pieces(model):
-    parts.setdefault(piece.rule.path, {})[piece.index] = piece
-  structure = jax.tree.structure(model.abstract_params)
   if shardings is None:
     first = js.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: first, kept)
-  described, places = map(structure.flatten_up_to, (kept, shardings))
-  waiting: list[_Parameter | _Kernel] = [
-    _Kernel(quantize.Kernel(path, parts[path], leaf), place)
-    if isinstance(leaf, Mapping)
-    else _Parameter(leaf.shape, leaf.dtype, place, parts[path], tensors)
-    for (path, _), leaf, place in zip(
-      rules.flatten(model.abstract_params), described, places, strict=True
-    )
-  ]
+  waiting = _waiting(model, kept, shardings, tensors)
   leaves = []
   ahead = itertools.chain.from_iterable(
     item.read_ahead() for item in waiting if isinstance(item, _Parameter)
@@ -148,34 +135,58 @@ def load(
     for item in waiting:
       if isinstance(item, _Parameter):
         # Any: a dict of arrays, or an array.
-        made: Any = item.assemble(pool, ahead)
+        leaf: Any = item.assemble(pool, ahead)
       else:
-        made = quantize.assemble(item.kernel, item.places, tensors, pool)
-      leaves.append(made)
-      progress(sum(array.nbytes for array in jax.tree.leaves(made)))
-  return jax.tree.unflatten(structure, leaves)
+        leaf = quantize.assemble(item.kernel, item.places, tensors, pool)
+      leaves.append(leaf)
+      progress(sum(array.nbytes for array in jax.tree.leaves(leaf)))
+  return jax.tree.unflatten(jax.tree.structure(model.abstract_params), leaves)
 
 
 class _Kernel(NamedTuple):
-  """A kernel that is to be read and rounded, and where it goes."""
+  """A kernel to be read and quantized, and the shardings of its arrays."""
 
   kernel: quantize.Kernel
   places: Mapping[str, js.Sharding]
 
 
+def _waiting(
+  model: decoder.Model,
+  kept: dict[str, Any],  # Any: as `describe` returns it.
+  shardings: Any,  # Any: a tree like the parameters'.
+  tensors: Mapping[str, header.Tensor],
+) -> list["_Parameter | _Kernel"]:
+  """Returns one reader per parameter, in the order of `jax.tree`."""
+  parts: dict[str, dict[tuple[int, ...], rules.Piece]] = {}
+  for piece in rules.pieces(model):
+    parts.setdefault(piece.rule.path, {})[piece.index] = piece
+  structure = jax.tree.structure(model.abstract_params)
+  described, places = map(structure.flatten_up_to, (kept, shardings))
+  return [
+    _Kernel(quantize.Kernel(path, parts[path], leaf), place)
+    if isinstance(leaf, Mapping)
+    else _Parameter(leaf.shape, leaf.dtype, place, parts[path], tensors)
+    for (path, _), leaf, place in zip(
+      rules.flatten(model.abstract_params), described, places, strict=True
+    )
+  ]
+
+
 def describe(model: decoder.Model, param_dtype: str) -> dict[str, Any]:
-  """Tells shapes and precisions of what `load` makes, without a file.
+  """Returns the shapes and dtypes of the parameters that `load` returns.
+
+  It reads no file.
 
   Raises:
-    errors.ConfigError: if parameters cannot be kept so.
+    errors.ConfigError: if `param_dtype` is invalid for the parameters.
   """
   if param_dtype in quantized.KINDS:
     return quantized.describe(model.abstract_params, param_dtype)
   if param_dtype not in ("float32", "bfloat16"):
     raise errors.ConfigError(
-      f"Parameters are not kept as {param_dtype}.",
+      f"Unsupported param_dtype: {param_dtype}.",
       where=f"param_dtype={param_dtype}",
-      why="They are float32 or bfloat16, the base of adapters int8 or nf4 too.",
+      why="It must be float32 or bfloat16; int8 and nf4 need adapters.",
       fix="Set one of these.",
     )
   return jax.tree.map(
@@ -189,7 +200,7 @@ _Ranges: TypeAlias = tuple[range, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-  """A parameter that is to be read: what it is, where it goes and lies."""
+  """A parameter to be read: its shape, sharding and pieces in the files."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -200,9 +211,9 @@ class _Parameter:
   def assemble(
     self, pool: concurrent.futures.Executor, ahead: Iterator[None]
   ) -> jax.Array:
-    """Makes an array of the parts that this process's devices own.
+    """Returns an array of the parts that this process's devices own.
 
-    For each step that is done, the disk is asked for one more.
+    After each step, the disk is asked to prefetch one more.
     """
     owned = []
     for ranges, devices in self._owners().items():
@@ -225,7 +236,7 @@ class _Parameter:
     )
 
   def read_ahead(self) -> Iterator[None]:
-    """Has the disk fetch what `assemble` will read, step by step."""
+    """Prefetches what `assemble` will read, step by step."""
     for ranges in self._owners():
       for source, rows in self._steps(ranges):
         shards.read_ahead(
@@ -236,7 +247,7 @@ class _Parameter:
   def _owners(
     self,
   ) -> dict[_Ranges, list[Any]]:  # Any: JAX names no type for devices.
-    """Lists this process's devices, by the part that they own."""
+    """Groups this process's devices by the part that they own."""
     owners = collections.defaultdict(list)
     indices = self.place.addressable_devices_indices_map(self.shape)
     for device, index in indices.items():
@@ -248,7 +259,7 @@ class _Parameter:
     return owners
 
   def _sources(self, ranges: _Ranges) -> Iterator["_Source"]:
-    """Finds the tensors of a part in the files."""
+    """Yields the pieces of the files that make up a part."""
     num_stacked = len(next(iter(self.parts)))
     index = tuple(slice(r.start, r.stop) for r in ranges[num_stacked:])
     stacked = ranges[:num_stacked]
@@ -263,7 +274,7 @@ class _Parameter:
       yield _Source(piece.name, piece.rule, place, tensor, values)
 
   def _steps(self, ranges: _Ranges) -> Iterator[tuple["_Source", slice]]:
-    """Divides what is read of a part into some rows of a tensor at a time."""
+    """Divides the reading of a part into row slices of its tensors."""
     for source in self._sources(ranges):
       num_rows, num_bytes = len(source.values), source.values.nbytes
       size = max(1, _STEP_BYTES * num_rows // max(1, num_bytes))
@@ -272,9 +283,9 @@ class _Parameter:
 
 
 class _Source(NamedTuple):
-  """Where a part of a parameter comes from, and its place in a stack of them.
+  """A piece of a parameter in a file, and its index in the stack of pieces.
 
-  `values` shows it as rows of a file: of `tensor`, which is mapped.
+  `values` views it as rows of the memory-mapped `tensor` of the file.
   """
 
   name: str
@@ -285,21 +296,21 @@ class _Source(NamedTuple):
 
 
 def _copy(name: str, source: np.ndarray, target: np.ndarray) -> None:
-  """Copies part of a tensor that is finite, before and after."""
+  """Copies and casts part of a tensor; checks that all values stay finite."""
   check = functools.partial(arrays.check_finite, name)
   arrays.copy(source, target, check)
-  if target.itemsize < source.itemsize:  # Numbers that were large overflow.
+  if target.itemsize < source.itemsize:  # Large values may overflow.
     check(target)
 
 
 def open_tensors(
   directory: pathlib.Path, model: decoder.Model
 ) -> dict[str, header.Tensor]:
-  """Finds the tensors of a model; reads headers only.
+  """Finds the tensors of a model; reads only headers.
 
   Raises:
     errors.CheckpointError: if a file is malformed, or tensors are missing,
-      unexpected or of another shape; all in one list.
+      unexpected or of the wrong shape; all in one list.
   """
   tensors = shards.open_directory(directory)
   expected = rules.shapes(model)
@@ -319,12 +330,12 @@ def open_tensors(
   ]
   if missing or unexpected or misshapen:
     raise errors.CheckpointError(
-      "The weights are not those config.json describes.",
+      "The weights do not match config.json.",
       where=str(directory),
       why=f"Missing: {_listed(missing)}. Unexpected: {_listed(unexpected)}. "
-      f"Misshapen: {_listed(misshapen)}.",
-      fix="Fetch the model again; config.json and weights must belong "
-      "together.",
+      f"Wrong shape: {_listed(misshapen)}.",
+      fix="Download the model again; config.json and the weights must be of "
+      "the same model.",
     )
   return tensors
 
@@ -332,7 +343,7 @@ def open_tensors(
 def _check_tied(
   directory: pathlib.Path, tensors: Mapping[str, header.Tensor]
 ) -> None:
-  """Refuses a head that differs from the embedding it is tied to."""
+  """Rejects a head that differs from the embedding it is tied to."""
   head, embedding = (
     tensors.get(name) for name in (rules.HEAD_NAME, rules.EMBEDDING_NAME)
   )
@@ -347,8 +358,8 @@ def _check_tied(
       raise errors.CheckpointError(
         "A tied head differs from the embedding.",
         where=f"{directory}: {rules.HEAD_NAME}",
-        why="config.json has tie_word_embeddings=true, yet the file holds a "
-        "head of its own.",
+        why="config.json has tie_word_embeddings=true, but the weights hold a "
+        "different head.",
         fix="Set tie_word_embeddings to false if the head was trained.",
       )
 

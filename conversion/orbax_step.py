@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orbax checkpoints, as training writes them: found, listed, read, written."""
+"""Finds, lists, reads and writes orbax checkpoints of training."""
 
 import pathlib
 import shutil
@@ -19,9 +19,10 @@ _PARAMS = "params"
 
 
 def find(directory: pathlib.Path) -> pathlib.Path | None:
-  """Finds the checkpoint that a path means; None if it means none.
+  """Returns the step that a path refers to, or None if there is none.
 
-  It may be a step, a folder of them or a workdir; then the newest step counts.
+  The path may be a step, a folder of steps or a workdir; of several steps, the
+  newest is returned.
   """
   if (directory / checkpoint_format.STATE).is_dir():
     return directory
@@ -40,16 +41,16 @@ def headers(step: pathlib.Path) -> dict[str, Any]:  # Any: no public type.
     Orbax's metadata of each, with a shape, a dtype and a sharding.
 
   Raises:
-    errors.CheckpointError: if there is no such list.
+    errors.CheckpointError: if the metadata is missing or unreadable.
   """
   if not (step / checkpoint_format.STATE).is_dir():
-    raise _unreadable(step, f"It has no folder {checkpoint_format.STATE}")
+    raise _unreadable(step, f"It has no {checkpoint_format.STATE}/ folder")
   try:
     found = ocp.PyTreeCheckpointer().metadata(step / checkpoint_format.STATE)
   except (OSError, ValueError) as error:
     raise _unreadable(step, str(error).partition("\n")[0]) from error
   if found.item_metadata is None:
-    raise _unreadable(step, "It has no list of what it holds")
+    raise _unreadable(step, "Its metadata lists no arrays")
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree.leaves_with_path(found.item_metadata.tree)
@@ -61,12 +62,12 @@ def _unreadable(step: pathlib.Path, why: str) -> errors.CheckpointError:
     "The checkpoint cannot be opened.",
     where=str(step),
     why=f"{why}.",
-    fix="Take another step, or restore the folder from a copy.",
+    fix="Use another step, or restore the folder from a copy.",
   )
 
 
 def param_headers(step: pathlib.Path) -> dict[str, Any]:  # Any: as `headers`.
-  """Lists the parameters of a checkpoint by their paths, as `headers` does."""
+  """Lists the parameters of a checkpoint by path; see `headers`."""
   start = f"{_PARAMS}/"
   return {
     path.removeprefix(start): leaf
@@ -76,10 +77,10 @@ def param_headers(step: pathlib.Path) -> dict[str, Any]:  # Any: as `headers`.
 
 
 def check_model(step: pathlib.Path, model: decoder.Model) -> None:
-  """Refuses a checkpoint whose parameters are not those of the model.
+  """Rejects a checkpoint whose parameters do not match the model.
 
   Raises:
-    errors.CheckpointError: naming some that differ.
+    errors.CheckpointError: naming some parameters that differ.
   """
   wanted = {
     path: tuple(leaf.shape)
@@ -95,15 +96,15 @@ def check_model(step: pathlib.Path, model: decoder.Model) -> None:
   ]
   if differing:
     raise errors.CheckpointError(
-      "The checkpoint is of another model.",
+      "The checkpoint does not match the model.",
       where=str(step),
       why=f"{len(differing)} parameters differ: {'; '.join(differing[:4])}.",
-      fix="Give the directory of the model that was trained as --source.",
+      fix="Set --source to the directory of the model that was trained.",
     )
 
 
 def adapters(step: pathlib.Path) -> lora.Lora | None:
-  """Tells what adapters a sound checkpoint holds; None if all parameters."""
+  """Returns the adapter settings of a checkpoint; None if it has none."""
   ranks = {
     path.removesuffix("/lora_a").removeprefix("layers/"): leaf.shape[-1]
     for path, leaf in param_headers(step).items()
@@ -120,23 +121,23 @@ def adapters(step: pathlib.Path) -> lora.Lora | None:
 
 
 def base_kept_as(step: pathlib.Path) -> str:
-  """Tells how the base of adapters was kept, if as integers; empty if not."""
+  """Returns the quantization of the adapters' base; empty if there is none."""
   about = checkpoint_format.read(step) or {}
   return about.get("identity", {}).get("base.kept_as", "")
 
 
 def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
-  """Refuses a base that the adapters of a checkpoint were not trained over.
+  """Checks that the adapters of a checkpoint were trained over this base.
 
   Args:
-    step: holds adapters.
-    params: of the base, in float32 or kept as `base_kept_as` tells.
+    step: a checkpoint of adapters.
+    params: of the base, in float32 or quantized as `base_kept_as` returns.
 
   Returns:
     The parameters in the precision that they had in training.
 
   Raises:
-    errors.CheckpointError: if their values were others.
+    errors.CheckpointError: if the base in training had different values.
   """
   about = checkpoint_format.read(step) or {}
   is_rounded = quantized.kind_of(params) is not None
@@ -147,22 +148,22 @@ def check_base(step: pathlib.Path, params: decoder.Params) -> decoder.Params:
     if lora.fingerprint(lora.checksums(held)) == about["identity"]["base"]:
       return held
   raise errors.CheckpointError(
-    "These adapters were trained over another base.",
+    "The adapters were trained over a different base.",
     where=str(step),
-    why="The base's weights are not those that the checkpoint names.",
-    fix="Give the directory of the model that was trained as --source.",
+    why="The checksum of the base differs from the one in the checkpoint.",
+    fix="Set --source to the directory of the model that was trained.",
   )
 
 
 def read(step: pathlib.Path, model: decoder.Model) -> decoder.Params:
-  """Reads a sound checkpoint's parameters as they are, on the first device."""
+  """Reads the parameters of an intact checkpoint onto the first device."""
   return read_tree(step, model.abstract_params)
 
 
 def read_tree(step: pathlib.Path, abstract: decoder.Params) -> decoder.Params:
-  """Reads what has these paths, as `read` does, one after the other.
+  """Reads the parameters at the paths of `abstract`, one after the other.
 
-  Orbax would read all at once, and hold everything twice.
+  Orbax would read all at once and hold two copies.
   """
   leaves = [
     jax.device_put(read_one(step, path), jax.devices()[0])
@@ -172,7 +173,7 @@ def read_tree(step: pathlib.Path, abstract: decoder.Params) -> decoder.Params:
 
 
 def read_one(step: pathlib.Path, path: str) -> np.ndarray:
-  """Reads one array of a sound checkpoint's parameters, by its path."""
+  """Reads one parameter of an intact checkpoint by its path."""
   tree: Any = jax.ShapeDtypeStruct((), np.float32)  # Any: a nested dict.
   for key in reversed([_PARAMS, *path.split("/")]):
     tree = {key: tree}
@@ -192,7 +193,7 @@ def read_one(step: pathlib.Path, path: str) -> np.ndarray:
 def write(
   partial: pathlib.Path, params: decoder.Params, *, source: pathlib.Path
 ) -> None:
-  """Writes parameters, with the config of the model that they are of."""
+  """Writes parameters, with the config of their model."""
   shutil.copyfile(source / _CONFIG, partial / _CONFIG)
   checkpoint_format.write(
     partial,

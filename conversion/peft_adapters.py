@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to and from a directory as PEFT has it, and into their base."""
+"""Converts adapters to and from PEFT directories, and merges them."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,33 +17,48 @@ from conversion import arrays, card, header, rules, save, shards, target
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _A, _B = "lora_A.weight", "lora_B.weight"
-# Rows of a kernel merged at once, so that no second kernel is in memory.
+# Rows of a kernel merged at once, to avoid a float32 copy of the kernel.
 _NUM_ROWS = 1024
 
-# Honoured, by what the tensors are called and shaped if not by name.
+# Supported: read here, or implied by the names and shapes of the tensors.
 _READ = {
-  *("peft_type", "task_type", "bias", "r", "lora_alpha", "use_rslora"),
-  *("init_lora_weights", "target_modules", "exclude_modules"),
-  *("layers_to_transform", "layers_pattern"),
+  "peft_type",
+  "task_type",
+  "bias",
+  "r",
+  "lora_alpha",
+  "use_rslora",
+  "init_lora_weights",
+  "target_modules",
+  "exclude_modules",
+  "layers_to_transform",
+  "layers_pattern",
 }
-# They change no weight that is in the files.
+# Ignored: these do not change the weights in the files.
 _WITHOUT_EFFECT = {
-  *("base_model_name_or_path", "base_model_class", "revision", "peft_version"),
-  *("auto_mapping", "inference_mode", "lora_dropout", "megatron_core"),
-  *("qalora_group_size", "runtime_config"),
+  "base_model_name_or_path",
+  "base_model_class",
+  "revision",
+  "peft_version",
+  "auto_mapping",
+  "inference_mode",
+  "lora_dropout",
+  "megatron_core",
+  "qalora_group_size",
+  "runtime_config",
 }
-# Any other way to start may have changed the base as well.
+# Other initializations, such as PiSSA, may have changed the base as well.
 _STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """An adapter's files, opened.
+  """An opened adapter directory.
 
   Attributes:
-    directory: where they are.
-    rank: of all pairs.
-    scale: what the product of a pair is multiplied with.
+    directory: where the files are.
+    rank: of every A and B.
+    scale: factor of the product B A.
     pairs: A and B, by the name of the base's tensor that they are added to.
   """
 
@@ -62,18 +77,18 @@ def save_directory(
   source: pathlib.Path,
   about: card.Card,
 ) -> None:
-  """Writes adapters in float32, whole or not at all.
+  """Writes adapters in float32, completely or not at all.
 
   Args:
-    directory: the target; what is there is replaced.
-    adapters: as `lora.init` makes them.
+    directory: the target; it is replaced if it exists.
+    adapters: as `lora.init` returns them.
     model: the base, without adapters.
-    settings: the adapters'.
+    settings: of the adapters.
     source: the base's directory.
-    about: goes into the model card.
+    about: contents of the model card.
 
   Raises:
-    errors.ConfigError: if PEFT has no names for them.
+    errors.ConfigError: if PEFT cannot represent the adapters.
     errors.CheckpointError: if a weight is not finite, the disk is full, or the
       file read back differs.
   """
@@ -105,14 +120,13 @@ def open_directory(directory: pathlib.Path) -> Adapter:
   """Reads an adapter's config and lists its tensors; reads no values.
 
   Raises:
-    errors.CheckpointError: if it has what would not be honoured, or its files
-      are malformed.
+    errors.CheckpointError: if a setting is unsupported or a file is malformed.
   """
   fields = shards.read_json(directory / _CONFIG)
   _check_fields(directory, fields)
   rank, alpha = fields["r"], fields["lora_alpha"]
   if not (directory / _WEIGHTS).exists():
-    raise _refused(
+    raise _unsupported(
       directory,
       f"It has no {_WEIGHTS}",
       "Save it again with safe_serialization=True; pickled files are not read.",
@@ -126,8 +140,8 @@ def open_directory(directory: pathlib.Path) -> Adapter:
   known = {f"{_PREFIX}{stem}{end}" for stem in stems for end in (_A, _B)}
   if not stems or known != found.keys():
     odd = sorted(known ^ found.keys())
-    raise _refused(
-      directory, f"These are no pairs of A and B: {odd[:4] or 'nothing'}"
+    raise _unsupported(
+      directory, f"Tensors are not in pairs of A and B: {odd[:4] or 'none'}"
     )
   pairs = {
     f"{stem}weight": (found[_PREFIX + stem + _A], found[_PREFIX + stem + _B])
@@ -135,8 +149,8 @@ def open_directory(directory: pathlib.Path) -> Adapter:
   }
   for name, (a, b) in pairs.items():
     if len(a.shape) != 2 or (a.shape[0], *b.shape[1:]) != (rank, rank):
-      why = f"Of rank {rank}, {name} has A {a.shape} and B {b.shape}"
-      raise _refused(directory, why)
+      why = f"Rank is {rank}, but {name} has A {a.shape} and B {b.shape}"
+      raise _unsupported(directory, why)
   scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
   return Adapter(directory, rank, scale, pairs)
 
@@ -144,20 +158,21 @@ def open_directory(directory: pathlib.Path) -> Adapter:
 def load(
   directory: pathlib.Path, model: decoder.Model, settings: lora.Lora
 ) -> decoder.Params:
-  """Loads adapters in float32, as `lora.init` would make them.
+  """Loads adapters in float32, with the structure of `lora.init`.
 
   Args:
-    directory: as PEFT writes it.
+    directory: in PEFT format.
     model: the base, without adapters.
-    settings: what adapters the model is to get.
+    settings: expected rank, alpha and targets of the adapters.
 
   Raises:
-    errors.ConfigError: if the directory holds others than `settings` say.
+    errors.ConfigError: if the adapters in the directory do not match
+      `settings`.
     errors.CheckpointError: see `open_directory`; or a weight is not finite.
   """
   if not has_names(model):
-    raise _refused(
-      directory, f"Files of {model.config.family} fuse projections", _MERGE
+    raise _unsupported(
+      directory, f"The files of {model.config.family} fuse projections", _MERGE
     )
   adapter = open_directory(directory)
   _check_scale(adapter, settings)
@@ -166,10 +181,10 @@ def load(
   if wanted.keys() != adapter.pairs.keys():
     odd = sorted(wanted.keys() ^ adapter.pairs.keys())
     raise errors.ConfigError(
-      "The adapters are of other layers than are asked for.",
+      "The adapters do not match --config.lora.targets.",
       where=f"--config.lora.path={directory}",
-      why=f"{len(odd)} are on one side alone: {', '.join(odd[:4])}.",
-      fix="Set --config.lora.targets to the layers that have one there.",
+      why=f"{len(odd)} layers are on one side only: {', '.join(odd[:4])}.",
+      fix="Set --config.lora.targets to the layers in that directory.",
     )
   check_shapes(adapter, model)
   leaves = dict(rules.flatten(abstract))
@@ -192,9 +207,9 @@ def load(
 def merging(
   adapter: Adapter, base: Mapping[str, header.Tensor], dtype: str
 ) -> save.Fetch:
-  """Makes the function that reads a tensor of the base with its adapter added.
+  """Returns a function that reads a tensor of the base with its adapter added.
 
-  W + scale B A is computed in float32, some rows at a time.
+  W + scale B A is computed in float32, a block of rows at a time.
   """
 
   def fetch(name: str) -> np.ndarray:
@@ -213,7 +228,7 @@ def merging(
 
 
 def check_shapes(adapter: Adapter, model: decoder.Model) -> None:
-  """Refuses an adapter of another model, by its tensors' names and shapes.
+  """Rejects an adapter whose tensors do not fit the model, by name and shape.
 
   Raises:
     errors.CheckpointError: naming some that differ.
@@ -225,17 +240,17 @@ def check_shapes(adapter: Adapter, model: decoder.Model) -> None:
     if base.get(name) != (b.shape[0], a.shape[1])
   ]
   if odd:
-    raise _refused(
+    raise _unsupported(
       adapter.directory,
-      f"{len(odd)} tensors of the base differ: {'; '.join(odd[:4])}",
-      "Give the model that it was trained on.",
+      f"{len(odd)} tensors do not fit the base: {'; '.join(odd[:4])}",
+      "Pass the model that the adapter was trained on.",
     )
 
 
 def has_names(model: decoder.Model) -> bool:
-  """Tells whether every projection is a tensor of its own in the files.
+  """Returns whether every projection has its own tensor in the model's files.
 
-  PEFT has one adapter for each of their tensors.
+  PEFT stores one adapter for each tensor of the files.
   """
   names = [rule.name for rule in rules.of_model(model)]
   return len(names) == len(set(names))
@@ -244,16 +259,16 @@ def has_names(model: decoder.Model) -> bool:
 def tensors(
   adapters: decoder.Params, model: decoder.Model
 ) -> Mapping[str, np.ndarray]:
-  """Gives every layer's adapters by the names that PEFT has for them.
+  """Returns the adapters of every layer by their names in PEFT.
 
   Raises:
-    errors.ConfigError: if it has none.
+    errors.ConfigError: if the family fuses projections in its files.
   """
   if not has_names(model):
     raise errors.ConfigError(
-      f"PEFT has no names for adapters of {model.config.family}.",
-      where="the family of the model",
-      why="Its files hold several projections in one tensor.",
+      f"PEFT cannot represent adapters of {model.config.family}.",
+      where="family of the model",
+      why="Its files fuse several projections into one tensor.",
       fix="Write the merged model.",
     )
   found = {}
@@ -270,7 +285,7 @@ def tensors(
 def _names(
   adapters: decoder.Params, model: decoder.Model
 ) -> dict[str, tuple[str, int]]:
-  """Gives the path and the layer of each adapter, by its base's tensor."""
+  """Maps the name of each adapted tensor of the base to (path, layer)."""
   paths = {path for path, _ in rules.flatten(adapters)}
   return {
     rule.name.format(layer=layer): (path, layer)
@@ -286,11 +301,11 @@ def _check_scale(adapter: Adapter, settings: lora.Lora) -> None:
     settings.alpha, alpha, rel_tol=1e-6
   ):
     raise errors.ConfigError(
-      "The adapters are of another rank or scale than is asked for.",
+      "The adapters do not match --config.lora.rank and alpha.",
       where=f"--config.lora.path={adapter.directory}",
       why=f"The config has rank {settings.rank} and alpha {settings.alpha}.",
       fix=f"Set --config.lora.rank={adapter.rank} and "
-      f"--config.lora.alpha={alpha!r}; they scale as the adapters do.",
+      f"--config.lora.alpha={alpha!r}, which match the adapters.",
     )
 
 
@@ -298,7 +313,7 @@ def _check_fields(
   directory: pathlib.Path,
   fields: Mapping[str, Any],  # Any: JSON.
 ) -> None:
-  """Refuses what is no LoRA, or more than one, by the names of the fields."""
+  """Rejects unsupported settings, naming their fields."""
   odd = {
     name: value
     for name, value in fields.items()
@@ -315,15 +330,15 @@ def _check_fields(
     odd["lora_alpha"] = alpha
   if odd:
     listed = ", ".join(f"{name}={value!r}" for name, value in odd.items())
-    raise _refused(directory / _CONFIG, f"It has {listed}")
+    raise _unsupported(directory / _CONFIG, f"Unsupported settings: {listed}")
 
 
-_MERGE = "Let PEFT merge it into its base, and train on from there."
+_MERGE = "Merge it into its base with PEFT, and train from the merged model."
 
 
-def _refused(
+def _unsupported(
   where: pathlib.Path, why: str, fix: str = _MERGE
 ) -> errors.CheckpointError:
   return errors.CheckpointError(
-    "The adapter cannot be used.", where=str(where), why=f"{why}.", fix=fix
+    "Unsupported adapter.", where=str(where), why=f"{why}.", fix=fix
   )

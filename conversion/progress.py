@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes and seconds of long work: a bar on a terminal, else lines."""
+"""Reports bytes and seconds of long work: a bar on a terminal, else lines."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -13,11 +13,11 @@ _MAX_SILENCE_S = 30.0
 
 
 @contextlib.contextmanager
-def telling(what: str, total: int) -> Iterator[Callable[[int], None]]:
-  """Shows on stderr how much of `total` bytes is done.
+def reporting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Reports the progress of `total` bytes on stderr.
 
   Yields:
-    A function that is told how many more bytes are done.
+    A function that adds a number of bytes to those done.
   """
   start = time.monotonic()
   show = _bar if sys.stderr.isatty() else _lines

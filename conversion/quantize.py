@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a Hugging Face directory become kernels kept in few bits.
+"""Reads tensors of a Hugging Face directory as quantized kernels.
 
-Rows are rounded a few at a time, on the host's processor whatever the devices
-are: the integers are the same on any mesh and any machine, and nothing larger
-than a few rows is ever a float.
+Rows are quantized in chunks on the host's CPU, whatever the devices are: the
+integers are the same on any mesh and machine, and only one chunk of rows per
+reader is ever in floating point.
 """
 
 import collections
@@ -24,17 +24,17 @@ from conversion import arrays, header, rules, shards
 
 _Ranges: TypeAlias = tuple[range, ...]
 
-_CHUNK = 2**20  # Weights that are rounded at once, by each reader.
+_CHUNK = 2**20  # Weights that each reader quantizes at once.
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A kernel, in the files and as it is kept.
+  """A kernel in the files, and its quantized form.
 
   Attributes:
-    path: its own.
-    parts: the pieces of the files that it is in, by layer, and expert.
-    kept: its integers and scales, as `quantized.describe` tells them.
+    path: of the parameter.
+    parts: its pieces in the files, by layer and expert.
+    kept: shapes of its integers and scales; see `quantized.describe`.
   """
 
   path: str
@@ -43,27 +43,27 @@ class Kernel:
 
   @property
   def kind(self) -> quantized.Kind:
-    """To what it is rounded, and the name of its integers."""
+    """The quantization, which is also the name of the integers."""
     return next(kind for kind in quantized.KINDS if kind in self.kept)
 
   @property
   def scales(self) -> str:
-    """The name of its scales."""
+    """The name of the scales."""
     return next(name for name in self.kept if name != self.kind)
 
   @property
   def num_stacked(self) -> int:
-    """How many axes are those of layers and experts."""
+    """Number of leading axes: layers and experts."""
     return self._piece.rule.num_stacked
 
   @property
   def num_in(self) -> int:
-    """How many axes of inputs come after them; the others are of outputs."""
+    """Number of input axes after the stacked ones; outputs follow."""
     return self._piece.rule.num_in or 0
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Its own, not that of its integers."""
+    """Shape of the kernel, not of its integers."""
     stacked = self.kept[self.kind].shape[: self.num_stacked]
     return (*stacked, *self._piece.shape)
 
@@ -78,23 +78,23 @@ def assemble(
   tensors: Mapping[str, header.Tensor],
   pool: concurrent.futures.Executor,
 ) -> dict[str, jax.Array]:
-  """Reads and rounds what this process's devices own of a kernel.
+  """Reads and quantizes the parts of a kernel that this process's devices own.
 
-  Devices that own different inputs of the same outputs share the work: a scale
-  of int8 is that of all inputs.
+  Devices that own different inputs of the same outputs share one read, since a
+  scale of int8 covers all inputs.
 
   Args:
-    kernel: see there.
-    places: where its integers and its scales go.
-    tensors: those of the files, by name.
-    pool: reads layers side by side.
+    kernel: see `Kernel`.
+    places: shardings of its integers and scales.
+    tensors: of the files, by name.
+    pool: reads layers in parallel.
 
   Returns:
     Integers and scales, on their devices.
 
   Raises:
     errors.CheckpointError: if a weight is not finite.
-    errors.ConfigError: if JAX may not use the host's processor.
+    errors.ConfigError: if JAX has no CPU backend.
   """
   indices = {
     name: places[name].addressable_devices_indices_map(leaf.shape)
@@ -129,7 +129,7 @@ def _read(
   tensors: Mapping[str, header.Tensor],
   pool: concurrent.futures.Executor,
 ) -> dict[str, np.ndarray]:
-  """Reads and rounds a part of a kernel."""
+  """Reads and quantizes the part `hull` of a kernel."""
   blocks = {}
   for name, leaf in kernel.kept.items():
     slices = _within(hull, hull, leaf.shape, kernel.shape)
@@ -141,7 +141,7 @@ def _read(
   block, seen, kept = 0, inputs, slice(None)
   if kernel.kind == "nf4":
     block = quantized.block_size(kernel.path, kernel.shape[stop - 1])
-  else:  # A scale is that of all inputs, whichever are asked for.
+  else:  # A scale covers all inputs, so all are read.
     seen = tuple(map(range, kernel.shape[start:stop]))
     numbers = np.arange(math.prod(map(len, seen))).reshape([*map(len, seen)])
     kept = numbers[_slices(inputs)].ravel()
@@ -171,19 +171,19 @@ def _read(
 
 
 def _host(kind: quantized.Kind) -> Any:  # Any: JAX names no type for it.
-  """Gives the host's processor.
+  """Returns the host's CPU device.
 
   Raises:
-    errors.ConfigError: if JAX may not use it.
+    errors.ConfigError: if JAX has no CPU backend.
   """
   try:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError as error:
     raise errors.ConfigError(
-      f"Kernels cannot be rounded to {kind}.",
+      f"Kernels cannot be quantized to {kind}: JAX has no CPU backend.",
       where="JAX_PLATFORMS in the environment",
-      why="They are rounded on the host's processor, which it leaves out.",
-      fix="Unset it, or end it with ,cpu.",
+      why="Kernels are quantized on the CPU, which it excludes.",
+      fix="Unset it, or append ,cpu.",
     ) from error
 
 
@@ -195,7 +195,14 @@ def _part(
   shape: Sequence[int],
   kernel: Sequence[int],
 ) -> _Ranges:
-  """Tells which part of the kernel some integers or scales are of."""
+  """Returns the part of the kernel that an index of integers or scales covers.
+
+  Two nf4 integers share a byte and a scale covers a block, so an axis of the
+  array may be shorter than that of the kernel:
+
+    array of `size`:   | 0 | 1 | 2 | 3 |     index 1:3
+    kernel of `whole`: |0 1|2 3|4 5|6 7|     range(2, 6)
+  """
   index = index or (slice(None),) * len(shape)
   ranges = []
   for part, size, whole in zip(index, shape, kernel, strict=True):
@@ -205,7 +212,7 @@ def _part(
 
 
 def _hull(parts: Sequence[_Ranges]) -> _Ranges:
-  """Gives the smallest part of a kernel that has all of some parts."""
+  """Returns the smallest part of a kernel that contains all `parts`."""
   return tuple(
     range(min(r.start for r in each), max(r.stop for r in each))
     for each in zip(*parts, strict=True)
@@ -215,9 +222,9 @@ def _hull(parts: Sequence[_Ranges]) -> _Ranges:
 def _within(
   part: _Ranges, hull: _Ranges, shape: Sequence[int], kernel: Sequence[int]
 ) -> tuple[slice, ...]:
-  """Says where a part of the kernel is in integers or scales of the hull."""
+  """Returns the slices of `part` in integers or scales of the part `hull`."""
   return tuple(
-    # A scale of all inputs is there whatever part of them is asked for.
+    # A scale of all inputs belongs to every part of them.
     slice(0, 1)
     if size == 1
     else slice(

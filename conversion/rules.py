@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Hugging Face tensor is which parameter; the same table both ways.
+"""Maps Hugging Face tensors to parameters; one table serves both directions.
 
-Hugging Face stores a projection as [outputs, inputs] with all axes of a side
-flattened, and each layer and expert by itself. Ours are [inputs, outputs] with
-every axis kept, such as [D, N, H], stacked over the layers and experts. Phi
-stores several projections in one tensor, one after the other.
+Hugging Face stores each layer and expert separately, and a projection as
+[outputs, inputs] with the axes of each side flattened. Parameters are
+[inputs, outputs] with all axes kept, such as [D, N, H], and stacked over layers
+and experts. Phi concatenates several projections into one tensor, by rows:
+
+  self_attn.q_proj.weight [N H, D]  <->  layers/attention/q/kernel [L, D, N, H]
 """
 
 from collections.abc import Iterator
@@ -21,12 +23,12 @@ from atlas_jax.models import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One row: a Hugging Face name, a parameter path and the transform.
+  """One row of the table: Hugging Face name, parameter path and transform.
 
-  `{layer}` and `{expert}` in `name` are numbers, and say that the parameter is
-  stacked along as many leading axes. `num_in` counts the axes after those that
-  are inputs: 0 for a bias, None where both sides store the same array. Rules
-  of one name share its tensor, in their order.
+  `{layer}` and `{expert}` in `name` are indices of the parameter's leading
+  (stacked) axes. `num_in` is the number of input axes after those: 0 for a
+  bias, None if both sides store the same array. Rules with the same name share
+  its tensor, in the order of the table.
   """
 
   name: str
@@ -35,15 +37,16 @@ class Rule:
 
   @property
   def num_stacked(self) -> int:
-    """How many leading axes of the parameter are not in the file's tensors."""
+    """Number of leading axes that the tensors in the file do not have."""
     return self.name.count("{")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Rows `start` to `stop` of a file's tensor: one layer of a parameter.
+  """Rows `start` to `stop` of a tensor in a file: one layer of a parameter.
 
-  `index` is its place along the parameter's stacked axes, `shape` ours.
+  `index` is its index in the stacked axes, `shape` that of the parameter
+  without them.
   """
 
   name: str
@@ -130,7 +133,7 @@ _FAMILIES = {
   "gemma2": _ENDS + _FOUR_NORMS + _ATTENTION + _GATED,
   "gemma3_text": _ENDS + _FOUR_NORMS + _ATTENTION + _QK_NORM + _GATED,
 }
-# What some checkpoints of a family have, and others do not.
+# Parameters that only some checkpoints of a family have.
 _OPTIONAL = re.compile(r"head/kernel|layers/attention/./bias")
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
@@ -143,16 +146,16 @@ ARCHITECTURES = {
   "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Where a tied head would be, and what it must then equal.
+# A tied head may be in the files, and must equal the embedding.
 HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
-# Old Llama files store these; they follow from config.json.
+# Old Llama files store these; they are computed from config.json.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def flatten(
   params: decoder.Params,
 ) -> list[tuple[str, Any]]:  # Any: whatever the leaves are.
-  """Lists paths and leaves, in the order of `jax.tree`."""
+  """Returns (path, leaf) pairs in the order of `jax.tree`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return [
     ("/".join(str(key.key) for key in path), leaf) for path, leaf in leaves
@@ -160,10 +163,10 @@ def flatten(
 
 
 def of_model(model: decoder.Model) -> tuple[Rule, ...]:
-  """Gives the rules of the model's parameters.
+  """Returns the rules for the model's parameters.
 
   Raises:
-    ValueError: if the table lacks a parameter, or has one too many.
+    ValueError: if the table lacks a parameter, or has an extra one.
   """
   paths = {path for path, _ in flatten(model.abstract_params)}
   rules = tuple(
@@ -172,12 +175,12 @@ def of_model(model: decoder.Model) -> tuple[Rule, ...]:
     if rule.path in paths or not _OPTIONAL.fullmatch(rule.path)
   )
   if wrong := paths ^ {rule.path for rule in rules}:
-    raise ValueError(f"Parameters and rules disagree about {sorted(wrong)}.")
+    raise ValueError(f"Parameters and rules differ in {sorted(wrong)}.")
   return rules
 
 
 def pieces(model: decoder.Model) -> Iterator[Piece]:
-  """Lists what the model's files hold, tensor after tensor."""
+  """Yields the pieces of the model's files, tensor by tensor."""
   leaves = dict(flatten(model.abstract_params))
   ends: dict[str, int] = {}
   for rule in of_model(model):
@@ -194,7 +197,7 @@ _AXES = ("layer", "expert")
 
 
 def shapes(model: decoder.Model) -> dict[str, tuple[int, ...]]:
-  """Computes every tensor of the model's files, in order, with its shape."""
+  """Returns the shape of every tensor of the model's files, in order."""
   result: dict[str, tuple[int, ...]] = {}
   for piece in pieces(model):
     _, *rest = hf_shape(piece.rule, piece.shape)
@@ -203,7 +206,7 @@ def shapes(model: decoder.Model) -> dict[str, tuple[int, ...]]:
 
 
 def hf_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Computes the file's shape from ours, the stacked axes left out."""
+  """Returns the shape in the file of a parameter's unstacked `shape`."""
   if rule.num_in is None:
     return shape
   outputs = math.prod(shape[rule.num_in :])
@@ -215,12 +218,12 @@ def hf_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
 def from_hf(
   rule: Rule, array: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """Views rows of a file's tensor as one layer of ours, without a copy."""
+  """Views rows of a file's tensor as one layer of a parameter; no copy."""
   return (array.T if rule.num_in else array).reshape(shape)
 
 
 def to_hf(rule: Rule, array: np.ndarray) -> np.ndarray:
-  """Views one layer of ours as rows of a file; often not contiguous."""
+  """Views one layer of a parameter as rows of a file; often not contiguous."""
   shape = hf_shape(rule, array.shape)
   if rule.num_in:
     return array.reshape(shape[::-1]).T

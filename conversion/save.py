@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters become a Hugging Face directory which transformers opens.
+"""Saves parameters as a Hugging Face directory that transformers can load.
 
-Everything is written aside, read back and compared before it gets its name.
+All files are written to a private directory, read back and compared before the
+directory gets its final name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
-import json
 import math
 import pathlib
 import shutil
@@ -22,21 +22,27 @@ from atlas_jax import errors
 from atlas_jax.models import decoder
 from conversion import card, load, process_group, rules, shards, target
 
-# Gives a tensor by its Hugging Face name.
+# Returns a tensor by its Hugging Face name.
 Fetch = Callable[[str], np.ndarray]
 
 _GENERATION = "generation_config.json"
-# What goes along with the weights, unchanged.
+# Files that are copied unchanged.
 _CARRIED = (
-  *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"),
-  *("added_tokens.json", "chat_template*", _GENERATION),
-  *("LICENSE*", "NOTICE*"),
+  "tokenizer*",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template*",
+  _GENERATION,
+  "LICENSE*",
+  "NOTICE*",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def save(  # noqa: PLR0913 - what is written, where, and how it looks.
+def save(  # noqa: PLR0913 - all are settings of an export.
   directory: pathlib.Path,
   params: decoder.Params,
   model: decoder.Model,
@@ -49,9 +55,9 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
   progress: Callable[[int], None] = lambda _: None,
   share: process_group.ProcessShare = process_group.ALONE,
 ) -> None:
-  """Writes the parameters of `model`, on the devices of all that share it.
+  """Saves the parameters of `model`, which may be sharded over processes.
 
-  All else is as in `write`.
+  The other arguments are those of `write`.
   """
   tensors = Tensors(params, model, dtype)
   write(
@@ -65,11 +71,11 @@ def save(  # noqa: PLR0913 - what is written, where, and how it looks.
     overwrite=overwrite,
     progress=progress,
     share=share,
-    elsewhere=tensors.take_part,
+    on_skip=tensors.join_fetch,
   )
 
 
-def write(  # noqa: PLR0913 - what is written, where, and how it looks.
+def write(  # noqa: PLR0913 - all are settings of an export.
   directory: pathlib.Path,
   fetch: Fetch,
   model: decoder.Model,
@@ -81,81 +87,87 @@ def write(  # noqa: PLR0913 - what is written, where, and how it looks.
   overwrite: bool,
   progress: Callable[[int], None] = lambda _: None,
   share: process_group.ProcessShare = process_group.ALONE,
-  elsewhere: Callable[[str], object] = lambda _: None,
+  on_skip: Callable[[str], object] = lambda _: None,
 ) -> None:
-  """Writes a model directory, whole or not at all.
+  """Writes a model directory, completely or not at all.
 
   Args:
     directory: the target.
-    fetch: gives every tensor that the model's files have.
-    model: what they are tensors of.
-    source: the directory in Hugging Face format that the model came from; its
-      config, tokenizer and generation settings are carried over.
-    dtype: of the tensors written.
+    fetch: returns a tensor of the model's files by name.
+    model: the model that the tensors belong to.
+    source: Hugging Face directory of the model; its other files are copied.
+    dtype: of the written tensors.
     max_shard_bytes: see `shards.layout`.
-    about: goes into the model card.
-    overwrite: replaces what is at `directory`, once the new one is complete.
-    progress: told the bytes of each tensor before it is written.
-    share: which of several processes this is; all call this, and see the disk.
-    elsewhere: see `shards.write_files`.
+    about: contents of the model card.
+    overwrite: replaces `directory` once the new one is complete.
+    progress: called with the bytes of each tensor before it is written.
+    share: this process's share; all processes call this and see the disk.
+    on_skip: see `shards.write_files`.
 
   Raises:
     errors.ConfigError: if the target is in use.
     errors.CheckpointError: if `source` is incomplete or of another shape, a
-      weight is not finite, the disk is full, or the files read back differ; in
-      all processes if in one.
+      weight is not finite, the disk is full, or the files read back differ.
+      An error in one process is raised in all.
   """
   shapes = rules.shapes(model)
   files = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  is_first = share.index == 0
-  held = contextlib.ExitStack()
+  fetch = _reporting(fetch, progress)
 
-  def begin() -> str:
-    if not is_first:
-      return ""
-    fields = check(
-      directory, model, source=source, dtype=dtype, overwrite=overwrite
+  def write_part(partial: pathlib.Path) -> dict[str, str]:
+    with target.disk_errors(directory):
+      digests = shards.write_files(
+        partial, files, shapes, fetch, dtype=dtype, share=share, on_skip=on_skip
+      )
+    if share.count > 1:
+      logging.info("Wrote %d of %d files.", len(digests), len(files))
+    return digests
+
+  def finish(partial: pathlib.Path, found: dict[str, str]) -> None:
+    shards.write_index(partial, files, shapes, dtype)
+    shards.open_directory(partial)
+    digests = {file: found[file] for file in files}
+    card.write(
+      partial, about, source=source, library="transformers", digests=digests
     )
-    partial = held.enter_context(target.writing(directory))
-    _write_texts(partial, source, _updated(fields, model, dtype))
-    return str(partial)
 
-  def fetch_and_tell(name: str) -> np.ndarray:
+  opened = _partial_export(
+    directory, model, source=source, dtype=dtype, overwrite=overwrite
+  )
+  process_group.write_directory(share, opened, write_part, finish)
+
+
+def _reporting(fetch: Fetch, progress: Callable[[int], None]) -> Fetch:
+  """Wraps `fetch` to report the bytes of each tensor."""
+
+  def fetch_and_report(name: str) -> np.ndarray:
     array = fetch(name)
     progress(array.nbytes)
     return array
 
-  def write_part() -> str:
-    with target.disk_errors(directory):
-      digests = shards.write_files(
-        partial,
-        files,
-        shapes,
-        fetch_and_tell,
-        dtype=dtype,
-        share=share,
-        elsewhere=elsewhere,
-      )
-    if share.count > 1:
-      logging.info("Wrote %d of %d files.", len(digests), len(files))
-    return json.dumps(digests)
+  return fetch_and_report
 
-  def end() -> str:
-    if is_first:
-      shards.write_index(partial, files, shapes, dtype)
-      shards.open_directory(partial)
-      card.write(
-        partial, about, source=source, library="transformers", digests=digests
-      )
-    held.close()  # Gives it its name.
-    return ""
 
-  with held:
-    partial = pathlib.Path(share.together(begin)[0])
-    parts = map(json.loads, share.together(write_part))
-    found = {file: digest for part in parts for file, digest in part.items()}
-    digests = {file: found[file] for file in files}
-    share.together(end)
+@contextlib.contextmanager
+def _partial_export(
+  directory: pathlib.Path,
+  model: decoder.Model,
+  *,
+  source: pathlib.Path,
+  dtype: str,
+  overwrite: bool,
+) -> Iterator[pathlib.Path]:
+  """Checks the export; writes all files but the weights and the card.
+
+  Yields:
+    The private directory; see `target.writing`.
+  """
+  fields = check(
+    directory, model, source=source, dtype=dtype, overwrite=overwrite
+  )
+  with target.writing(directory) as partial:
+    _write_texts(partial, source, _updated(fields, model, dtype))
+    yield partial
 
 
 def check(
@@ -166,7 +178,7 @@ def check(
   dtype: str,
   overwrite: bool,
 ) -> dict[str, Any]:  # Any: JSON.
-  """Refuses what `write` would, as far as it is known before writing.
+  """Rejects what `write` would reject, as far as is known before writing.
 
   Returns:
     The fields of the source's config.
@@ -186,7 +198,7 @@ def check(
 
 
 def num_bytes(model: decoder.Model, dtype: str) -> int:
-  """Tells how much the weights of a model take."""
+  """Returns the size in bytes of a model's weights."""
   counts = map(math.prod, rules.shapes(model).values())
   return np.dtype(dtype).itemsize * sum(counts)
 
@@ -194,9 +206,9 @@ def num_bytes(model: decoder.Model, dtype: str) -> int:
 class Tensors:
   """Parameters as the tensors of their files, by Hugging Face name.
 
-  Values are cast where they lie, so that no more bytes travel than are
-  written. Where several processes hold the parameters, one tensor after the
-  other is brought to all of them.
+  Values are cast on their devices, so only the written bytes are transferred.
+  If several processes hold the parameters, all of them gather one tensor at a
+  time.
   """
 
   def __init__(
@@ -208,23 +220,23 @@ class Tensors:
       self._pieces.setdefault(piece.name, []).append(piece)
 
   def fetch(self, name: str) -> np.ndarray:
-    """Fetches a tensor from its devices; it is often not contiguous."""
+    """Returns a tensor on the host; it is often not contiguous."""
     parts = [
       rules.to_hf(piece.rule, np.asarray(self._layer(piece)))
       for piece in self._pieces[name]
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-  def take_part(self, name: str) -> None:
-    """Does what another process needs to fetch a tensor."""
+  def join_fetch(self, name: str) -> None:
+    """Joins the collectives with which another process fetches a tensor."""
     for piece in self._pieces[name]:
       layer = self._layer(piece)
-      # Else all of them would be on their way at once.
+      # Otherwise all transfers would be in flight at once.
       jax.block_until_ready(layer)
 
   def _layer(self, piece: rules.Piece) -> jax.Array | np.ndarray:
     leaf = self._leaves[piece.rule.path]
-    if leaf.dtype == self._dtype and _is_in_reach(leaf):
+    if leaf.dtype == self._dtype and _is_on_host(leaf):
       return np.asarray(leaf)[piece.index]
     place = None
     if not leaf.is_fully_addressable:
@@ -232,8 +244,8 @@ class Tensors:
     return _cut(place)(leaf, piece.index, self._dtype)
 
 
-def _is_in_reach(leaf: jax.Array) -> bool:
-  """Tells whether NumPy sees a whole array without a copy."""
+def _is_on_host(leaf: jax.Array) -> bool:
+  """Returns whether NumPy can view the whole array without a copy."""
   platforms = {device.platform for device in leaf.devices()}
   return leaf.is_fully_replicated and platforms == {"cpu"}
 
@@ -242,13 +254,13 @@ def _is_in_reach(leaf: jax.Array) -> bool:
 def _cut(
   place: js.Sharding | None,
 ) -> Callable[[jax.Array, tuple[int, ...], str], jax.Array]:
-  """Makes the function that cuts a layer out of a parameter, and casts it.
+  """Returns a jitted function that slices a layer of a parameter and casts it.
 
-  It is one program: step by step, a copy of the layer in its old precision
-  would be made first, and most of the time would go into that.
+  Slice and cast are one program: run separately, the copy of the layer in its
+  old precision would take most of the time.
 
   Args:
-    place: where the layer goes; None leaves it to the compiler.
+    place: sharding of the layer; None leaves it to the compiler.
   """
 
   @functools.partial(jax.jit, static_argnames="dtype", out_shardings=place)
@@ -259,21 +271,21 @@ def _cut(
 
 
 def describe_carried(source: pathlib.Path) -> str:
-  """Tells what goes along with the weights, and what a source does not have."""
+  """Describes the copied files, and those that the source lacks."""
   names = carried(source)
-  told = f"Carried over: {', '.join(names)}."
+  text = f"Copied: {', '.join(names)}."
   if _GENERATION not in names:
-    told += f" {_GENERATION} is made of {source / 'config.json'}."
+    text += f" {_GENERATION} is derived from {source / 'config.json'}."
   settings = source / "tokenizer_config.json"
   fields = shards.read_json(settings) if settings.exists() else {}
   has_file = any(name.startswith("chat_template") for name in names)
   if not has_file and "chat_template" not in fields:
-    told += " There is no chat template, so a server of it cannot chat."
-  return told
+    text += " Without a chat template, the export cannot be served for chat."
+  return text
 
 
 def carried(source: pathlib.Path) -> list[str]:
-  """Names the files of a source that go along with the weights, unchanged."""
+  """Lists the files of a source that are copied unchanged."""
   found = (path for pattern in _CARRIED for path in source.glob(pattern))
   return sorted({path.name for path in found if path.is_file()})
 
@@ -281,41 +293,40 @@ def carried(source: pathlib.Path) -> list[str]:
 def _check_source(
   source: pathlib.Path, model: decoder.Model
 ) -> dict[str, Any]:  # Any: JSON.
-  """Reads the source's config; refuses another shape, or no tokenizer."""
+  """Returns the source's config; rejects another shape or no tokenizer."""
   config, fields = load.read_config(source)
   if config != model.config:
     raise errors.CheckpointError(
-      "The export would carry the config of another model.",
+      "The source's config does not match the model.",
       where=str(source / "config.json"),
-      why=f"It describes {config}, the parameters are of {model.config}.",
-      fix="Give the directory that the model was loaded from.",
+      why=f"It describes {config}, but the model has {model.config}.",
+      fix="Pass the directory that the model was loaded from.",
     )
   if not any((source / name).exists() for name in _TOKENIZER_FILES):
     raise errors.CheckpointError(
-      "The model has no tokenizer to carry over.",
+      "The source has no tokenizer.",
       where=str(source),
-      why=f"None of {', '.join(_TOKENIZER_FILES)} is there, and an export "
-      "without one cannot be served.",
-      fix="Put the tokenizer's files beside config.json.",
+      why=f"An export needs one of {', '.join(_TOKENIZER_FILES)} to be served.",
+      fix="Add the tokenizer's files to that directory.",
     )
   _check_vocabulary(source / "tokenizer.json", config.vocab_size)
   return fields
 
 
 def _check_vocabulary(path: pathlib.Path, vocab_size: int) -> None:
-  """Refuses a tokenizer with ids that the model has no embedding for."""
+  """Rejects a tokenizer with ids beyond the model's embedding."""
   fields = shards.read_json(path) if path.exists() else {}
   vocabulary = fields.get("model", {}).get("vocab", {})
   added = [token["id"] for token in fields.get("added_tokens", [])]
-  by_place = isinstance(vocabulary, list)  # Unigram's; others name each id.
+  by_place = isinstance(vocabulary, list)  # Unigram; others map to ids.
   ids = range(len(vocabulary)) if by_place else vocabulary.values()
   largest = max([*ids, *added], default=-1)
   if largest >= vocab_size:
     raise errors.CheckpointError(
-      "The tokenizer is of another model.",
+      "The tokenizer does not match the model.",
       where=str(path),
-      why=f"Its ids go up to {largest}, and the model has {vocab_size}.",
-      fix="Put the tokenizer that the model was trained with beside it.",
+      why=f"Its largest id is {largest}, but the model has {vocab_size} ids.",
+      fix="Use the tokenizer that the model was trained with.",
     )
 
 
@@ -324,7 +335,7 @@ def _updated(
   model: decoder.Model,
   dtype: str,
 ) -> dict[str, Any]:  # Any: JSON.
-  """Gives the source's config with what the export changes."""
+  """Returns the source's config with the architecture and dtype written."""
   # transformers 4 reads the older name, and 5 reads both.
   name = "torch_dtype" if "torch_dtype" in fields else "dtype"
   kept = {key: fields[key] for key in fields if key != "dtype"}
@@ -337,7 +348,7 @@ def _write_texts(
   source: pathlib.Path,
   fields: Mapping[str, Any],  # Any: JSON.
 ) -> None:
-  """Writes what goes along with weights and card."""
+  """Writes all files but the weights and the card."""
   for name in carried(source):
     shutil.copyfile(source / name, partial / name)
   shards.write_json(partial / "config.json", fields)

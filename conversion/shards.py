@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in and out of a directory of `*.safetensors` files.
+"""Reads and writes tensors in a directory of `*.safetensors` files.
 
-Reading is a memory map; there is one writer, and what it wrote is read back.
+Reading memory-maps the files. All writing goes through one writer, which reads
+its files back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +24,13 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _MAX_JSON_BYTES = 64 * 2**20
-# More gain nothing: memory is the limit.
+# More do not help: memory bandwidth is the limit.
 _MAX_WRITERS = 8
 _WRITE_BACK_BYTES = 16 * 2**20
 
 
 def read(tensor: header.Tensor) -> np.ndarray:
-  """Maps a tensor; bytes are read from disk where the array is touched."""
+  """Memory-maps a tensor; bytes are read from disk on access."""
   body = np.memmap(tensor.file, np.uint8, "r")[tensor.begin : tensor.end]
   return np.asarray(body).view(tensor.dtype).reshape(tensor.shape)
 
@@ -37,9 +38,9 @@ def read(tensor: header.Tensor) -> np.ndarray:
 def read_ahead(
   tensor: header.Tensor, mapped: np.ndarray, part: np.ndarray
 ) -> None:
-  """Has the disk fetch part of a tensor that `read` mapped.
+  """Asks the disk to prefetch part of a tensor that `read` mapped.
 
-  A disk is faster if it is asked for much at once than page by page.
+  One large request is faster than a page fault for every page.
   """
   low, high = np.lib.array_utils.byte_bounds(part)
   start = tensor.begin + low - np.lib.array_utils.byte_bounds(mapped)[0]
@@ -48,10 +49,10 @@ def read_ahead(
 
 
 def new_digest() -> xxhash.xxh3_128:
-  """Begins the digest of a file: XXH3, of 128 bits.
+  """Returns a new digest for a file: XXH3 with 128 bits.
 
-  It finds altered and torn bytes at the speed of memory; a hash that nobody
-  can forge takes 16 times as long, more than all else that a write does.
+  It detects altered and torn bytes at memory speed. A cryptographic hash takes
+  16 times as long, more than the rest of a write.
   """
   return xxhash.xxh3_128()
 
@@ -67,36 +68,38 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:  # Any: a JSON object.
   """Reads a file that holds one JSON object.
 
   Raises:
-    errors.CheckpointError: if it is absent, unreadable or holds anything else.
+    errors.CheckpointError: if it is absent, unreadable or not a JSON object.
   """
   try:
     if path.stat().st_size > _MAX_JSON_BYTES:
-      raise header.refuse(path, f"it is larger than {_MAX_JSON_BYTES} bytes")
+      raise header.malformed(path, f"it is larger than {_MAX_JSON_BYTES} bytes")
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise errors.CheckpointError(
       f"{path.name} is missing.",
       where=str(path),
-      why="A model directory in Hugging Face format holds this file.",
-      fix="Check the path, or fetch the model again.",
+      why="A model directory in Hugging Face format has this file.",
+      fix="Check the path, or download the model again.",
     ) from error
   except (OSError, ValueError, RecursionError) as error:
-    raise header.refuse(path, f"it cannot be read as JSON ({error})") from error
+    raise header.malformed(
+      path, f"it cannot be read as JSON ({error})"
+    ) from error
   if not isinstance(value, dict):
-    raise header.refuse(
+    raise header.malformed(
       path, f"it holds a {type(value).__name__}, not an object"
     )
   return value
 
 
 def open_directory(directory: pathlib.Path) -> dict[str, header.Tensor]:
-  """Finds every tensor of a model directory, single file or sharded.
+  """Lists the tensors of a model directory, single file or sharded.
 
-  Only headers are read. Symbolic links are followed: the hub's cache is made
-  of them.
+  Only headers are read. Symbolic links are followed, since the Hub's cache
+  consists of them.
 
   Raises:
-    errors.CheckpointError: if a file is absent, left over or malformed, or the
+    errors.CheckpointError: if a file is absent, unexpected or malformed, or the
       index and the files disagree.
   """
   if not directory.is_dir():
@@ -104,7 +107,7 @@ def open_directory(directory: pathlib.Path) -> dict[str, header.Tensor]:
       "The model directory cannot be opened.",
       where=str(directory),
       why="It is a file." if directory.exists() else "It does not exist.",
-      fix="Give the directory that holds config.json and *.safetensors.",
+      fix="Pass the directory that holds config.json and *.safetensors.",
     )
   present = {path.name for path in directory.glob("model*.safetensors")}
   if not (directory / INDEX_NAME).exists():
@@ -120,7 +123,7 @@ def open_directory(directory: pathlib.Path) -> dict[str, header.Tensor]:
       where=str(directory / INDEX_NAME),
       why=f"Missing: {sorted(listed - present)}; "
       f"not in the index: {sorted(present - listed)}.",
-      fix="Fetch the missing files again; remove those left over.",
+      fix="Download the missing files again; remove those not in the index.",
     )
   tensors: dict[str, header.Tensor] = {}
   for file in sorted(listed):
@@ -128,7 +131,7 @@ def open_directory(directory: pathlib.Path) -> dict[str, header.Tensor]:
     found = header.read(directory / file)
     if found.keys() != names:
       wrong = sorted(found.keys() ^ names)[:8]
-      raise header.refuse(
+      raise header.malformed(
         directory / file, f"the index disagrees about {wrong}"
       )
     tensors |= found
@@ -147,7 +150,7 @@ def write(
 
   Args:
     directory: an existing one, without weights.
-    shapes: the tensors in the order they are written.
+    shapes: of the tensors, in the order in which they are written.
     fetch: see `write_files`.
     dtype: see `write_files`.
     max_shard_bytes: see `layout`.
@@ -174,27 +177,26 @@ def write_files(
   dtype: str,
   with_read_back: bool = True,
   share: process_group.ProcessShare = process_group.ALONE,
-  elsewhere: Callable[[str], object] = lambda _: None,
+  on_skip: Callable[[str], object] = lambda _: None,
 ) -> dict[str, str]:
-  """Writes this process's share of some files of tensors, several at once.
+  """Writes this process's share of the files, several files in parallel.
 
-  This is the only writer of safetensors in the project: it makes every array
-  contiguous first, since the public library writes the bytes of a transposed
-  view in the wrong order without a word.
+  This is the only safetensors writer of the project. It makes every array
+  contiguous first: the public library silently writes the bytes of a transposed
+  view in the wrong order.
 
   Args:
     directory: an existing one.
-    files: as `layout` gives it; the same in every process.
+    files: as `layout` returns it; the same in every process.
     shapes: of all tensors.
-    fetch: gives a tensor by name; called once for each, by the thread that
-      called this. One tensor of each file being written is in memory, and one
-      more.
+    fetch: returns a tensor by name; called once for each, in the calling
+      thread. Memory holds one tensor of each open file, and one more.
     dtype: "float32", "float16" or "bfloat16"; arrays are cast to it.
     with_read_back: whether to compare each file with what was written.
-    share: which of several processes this is.
-    elsewhere: called in place of `fetch` for tensors that other processes
-      write, so that all go through the tensors in the same order, even those
-      that could not write theirs.
+    share: this process's share.
+    on_skip: called instead of `fetch` for tensors that other processes write,
+      and for the remaining tensors after an error, so that all processes visit
+      the tensors in the same order.
 
   Returns:
     The digest of each file of this process; see `new_digest`.
@@ -202,7 +204,7 @@ def write_files(
   Raises:
     errors.CheckpointError: if a value is not finite, or a file read back
       differs from what was written.
-    OSError: if the disk refuses.
+    OSError: if a write fails.
   """
   mine = min(_MAX_WRITERS, os.cpu_count() or 1)
   writers = min(map(int, share.together(lambda: str(mine))))
@@ -210,7 +212,7 @@ def write_files(
   with _Writer(directory, files, shapes, dtype, with_read_back) as writer:
     for lane, file, name in _in_step(files, shapes, share.count * writers):
       if lane % share.count != share.index or failed:
-        elsewhere(name)
+        on_skip(name)
         continue
       try:
         writer.add(lane, file, name, fetch(name))
@@ -228,10 +230,12 @@ def _in_step(
   shapes: Mapping[str, tuple[int, ...]],
   num_lanes: int,
 ) -> list[tuple[int, str, str]]:
-  """Orders tensors so that lanes, which write files one by one, keep pace.
+  """Orders tensors so that lanes advance by equal bytes.
+
+  A lane is a sequence of files written one after the other.
 
   Returns:
-    Lane, file and name of each.
+    Lane, file and name of each tensor.
   """
   sizes = {
     file: sum(math.prod(shapes[name]) for name in names)
@@ -249,9 +253,9 @@ def _in_step(
 
 
 class _Writer:
-  """Writes files in threads: of each lane one tensor at a time.
+  """Writes files in threads, one tensor per lane at a time.
 
-  Files are waited for, until they are on disk, while the next are written.
+  It syncs complete files to disk while the next ones are written.
   """
 
   def __init__(
@@ -278,7 +282,7 @@ class _Writer:
       file.close()
 
   def add(self, lane: int, file: str, name: str, array: np.ndarray) -> None:
-    """Begins to write a tensor, once the one before it is written."""
+    """Starts to write a tensor once the previous one of its lane is written."""
     if lane in self._steps:
       self._steps.pop(lane).result()
     self._steps[lane] = self._pool.submit(self._add, file, name, array)
@@ -296,7 +300,7 @@ class _Writer:
     return self._opened[file].end(with_read_back=self._with_read_back)
 
   def finish(self) -> dict[str, str]:
-    """Waits until all is on disk; gives the digest of each file."""
+    """Waits until all files are on disk; returns the digest of each."""
     for step in self._steps.values():
       step.result()
     ends = self._ends
@@ -321,13 +325,15 @@ class _File:
   def _write(self, data: memoryview) -> None:
     self._digest.update(data)
     self._end += len(data)
-    while data:  # A disk that is nearly full takes a part.
+    while data:  # A write to a nearly full disk may be partial.
       data = data[self._file.write(data) :]
     if self._end - self._begun >= _WRITE_BACK_BYTES:
-      # Else the disk would have nothing to do until the end. Linux begins to
-      # write what it is told to forget, and cannot forget before it is written.
+      # Otherwise the disk would be idle until fsync. DONTNEED makes Linux start
+      # to write these pages, since it cannot drop them before.
       os.posix_fadvise(
-        *(self._file.fileno(), self._begun, self._end - self._begun),
+        self._file.fileno(),
+        self._begun,
+        self._end - self._begun,
         os.POSIX_FADV_DONTNEED,
       )
       self._begun = self._end
@@ -337,22 +343,22 @@ class _File:
     shape = self._shapes[name]
     if array.shape != shape:
       raise ValueError(f"{name} has shape {array.shape}, expected {shape}.")
-    # Memory is slower than all of these: each piece is read from it once.
+    # Memory bandwidth is the limit: each piece is loaded into the cache once.
     for piece in arrays.pieces(array, self._dtype):
       arrays.check_finite(name, piece)
       self._write(_bytes_of(piece))
 
   def end(self, *, with_read_back: bool) -> str:
-    """Waits until the file is on disk; gives its digest."""
+    """Waits until the file is on disk; returns its digest."""
     os.fsync(self._file.fileno())
     self.close()
     digest = self._digest.hexdigest()
     if with_read_back and _digest_of_file(self._path) != digest:
-      raise header.refuse(self._path, "read back, it is not what was written")
+      raise header.malformed(self._path, "its bytes read back differ")
     return digest
 
   def close(self) -> None:
-    """Lets go of the file, whole or not."""
+    """Closes the file, complete or not."""
     self._file.close()
 
 
@@ -364,13 +370,13 @@ def _digest_of_file(path: pathlib.Path) -> str:
 def layout(
   shapes: Mapping[str, tuple[int, ...]], *, dtype: str, max_shard_bytes: int
 ) -> dict[str, list[str]]:
-  """Spreads tensors over files, in order.
+  """Distributes tensors over files, in order.
 
   Args:
     shapes: of all tensors.
-    dtype: that they are written in.
-    max_shard_bytes: a file closes before it grows past this, unless one tensor
-      alone is larger.
+    dtype: in which they are written.
+    max_shard_bytes: maximum size of the tensors in a file, unless a single
+      tensor is larger.
 
   Returns:
     The names of the tensors in each file, by the file's name.
@@ -392,7 +398,7 @@ def write_index(
   shapes: Mapping[str, tuple[int, ...]],
   dtype: str,
 ) -> None:
-  """Writes which file holds which tensor, if there are several files."""
+  """Writes the index of tensors by file, if there are several files."""
   if len(files) == 1:
     return
   total = sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
@@ -416,22 +422,24 @@ def write_json(
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-  # bfloat16 has no buffer protocol of its own, so bytes are viewed as uint8.
+  # bfloat16 does not support the buffer protocol; uint8 does.
   return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-  """Reads which file holds which tensor; names may not leave the directory."""
+  """Reads the file of each tensor; file names must stay in the directory."""
   weight_map = read_json(path).get("weight_map")
   if not isinstance(weight_map, dict) or len(weight_map) > header.MAX_TENSORS:
-    raise header.refuse(path, "weight_map is no object of a sane size")
+    raise header.malformed(
+      path, f"weight_map must be an object of at most {header.MAX_TENSORS} keys"
+    )
   for name, file in weight_map.items():
     if not isinstance(file, str) or "\0" in file or "\\" in file:
-      raise header.refuse(
-        path, f"{name!r} is in {file!r}, which is no file name"
+      raise header.malformed(
+        path, f"{name!r} is in {file!r}, which is not a file name"
       )
     if file != pathlib.PurePosixPath(file).name or file in ("", ".", ".."):
-      raise header.refuse(path, f"{file!r} points outside of the directory")
+      raise header.malformed(path, f"{file!r} points outside of the directory")
   return weight_map
 
 
@@ -460,19 +468,19 @@ def _no_weights(
   )
   if pickled and not present:
     return errors.CheckpointError(
-      "The weights are in a format that is never opened.",
+      "Pickled weights are not supported.",
       where=f"{directory}: {pickled[:4]}",
-      why="Pickled files can run code when they are opened.",
-      fix="Convert it where you trust it: python -c 'from transformers import "
+      why="A pickled file can execute code when it is loaded.",
+      fix="If you trust it, convert it: python -c 'from transformers import "
       "AutoModelForCausalLM as M, AutoTokenizer as T; "
       f'p = "{directory}"; o = "{directory}-safetensors"; '
       "M.from_pretrained(p).save_pretrained(o); "
       "T.from_pretrained(p).save_pretrained(o)'",
     )
   return errors.CheckpointError(
-    "The weights cannot be found.",
+    "No weights found.",
     where=str(directory),
     why=f"Expected {SINGLE_NAME} alone, or {INDEX_NAME} with its files; "
     f"found {sorted(present) or 'neither'}.",
-    fix="Fetch the model again.",
+    fix="Download the model again.",
   )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories that are there whole, or not at all.
+"""Writes directories atomically: completely, or not at all.
 
-What is written goes under a temporary name beside the target and is renamed
-last: killed at any moment, nothing half-written is found under the final name.
+Files are written under a temporary name beside the target, and the directory is
+renamed last. A process killed at any moment leaves nothing incomplete under
+the final name.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import socket
 from atlas_jax import errors
 
 _HOST = socket.gethostname()
-_SPARE_BYTES = 64 * 2**20  # For the files besides the weights.
+_SPARE_BYTES = 64 * 2**20  # For all files but the weights.
 
 
 def check(
@@ -26,19 +27,19 @@ def check(
   num_bytes: int,
   overwrite: bool,
 ) -> None:
-  """Refuses a target that is in use, or too small a disk.
+  """Rejects a target that is in use or on too small a disk.
 
-  What killed runs left beside the target does not count: it is removed.
+  Leftovers of killed runs beside the target are removed first.
 
   Raises:
-    errors.ConfigError: if it is in use, unless it is to be replaced.
+    errors.ConfigError: if it is in use and must not be overwritten.
     errors.CheckpointError: if the weights do not fit.
   """
   if directory.resolve() == source.resolve():
     raise errors.ConfigError(
-      "An export would replace the model it came from.",
+      "The target is the source model.",
       where=str(directory),
-      why="Source and target are the same directory.",
+      why="The export would overwrite the model that it reads.",
       fix="Choose another target.",
     )
   clean(directory)
@@ -57,13 +58,13 @@ def check(
     raise errors.CheckpointError(
       "The disk is too full for the export.",
       where=str(directory.parent),
-      why=f"It takes {num_bytes:,} bytes and some spare; {free:,} are free.",
-      fix="Make room, or choose a target on another disk.",
+      why=f"It needs {num_bytes + _SPARE_BYTES:,} bytes; {free:,} are free.",
+      fix="Free space, or choose a target on another disk.",
     )
 
 
 def free_bytes(directory: pathlib.Path) -> int:
-  """Tells how much the disk can take where `directory` is, or will be."""
+  """Returns the free bytes of the disk on which `directory` is or will be."""
   there = next(path for path in directory.absolute().parents if path.exists())
   return shutil.disk_usage(there).free
 
@@ -71,7 +72,7 @@ def free_bytes(directory: pathlib.Path) -> int:
 def clean(directory: pathlib.Path) -> None:
   """Removes what killed runs of this machine left beside a target.
 
-  A target that was about to be replaced gets its name back.
+  A target that was being replaced gets its name back.
   """
   directory = directory.absolute()
   name = re.escape(directory.name)
@@ -87,7 +88,7 @@ def clean(directory: pathlib.Path) -> None:
 
 
 def _beside(directory: pathlib.Path, kind: str) -> pathlib.Path:
-  # On a shared disk, other machines may have a process of the same number.
+  # The host name is needed on a shared disk, as PIDs are per machine.
   return directory.with_name(f"{directory.name}.{kind}-{_HOST}-{os.getpid()}")
 
 
@@ -98,15 +99,15 @@ def _is_running(pid: int) -> bool:
     return False
   except PermissionError:
     return True
-  return pid != os.getpid()  # What has our number was left by another.
+  return pid != os.getpid()  # A previous process had our PID.
 
 
 @contextlib.contextmanager
 def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a directory to write into, which then becomes `directory`.
+  """Yields a private directory that is renamed to `directory` on success.
 
   Raises:
-    errors.CheckpointError: if the disk refuses.
+    errors.CheckpointError: if a file operation fails.
   """
   directory = directory.absolute()
   clean(directory)
@@ -124,7 +125,7 @@ def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def disk_errors(directory: pathlib.Path) -> Iterator[None]:
-  """Tells what a disk says against writing `directory`.
+  """Converts an `OSError` while writing `directory`.
 
   Raises:
     errors.CheckpointError: in place of an `OSError`.
@@ -136,12 +137,12 @@ def disk_errors(directory: pathlib.Path) -> Iterator[None]:
       "The model cannot be written.",
       where=str(directory),
       why=str(error),
-      fix="Check the space and the permissions there; nothing was left behind.",
+      fix="Check free space and permissions; partial files were removed.",
     ) from error
 
 
 def _sync(directory: pathlib.Path) -> None:
-  """Waits until every file, and every list of them, is on disk."""
+  """Flushes all files and directories below `directory` to disk."""
   for path in (*directory.rglob("*"), directory):
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -151,7 +152,7 @@ def _sync(directory: pathlib.Path) -> None:
 
 
 def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
-  """Puts a complete directory under its final name."""
+  """Renames a complete directory to its final name."""
   if directory.exists() and any(directory.iterdir()):
     old = _beside(directory, "old")
     directory.rename(old)

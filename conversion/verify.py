@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares weights bit for bit, and models by what they compute."""
+"""Compares weights bit for bit, and models by their outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -18,7 +18,7 @@ from atlas_jax.models import decoder
 from conversion import load, shards, weights
 
 _LAYER = re.compile(r"\blayers[./](\d+)[./]")
-_ROWS = 4096  # Compared at a time, so that no whole tensor is cast.
+_ROWS = 4096  # Compared at a time, to avoid casting a whole tensor.
 _PROMPT_TOKENS = 32
 
 
@@ -26,8 +26,9 @@ _PROMPT_TOKENS = 32
 class Difference:
   """How a tensor differs.
 
-  `kind` says so in words; `num_values` and `largest` count and measure values
-  of the same shape. Only NaNs and signs of zero may differ by nothing.
+  `kind` names the difference. `num_values` is the number of differing values
+  and `largest` their largest absolute difference, for equal shapes. The latter
+  is zero only for values that differ in the bits of a NaN or a zero.
   """
 
   name: str
@@ -41,7 +42,7 @@ def differences(
   right: weights.Weights,
   progress: Callable[[int], None] = lambda _: None,
 ) -> list[Difference]:
-  """Lists the tensors that are not bit for bit equal, and how they differ."""
+  """Lists the tensors that are not equal bit for bit."""
   found = []
   for name in [*left, *(name for name in right if name not in left)]:
     if name not in left or name not in right:
@@ -70,7 +71,7 @@ def _difference(
     if differs.any():
       count += int(differs.sum())
       x, y = x[differs].astype(np.float32), y[differs].astype(np.float32)
-      with np.errstate(invalid="ignore"):  # Of two infinities.
+      with np.errstate(invalid="ignore"):  # Infinity minus infinity.
         largest = float(np.maximum(largest, np.abs(x - y).max()))
   if left.dtype != right.dtype:
     kind = f"{left.dtype.name} against {right.dtype.name}"
@@ -83,7 +84,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def table(found: Sequence[Difference]) -> list[str]:
-  """Makes lines of a table: differences by layer, and outside of layers."""
+  """Returns the lines of a table: differences by layer, or by tensor."""
   groups: dict[str, list[Difference]] = {}
   for difference in found:
     match = _LAYER.search(difference.name)
@@ -91,7 +92,7 @@ def table(found: Sequence[Difference]) -> list[str]:
     groups.setdefault(group, []).append(difference)
   lines = [f"{'tensors':>8} {'values':>14} {'max abs':>10}  where"]
   for group, members in groups.items():
-    # np.max, unlike max, does not lose a NaN.
+    # np.max, unlike max, propagates NaNs.
     largest = np.max([member.largest for member in members])
     num_values = sum(member.num_values for member in members)
     kinds = ", ".join(sorted({member.kind for member in members}))
@@ -102,10 +103,9 @@ def table(found: Sequence[Difference]) -> list[str]:
 
 
 def prompts(vocab_size: int) -> jax.Array:
-  """Makes four prompts of token ids, the same for any tokenizer.
+  """Returns four prompts of token ids that depend only on the vocabulary size.
 
-  They are the first ids of a vocabulary, the last, ids spread evenly, and ids
-  far from each other.
+  They are the first ids, the last ids, evenly spaced ids, and scattered ids.
   """
   place = np.arange(_PROMPT_TOKENS)
   rows = [
@@ -118,7 +118,7 @@ def prompts(vocab_size: int) -> jax.Array:
 
 
 def _batch(model: decoder.Model) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Makes the prompts with positions, and one segment for each."""
+  """Returns tokens, positions and segment ids of the prompts."""
   tokens_BT = prompts(model.config.vocab_size)
   place_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
   positions_BT = jnp.broadcast_to(place_T, tokens_BT.shape)
@@ -126,11 +126,11 @@ def _batch(model: decoder.Model) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 class Gap(NamedTuple):
-  """How far two arrays of logits, or of what they come from, are apart.
+  """The distance between two arrays of logits or hidden states.
 
-  `largest` is the largest difference of two values. `divergence` is the KL
-  divergence, in nats, of the right one's distributions of the next token from
-  the left one's: the mean over all tokens.
+  `largest` is the largest absolute difference. `divergence` is
+  KL(left || right) of the next-token distributions in nats, averaged over all
+  tokens.
   """
 
   largest: float
@@ -148,14 +148,14 @@ def logit_gap(
   return Gap(_gap(*logits), _divergence(*logits))
 
 
-def where_they_part(
+def compare_layers(
   left: tuple[decoder.Model, decoder.Params],
   right: tuple[decoder.Model, decoder.Params],
 ) -> str:
-  """Tells how far hidden states differ after each layer, and where first.
+  """Returns a table of the differences of hidden states after each layer.
 
-  Their divergence is that of what each model would say if it ended there: a
-  final norm or a head that differs shows in it after every layer.
+  The KL divergence is that of the logits when the final norm and the head are
+  applied after that layer, so a wrong norm or head shows in every row.
   """
   states = [
     model.states(params, *_batch(model)) for model, params in (left, right)
@@ -168,9 +168,9 @@ def where_they_part(
     ]
     gaps.append(Gap(_gap(*pair), _divergence(*logits)))
   names = ["the embedding", *(f"layer {i}" for i in range(len(gaps) - 1))]
-  # A NaN is not zero either.
+  # Written as != so that a NaN counts as a difference.
   parted = [n for n, gap in zip(names, gaps, strict=True) if gap.largest != 0]
-  first = f"part first after {parted[0]}" if parted else "are the same"
+  first = f"differ first after {parted[0]}" if parted else "are equal"
   lines = [f"Hidden states {first}.", f"{'max abs':>10} {'KL':>10}  after"]
   lines += [
     f"{gap.largest:>10.3g} {gap.divergence:>10.3g}  {name}"
@@ -180,9 +180,9 @@ def where_they_part(
 
 
 def _divergence(a_BTV: jax.Array, b_BTV: jax.Array) -> float:
-  """Computes the mean divergence of one array's distributions from another's.
+  """Computes KL(a || b) of next-token distributions, averaged over all tokens.
 
-  Never below zero: of equal logits rounding may make it so.
+  Clipped at zero, since rounding may make it negative for equal logits.
   """
   a_BTV, b_BTV = (
     jax.nn.log_softmax(x.astype(jnp.float32)) for x in (a_BTV, b_BTV)
@@ -192,13 +192,13 @@ def _divergence(a_BTV: jax.Array, b_BTV: jax.Array) -> float:
 
 
 def _gap(a: jax.Array, b: jax.Array) -> float:
-  # In NumPy: XLA's maximum on a CPU may lose a NaN.
+  # In NumPy, since XLA's maximum on a CPU may drop a NaN.
   x, y = (_fetched(each.astype(jnp.float32)) for each in (a, b))
   return float(np.max(np.abs(x - y)))
 
 
 def _fetched(array: jax.Array) -> np.ndarray:
-  """Gives the values to each of the processes that hold a part of them."""
+  """Returns the values of an array, gathered if processes hold only parts."""
   place = array.sharding
   if not array.is_fully_addressable and isinstance(place, js.NamedSharding):
     everywhere = js.NamedSharding(place.mesh, js.PartitionSpec())
@@ -207,7 +207,7 @@ def _fetched(array: jax.Array) -> np.ndarray:
 
 
 def config_differences(left: decoder.Model, right: decoder.Model) -> list[str]:
-  """Lists what the two models are built by and do not share."""
+  """Lists the config fields in which the two models differ."""
   a: Mapping[str, object] = vars(left.config)
   b: Mapping[str, object] = vars(right.config)
   return [f"{key}: {a[key]} and {b[key]}" for key in a if a[key] != b[key]]
@@ -222,20 +222,20 @@ def logits_equal(
 ) -> float:
   """Compares the logits of a written directory with those of live parameters.
 
-  The live parameters are first rounded to the precision of the files, so that
-  only a wrong tensor can make a difference.
+  The live parameters are first rounded to the precision of the files, so only
+  a wrong tensor can cause a difference.
 
   Args:
     directory: as written by `save.save`.
-    params: what was written; the copy is laid out on devices as they are.
-    model: what they are the parameters of.
-    tolerance: the largest absolute difference that passes, over `prompts`.
+    params: what was written; the copy gets the same shardings.
+    model: of the parameters.
+    tolerance: the largest absolute difference allowed, over `prompts`.
 
   Returns:
     The largest absolute difference, in float32.
 
   Raises:
-    errors.CheckpointError: if it exceeds the tolerance; says in which layer.
+    errors.CheckpointError: if it exceeds the tolerance; names the layer.
   """
   written = next(iter(shards.open_directory(directory).values())).dtype
   rounded = jax.tree.map(lambda x: x.astype(written).astype(x.dtype), params)
@@ -249,11 +249,11 @@ def logits_equal(
   gap = logit_gap(live, read)
   if not gap.largest <= tolerance:  # A NaN fails as well.
     raise errors.CheckpointError(
-      "The model written does not compute what the live one does.",
+      "The written model's logits differ from the live model's.",
       where=str(directory),
-      why=f"Logits differ by {gap.largest:.3g}, more than {tolerance:g}, and "
-      f"by a KL divergence of {gap.divergence:.3g} nats. "
-      f"{where_they_part(live, read)}",
-      fix="Do not use this export; export again, and report it if it recurs.",
+      why=f"The largest difference is {gap.largest:.3g}, above {tolerance:g}; "
+      f"the KL divergence is {gap.divergence:.3g} nats. "
+      f"{compare_layers(live, read)}",
+      fix="Do not use this export. Export again; report it if it recurs.",
     )
   return gap.largest

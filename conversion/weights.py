@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights on disk, in either format, by name; read one tensor at a time."""
+"""Weights on disk in either format, by name; read one tensor at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -18,7 +18,7 @@ _LAYERS = "layers/"
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One tensor; `read` gives its values."""
+  """One tensor; `read` returns its values."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -43,34 +43,36 @@ def of_directory(directory: pathlib.Path) -> Weights:
 
 
 def of_step(step: pathlib.Path, model: decoder.Model | None) -> Weights:
-  """Lists the parameters of a checkpoint, which must be sound.
+  """Lists the parameters of a checkpoint, which must be intact.
 
   Args:
-    step: as `step.find` gives it.
-    model: gives the tensors the names and shapes of its Hugging Face files.
-      Without one they are parameters, those of the layers one by one.
+    step: as `orbax_step.find` returns it.
+    model: names and shapes are those of its Hugging Face files. If None, they
+      are those of the parameters, with each layer separate.
 
   Raises:
-    errors.CheckpointError: if it cannot be opened, or is of another model.
+    errors.CheckpointError: if the checkpoint is unreadable or does not match
+      the model.
   """
   read = functools.partial(orbax_step.read_one, step)
   if model is None:
-    return dict(_by_layer(step, _remembering(read, num_held=1)))
+    return dict(_by_layer(step, _cached(read, num_held=1)))
   orbax_step.check_model(step, model)
   parts: dict[str, list[rules.Piece]] = {}
   for piece in rules.pieces(model):
     parts.setdefault(piece.name, []).append(piece)
-  # Queries, keys and values may share a tensor of a file.
+  # Queries, keys and values may share one tensor of a file.
   num_held = max(len(shared) for shared in parts.values())
-  return dict(_by_file(step, model, parts, _remembering(read, num_held)))
+  return dict(_by_file(step, model, parts, _cached(read, num_held)))
 
 
-def _remembering(
+def _cached(
   read: Callable[[str], np.ndarray], num_held: int
 ) -> Callable[[str], np.ndarray]:
-  """Reads what it does not hold; all layers of a parameter are one array.
+  """Returns `read` with a cache of the last `num_held` arrays.
 
-  It lets the oldest go before it reads: each may be a large part of the model.
+  All layers of a parameter are one array. The oldest is freed before the next
+  is read, since each may be a large part of the model.
   """
   held: dict[str, np.ndarray] = {}
 
@@ -120,7 +122,7 @@ def _by_file(
 
 
 def cast(weights: Weights, dtype: str) -> Weights:
-  """Gives the same weights in another precision."""
+  """Returns the same weights in another precision."""
 
   def read(weight: Weight) -> np.ndarray:
     return weight.read().astype(dtype, copy=False)
@@ -134,15 +136,16 @@ def cast(weights: Weights, dtype: str) -> Weights:
 def dtype_of(
   weights: Weights, where: pathlib.Path
 ) -> Literal["float32", "bfloat16"]:
-  """Gives the one precision of all tensors.
+  """Returns the common dtype of all tensors.
 
   Raises:
-    errors.ConfigError: if they have several, or one that is not written.
+    errors.ConfigError: if they have several dtypes, or one that is not
+      supported.
   """
   names = {weight.dtype.name for weight in weights.values()}
   if names not in ({"float32"}, {"bfloat16"}):
     raise errors.ConfigError(
-      "It is not told in which precision to write.",
+      "--dtype is required for this input.",
       where=str(where),
       why=f"Its tensors are {' and '.join(sorted(names))}.",
       fix="Add --dtype=float32 or --dtype=bfloat16.",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory of pushed weights holds, written last and checked first.
+"""Manifest of a directory of pushed weights; written last and checked first.
 
   <root>/<version>/config.json, *.safetensors (and their index), manifest.json
 
-The manifest names every other file with its size and digest, and every tensor
-with its shape. It is written when all else is on disk, so a directory without
-one is unfinished; its own digest travels with the request, so both sides mean
-the same bytes. Needs neither jax nor torch: trainer and server both use it.
+The manifest lists every other file with its size and digest, and every tensor
+with its shape. A directory without a manifest is incomplete. The digest of the
+manifest is part of the update request, so trainer and server mean the same
+bytes. The module needs neither jax nor torch, since both sides import it.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,8 +29,8 @@ from conversion import arrays, header, shards
 NAME = "manifest.json"
 
 _MAX_BYTES = 64 * 2**20
-_CHUNK_BYTES = 2**20  # Stays in the cache while it is hashed and checked.
-# Left out of pushes, as of exports: computed, and equal to another when tied.
+_CHUNK_BYTES = 2**20  # Fits the CPU cache for hashing and checking.
+# Omitted from pushes and exports: computed from the config, or a tied head.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -41,9 +41,10 @@ class _Record(pydantic.BaseModel):
 
 
 class File(_Record):
-  """One file by its size and digest, as `shards.new_digest` makes it.
+  """Size and digest of one file; see `shards.new_digest`.
 
-  That nobody else writes the files is up to their directory, which is private.
+  The digest is not cryptographic: the directory's permissions have to keep
+  other users from writing the files.
   """
 
   size: Annotated[int, pydantic.Field(ge=0)]
@@ -51,14 +52,14 @@ class File(_Record):
 
 
 class Tensor(_Record):
-  """One weight, without its values."""
+  """Shape and dtype of one weight."""
 
   shape: tuple[int, ...]
   dtype: Literal["F32", "BF16"]
 
 
 class Manifest(_Record):
-  """All files of a directory but this one, and all tensors in them."""
+  """All files of a directory but the manifest, and all tensors in them."""
 
   version: Annotated[int, pydantic.Field(ge=0)]
   files: dict[str, File]
@@ -66,17 +67,19 @@ class Manifest(_Record):
 
 
 def directory_of(root: pathlib.Path, version: int) -> pathlib.Path:
-  """Gives the directory of a version: a name of digits, so never outside."""
+  """Returns the directory of a version: digits only, so it is inside `root`."""
   return root / str(int(version))
 
 
 def describe(path: pathlib.Path) -> File:
-  """Reads a file once, for its size and digest."""
+  """Reads a file once and returns its size and digest."""
   return _scan(path, ())[0]
 
 
 def write(directory: pathlib.Path, manifest: Manifest) -> str:
-  """Writes the manifest and waits until it is on disk; everything else is.
+  """Writes the manifest and waits until it is on disk.
+
+  All other files must be on disk already.
 
   Returns:
     Its digest, for `wire.UpdateRequest`.
@@ -93,19 +96,19 @@ def read(directory: pathlib.Path) -> tuple[Manifest, str]:
   """Reads the manifest of a directory, with its digest.
 
   Raises:
-    errors.CheckpointError: if there is none, or it is malformed.
+    errors.CheckpointError: if it is missing or malformed.
   """
   path = directory / NAME
   try:
     if not stat.S_ISREG(path.lstat().st_mode):
-      raise _refuse(path, "it is not a plain file")
+      raise _invalid(path, "it is not a regular file")
     if path.stat().st_size > _MAX_BYTES:
-      raise _refuse(path, f"it is larger than {_MAX_BYTES} bytes")
+      raise _invalid(path, f"it is larger than {_MAX_BYTES} bytes")
     raw = path.read_bytes()
     return Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
   except (OSError, ValueError) as error:
     reason = str(error).splitlines()[0]
-    raise _refuse(path, f"it cannot be read ({reason})") from error
+    raise _invalid(path, f"it cannot be read ({reason})") from error
 
 
 def verify(
@@ -115,32 +118,34 @@ def verify(
   digest: str,
   shapes: Mapping[str, tuple[int, ...]],
 ) -> pathlib.Path:
-  """Checks every byte of a pushed version.
+  """Verifies every byte of a pushed version.
 
   Args:
     root: the directory that versions are pushed to.
-    version: the version meant.
+    version: the expected version.
     digest: of its manifest, as the trainer wrote it.
-    shapes: the tensors it must hold, by Hugging Face name.
+    shapes: of the tensors it must hold, by Hugging Face name.
 
   Returns:
-    Its directory.
+    The directory of the version.
 
   Raises:
-    errors.CheckpointError: if it is absent, unfinished, altered or another
-      one; if a link leads out of it; if tensors are not `shapes`; if a value
-      is not finite.
+    errors.CheckpointError: if it is missing, incomplete, altered or another
+      version; if it contains links; if its tensors differ from `shapes`; if a
+      value is not finite.
   """
   directory = directory_of(root, version)
   if directory.is_symlink() or not directory.is_dir():
-    raise _refuse(directory, "it does not exist, or is a link")
+    raise _invalid(directory, "it does not exist, or is a link")
   manifest, actual = read(directory)
   if actual != digest:
-    raise _refuse(
+    raise _invalid(
       directory / NAME, f"its digest is {actual[:12]}, not {digest[:12]}"
     )
   if manifest.version != version:
-    raise _refuse(directory / NAME, f"it says version {manifest.version}")
+    raise _invalid(
+      directory / NAME, f"its version is {manifest.version}, not {version}"
+    )
   check_shapes(
     {name: tensor.shape for name, tensor in manifest.tensors.items()},
     shapes,
@@ -161,7 +166,7 @@ def check_shapes(
   *,
   where: str,
 ) -> None:
-  """Refuses missing, unexpected and misshapen tensors, all in one table.
+  """Rejects missing, unexpected and wrongly shaped tensors, in one table.
 
   Raises:
     errors.CheckpointError: with a line for each of them, at most twelve.
@@ -174,10 +179,10 @@ def check_shapes(
   if rows:
     more = [f"and {len(rows) - 12} more"] * (len(rows) > 12)
     raise errors.CheckpointError(
-      "The weights are not those of the model that is served.",
+      "The weights do not match the served model.",
       where=where,
       why="; ".join([*rows[:12], *more]),
-      fix="Start the server on the model that is trained.",
+      fix="Start the server with the model that is trained.",
     )
 
 
@@ -196,11 +201,11 @@ def shapes_of(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def tokenizer_digest(directory: pathlib.Path) -> str:
-  """Names what turns text into token ids, and messages into text.
+  """Returns a digest of the tokenizer and its chat template.
 
   It covers vocabulary, merges, added tokens and chat template, and does not
-  depend on how the files are laid out. Both sides compute it from the model's
-  directory.
+  depend on the formatting of the files. Trainer and server each compute it from
+  the model's directory.
 
   Raises:
     errors.CheckpointError: if the directory holds no tokenizer.
@@ -208,7 +213,7 @@ def tokenizer_digest(directory: pathlib.Path) -> str:
   parts: dict[str, object] = {}
   path = directory / "tokenizer.json"
   if path.exists():
-    # Padding is set by whoever padded last, not by who made the tokenizer.
+    # Padding and truncation are run-time settings, saved by chance.
     parts["tokenizer"] = {
       name: value
       for name, value in shards.read_json(path).items()
@@ -218,7 +223,7 @@ def tokenizer_digest(directory: pathlib.Path) -> str:
     if not path.exists() and (directory / name).exists():
       parts[name] = describe(directory / name).digest
   if not parts:
-    raise _refuse(directory, "it holds no tokenizer")
+    raise _invalid(directory, "it has no tokenizer")
   template = directory / "chat_template.jinja"
   config = directory / "tokenizer_config.json"
   if template.exists():
@@ -230,24 +235,24 @@ def tokenizer_digest(directory: pathlib.Path) -> str:
 
 
 def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
-  """Refuses files left out, left over, of another size, and links."""
+  """Rejects missing, unexpected and linked files, and other sizes."""
   found = {path.name: path.lstat() for path in directory.iterdir()}
   expected = manifest.files.keys() | {NAME}
   if found.keys() != expected:
     wrong = sorted(found.keys() ^ expected)[:8]
-    raise _refuse(directory, f"the manifest disagrees about {wrong}")
+    raise _invalid(directory, f"files differ from the manifest: {wrong}")
   for name, file in manifest.files.items():
     if not stat.S_ISREG(found[name].st_mode):
-      raise _refuse(directory / name, "it is not a plain file")
+      raise _invalid(directory / name, "it is not a regular file")
     if found[name].st_size != file.size:
-      raise _refuse(
+      raise _invalid(
         directory / name,
         f"it has {found[name].st_size} bytes, not {file.size}",
       )
 
 
 def _check_bytes(directory: pathlib.Path, manifest: Manifest) -> set[str]:
-  """Reads all files, several at once, and refuses altered ones.
+  """Reads all files in parallel and rejects altered ones.
 
   Returns:
     The files that may hold an infinity or a NaN.
@@ -257,9 +262,7 @@ def _check_bytes(directory: pathlib.Path, manifest: Manifest) -> set[str]:
   def is_suspect(name: str) -> bool:
     found, suspect = _scan(directory / name, kinds)
     if found != manifest.files[name]:
-      raise _refuse(
-        directory / name, "its bytes are not those that were written"
-      )
+      raise _invalid(directory / name, "its digest differs from the manifest")
     return suspect
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -268,10 +271,10 @@ def _check_bytes(directory: pathlib.Path, manifest: Manifest) -> set[str]:
 
 
 def _scan(path: pathlib.Path, kinds: Collection[str]) -> tuple[File, bool]:
-  """Reads a file once, for its size, its digest, and values not finite.
+  """Reads a file once; returns size, digest, and whether it may be non-finite.
 
-  The whole file is taken for values of these kinds, which tensors are aligned
-  to. What is no tensor may raise a false alarm.
+  All bytes are interpreted as values of each dtype in `kinds`, to whose size
+  tensors are aligned. Bytes outside of tensors may cause a false positive.
   """
   digest, size, suspect = shards.new_digest(), 0, False
   buffer = np.empty(_CHUNK_BYTES, np.uint8)
@@ -289,7 +292,7 @@ def _scan(path: pathlib.Path, kinds: Collection[str]) -> tuple[File, bool]:
 def _check_tensors(
   directory: pathlib.Path, manifest: Manifest
 ) -> dict[str, header.Tensor]:
-  """Holds the files' headers to the manifest."""
+  """Checks the files' headers against the manifest."""
   tensors = shards.open_directory(directory)
   written = {
     name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()
@@ -304,7 +307,7 @@ def _check_tensors(
       for name in written.keys() | listed.keys()
       if written.get(name) != listed.get(name)
     )
-    raise _refuse(directory, f"the manifest disagrees about {wrong[:8]}")
+    raise _invalid(directory, f"tensors differ from the manifest: {wrong[:8]}")
   return tensors
 
 
@@ -312,9 +315,9 @@ def _shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
   return str(list(shapes[name])) if name in shapes else "none"
 
 
-def _refuse(path: pathlib.Path, why: str) -> errors.CheckpointError:
+def _invalid(path: pathlib.Path, why: str) -> errors.CheckpointError:
   return errors.CheckpointError(
-    "Pushed weights cannot be used.",
+    "Invalid pushed weights.",
     where=str(path),
     why=f"{why}.",
     fix="Push them again as a new version.",

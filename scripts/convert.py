@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts, compares and lists models, in Hugging Face or orbax format.
+"""Converts, compares and lists models in Hugging Face or orbax format.
 
-  python -m scripts.convert inspect A           what it holds; reads headers
-  python -m scripts.convert verify A B          equal, or which layers differ?
+  python -m scripts.convert inspect A           lists tensors, from headers
+  python -m scripts.convert verify A B          compares all tensors bit for bit
   python -m scripts.convert to_hf A OUT --source=MODEL
   python -m scripts.convert from_hf A OUT
   python -m scripts.convert merge --base=MODEL --adapter=PEFT --output=OUT
 
-A and B are directories in Hugging Face format or orbax checkpoints: a step, a
-folder of steps or a workdir, whose newest step counts. --source=MODEL is the
-model that was trained, a directory or an id on the Hub. See docs/conversion.md.
+A and B are directories in Hugging Face format or orbax checkpoints: a step, or
+a folder of steps or workdir, of which the newest step is used. --source=MODEL
+is the model that was trained: a directory or a Hub id. See docs/conversion.md.
 """
 
 from collections.abc import Sequence
@@ -22,56 +22,55 @@ import jax
 from atlas_jax import errors
 from conversion import commands, listing
 
-# Its own: in a test, other scripts define and require others.
+# A separate set: tests import other scripts with required flags.
 _FLAGS = flags.FlagValues()
-flags.DEFINE_string("source", "", "The model trained.", flag_values=_FLAGS)
-flags.DEFINE_string("base", "", "The model below.", flag_values=_FLAGS)
+flags.DEFINE_string("source", "", "Model that was trained.", flag_values=_FLAGS)
+flags.DEFINE_string("base", "", "Model of the adapter.", flag_values=_FLAGS)
 flags.DEFINE_string(
-  "adapter", "", "A PEFT directory to merge into it.", flag_values=_FLAGS
+  "adapter", "", "PEFT directory to merge into --base.", flag_values=_FLAGS
 )
-flags.DEFINE_string("output", "", "Where to.", flag_values=_FLAGS)
+flags.DEFINE_string("output", "", "Target directory.", flag_values=_FLAGS)
 flags.DEFINE_enum(
   "dtype",
   "",
   ("", "float32", "bfloat16"),
-  "Precision to write; empty for that of the input.",
+  "Precision to write; empty keeps that of the input.",
   flag_values=_FLAGS,
 )
 flags.DEFINE_integer(
   "max_shard_bytes",
   5 * 10**9,
-  "Of one file; a larger tensor has one alone.",
+  "Maximum bytes of tensors per file; a larger tensor gets its own file.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
-flags.DEFINE_bool("overwrite", False, "Replaces OUT.", flag_values=_FLAGS)
+flags.DEFINE_bool("overwrite", False, "Replace OUT.", flag_values=_FLAGS)
 flags.DEFINE_bool(
   "merge",
   True,
-  "Of a run that trained adapters: merges them into --source, or else writes "
-  "what PEFT opens.",
+  "Merge trained adapters into --source; if false, write them in PEFT format.",
   flag_values=_FLAGS,
 )
 flags.DEFINE_bool(
-  "dry_run", False, "Tells what would be written.", flag_values=_FLAGS
+  "dry_run", False, "Print what would be written.", flag_values=_FLAGS
 )
 flags.DEFINE_bool(
   "logits",
   True,
-  "Compares what models compute, too; it holds them in memory.",
+  "Also compare logits; loads the models into memory.",
   flag_values=_FLAGS,
 )
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs one command; gives the exit code."""
+  """Runs one command; returns the exit code."""
   try:
     _run(_parse(argv))
   except errors.AtlasError as error:
     print(f"\n{error}", file=sys.stderr)
     return int(error.exit_code)
   except KeyboardInterrupt:
-    print("\nInterrupted; nothing was left behind.", file=sys.stderr)
+    print("\nInterrupted; partial files were removed.", file=sys.stderr)
     return int(errors.Exit.PREEMPTED)
   return int(errors.Exit.DONE)
 
@@ -128,10 +127,10 @@ def _options() -> commands.Options:
 
 def _misused(why: str) -> errors.ConfigError:
   return errors.ConfigError(
-    "The converter was called with other arguments than it takes.",
+    "Invalid arguments.",
     where="command line",
     why=why,
-    fix=f"It is one of these.\n\n{__doc__}\n{_FLAGS.get_help()}",
+    fix=f"Usage:\n\n{__doc__}\n{_FLAGS.get_help()}",
   )
 
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the policy's weights where rollout servers read them.
+"""Publishes the policy's weights as files for rollout servers.
 
-Each version is a directory: written under another name, its manifest last, and
-renamed when every byte is on disk. So a server sees a version whole or not at
-all, wherever the trainer is killed.
+Each version is a directory. It is written under a temporary name, its manifest
+last, and renamed when every byte is on disk. A server therefore sees a version
+completely or not at all, even if the trainer is killed.
 """
 
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import shutil
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from atlas_jax import errors
 from atlas_jax.models import decoder
@@ -28,11 +27,12 @@ _DTYPES: dict[Dtype, Literal["F32", "BF16"]] = {
   "float32": "F32",
   "bfloat16": "BF16",
 }
+_JsonFile = dict[str, Any]  # Any: the JSON of a `manifest.File`.
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A version that servers may load; `digest` is that of its manifest."""
+  """A version that servers can load; `digest` is that of its manifest."""
 
   version: int
   digest: str
@@ -42,31 +42,31 @@ class Published:
 
 
 def open_root(directory: str, *, run: str) -> pathlib.Path:
-  """Makes the directory that versions are published in, unless it is there.
+  """Creates the directory of versions, unless it exists.
 
   Args:
     directory: on a disk that trainer and servers share; "" for one in the
       memory of this machine.
-    run: names this run among those in memory.
+    run: name of this run's directory in memory.
 
   Raises:
-    errors.ConfigError: if it cannot be made, or belongs to someone else.
+    errors.ConfigError: if it cannot be created, or belongs to another user.
   """
   parent = pathlib.Path(f"/dev/shm/atlas_jax-{os.getuid()}")
   root = pathlib.Path(directory) if directory else parent / run
   try:
     if not directory:
-      # Anyone may make a name in /dev/shm, so it may have been taken.
+      # /dev/shm is world-writable, so another user may own this name.
       parent.mkdir(mode=0o700, exist_ok=True)
       if parent.is_symlink() or parent.stat().st_uid != os.getuid():
-        raise PermissionError(f"{parent} belongs to someone else")
+        raise PermissionError(f"{parent} belongs to another user")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
   except OSError as error:
     raise errors.ConfigError(
-      "Weights cannot be handed to the rollout servers.",
+      "The directory for published weights cannot be created.",
       where=f"--config.rollout.weights_root={directory}",
       why=str(error),
-      fix="Name a folder that trainer and servers can write and read.",
+      fix="Set it to a folder that trainer and servers can read and write.",
     ) from error
   return root.resolve()
 
@@ -82,109 +82,111 @@ def publish(
   max_shard_bytes: int,
   share: process_group.ProcessShare = process_group.ALONE,
 ) -> Published:
-  """Writes one version, whole or not at all.
+  """Writes one version, completely or not at all.
 
-  Tensors go from their devices to the files one by one; digests are taken on
-  the way, so nothing is read twice.
+  Tensors are transferred from their devices to the files one by one and hashed
+  on the way, so no file is read back.
 
   Args:
-    params: of `model`, on the devices of all that share it.
-    model: what they are the parameters of.
-    root: see `open_root`; the version becomes a directory in it.
+    params: of `model`, which may be sharded over processes.
+    model: of the parameters.
+    root: see `open_root`; receives the directory of the version.
     version: the step whose weights these are.
-    source: the model's directory in Hugging Face format; its config goes along.
-    dtype: of the tensors written.
+    source: the model's Hugging Face directory; its config is copied.
+    dtype: of the written tensors.
     max_shard_bytes: see `shards.layout`; files are written in parallel.
-    share: which of several processes this is; all call this, and see `root`.
+    share: this process's share; all processes call this and see `root`.
 
   Raises:
     errors.DivergedError: if a weight is not finite.
-    errors.RolloutError: if it cannot be written, or not by all.
+    errors.RolloutError: if a file operation fails. An error in one process is
+      raised in all.
   """
   start = time.monotonic()
-  path = manifest.directory_of(root, version)
-  # The first process's number; what another would make of it is not used.
-  partial = root / f"{version}.tmp-{os.getpid()}"
 
-  def begin() -> str:
-    with _disk_errors(partial):
-      if share.index == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        shards.write_json(
-          partial / "config.json", shards.read_json(source / "config.json")
-        )
-    return partial.name
-
-  def write_part() -> str:
-    with _disk_errors(there):
-      _check_seen(there)
-      files = _write_weights(
-        there,
+  def write_part(partial: pathlib.Path) -> dict[str, _JsonFile]:
+    # `root` may have a different path in process 0.
+    here = root / partial.name
+    with _disk_errors(here):
+      _check_visible(here)
+      return _write_weights(
+        here,
         save.Tensors(params, model, dtype),
         model,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         share=share,
       )
-    return json.dumps({name: file.model_dump() for name, file in files.items()})
 
-  def end() -> str:
-    if share.index:
-      return ""
+  def finish(
+    partial: pathlib.Path, files: dict[str, _JsonFile]
+  ) -> tuple[str, int]:
     with _disk_errors(partial):
-      digest, num_bytes = _seal(partial, version, weights, model, dtype)
+      return _seal(partial, version, files, model, dtype)
+
+  path = manifest.directory_of(root, version)
+  digest, num_bytes = process_group.write_directory(
+    share, _partial_version(path, source), write_part, finish
+  )
+  return Published(version, digest, path, num_bytes, time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def _partial_version(
+  path: pathlib.Path, source: pathlib.Path
+) -> Iterator[pathlib.Path]:
+  """Yields a private directory with the config, and renames it to `path`.
+
+  It is removed after an error.
+  """
+  partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+  try:
+    with _disk_errors(partial):
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir()
+      shards.write_json(
+        partial / "config.json", shards.read_json(source / "config.json")
+      )
+    yield partial
+    with _disk_errors(partial):
       shutil.rmtree(path, ignore_errors=True)
       partial.rename(path)
-      _sync(root)
-    return json.dumps([digest, num_bytes])
-
-  try:
-    there = root / share.together(begin)[0].strip()
-    weights = {
-      name: manifest.File(**fields)
-      for part in share.together(write_part)
-      for name, fields in json.loads(part).items()
-    }
-    digest, num_bytes = json.loads(share.together(end)[0])
+      _sync(path.parent)
   finally:
-    if share.index == 0:
-      shutil.rmtree(partial, ignore_errors=True)
-  seconds = time.monotonic() - start
-  return Published(version, digest, path, num_bytes, seconds)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _disk_errors(directory: pathlib.Path) -> Iterator[None]:
-  """Raises what a disk says against writing a version as a `RolloutError`."""
+  """Converts an `OSError` while writing a version to a `RolloutError`."""
   try:
     yield
   except OSError as error:
     raise errors.RolloutError(
-      "The weights cannot be handed to the rollout servers.",
+      "Failed to write the weights for the rollout servers.",
       where=str(directory),
       why=str(error),
-      fix="Check space and permissions there, or set "
+      fix="Check free space and permissions, or set "
       "--config.rollout.weights_root to a larger disk.",
     ) from error
 
 
-def _check_seen(directory: pathlib.Path) -> None:
-  """Refuses a folder that the first process has made, and this one lacks."""
+def _check_visible(directory: pathlib.Path) -> None:
+  """Checks that this process sees the folder that process 0 created."""
   if not directory.is_dir():
     raise errors.RolloutError(
-      "The weights cannot be handed to the rollout servers by all processes.",
+      "weights_root is not shared by all processes.",
       where=str(directory),
-      why="The first process has made this folder, and here it is not.",
+      why="Process 0 created this folder, but this process cannot see it.",
       fix="Set --config.rollout.weights_root to a folder on a disk that all "
       "processes and all servers share.",
     )
 
 
 def prune(root: pathlib.Path, *, keep: int) -> None:
-  """Removes all versions but the newest `keep`, and what was left unfinished.
+  """Removes unfinished versions and all others but the newest `keep`.
 
-  Whatever else is in the directory stays.
+  Other files in the directory are left alone.
   """
   versions: list[int] = []
   for path in root.iterdir():
@@ -206,8 +208,8 @@ def _write_weights(
   dtype: str,
   max_shard_bytes: int,
   share: process_group.ProcessShare,
-) -> dict[str, manifest.File]:
-  """Writes this process's files of tensors, and the first one their index."""
+) -> dict[str, _JsonFile]:
+  """Writes this process's files of tensors, and in process 0 their index."""
   shapes = rules.shapes(model)
   layout = shards.layout(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
   try:
@@ -217,21 +219,21 @@ def _write_weights(
       shapes,
       tensors.fetch,
       dtype=dtype,
-      with_read_back=False,  # Servers check what they load.
+      with_read_back=False,  # Servers verify the digests.
       share=share,
-      elsewhere=tensors.take_part,
+      on_skip=tensors.join_fetch,
     )
   except errors.CheckpointError as error:
     raise errors.DivergedError(
-      "The policy's weights are not finite; they are not handed on.",
+      "The policy's weights are not finite.",
       where=error.where,
       why=error.why,
-      fix="Lower the learning rate and go on from the last checkpoint.",
+      fix="Lower the learning rate and resume from the last checkpoint.",
     ) from error
   if share.index == 0:
     shards.write_index(directory, layout, shapes, dtype)
   return {
-    file: manifest.File(size=(directory / file).stat().st_size, digest=digest)
+    file: {"size": (directory / file).stat().st_size, "digest": digest}
     for file, digest in digests.items()
   }
 
@@ -239,15 +241,17 @@ def _write_weights(
 def _seal(
   directory: pathlib.Path,
   version: int,
-  weights: dict[str, manifest.File],
+  weights: dict[str, _JsonFile],
   model: decoder.Model,
   dtype: Dtype,
 ) -> tuple[str, int]:
-  """Writes the manifest of all that is there; gives its digest, and bytes."""
+  """Writes the manifest; returns its digest and the bytes of all files."""
   texts = {
     file.name: manifest.describe(file) for file in directory.glob("*.json")
   }
-  files = {**weights, **texts}
+  files = {
+    name: manifest.File(**fields) for name, fields in weights.items()
+  } | texts
   tensors = {
     name: manifest.Tensor(shape=shape, dtype=_DTYPES[dtype])
     for name, shape in rules.shapes(model).items()
@@ -260,7 +264,7 @@ def _seal(
 
 
 def _sync(directory: pathlib.Path) -> None:
-  """Waits until the list of a directory's files is on disk."""
+  """Flushes the entries of a directory to disk."""
   handle = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(handle)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces are the array, in C order, whatever its layout and size."""
+"""Pieces equal the array in C order, for any memory layout and size."""
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +18,7 @@ _LAYOUTS = {
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", _LAYOUTS.values(), ids=_LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (257, 65), (512, 1100)])
-def test_pieces_are_the_array_in_order(shape, layout, dtype):
+def test_pieces_concatenate_to_the_array_in_c_order(shape, layout, dtype):
   values = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
   array = layout(values.astype(dtype))
   found = [piece.copy() for piece in arrays.pieces(array, np.dtype(dtype))]
@@ -32,7 +32,7 @@ def test_pieces_are_the_array_in_order(shape, layout, dtype):
 @pytest.mark.parametrize("layout", _LAYOUTS.values(), ids=_LAYOUTS)
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (257, 65), (512, 128)])
-def test_a_copy_is_cast_and_each_piece_seen_once(shape, order, layout, kinds):
+def test_copy_casts_and_inspects_each_piece_once(shape, order, layout, kinds):
   old, new = (
     {"e": ml_dtypes.bfloat16, "f": np.dtype(np.float32)}[k] for k in kinds
   )
@@ -45,14 +45,14 @@ def test_a_copy_is_cast_and_each_piece_seen_once(shape, order, layout, kinds):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4), (0, 7), (7, 0)])
-def test_an_array_of_any_number_of_axes_is_copied(shape):
+def test_copy_supports_any_number_of_axes(shape):
   source, target = np.ones(shape, np.float16), np.zeros(shape, np.float32)
   arrays.copy(source, target, lambda _: None)
   np.testing.assert_array_equal(target, source)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4)])
-def test_pieces_of_any_number_of_axes_are_cast(shape):
+def test_pieces_cast_any_number_of_axes(shape):
   array = np.full(shape, 1.5, np.float32)
   found = list(arrays.pieces(array, np.dtype(np.float16)))
   assert sum(piece.size for piece in found) == array.size
@@ -60,7 +60,7 @@ def test_pieces_of_any_number_of_axes_are_cast(shape):
   assert all(piece.dtype == np.float16 for piece in found)
 
 
-def test_no_piece_of_a_transpose_takes_the_memory_of_the_whole():
+def test_pieces_of_a_transpose_do_not_copy_the_array():
   array = np.zeros((4096, 512), np.float32).T
   sizes = {piece.nbytes for piece in arrays.pieces(array, array.dtype)}
   assert max(sizes) < array.nbytes / 1.5
@@ -68,7 +68,7 @@ def test_no_piece_of_a_transpose_takes_the_memory_of_the_whole():
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_seen_in_any_layout(dtype, bad):
+def test_non_finite_values_are_detected_in_any_layout(dtype, bad):
   array = np.full((600, 500), -3e4).astype(dtype)
   for layout in _LAYOUTS.values():
     assert arrays.is_finite(layout(array))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card tells where weights came from, and the Hub can read it."""
+"""A model card names the origin of the weights, and the Hub can parse it."""
 
 import huggingface_hub
 import pytest
@@ -11,7 +11,7 @@ from tests import tiny
 
 @pytest.fixture
 def source(tmp_path):
-  """Gives a base where the Hub's cache would have it."""
+  """Returns a base model in the layout of the Hub's cache."""
   return tiny.write_source(tmp_path / "snapshots" / "c0ffee", "qwen2")
 
 
@@ -30,7 +30,7 @@ def _write(directory, source, about):
   return huggingface_hub.ModelCard.load(directory / "README.md")
 
 
-def test_a_card_hands_on_base_revision_and_license(tmp_path, source):
+def test_card_copies_base_revision_and_license(tmp_path, source):
   (source / "README.md").write_text(
     "---\nlicense: other\nlicense_name: own\nbase_model: a/older\n"
     "datasets: [theirs]\n---\n# Theirs\n"
@@ -64,13 +64,13 @@ def test_a_card_hands_on_base_revision_and_license(tmp_path, source):
   assert "- Written by: atlas_jax " in read.text
 
 
-def test_a_path_is_no_id_and_a_missing_license_is_told(tmp_path):
+def test_local_path_is_not_a_base_id_and_missing_license_is_noted(tmp_path):
   source = tiny.write_source(tmp_path / "local", "qwen2")
   read = _write(tmp_path / "out", source, card.Card(base="results/sft"))
   assert read.data.base_model is None
   assert read.data.license is None
   assert "- License: that of the base model" in read.text
-  # What is trained from there on knows the id by the card.
+  # A model trained from this export reads the id from its card.
   (source / "README.md").write_text("---\nbase_model: an/id\n---\n")
   read = _write(tmp_path / "next", source, card.Card(base="results/sft"))
   assert read.data.base_model == "an/id"
@@ -79,7 +79,7 @@ def test_a_path_is_no_id_and_a_missing_license_is_told(tmp_path):
 @pytest.mark.parametrize(
   "text", ["---\n[a\n---\n", "---\n- a\n---\n", "no head", "\xff"]
 )
-def test_a_base_whose_card_nobody_can_read_is_exported(tmp_path, source, text):
+def test_unreadable_base_card_is_ignored(tmp_path, source, text):
   (source / "README.md").write_text(text, encoding="latin-1")
   assert (
     "license"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model is fetched from a hub by revision, and nothing else with it."""
+"""A model is downloaded by revision, without code or pickled weights."""
 
 from collections.abc import Iterator
 import contextlib
@@ -28,7 +28,7 @@ _FILES = {
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-  """Serves one repository, and remembers what was asked for."""
+  """Serves one repository and records the requests."""
 
   asked: list[str]
 
@@ -80,7 +80,7 @@ def _serving(handler: type[_Hub]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("revision", ["", "v1", _COMMIT])
-def test_code_and_pickled_weights_are_not_fetched(
+def test_code_and_pickled_weights_are_not_downloaded(
   tmp_path, monkeypatch, revision
 ):
   handler = type("Hub", (_Hub,), {"asked": []})

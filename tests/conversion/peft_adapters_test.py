@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT directories: there and back, merged, and refused where they differ."""
+"""PEFT directories: round trip, merging, and rejection of mismatches."""
 
 import json
 
@@ -18,7 +18,7 @@ _LORA = lora.Lora(rank=3, alpha=7.0, targets=("attention/[qk]", "mlp/down"))
 
 @pytest.fixture
 def job(tmp_path):
-  """Gives a model, its parameters and adapters; both are on disk as well."""
+  """Returns a model, its parameters and adapters, all saved to disk."""
   model, params = tiny.write_checkpoint(tmp_path / "base", "qwen3")
   abstract = lora.only(lora.adapt(model, _LORA).abstract_params)
   adapters = jax.tree.map(
@@ -42,13 +42,13 @@ def _merge(directory, *words):
   return convert.main(["merge", *flags, *words])
 
 
-def test_what_was_written_is_read_back_bit_for_bit(tmp_path, job):
+def test_written_adapters_are_read_back_bit_for_bit(tmp_path, job):
   model, _, adapters = job
   found = peft_adapters.load(tmp_path / "adapter", model, _LORA)
   jax.tree.map(np.testing.assert_array_equal, found, adapters)
 
 
-def test_a_merged_directory_has_the_merged_parameters(tmp_path, job):
+def test_merged_directory_has_the_merged_parameters(tmp_path, job):
   model, params, adapters = job
   assert _merge(tmp_path, "--dry_run") == 0
   assert not (tmp_path / "output").exists()
@@ -63,19 +63,19 @@ def test_a_merged_directory_has_the_merged_parameters(tmp_path, job):
   )
 
 
-def test_merging_again_is_done_already_and_another_target_is_kept(
+def test_repeated_merge_is_skipped_and_other_targets_are_kept(
   tmp_path, job, capsys
 ):
   del job
   assert _merge(tmp_path) == 0
   assert _merge(tmp_path) == 0
-  assert "It is done already" in capsys.readouterr().out
+  assert "Already done" in capsys.readouterr().out
   assert _merge(tmp_path, "--dtype=bfloat16") == 2
   assert _merge(tmp_path, "--dtype=bfloat16", "--overwrite") == 0
 
 
 @pytest.mark.parametrize(
-  ("rank", "alpha", "targets", "told"),
+  ("rank", "alpha", "targets", "message"),
   [
     (2, 7.0, _LORA.targets, "--config.lora.rank=3"),
     (3, 8.0, _LORA.targets, "--config.lora.alpha=7.0"),
@@ -84,11 +84,11 @@ def test_merging_again_is_done_already_and_another_target_is_kept(
     (3, 7.0, (*_LORA.targets, "mlp/up"), "mlp.up_proj.weight"),
   ],
 )
-def test_adapters_other_than_the_config_says_are_refused(
-  tmp_path, job, rank, alpha, targets, told
+def test_adapters_that_do_not_match_the_config_are_rejected(
+  tmp_path, job, rank, alpha, targets, message
 ):
   settings = lora.Lora(rank=rank, alpha=alpha, targets=targets)
-  with pytest.raises(errors.ConfigError, match=told):
+  with pytest.raises(errors.ConfigError, match=message):
     peft_adapters.load(tmp_path / "adapter", job[0], settings)
 
 
@@ -112,16 +112,14 @@ def _change(tmp_path, **changes):
     ("lora_alpha", None),
   ],
 )
-def test_a_field_that_would_not_be_honoured_is_named(
-  tmp_path, job, capsys, field, value
-):
+def test_unsupported_field_is_named(tmp_path, job, capsys, field, value):
   del job
   _change(tmp_path, **{field: value})
   assert _merge(tmp_path) == 5
   assert f"{field}={value!r}" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_model_or_shape_is_refused(tmp_path, job, capsys):
+def test_adapter_of_another_model_or_shape_is_rejected(tmp_path, job, capsys):
   model = job[0]
   tiny.write_checkpoint(tmp_path / "other", "qwen3", intermediate_size=30)
   flags = [f"--{name}={tmp_path / name}" for name in ("adapter", "output")]
@@ -130,11 +128,11 @@ def test_an_adapter_of_another_model_or_shape_is_refused(tmp_path, job, capsys):
     capsys.readouterr().err
   )
   _change(tmp_path, r=2)
-  with pytest.raises(errors.CheckpointError, match="Of rank 2"):
+  with pytest.raises(errors.CheckpointError, match="Rank is 2"):
     peft_adapters.load(tmp_path / "adapter", model, _LORA)
 
 
-def test_pickled_adapters_are_refused(tmp_path, job):
+def test_pickled_adapters_are_rejected(tmp_path, job):
   path = tmp_path / "adapter/adapter_model.safetensors"
   path.rename(path.with_suffix(".bin"))
   with pytest.raises(errors.CheckpointError, match="pickled files are not"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters against PEFT: logits, gradients and the directory it opens."""
+"""Parity with PEFT: logits, gradients and directory format."""
 
 import math
 
@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-# Of PEFT, which calls what transformers is about to remove.
+# PEFT calls a deprecated function of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 _LORA = lora.Lora(
   rank=3, alpha=7.0, targets=("attention/[qkvo]", "mlp/(gate|up|down)")
@@ -26,7 +26,7 @@ _LORA = lora.Lora(
 
 
 def _draw(model):
-  """Draws adapters in which B is not zero."""
+  """Returns random adapters with a non-zero B."""
   adapters = lora.only(lora.adapt(model, _LORA).abstract_params)
   return jax.tree.map(
     lambda leaf: 0.2 * jax.random.normal(jax.random.key(5), leaf.shape),
@@ -35,7 +35,7 @@ def _draw(model):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
-def test_logits_and_gradients_equal_those_of_peft(tmp_path, family):
+def test_logits_and_gradients_match_peft(tmp_path, family):
   torch.set_num_threads(1)
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(**tiny.fields(family))
@@ -88,17 +88,17 @@ def _save(directory, adapters, model, source, settings=_LORA):
 
 
 def _write_theirs(directory, family, *, dtype="float32", **changes):
-  """Writes a base and an adapter as PEFT does; gives the adapted model."""
+  """Writes a base and an adapter with PEFT; returns the adapted model."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(**tiny.fields(family))
-  config._experts_implementation = "eager"  # The fused one wants even sizes.
+  config._experts_implementation = "eager"  # The fused kernel needs even sizes.
   base = transformers.AutoModelForCausalLM.from_config(config)
   base = base.to(getattr(torch, dtype))
   base.save_pretrained(directory / "base")
   (directory / "base" / "tokenizer.json").write_text("{}")
   targets = "all-linear"
-  if family == "qwen3_moe":  # Else PEFT adapts the experts as well.
+  if family == "qwen3_moe":  # Otherwise PEFT adapts the experts too.
     targets = [f"{each}_proj" for each in "qkvo"]
   settings = {"r": 3, "lora_alpha": 7, "target_modules": targets}
   settings = peft.LoraConfig(**settings, task_type="CAUSAL_LM", **changes)
@@ -120,7 +120,7 @@ def _write_theirs(directory, family, *, dtype="float32", **changes):
     ("phi3", "float32", False),
   ],
 )
-def test_merging_gives_what_peft_merges(tmp_path, family, dtype, rslora):
+def test_merged_weights_match_peft(tmp_path, family, dtype, rslora):
   theirs = _write_theirs(tmp_path, family, dtype=dtype, use_rslora=rslora)
   flags = (f"--{n}={tmp_path / n}" for n in ("base", "adapter", "output"))
 
@@ -130,7 +130,7 @@ def test_merging_gives_what_peft_merges(tmp_path, family, dtype, rslora):
   got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "output")
   changed = shards.open_directory(tmp_path / "base")
   for name, tensor in got.state_dict().items():
-    # PEFT rounds the product before it adds it; that is of bfloat16 alone.
+    # PEFT rounds the product to bfloat16 before adding it.
     atol, rtol = (1e-6, 0) if dtype == "float32" else (2e-2, 2e-2)
     np.testing.assert_allclose(
       tensor.float(), expected[name].float(), atol=atol, rtol=rtol
@@ -143,9 +143,7 @@ def test_merging_gives_what_peft_merges(tmp_path, family, dtype, rslora):
 @pytest.mark.parametrize(
   "family", [family for family in tiny.FAMILIES if family != "phi3"]
 )
-def test_training_starts_from_what_peft_wrote_and_writes_it_back(
-  tmp_path, family
-):
+def test_peft_adapters_round_trip_through_training(tmp_path, family):
   theirs = _write_theirs(tmp_path, family, use_rslora=True)
   shape, _ = load.read_config(tmp_path / "base")
   model = decoder.build(
@@ -173,7 +171,7 @@ def test_training_starts_from_what_peft_wrote_and_writes_it_back(
 
 
 @pytest.mark.parametrize(
-  ("changes", "told"),
+  ("changes", "message"),
   [
     ({"use_dora": True}, "use_dora=True"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
@@ -182,13 +180,13 @@ def test_training_starts_from_what_peft_wrote_and_writes_it_back(
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
   ],
 )
-def test_what_would_not_be_honoured_is_refused(tmp_path, changes, told):
+def test_unsupported_settings_are_rejected(tmp_path, changes, message):
   _write_theirs(tmp_path, "llama", **changes)
-  with pytest.raises(errors.CheckpointError, match=told):
+  with pytest.raises(errors.CheckpointError, match=message):
     peft_adapters.open_directory(tmp_path / "adapter")
 
 
-def test_adapters_of_fused_projections_are_refused(tmp_path):
+def test_adapters_of_fused_projections_are_rejected(tmp_path):
   model = tiny.build("phi3")
   with pytest.raises(errors.ConfigError, match="adapters of phi3"):
     _save(tmp_path / "a", _draw(model), model, tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes write a directory as one would, or none of them does."""
+"""Several processes write the same directory as one, or none."""
 
 import concurrent.futures
 import os
@@ -18,17 +18,17 @@ _MAX_S = 60
 
 
 def _run(act, count):
-  """Runs `act` with the share of each of several processes; threads here."""
+  """Calls `act` with the share of each process; the processes are threads."""
   barrier = threading.Barrier(count, timeout=_MAX_S)
   texts = [""] * count
 
   def share_of(index):
     def exchange(text):
-      texts[index] = text + "  "  # As the real one may pad it.
+      texts[index] = text + "  "  # distributed.exchange may pad it.
       barrier.wait()
-      told = list(texts)
+      replies = list(texts)
       barrier.wait()
-      return told
+      return replies
 
     return process_group.ProcessShare(index, count, exchange)
 
@@ -38,7 +38,7 @@ def _run(act, count):
 
 @pytest.fixture
 def job(tmp_path):
-  """Gives what `save.write` takes, of any share."""
+  """Returns a function that calls `save.write`, and the parameters."""
   model = tiny.build("phi3")
   params = tiny.params_of(model)
   source = tiny.write_source(tmp_path / "source", "phi3")
@@ -60,14 +60,14 @@ def job(tmp_path):
       about=card.Card(base="test"),
       overwrite=False,
       share=share,
-      elsewhere=watch,
+      on_skip=watch,
     )
 
   return write, params
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_together_they_write_what_one_would(tmp_path, job, count):
+def test_processes_write_the_same_files_as_one(tmp_path, job, count):
   write, _ = job
   write(tmp_path / "one", process_group.ALONE)
   orders = {}
@@ -87,13 +87,13 @@ def test_together_they_write_what_one_would(tmp_path, job, count):
       (tmp_path / run / name).read_bytes() for run in ("one", "many")
     )
     assert one == many, name
-  # Else those that bring a tensor together would wait for each other for ever.
+  # Processes that gather different tensors would deadlock.
   assert all(order == orders[0] for order in orders.values())
   assert sorted(orders[0]) == sorted(set(orders[0]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_files_are_dealt_out_by_their_bytes(count):
+def test_files_are_distributed_by_size(count):
   sizes = {f"file {i}": 10 for i in range(9)} | {"last": 4}
   parts = process_group.divide(sizes, count)
   assert sorted(name for part in parts for name in part) == sorted(sizes)
@@ -101,7 +101,7 @@ def test_files_are_dealt_out_by_their_bytes(count):
   assert max(held) - min(held) <= 10
 
 
-def test_one_of_several_writes_its_share_alone(tmp_path):
+def test_each_process_writes_only_its_share(tmp_path):
   names = list("abcdef")
   written = []
 
@@ -121,7 +121,7 @@ def test_one_of_several_writes_its_share_alone(tmp_path):
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_value_that_is_not_finite_in_one_stops_all(tmp_path, job, who):
+def test_non_finite_value_in_one_process_stops_all(tmp_path, job, who):
   write, params = job
   bad = jax.tree.map(lambda x: x.at[:].set(jnp.nan), params)
 
@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_in_one_stops_all(tmp_path, job, who):
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_disk_that_fails_one_stops_all(tmp_path, job, monkeypatch):
+def test_disk_error_in_one_process_stops_all(tmp_path, job, monkeypatch):
   write, _ = job
   fsync, failing = os.fsync, []
 
@@ -156,7 +156,7 @@ def test_a_disk_that_fails_one_stops_all(tmp_path, job, monkeypatch):
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_target_in_use_stops_all(tmp_path, job):
+def test_target_in_use_stops_all(tmp_path, job):
   write, _ = job
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels are rounded as they are read: the same bits on any mesh."""
+"""Kernels are quantized while they are read, to the same bits on any mesh."""
 
 import concurrent.futures
 
@@ -15,7 +15,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """Gives a directory of each family that is asked for, and its model."""
+  """Returns a function from a family to its directory and model."""
   made = {}
 
   def write(family):
@@ -64,7 +64,7 @@ def test_bits_do_not_depend_on_the_mesh(written, family, sizes, kind):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_base_in_few_bits_is_trained_over_and_merged(written, family):
+def test_adapters_over_a_quantized_base_are_merged(written, family):
   directory, model, params = written(family)
   target = "attention/[qkvo]"
   settings = lora.Lora(rank=2, alpha=4.0, targets=(target,))
@@ -93,10 +93,10 @@ def test_a_base_in_few_bits_is_trained_over_and_merged(written, family):
 @pytest.mark.parametrize(
   ("path", "inputs"), [("attention/q/kernel", 128), ("attention/o/kernel", 4)]
 )
-def test_a_process_with_some_inputs_rounds_them_as_one_with_all(
+def test_part_of_the_inputs_quantizes_to_the_same_bits(
   written, path, inputs, kind
 ):
-  """As where a host of several has the second half of a kernel's inputs."""
+  """Simulates a host that owns the second half of a kernel's inputs."""
   directory, model, _ = written("qwen3")
   path = f"layers/{path}"
   parts = {p.index: p for p in rules.pieces(model) if p.rule.path == path}
@@ -111,14 +111,12 @@ def test_a_process_with_some_inputs_rounds_them_as_one_with_all(
       kernel, hull, load.open_tensors(directory, model), pool
     )
   for part, block in got.items():
-    # Scales of all inputs are of any of them.
+    # A scale of all inputs is the same for each part of them.
     half = whole[part][:, whole[part].shape[1] // 2 :]
     np.testing.assert_array_equal(block, half)
 
 
-def test_what_a_device_has_of_a_kernel_is_rounded_once_for_all_that_share_it(
-  written, monkeypatch
-):
+def test_shared_parts_of_a_kernel_are_quantized_once(written, monkeypatch):
   directory, model, params = written("qwen3")
   rounded = []
   quantize_rows = quantize._quantize
@@ -137,13 +135,13 @@ def test_what_a_device_has_of_a_kernel_is_rounded_once_for_all_that_share_it(
     rounded.clear()
     _load(directory, model, kind, tiny.mesh(data=2, fsdp=2, tensor=1))
     assert sum(rounded) == sum(kernels)
-  # Where heads are split, those of all devices are inputs of each output.
+  # If heads are split, each output needs the inputs of all devices.
   rounded.clear()
   _load(directory, model, "int8", tiny.mesh(fsdp=2, tensor=2))
   assert sum(rounded) == sum(kernels)
 
 
-def test_few_rows_are_floats_at_a_time(written, monkeypatch):
+def test_only_a_chunk_of_rows_is_float_at_a_time(written, monkeypatch):
   directory, model, _ = written("qwen3")
   expected = _load(directory, model, "nf4")
   monkeypatch.setattr(quantize, "_CHUNK", 128 * 3)
@@ -160,7 +158,7 @@ def test_few_rows_are_floats_at_a_time(written, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path):
+def test_non_finite_value_is_rejected_by_name(tmp_path):
   model, _ = tiny.write_checkpoint(
     tmp_path / "hf", "qwen2", num_hidden_layers=1, **tiny.blocks("qwen2")
   )
@@ -174,15 +172,13 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path):
   assert caught.value.where == name
 
 
-def test_without_the_hosts_processor_it_is_told_how_to_have_it(
-  written, monkeypatch
-):
+def test_missing_cpu_backend_is_an_error_with_a_fix(written, monkeypatch):
   directory, model, _ = written("qwen3")
 
-  def refuse(backend):
+  def fail(backend):
     raise RuntimeError(f"Unknown backend {backend}")
 
-  monkeypatch.setattr(jax, "local_devices", refuse)
-  with pytest.raises(errors.ConfigError, match="rounded to nf4") as caught:
+  monkeypatch.setattr(jax, "local_devices", fail)
+  with pytest.raises(errors.ConfigError, match="quantized to nf4") as caught:
     _load(directory, model, "nf4")
   assert "JAX_PLATFORMS" in caught.value.where

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table, used both ways."""
+"""The table of rules, in both directions."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests import tiny
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_parameter_survives_both_ways(family, tied):
+def test_every_parameter_round_trips(family, tied):
   model = tiny.build(family, tie_word_embeddings=tied)
   leaves = dict(rules.flatten(model.abstract_params))
   rng = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def test_every_parameter_survives_both_ways(family, tied):
     np.testing.assert_array_equal(rules.from_hf(rule, file, array.shape), array)
 
 
-def test_reading_copies_nothing():
+def test_from_hf_does_not_copy():
   model = tiny.build("qwen2")
   leaves = dict(rules.flatten(model.abstract_params))
   for rule in rules.of_model(model):
@@ -43,7 +43,7 @@ def test_projections_have_outputs_first_in_files():
   assert shapes["lm_head.weight"] == (37, 21)
 
 
-def test_a_parameter_without_a_rule_is_an_error():
+def test_parameter_without_a_rule_is_an_error():
   model = tiny.build("qwen2")
   params = {**model.abstract_params, "other": model.abstract_params["head"]}
   with pytest.raises(ValueError, match="other/kernel"):

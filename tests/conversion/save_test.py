@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export is whole or not there at all."""
+"""An export is written completely or not at all."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def _save(directory, params, model, source, **changes):
 
 @pytest.fixture
 def job(tmp_path):
-  """Gives parameters, their model and the source they came from."""
+  """Returns parameters, their model and their source directory."""
   model = tiny.build("qwen2")
   source = tiny.write_source(tmp_path / "source", "qwen2")
   return tiny.params_of(model), model, source
 
 
-def test_everything_a_server_needs_is_there(tmp_path, job):
+def test_export_has_all_files_for_serving(tmp_path, job):
   params, model, source = job
   _save(
     tmp_path / "out",
@@ -47,8 +47,12 @@ def test_everything_a_server_needs_is_there(tmp_path, job):
   )
 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "README.md",
   }
   generation = (tmp_path / "out" / "generation_config.json").read_text()
@@ -56,33 +60,33 @@ def test_everything_a_server_needs_is_there(tmp_path, job):
   assert "- step: 7 # x\n" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_is_carried_over_is_listed_and_what_is_not_there_told(
-  tmp_path, job
-):
+def test_copied_and_missing_files_are_described(tmp_path, job):
   params, model, source = job
   (source / "notes.txt").write_text("mine")
   _save(tmp_path / "a", params, model, source)
   names = save.carried(source)
   assert names == [
-    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
   ]
   for name in names:
     copy = tmp_path / "a" / name
     assert copy.read_bytes() == (source / name).read_bytes()
-  made = f"generation_config.json is made of {source / 'config.json'}."
-  listed = f"Carried over: {', '.join(names)}."
+  made = f"generation_config.json is derived from {source / 'config.json'}."
+  listed = f"Copied: {', '.join(names)}."
   assert save.describe_carried(source) == f"{listed} {made}"
 
   (source / "generation_config.json").write_text("{}")
-  assert "is made" not in save.describe_carried(source)
+  assert "is derived" not in save.describe_carried(source)
   (source / "chat_template.jinja").unlink()
-  assert "no chat template" in save.describe_carried(source)
+  assert "Without a chat template" in save.describe_carried(source)
   _save(tmp_path / "b", params, model, source)
   (source / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
-  assert "no chat template" not in save.describe_carried(source)
+  assert "Without a chat template" not in save.describe_carried(source)
 
 
-def test_generation_settings_of_the_source_are_kept(tmp_path, job):
+def test_generation_settings_are_copied(tmp_path, job):
   params, model, source = job
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
   _save(tmp_path / "out", params, model, source)
@@ -90,7 +94,7 @@ def test_generation_settings_of_the_source_are_kept(tmp_path, job):
   assert text == '{"eos_token_id": [2, 3]}'
 
 
-def test_config_says_the_dtype_under_the_name_the_source_uses(tmp_path, job):
+def test_config_sets_the_dtype_key_of_the_source(tmp_path, job):
   params, model, source = job
   older = tiny.fields("qwen2")
   older["torch_dtype"] = older.pop("dtype")
@@ -100,12 +104,12 @@ def test_config_says_the_dtype_under_the_name_the_source_uses(tmp_path, job):
   assert fields == {**older, "torch_dtype": "bfloat16"}
 
 
-def test_a_tied_head_is_not_written(tmp_path):
+def test_tied_head_is_not_written(tmp_path):
   tiny.write_checkpoint(tmp_path / "hf", "llama", tie_word_embeddings=True)
   assert "lm_head.weight" not in shards.open_directory(tmp_path / "hf")
 
 
-def test_sharded_parameters_are_written_alike(tmp_path):
+def test_sharded_parameters_are_written_identically(tmp_path):
   changes = {
     "vocab_size": 38,
     "hidden_size": 24,
@@ -120,7 +124,7 @@ def test_sharded_parameters_are_written_alike(tmp_path):
   assert tiny.differing(tmp_path / "one", tmp_path / "many") == []
 
 
-def test_a_target_in_use_is_refused_and_kept(tmp_path, job):
+def test_target_in_use_is_rejected_and_kept(tmp_path, job):
   params, model, source = job
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -129,7 +133,7 @@ def test_a_target_in_use_is_refused_and_kept(tmp_path, job):
   assert os.listdir(tmp_path / "out") == ["notes.txt"]
 
 
-def test_an_empty_target_is_used(tmp_path, job):
+def test_empty_target_is_accepted(tmp_path, job):
   params, model, source = job
   (tmp_path / "out").mkdir()
   _save(tmp_path / "out", params, model, source)
@@ -149,7 +153,7 @@ def test_overwriting_replaces_the_whole_directory(tmp_path, job):
   assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
-def test_neither_the_source_nor_a_file_is_overwritten(tmp_path, job):
+def test_source_and_files_are_never_overwritten(tmp_path, job):
   params, model, source = job
   (tmp_path / "file").write_text("mine")
   for target in (source, tmp_path / "file"):
@@ -158,7 +162,7 @@ def test_neither_the_source_nor_a_file_is_overwritten(tmp_path, job):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_interrupted_export_leaves_nothing_new(
+def test_interrupted_export_leaves_no_files(
   tmp_path, job, monkeypatch, overwrite
 ):
   params, model, source = job
@@ -177,13 +181,13 @@ def test_an_interrupted_export_leaves_nothing_new(
   with pytest.raises(KeyboardInterrupt):
     _save(tmp_path / "out", params, model, source, overwrite=overwrite)
 
-  # It was being written beside its final name, and is gone.
+  # The private directory beside the target was removed.
   assert any(name.startswith("out.tmp-") for name in calls[0])
   assert ("out" in calls[0]) == overwrite
   assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path, job):
+def test_leftovers_of_a_killed_export_are_removed(tmp_path, job):
   params, model, source = job
   name = f"out.tmp-{socket.gethostname()}-{os.getpid()}"
   (tmp_path / name / "model").mkdir(parents=True)
@@ -191,7 +195,7 @@ def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path, job):
   assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
-def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, job):
+def test_non_finite_value_is_rejected_by_name(tmp_path, job):
   params, model, source = job
   scale = params["final_norm"]["scale"]
   bad = {**params, "final_norm": {"scale": scale.at[0].set(jnp.nan)}}
@@ -201,9 +205,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, job):
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
-  tmp_path, job, monkeypatch
-):
+def test_full_disk_is_detected_before_writing(tmp_path, job, monkeypatch):
   params, model, source = job
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -212,7 +214,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_file_that_may_not_grow_leaves_nothing(tmp_path, job):
+def test_file_size_limit_leaves_no_files(tmp_path, job):
   params, model, source = job
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
@@ -224,7 +226,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path, job):
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_disk_that_fails_meanwhile_leaves_nothing(tmp_path, job, monkeypatch):
+def test_disk_error_leaves_no_files(tmp_path, job, monkeypatch):
   params, model, source = job
 
   def fail(handle):
@@ -236,14 +238,14 @@ def test_a_disk_that_fails_meanwhile_leaves_nothing(tmp_path, job, monkeypatch):
   assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_a_source_of_another_shape_is_refused(tmp_path, job):
+def test_source_of_another_shape_is_rejected(tmp_path, job):
   params, model, _ = job
   other = tiny.write_source(tmp_path / "other", "qwen2", rms_norm_eps=1e-5)
-  with pytest.raises(errors.CheckpointError, match="another model"):
+  with pytest.raises(errors.CheckpointError, match="does not match the model"):
     _save(tmp_path / "out", params, model, other)
 
 
-def test_a_source_without_tokenizer_is_refused(tmp_path, job):
+def test_source_without_tokenizer_is_rejected(tmp_path, job):
   params, model, source = job
   (source / "tokenizer.json").unlink()
   with pytest.raises(errors.CheckpointError, match="no tokenizer"):
@@ -258,16 +260,16 @@ def test_a_source_without_tokenizer_is_refused(tmp_path, job):
     {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 37}]},
   ],
 )
-def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path, job, fields):
+def test_tokenizer_with_a_larger_vocabulary_is_rejected(tmp_path, job, fields):
   params, model, source = job
   (source / "tokenizer.json").write_text(json.dumps(fields))
-  with pytest.raises(errors.CheckpointError, match="go up to 37") as caught:
+  with pytest.raises(errors.CheckpointError, match="id is 37") as caught:
     _save(tmp_path / "out", params, model, source)
   assert caught.value.where.endswith("tokenizer.json")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_small_files_of_a_tied_model_hold_each_tensor_once(tmp_path, dtype):
+def test_shards_of_a_tied_model_hold_each_tensor_once(tmp_path, dtype):
   model, params = tiny.write_checkpoint(
     tmp_path / "hf", "llama", dtype=dtype, shard=1000, tie_word_embeddings=True
   )
@@ -282,7 +284,7 @@ def test_small_files_of_a_tied_model_hold_each_tensor_once(tmp_path, dtype):
   assert sum(sizes) == count * jnp.dtype(dtype).itemsize
 
 
-def test_an_unknown_dtype_is_refused(tmp_path, job):
+def test_unknown_dtype_is_rejected(tmp_path, job):
   params, model, source = job
   with pytest.raises(ValueError, match="float16"):
     _save(tmp_path / "out", params, model, source, dtype="float16")

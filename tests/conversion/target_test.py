@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target is whole or not there, whenever its writer is killed."""
+"""A target is complete or absent, whenever its writer is killed."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ import pytest
 from conversion import shards, target
 
 _HOST = socket.gethostname()
-_NOBODY = 2**22 + 1  # Larger than any process's number.
-# Writes one version over another for ever, and says so when it starts.
+_NOBODY = 2**22 + 1  # Larger than any PID.
+# Overwrites the target in a loop and prints a line after each version.
 _WRITER = """
 import pathlib, sys
 import numpy as np
@@ -49,7 +49,7 @@ def _kill_a_writer(out, delay_s):
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.004, 0.011, 0.023])
-def test_killed_at_any_moment_a_target_is_whole(tmp_path, delay_s):
+def test_target_is_complete_when_killed_at_any_moment(tmp_path, delay_s):
   out = tmp_path / "out"
   _kill_a_writer(out, delay_s)
   target.clean(out)
@@ -59,10 +59,10 @@ def test_killed_at_any_moment_a_target_is_whole(tmp_path, delay_s):
     for tensor in shards.open_directory(out).values()
     for value in np.unique(shards.read(tensor))
   }
-  assert len(values) == 1  # All of one version.
+  assert len(values) == 1  # All tensors are of one version.
 
 
-def test_what_a_dead_process_left_is_removed(tmp_path):
+def test_leftovers_of_a_dead_process_are_removed(tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / f"out.tmp-{_HOST}-{_NOBODY}" / "sub").mkdir(parents=True)
   (tmp_path / f"out.old-{_HOST}-{_NOBODY}").mkdir()
@@ -70,7 +70,7 @@ def test_what_a_dead_process_left_is_removed(tmp_path):
   assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_was_to_be_replaced_gets_its_name_back(tmp_path):
+def test_target_being_replaced_gets_its_name_back(tmp_path):
   old = tmp_path / f"out.old-{_HOST}-{_NOBODY}"
   old.mkdir()
   (old / "model").write_text("mine")
@@ -81,14 +81,14 @@ def test_what_was_to_be_replaced_gets_its_name_back(tmp_path):
 @pytest.mark.parametrize(
   "name",
   [
-    f"out.tmp-{_HOST}-{os.getppid()}",  # Still at work.
+    f"out.tmp-{_HOST}-{os.getppid()}",  # Still running.
     f"out.tmp-elsewhere-{_NOBODY}",
     f"other.tmp-{_HOST}-{_NOBODY}",
     f"out.tmp-{_HOST}",
     "out.old",
   ],
 )
-def test_what_may_be_anothers_stays(tmp_path, name):
+def test_files_of_other_processes_are_kept(tmp_path, name):
   (tmp_path / name).mkdir()
   target.clean(tmp_path / "out")
   assert os.listdir(tmp_path) == [name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and logits against transformers, the format's reference."""
+"""Parity with transformers: files and logits."""
 
 import json
 
@@ -14,16 +14,16 @@ from tests import tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# As transformers computes them on the CPU in float32.
+# For logits that transformers computes on the CPU in float32.
 _TOLERANCE = 1e-4
 
 
 def _reference(family, dtype="float32", **changes):
-  """Makes a transformers model in which no bias is zero and no norm is one."""
+  """Returns a transformers model with non-trivial biases and norms."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(**tiny.fields(family, **changes))
-  # Its grouped product wants sizes that are multiples of four.
+  # The grouped matmul needs sizes that are multiples of four.
   config._experts_implementation = "eager"
   reference = transformers.AutoModelForCausalLM.from_config(config)
   with torch.no_grad():
@@ -68,21 +68,21 @@ def _reference_logits(reference, tokens_BT):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_equal_those_of_transformers(tmp_path, family, tied):
+def test_logits_match_transformers(tmp_path, family, tied):
   reference = _reference(family, tie_word_embeddings=tied)
   model, params = _load(_write(reference, tmp_path / "hf"))
-  # Far past the 16 positions that Llama's scaling starts from.
+  # Far beyond the 16 positions after which Llama's scaling applies.
   tokens_BT, positions_BT, segments_BT = tiny.batch(model, num_tokens=70)
 
   got = model.logits(params, tokens_BT, positions_BT, segments_BT)
 
   expected = _reference_logits(reference, tokens_BT)
-  assert np.abs(expected).max() > 0.5  # Else agreement would say little.
+  assert np.abs(expected).max() > 0.5  # Small logits would agree trivially.
   np.testing.assert_allclose(got, expected, atol=_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_query_heads_meet_the_same_key_heads(tmp_path, family):
+def test_query_heads_share_the_same_key_heads(tmp_path, family):
   changes = {
     "hidden_size": 24,
     "num_attention_heads": 4,
@@ -100,7 +100,7 @@ def test_query_heads_meet_the_same_key_heads(tmp_path, family):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_import_then_export_gives_the_same_bits(tmp_path, family, dtype):
+def test_import_then_export_preserves_bits(tmp_path, family, dtype):
   source = _write(_reference(family, dtype), tmp_path / "hf")
   model, params = _load(source)
 
@@ -112,7 +112,7 @@ def test_import_then_export_gives_the_same_bits(tmp_path, family, dtype):
 @pytest.mark.parametrize(
   ("family", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)]
 )
-def test_transformers_opens_an_export(tmp_path, family, tied):
+def test_transformers_loads_an_export(tmp_path, family, tied):
   source = _write(_reference(family, tie_word_embeddings=tied), tmp_path / "hf")
   model, _ = _load(source)
   params = tiny.params_of(model)
@@ -130,7 +130,7 @@ def test_transformers_opens_an_export(tmp_path, family, tied):
   np.testing.assert_allclose(got, expected, atol=_TOLERANCE, rtol=0)
 
 
-def test_sharded_equals_single_file(tmp_path):
+def test_sharded_files_equal_a_single_file(tmp_path):
   reference = _reference("qwen2")
   single = _write(reference, tmp_path / "single")
   sharded = _write(reference, tmp_path / "sharded", max_shard_size="8KB")
@@ -156,7 +156,7 @@ def test_config_keeps_every_field_of_the_source(tmp_path):
   assert after == {**before, "dtype": "bfloat16"}
 
 
-def test_parameters_may_be_kept_in_bfloat16(tmp_path):
+def test_parameters_may_be_bfloat16(tmp_path):
   source = _write(_reference("llama", "bfloat16"), tmp_path / "hf")
   model, params = _load(source, "bfloat16")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of an export find what they are for."""
+"""The checks of an export detect what they are meant to detect."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests import tiny
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_computes_what_the_live_parameters_do(tmp_path, dtype):
+def test_export_matches_live_parameters(tmp_path, dtype):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen3", dtype=dtype)
   difference = verify.logits_equal(
     tmp_path / "hf", params, model, tolerance=1e-6
@@ -21,7 +21,7 @@ def test_an_export_computes_what_the_live_parameters_do(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
-def test_other_parameters_are_told_apart(tmp_path, value):
+def test_different_parameters_are_detected(tmp_path, value):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "qwen2")
   kernel = params["layers"]["attention"]["o"]["kernel"]
   params["layers"]["attention"]["o"]["kernel"] = kernel.at[1].multiply(value)
@@ -30,12 +30,12 @@ def test_other_parameters_are_told_apart(tmp_path, value):
 
 
 def _table(error):
-  """Reads the report by layer: largest difference and divergence."""
+  """Parses the report: largest difference and divergence by layer."""
   rows = [line.split(maxsplit=2) for line in error.why.splitlines()[2:]]
   return {name: (float(gap), float(kl)) for gap, kl, name in rows}
 
 
-def test_one_wrong_rule_is_found_with_how_much_it_does(tmp_path, monkeypatch):
+def test_wrong_rule_is_located_and_measured(tmp_path, monkeypatch):
   right = rules.to_hf
 
   def wrong(rule, array):
@@ -53,23 +53,23 @@ def test_one_wrong_rule_is_found_with_how_much_it_does(tmp_path, monkeypatch):
   assert list(table) == ["the embedding", "layer 0", "layer 1"]
   assert table["the embedding"] == (0.0, 0.0)
   assert all(min(table[f"layer {i}"]) > 0.0 for i in range(2))
-  # After the last layer, what a model would say is what it says.
-  told = f"by a KL divergence of {table['layer 1'][1]:.3g} nats"
-  assert told in caught.value.why
+  # After the last layer, the divergence is that of the model's logits.
+  text = f"KL divergence is {table['layer 1'][1]:.3g} nats"
+  assert text in caught.value.why
 
 
-def test_a_wrong_head_shows_in_what_is_read_off_alone(tmp_path):
+def test_wrong_head_shows_only_in_the_divergence(tmp_path):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "gemma2")
   scale = params["final_norm"]["scale"]
   params["final_norm"]["scale"] = scale.at[0].add(0.5)
-  with pytest.raises(errors.CheckpointError, match="are the same") as caught:
+  with pytest.raises(errors.CheckpointError, match="are equal") as caught:
     verify.logits_equal(tmp_path / "hf", params, model, tolerance=1e-4)
   gaps, divergences = zip(*_table(caught.value).values(), strict=True)
   assert not any(gaps)
   assert min(divergences) > 0.0
 
 
-def test_the_divergence_is_that_of_the_distributions():
+def test_divergence_is_the_mean_kl():
   model = tiny.build("qwen2")
   sides = [(model, tiny.params_of(model, seed)) for seed in (0, 1)]
   p, q = (
@@ -83,7 +83,7 @@ def test_the_divergence_is_that_of_the_distributions():
   assert verify.logit_gap(sides[0], sides[0]) == (0.0, 0.0)
 
 
-def test_tensors_that_differ_are_listed(tmp_path):
+def test_differing_tensors_are_listed(tmp_path):
   tiny.write_checkpoint(tmp_path / "a", "qwen2")
   tiny.write_checkpoint(tmp_path / "b", "qwen2", shard=3000)
   tiny.write_checkpoint(tmp_path / "c", "llama")
@@ -94,7 +94,7 @@ def test_tensors_that_differ_are_listed(tmp_path):
   assert len(tiny.differing(tmp_path / "a", tmp_path / "d")) == 27
 
 
-def test_the_copy_is_laid_out_like_the_live_parameters(tmp_path):
+def test_copy_has_the_shardings_of_the_live_parameters(tmp_path):
   model, params = tiny.write_checkpoint(tmp_path / "hf", "llama")
   other = jax.devices()[3]
   moved = jax.device_put(params, other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint is read array by array, each once, and few are held."""
+"""Arrays of a checkpoint are read once each, and few are held at a time."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from tests import tiny
 
 
 @pytest.mark.parametrize(("family", "num_held"), [("qwen3", 1), ("phi3", 3)])
-def test_each_array_is_read_once_and_let_go(
+def test_each_array_is_read_once_and_freed(
   tmp_path, monkeypatch, family, num_held
 ):
   model = tiny.build(family)
@@ -23,7 +23,7 @@ def test_each_array_is_read_once_and_let_go(
   alive, most = weakref.WeakValueDictionary(), []
 
   def read(step, path):
-    gc.collect()  # Of what orbax leaves in circles.
+    gc.collect()  # Frees the reference cycles of orbax.
     most.append(len(alive))
     paths.append(path)
     alive[path] = array = read_one(step, path)

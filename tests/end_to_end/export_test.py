@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was trained is what transformers opens."""
+"""transformers and PEFT load what was trained."""
 
 import json
 
@@ -51,7 +51,7 @@ def _write_data(path):
 
 
 def _train(tmp_path, family, **changes):
-  """Trains, exports, and gives the model and the parameters exported."""
+  """Trains and exports; returns the model and the exported parameters."""
   torch.set_num_threads(1)
   tiny.write_checkpoint(tmp_path / "start", family, **_SHAPE)
   fakes.write_tokenizer(tmp_path / "start")
@@ -85,11 +85,11 @@ def _train(tmp_path, family, **changes):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_transformers_opens_what_was_trained(tmp_path, family):
+def test_transformers_loads_trained_models(tmp_path, family):
   base, params, mesh = _train(tmp_path, family)
   export = tmp_path / "export"
 
-  # Else the export of the weights it began with would do as well.
+  # Otherwise an export of the initial weights would pass too.
   assert tiny.differing(tmp_path / "start", export)
   opened, report = transformers.AutoModelForCausalLM.from_pretrained(
     export, output_loading_info=True
@@ -110,12 +110,12 @@ def test_transformers_opens_what_was_trained(tmp_path, family):
     positions_BT,
     jnp.ones_like(positions_BT),
   )
-  assert np.abs(expected).max() > 0.5  # Else agreement would say little.
+  assert np.abs(expected).max() > 0.5  # Small logits would agree trivially.
   np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-def test_peft_opens_adapters_that_say_what_the_merged_export_says(tmp_path):
+def test_peft_adapters_match_the_merged_export(tmp_path):
   peft = pytest.importorskip("peft")
   _train(tmp_path, "qwen3", **{"lora.rank": 3})
   load = transformers.AutoModelForCausalLM.from_pretrained

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval opens an export, and measures what our model says."""
+"""lm-eval loads an export and computes the log-probabilities of our model."""
 
 import json
 import os
@@ -36,16 +36,23 @@ metric_list: [{metric: acc}]
 
 
 def _measure(directory, model):
-  """Runs a task on local data; gives what each choice was measured as."""
+  """Runs a task on local data; returns the log-likelihood of each choice."""
   rows = directory / "rows.jsonl"
   rows.write_text("".join(json.dumps(row) + "\n" for row in _ROWS))
   (directory / "local.yaml").write_text(_TASK.replace("ROWS", str(rows)))
   subprocess.run(
     [
-      *(sys.executable, "-m", "lm_eval", "--model=hf", "--tasks=local"),
-      *(f"--model_args=pretrained={model},dtype=float32", "--device=cpu"),
-      *(f"--include_path={directory}", f"--output_path={directory}/out"),
-      *("--log_samples", "--batch_size=1"),
+      sys.executable,
+      "-m",
+      "lm_eval",
+      "--model=hf",
+      "--tasks=local",
+      f"--model_args=pretrained={model},dtype=float32",
+      "--device=cpu",
+      f"--include_path={directory}",
+      f"--output_path={directory}/out",
+      "--log_samples",
+      "--batch_size=1",
     ],
     env={
       **os.environ,
@@ -64,7 +71,7 @@ def _measure(directory, model):
   ]
 
 
-def test_lm_eval_measures_what_our_model_says(tmp_path):
+def test_lm_eval_matches_our_logprobs(tmp_path):
   model, params = tiny.write_talker(tmp_path / "hf", "qwen3")
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
   logits = jax.jit(model.logits)

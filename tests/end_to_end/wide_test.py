@@ -2,7 +2,7 @@
 """A model as wide as Qwen3-8B is converted both ways in bounded memory.
 
 It takes minutes, 4 GB of memory and three times the model on disk, so it runs
-only when it is asked for (CONTRIBUTING.md). NUM_LAYERS=6 makes it longer.
+only on request (CONTRIBUTING.md). NUM_LAYERS=6 adds layers.
 """
 
 import json
@@ -36,7 +36,7 @@ _FIELDS = {
   "tie_word_embeddings": False,
   "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
-_PIECES = 2**28  # What is compared, hashed or written at a time.
+_PIECES = 2**28  # Compared, hashed or written at a time.
 _MAKE = """
 import pathlib, sys
 import numpy as np
@@ -55,7 +55,7 @@ shards.write(
   max_shard_bytes=2 * 10**9,
 )
 """
-# With one reader there is the least to hide behind.
+# One reader, for the lowest and most stable memory peak.
 _CONVERT = """
 import sys
 from conversion import load
@@ -95,7 +95,7 @@ def _run(script, *words):
 @pytest.mark.slow
 @pytest.mark.large
 @pytest.mark.timeout(9000)
-def test_a_wide_model_is_converted_both_ways_in_bounded_memory(tmp_path):
+def test_wide_model_is_converted_both_ways_in_bounded_memory(tmp_path):
   with tempfile.TemporaryDirectory(dir=tmp_path) as directory:
     home = pathlib.Path(directory)
     source = home / "source"
@@ -112,11 +112,11 @@ def test_a_wide_model_is_converted_both_ways_in_bounded_memory(tmp_path):
       "verify": (0, source, home / "hf"),
     }
     for command, (resident, *words) in commands.items():
-      told = _run(_CONVERT, command, *words, "--nologits")
-      more = int(told.split()[-1]) - resident
-      print(  # noqa: T201 - the numbers that one runs it for.
+      output = _run(_CONVERT, command, *words, "--nologits")
+      more = int(output.split()[-1]) - resident
+      print(  # noqa: T201 - reports the measurement.
         f"{command}: {held:,} bytes, the largest tensor {largest:,}; memory "
         f"above the {resident:,} bytes of parameters: {more:,}"
       )
       assert more <= 2 * largest + _PIECES, command
-    assert "are equal, bit for bit" in told
+    assert "are equal, bit for bit" in output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pushed directory is taken whole and unaltered, or not at all."""
+"""A pushed directory is accepted complete and unaltered, or not at all."""
 
 import json
 import os
@@ -48,20 +48,20 @@ def _verify(root, digest, *, version=1, shapes=_SHAPES):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whole_directory_is_accepted(tmp_path, dtype):
+def test_complete_directory_is_accepted(tmp_path, dtype):
   directory, digest = _push(tmp_path, dtype=dtype)
   assert _verify(tmp_path, digest) == directory
   assert manifest.read(directory)[0].version == 1
 
 
 @pytest.mark.parametrize("at", [-1, 20])
-def test_one_altered_byte_is_refused(tmp_path, at):
+def test_one_altered_byte_is_rejected(tmp_path, at):
   directory, digest = _push(tmp_path)
   path = next(directory.glob("*.safetensors"))
   raw = bytearray(path.read_bytes())
   raw[at] ^= 1
   path.write_bytes(raw)
-  with pytest.raises(errors.CheckpointError, match="not those that were"):
+  with pytest.raises(errors.CheckpointError, match="digest differs"):
     _verify(tmp_path, digest)
 
 
@@ -83,7 +83,7 @@ _DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
-def test_damage_that_leaves_the_size_is_refused(tmp_path, damage):
+def test_damage_that_keeps_the_size_is_rejected(tmp_path, damage):
   shapes = {"a.weight": (3 * 2**18 + 5,)}
   draw = np.random.default_rng(0).standard_normal
   older, newer = (draw(shapes["a.weight"], np.float32) for _ in range(2))
@@ -95,18 +95,18 @@ def test_damage_that_leaves_the_size_is_refused(tmp_path, damage):
   damaged = damage(files[1].read_bytes(), files[0].read_bytes())
   assert len(damaged) == files[1].stat().st_size
   files[1].write_bytes(damaged)
-  with pytest.raises(errors.CheckpointError, match="not those that were"):
+  with pytest.raises(errors.CheckpointError, match="digest differs"):
     _verify(tmp_path, digest, shapes=shapes)
 
 
-def test_unfinished_directory_is_refused(tmp_path):
+def test_incomplete_directory_is_rejected(tmp_path):
   directory, digest = _push(tmp_path)
   (directory / manifest.NAME).unlink()
   with pytest.raises(errors.CheckpointError, match="cannot be read"):
     _verify(tmp_path, digest)
 
 
-def test_missing_extra_and_short_files_are_refused(tmp_path):
+def test_missing_extra_and_short_files_are_rejected(tmp_path):
   for version, spoil in enumerate(
     [
       lambda d: (d / "config.json").unlink(),
@@ -116,40 +116,40 @@ def test_missing_extra_and_short_files_are_refused(tmp_path):
   ):
     directory, digest = _push(tmp_path, version)
     spoil(directory)
-    with pytest.raises(errors.CheckpointError, match=r"disagrees|bytes, not"):
+    with pytest.raises(errors.CheckpointError, match=r"differ from|bytes, not"):
       _verify(tmp_path, digest, version=version)
 
 
-def test_links_are_refused(tmp_path):
+def test_links_are_rejected(tmp_path):
   directory, digest = _push(tmp_path)
   outside = tmp_path / "outside.json"
   (directory / "config.json").rename(outside)
   (directory / "config.json").symlink_to(outside)
-  with pytest.raises(errors.CheckpointError, match="plain file"):
+  with pytest.raises(errors.CheckpointError, match="regular file"):
     _verify(tmp_path, digest)
   os.symlink(directory, tmp_path / "2")
   with pytest.raises(errors.CheckpointError, match="is a link"):
     _verify(tmp_path, digest, version=2)
 
 
-def test_another_manifest_and_another_version_are_refused(tmp_path):
+def test_other_manifest_and_version_are_rejected(tmp_path):
   directory, digest = _push(tmp_path)
   with pytest.raises(errors.CheckpointError, match="its digest is"):
     _verify(tmp_path, "0" * 64)
   directory.rename(tmp_path / "7")
-  with pytest.raises(errors.CheckpointError, match="says version 1"):
+  with pytest.raises(errors.CheckpointError, match="version is 1"):
     _verify(tmp_path, digest, version=7)
 
 
-def test_manifest_that_lies_about_tensors_is_refused(tmp_path):
+def test_manifest_with_wrong_tensors_is_rejected(tmp_path):
   transposed = {**_SHAPES, "a.weight": (4, 3)}
   directory, _ = _push(tmp_path)
   _, digest = _seal(directory, 1, shapes=transposed)
-  with pytest.raises(errors.CheckpointError, match=r"disagrees.*a\.weight"):
+  with pytest.raises(errors.CheckpointError, match=r"differ from.*a\.weight"):
     _verify(tmp_path, digest, shapes=transposed)
 
 
-def test_tensors_of_another_model_are_refused_in_a_table(tmp_path):
+def test_tensors_of_another_model_are_rejected_in_a_table(tmp_path):
   _, digest = _push(tmp_path)
   other = {"a.weight": (3, 5), "c.weight": (5,)}
   with pytest.raises(errors.CheckpointError) as caught:
@@ -161,9 +161,7 @@ def test_tensors_of_another_model_are_refused_in_a_table(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(
-  tmp_path, dtype, value, monkeypatch
-):
+def test_non_finite_values_are_rejected(tmp_path, dtype, value, monkeypatch):
   monkeypatch.setattr(arrays, "check_finite", lambda *_: None)
   _, digest = _push(tmp_path, dtype=dtype, fill=value)
   monkeypatch.undo()
@@ -177,7 +175,7 @@ def test_largest_finite_values_are_accepted(tmp_path):
   _verify(tmp_path, digest)
 
 
-def test_tokenizer_digest_ignores_layout_but_no_content(tmp_path):
+def test_tokenizer_digest_depends_only_on_content(tmp_path):
   fakes.write_tokenizer(tmp_path)
   before = manifest.tokenizer_digest(tmp_path)
   path = tmp_path / "tokenizer.json"
@@ -191,6 +189,6 @@ def test_tokenizer_digest_ignores_layout_but_no_content(tmp_path):
   assert len({before, changed, manifest.tokenizer_digest(tmp_path)}) == 3
 
 
-def test_directory_without_tokenizer_is_refused(tmp_path):
+def test_directory_without_tokenizer_is_rejected(tmp_path):
   with pytest.raises(errors.CheckpointError, match="no tokenizer"):
     manifest.tokenizer_digest(tmp_path)

@@ -241,7 +241,7 @@ def test_altered_weights_are_refused_and_change_nothing(
     before = remote.sample(_prompts(2), _PARAMS)
     with monkeypatch.context() as patched:
       patched.setattr(push, "publish", corrupt)
-      with pytest.raises(client.RefusedError, match="cannot be used"):
+      with pytest.raises(client.RefusedError, match="Invalid pushed weights"):
         remote.update_weights(tiny.params_of(opened["model"], seed=3), 1)
     assert remote.version == 0
     _compare(remote.sample(_prompts(2), _PARAMS), before)

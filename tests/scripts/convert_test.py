@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the converter, on whole, damaged and hostile input."""
+"""The commands of the converter on valid, damaged and malicious input."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def _train_state(params, *, mesh=None):
 
 @pytest.fixture
 def run(tmp_path):
-  """Gives a model, and a workdir with two steps of its training."""
+  """Creates a model and a workdir with two steps of its training."""
   _, params = tiny.write_checkpoint(tmp_path / "model", "phi3")
   checkpointer = checkpoint.Checkpointer(
     tmp_path / "run" / "checkpoints",
@@ -84,7 +84,7 @@ def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
   assert "opt_state" in out
 
 
-def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
+def test_run_round_trips_through_hugging_face_format(run, capsys):
   source = f"--source={run / 'model'}"
   to_hf = ("to_hf", run / "run", run / "hf", source)
   assert _run(*to_hf, "--dry_run") == 0
@@ -92,16 +92,16 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
   assert _run(*to_hf) == 0
   assert tiny.differing(run / "model", run / "hf") == []
   out = capsys.readouterr().out
-  assert "Logits differ by 0.0e+00 at most" in out
-  assert "\nCarried over: chat_template.jinja, " in out
+  assert "Logits differ by at most 0.0e+00" in out
+  assert "\nCopied: chat_template.jinja, " in out
 
   assert _run("from_hf", run / "hf", run / "orbax", "--dry_run") == 0
   assert not (run / "orbax").exists()
   for _ in range(2):
     assert _run("from_hf", run / "hf", run / "orbax") == 0
   assert _run(*to_hf) == 0
-  assert capsys.readouterr().out.count("It is done already") == 2
-  # In use by another: step 9 is not what is there.
+  assert capsys.readouterr().out.count("Already done") == 2
+  # The target holds another model than step 9.
   step = ("to_hf", run / "run/checkpoints/9", run / "hf", source)
   assert _run(*step) == 2
   for a, b in (("run", "hf"), ("hf", "orbax"), ("run", "orbax")):
@@ -109,11 +109,15 @@ def test_a_run_becomes_a_directory_and_a_checkpoint_again(run, capsys):
   assert _run(*step, "--overwrite") == 0
   assert _run("verify", run / "run", run / "hf", "--nologits") == 5
   assert sorted(os.listdir(run)) == [
-    *("hf", "model", "model-source", "orbax", "run")
+    "hf",
+    "model",
+    "model-source",
+    "orbax",
+    "run",
   ]
 
 
-def test_a_dtype_is_written_as_told(run):
+def test_dtype_flag_sets_the_written_dtype(run):
   assert _run("from_hf", run / "model", run / "o", "--dtype=bfloat16") == 0
   source = f"--source={run / 'model'}"
   assert _run("to_hf", run / "o", run / "hf", source) == 0
@@ -125,7 +129,7 @@ _LORA = lora.Lora(rank=2, alpha=3.0, targets=("attention/q", "mlp/up"))
 
 
 def _write_adapters(directory, family):
-  """Writes a base, and a checkpoint of adapters over it in bfloat16."""
+  """Writes a base and a checkpoint of adapters over it in bfloat16."""
   model, params = tiny.write_checkpoint(
     directory / "base", family, dtype="bfloat16"
   )
@@ -142,7 +146,7 @@ def _write_adapters(directory, family):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
-def test_adapters_become_a_merged_model(tmp_path, family):
+def test_adapters_are_merged(tmp_path, family):
   _, held, adapters = _write_adapters(tmp_path, family)
   source = f"--source={tmp_path / 'base'}"
   assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 0
@@ -155,7 +159,7 @@ def test_adapters_become_a_merged_model(tmp_path, family):
   jax.tree.map(np.testing.assert_array_equal, got, merged)
 
 
-def test_adapters_become_a_directory_of_peft(tmp_path, capsys):
+def test_adapters_are_written_in_peft_format(tmp_path, capsys):
   model, _, adapters = _write_adapters(tmp_path, "qwen3")
   source = f"--source={tmp_path / 'base'}"
   out = tmp_path / "adapter"
@@ -168,13 +172,11 @@ def test_adapters_become_a_directory_of_peft(tmp_path, capsys):
   _write_adapters(tmp_path / "phi", "phi3")
   source = f"--source={tmp_path / 'phi/base'}"
   assert _run("to_hf", tmp_path / "phi", out / "x", source, "--nomerge") == 2
-  assert "PEFT has no names for adapters of phi3" in capsys.readouterr().err
+  assert "PEFT cannot represent adapters of phi3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_adapters_over_a_rounded_base_become_that_base_merged(
-  tmp_path, kind, capsys
-):
+def test_adapters_are_merged_into_their_quantized_base(tmp_path, kind, capsys):
   model, _ = tiny.write_checkpoint(
     tmp_path / "base", "qwen3", dtype="bfloat16", **tiny.blocks("qwen3")
   )
@@ -203,23 +205,23 @@ def test_adapters_over_a_rounded_base_become_that_base_merged(
     jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merged),
   )
   card = (tmp_path / "hf/README.md").read_text()
-  assert f"Base rounded to: {kind}" in card
-  assert "not the base's own" in card
-  # Adapters by themselves are what was trained.
+  assert f"Base quantized to: {kind}" in card
+  assert "not the original base" in card
+  # Unmerged adapters equal the trained ones.
   assert _run("to_hf", tmp_path, tmp_path / "a", source, "--nomerge") == 0
   found = peft_adapters.load(tmp_path / "a", model, _LORA)
   jax.tree.map(np.testing.assert_array_equal, found, adapters)
-  assert "over the rounded base" in (tmp_path / "a/README.md").read_text()
+  assert "over the quantized base" in (tmp_path / "a/README.md").read_text()
 
   tiny.write_checkpoint(
     tmp_path / "b", "qwen3", dtype="bfloat16", seed=1, **tiny.blocks("qwen3")
   )
   source = f"--source={tmp_path / 'b'}"
   assert _run("to_hf", tmp_path, tmp_path / "x", source) == 5
-  assert "trained over another base" in capsys.readouterr().err
+  assert "trained over a different base" in capsys.readouterr().err
 
 
-def test_adapters_over_another_base_are_refused(tmp_path, capsys):
+def test_adapters_over_another_base_are_rejected(tmp_path, capsys):
   _write_adapters(tmp_path, "qwen3")
   path = tmp_path / "base/model.safetensors"
   raw = bytearray(path.read_bytes())
@@ -227,10 +229,10 @@ def test_adapters_over_another_base_are_refused(tmp_path, capsys):
   path.write_bytes(raw)
   source = f"--source={tmp_path / 'base'}"
   assert _run("to_hf", tmp_path, tmp_path / "hf", source) == 5
-  assert "trained over another base" in capsys.readouterr().err
+  assert "trained over a different base" in capsys.readouterr().err
 
 
-def test_verify_tells_in_which_layer_models_part(run, capsys):
+def test_verify_names_the_first_differing_layer(run, capsys):
   _, params = tiny.write_checkpoint(run / "a", "gemma2")
   kernel = params["layers"]["mlp"]["up"]["kernel"]
   params["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].add(0.25)
@@ -240,10 +242,10 @@ def test_verify_tells_in_which_layer_models_part(run, capsys):
   assert _run("verify", run / "a", run / "b") == 5
   out, err = capsys.readouterr()
   assert "       1              1       0.25  layer 1: values\n" in out
-  assert "Hidden states part first after layer 1.\n" in out
+  assert "Hidden states differ first after layer 1.\n" in out
   assert re.search(r" 0 +0  layer 0\n +0\.\d+ +[1-9][\d.e-]+  layer 1\n", out)
   assert re.search(
-    r"at most, and by a KL divergence of [1-9][\d.e-]+ nats", out
+    r"at most \S+, with a KL divergence of [1-9][\d.e-]+ nats", out
   )
   assert "1 tensors or settings differ" in err
 
@@ -255,7 +257,7 @@ def test_equal_tensors_under_another_config_differ(tmp_path, capsys):
   assert "norm_epsilon: 1e-06 and 1e-05\n" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_not_converted(run, capsys):
+def test_damaged_checkpoint_is_not_converted(run, capsys):
   data = run / "run/checkpoints/10/state/d"
   path = next(path for path in data.iterdir())
   raw = bytearray(path.read_bytes())
@@ -295,7 +297,7 @@ def _one_missing(directory: pathlib.Path) -> None:
 
 
 def _replace(directory: pathlib.Path, old: bytes, new: bytes) -> None:
-  """Changes the header, and not its length."""
+  """Changes the header but not its length."""
   path = directory / "model.safetensors"
   raw = path.read_bytes()
   assert old in raw
@@ -313,12 +315,12 @@ def _renamed(directory: pathlib.Path) -> None:
 def _flipped(directory: pathlib.Path) -> None:
   path = directory / "model.safetensors"
   raw = bytearray(path.read_bytes())
-  raw[-2:] = b"\xc0\x7f"  # A NaN, as one bit of the exponent can make it.
+  raw[-2:] = b"\xc0\x7f"  # A NaN, which one flipped exponent bit can cause.
   path.write_bytes(raw)
 
 
 @pytest.mark.parametrize(
-  ("harm", "told"),
+  ("harm", "message"),
   [
     (_pickled, "save_pretrained(o)"),
     (_one_missing, "Missing: ['model-00002-of-00002.safetensors']"),
@@ -327,14 +329,14 @@ def _flipped(directory: pathlib.Path) -> None:
     (_truncated, "its tensors end at byte"),
     (_header_bomb, "its header claims"),
     (_outside, "points outside of the directory"),
-    (_flipped, "A weight is not finite"),
+    (_flipped, "Weights are not finite"),
   ],
 )
-def test_bad_input_is_exit_code_5(tmp_path, capsys, harm, told):
+def test_bad_input_is_exit_code_5(tmp_path, capsys, harm, message):
   tiny.write_checkpoint(tmp_path / "hf", "llama")
   harm(tmp_path / "hf")
   assert _run("from_hf", tmp_path / "hf", tmp_path / "out") == 5
-  assert told in capsys.readouterr().err
+  assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
@@ -342,12 +344,12 @@ def test_bad_input_is_exit_code_5(tmp_path, capsys, harm, told):
   "words",
   [[], ["verify", "a"], ["to_hf", "a"], ["inspect", "a", "--unknown"]],
 )
-def test_other_commands_are_exit_code_2(words, capsys):
+def test_invalid_commands_are_exit_code_2(words, capsys):
   assert _run(*words) == 2
   assert "python -m scripts.convert inspect A" in capsys.readouterr().err
 
 
-def test_what_is_not_there_is_exit_code_5(tmp_path):
+def test_missing_input_is_exit_code_5(tmp_path):
   assert _run("inspect", tmp_path / "absent") == 5
   source = f"--source={tmp_path}"
   assert _run("to_hf", tmp_path / "absent", tmp_path / "out", source) == 5

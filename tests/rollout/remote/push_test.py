@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A version is there whole or not at all."""
+"""A published version is complete or absent."""
 
+import concurrent.futures
 import ctypes
 import os
 import pathlib
+import threading
 import weakref
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors, sharding
-from conversion import load, rules, save, shards
+from conversion import load, process_group, rules, save, shards
 from rollout import manifest
 from rollout.remote import push
 from tests import tiny
@@ -68,7 +70,7 @@ def _listing(root):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard", [10**9, 3000])
-def test_what_is_published_verifies_and_loads_bit_for_bit(
+def test_published_weights_verify_and_load_bit_for_bit(
   publish, model, params, dtype, shard
 ):
   published = publish(7, dtype=dtype, shard=shard)
@@ -85,7 +87,7 @@ def test_what_is_published_verifies_and_loads_bit_for_bit(
   )
 
 
-def test_sharded_parameters_are_published_as_whole_ones_are(tmp_path):
+def test_sharded_parameters_are_published_identically(tmp_path):
   sizes = {"vocab_size": 40, "hidden_size": 24, "num_attention_heads": 4}
   sizes["num_key_value_heads"] = 2
   source = tiny.write_source(tmp_path / "source", "qwen2", **sizes)
@@ -101,11 +103,56 @@ def test_sharded_parameters_are_published_as_whole_ones_are(tmp_path):
       1,
       source=source,
       dtype="float32",
-      max_shard_bytes=3000,  # Several files, so several threads.
+      max_shard_bytes=3000,  # Several files, hence several threads.
     ).digest
     for each in (params, spread)
   }
   assert len(digests) == 1
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1])
+def test_processes_publish_one_version_or_none(
+  publish, params, model, source, tmp_path, bad
+):
+  for name in ("alone", "shared"):
+    (tmp_path / name).mkdir()
+  publish(1, shard=3000, root=tmp_path / "alone")
+  nan = jax.tree.map(lambda x: x.at[:].set(jnp.nan), params)
+  barrier, texts = threading.Barrier(2, timeout=60), ["", ""]
+
+  def act(index):
+    def exchange(text):
+      texts[index] = text
+      barrier.wait()
+      replies = list(texts)
+      barrier.wait()
+      return replies
+
+    return push.publish(
+      nan if index == bad else params,
+      model,
+      tmp_path / "shared",
+      1,
+      source=source,
+      dtype="float32",
+      max_shard_bytes=3000,
+      share=process_group.ProcessShare(index, 2, exchange),
+    )
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    runs = [pool.submit(act, index) for index in range(2)]
+  if bad is None:
+    assert runs[0].result().digest == runs[1].result().digest
+    _verify(runs[0].result(), model)
+    # The manifests list the files in different orders.
+    alone, shared = (_listing(tmp_path / name) for name in ("alone", "shared"))
+    del alone["1/manifest.json"], shared["1/manifest.json"]
+    assert shared == alone
+    return
+  failed = [run.exception() for run in runs]
+  assert isinstance(failed[bad], errors.DivergedError)
+  assert isinstance(failed[1 - bad], errors.CheckpointError)
+  assert not list((tmp_path / "shared").iterdir())
 
 
 def test_bytes_are_counted_and_digests_follow_the_weights(publish, params):
@@ -120,9 +167,7 @@ def test_bytes_are_counted_and_digests_follow_the_weights(publish, params):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3.4e38])
-def test_weights_that_are_not_finite_are_never_published(
-  publish, params, tmp_path, bad
-):
+def test_non_finite_weights_are_never_published(publish, params, tmp_path, bad):
   publish(1)
   before = _listing(tmp_path)
   poisoned = {**params, "final_norm": {"scale": params["final_norm"]["scale"]}}
@@ -145,7 +190,7 @@ _STAGES = {
   "error", [OSError(28, "No space"), KeyboardInterrupt()]
 )
 @pytest.mark.parametrize("stage", _STAGES.values(), ids=_STAGES)
-def test_a_push_that_is_interrupted_changes_nothing(
+def test_interrupted_push_changes_nothing(
   publish, tmp_path, monkeypatch, stage, error
 ):
   publish(1)
@@ -167,8 +212,10 @@ def test_a_push_that_is_interrupted_changes_nothing(
   publish(2)
 
 
-def test_what_a_killed_trainer_left_is_no_version(publish, model, tmp_path):
-  # Killed before the rename: everything there, under the other name.
+def test_leftovers_of_a_killed_trainer_are_not_a_version(
+  publish, model, tmp_path
+):
+  # Killed before the rename: complete, but under the temporary name.
   published = publish(3)
   published.path.rename(tmp_path / "3.tmp-12345")
   with pytest.raises(errors.CheckpointError, match="does not exist"):
@@ -177,7 +224,7 @@ def test_what_a_killed_trainer_left_is_no_version(publish, model, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_newest_versions_stay_and_other_files_too(publish, tmp_path):
+def test_prune_keeps_newest_versions_and_other_files(publish, tmp_path):
   for version in (2, 10, 9):
     publish(version)
   (tmp_path / "notes").mkdir()
@@ -187,7 +234,7 @@ def test_the_newest_versions_stay_and_other_files_too(publish, tmp_path):
   assert names == {"9", "10", "notes"}
 
 
-def test_the_root_is_private_and_can_be_opened_again(publish, tmp_path):
+def test_root_is_private_and_can_be_reopened(publish, tmp_path):
   root = push.open_root(str(tmp_path / "a" / "b"), run="x")
   publish(5, root=root)
   assert push.open_root(str(root), run="x") == root
@@ -195,7 +242,7 @@ def test_the_root_is_private_and_can_be_opened_again(publish, tmp_path):
   assert root.stat().st_mode & 0o077 == 0
 
 
-def test_the_default_root_is_in_memory_and_its_users_own():
+def test_default_root_is_in_memory_and_private():
   root = push.open_root("", run=f"test-{os.getpid()}")
   try:
     assert root.parent == pathlib.Path(f"/dev/shm/atlas_jax-{os.getuid()}")
@@ -204,9 +251,9 @@ def test_the_default_root_is_in_memory_and_its_users_own():
     root.rmdir()
 
 
-def test_a_root_that_cannot_be_made_is_a_config_error(tmp_path):
+def test_uncreatable_root_is_a_config_error(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(errors.ConfigError, match="cannot be handed"):
+  with pytest.raises(errors.ConfigError, match="cannot be created"):
     push.open_root(str(tmp_path / "file" / "root"), run="x")
 
 
@@ -217,7 +264,7 @@ def test_one_tensor_at_a_time_is_in_memory(publish, model, monkeypatch):
   def watched(tensors, name):
     alive[:] = [ref for ref in alive if ref() is not None]
     most.append(len(alive))
-    # A copy of its own: on a CPU the original is the parameter's memory.
+    # Copied, since on a CPU the original is the parameter's memory.
     array = np.array(fetch(tensors, name))
     alive.append(weakref.ref(array))
     return array
@@ -230,7 +277,7 @@ def test_one_tensor_at_a_time_is_in_memory(publish, model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-  """Gives a model of 200 MiB in bfloat16; its largest tensor takes 32."""
+  """Returns a model of 200 MiB in bfloat16; its largest tensor has 32."""
   sizes = {"vocab_size": 2**15, "hidden_size": 512, "intermediate_size": 2048}
   sizes |= {"num_hidden_layers": 24, "head_dim": 64}
   source = tiny.write_source(
@@ -242,10 +289,10 @@ def large(tmp_path_factory):
 
 
 def _growth(work):
-  """Gives by how many MiB this process grew, at most, while it worked."""
+  """Returns the peak memory growth of `work` in MiB, and its result."""
   reset = pathlib.Path("/proc/self/clear_refs")
   if not os.access(reset, os.W_OK):
-    pytest.skip("This system does not tell a process of its own memory.")
+    pytest.skip("The peak memory cannot be reset on this system.")
 
   def memory(name):
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
@@ -253,7 +300,7 @@ def _growth(work):
         return int(line.split()[1]) / 1024
     raise LookupError(name)
 
-  # What was freed, but not given back, would hide what is taken now.
+  # Freed memory that malloc retains would hide new allocations.
   ctypes.CDLL(None).malloc_trim(0)
   reset.write_text("5")
   held = memory("VmRSS")
@@ -261,7 +308,7 @@ def _growth(work):
   return memory("VmHWM") - held, result
 
 
-def test_neither_side_ever_holds_a_second_copy_of_the_weights(
+def test_neither_side_holds_a_second_copy_of_the_weights(
   large, tmp_path, monkeypatch
 ):
   model, params, source = large

@@ -225,8 +225,9 @@ def test_a_base_in_few_bits_is_sampled_from_and_exported_as_it_is_rounded(
   got = jax.jit(opened.model.logits)(written, *batch)
   np.testing.assert_allclose(got, expected, atol=2e-4)
   text = (tmp_path / "export/README.md").read_text()
-  assert "Base rounded to: nf4" in text
-  assert "over the rounded base" in (tmp_path / "adapter/README.md").read_text()
+  assert "Base quantized to: nf4" in text
+  adapter_card = (tmp_path / "adapter/README.md").read_text()
+  assert "over the quantized base" in adapter_card
 
   (sampled,) = _weights_published(opened, mesh)
   whole = quantized.whole(opened.params, np.dtype(np.float32))
