@@ -24,7 +24,7 @@ class Fault:
   `kind` is one of: status (with a code), busy (429, Retry-After), hang, drip
   (seconds between bytes), truncate, reset, lose (done, but the answer is cut),
   garbage (bytes), edit (a function of the reply), die (done, then killed before
-  it is told), load (seconds that loading goes on, after which it holds).
+  it is logged), load (seconds that loading goes on, after which it holds).
   """
 
   kind: str

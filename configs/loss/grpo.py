@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
       ),
       # losses.advantages.group_advantages
       advantages=dict(baseline="mean", scale="group"),
-      # Groups whose rewards are all equal: left out, and made up for; and how
+      # Groups whose rewards are all equal are filtered, and refilled; and how
       # much of a batch may be missing since servers were late.
       groups=dict(filter_equal=False, max_refills=0, max_dropped_fraction=0.25),
     )

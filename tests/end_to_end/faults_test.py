@@ -111,17 +111,17 @@ _FUNCTION = "--reward_fn=tests.reward_functions:count_words"
 
 
 @pytest.mark.slow
-def test_a_trainer_that_fails_is_told_first_and_leaves_no_process(
+def test_a_trainer_that_fails_is_reported_first_and_leaves_no_process(
   home, tmp_path
 ):
   flags = _flags(home, tmp_path / "run", "rlvr", **_BUSY)
   command = [sys.executable, "-c", _FAILS, *flags, _FUNCTION]
-  code, told, left = _run(command)
-  assert code == 70, told
+  code, logged, left = _run(command)
+  assert code == 70, logged
   assert left == []
   # The trainer, and the function that rewards.
-  assert "processes: 2" in told
-  first = told[told.index("Traceback") :]
+  assert "processes: 2" in logged
+  first = logged[logged.index("Traceback") :]
   assert first.count("Traceback") == 1
   assert first.rstrip().endswith("ZeroDivisionError: of the trainer")
   assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
@@ -132,11 +132,11 @@ def test_a_job_that_fails_at_its_start_leaves_no_process(home, tmp_path):
   settings = {**_BUSY, "advantages.scale": "median"}
   flags = _flags(home, tmp_path / "run", "rlvr", **settings)
   command = [sys.executable, "-m", "scripts.train_grpo", *flags, _FUNCTION]
-  code, told, left = _run(command)
-  assert code == 2, told
+  code, logged, left = _run(command)
+  assert code == 2, logged
   assert left == []
-  assert "Traceback" not in told
-  assert "scale=median" in told
+  assert "Traceback" not in logged
+  assert "scale=median" in logged
 
 
 @pytest.mark.slow
@@ -157,27 +157,27 @@ def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
     script = [sys.executable, "-m", "scripts.train_sft"]
     return _run(["bash", "-c", limited, "bash", *script, *flags, *more])
 
-  code, told, _ = run(1)
-  assert code == 0, told
+  code, logged, _ = run(1)
+  assert code == 0, logged
   # A score for each pair of tokens: two terabytes.
-  code, told, left = run(
+  code, logged, left = run(
     2,
     f"--config.packing.length={_LONG}",
     "--config.model.attention=reference",
     "--config.checkpoint.allow_changed=data",
   )
-  assert code == 70, told
+  assert code == 70, logged
   assert left == []
-  assert "Resuming from step 1" in told
-  assert "The device is out of memory." in told
-  assert "RESOURCE_EXHAUSTED" in told
-  assert "Make the batch smaller" in told
-  assert "Traceback" not in told
+  assert "Resuming from step 1" in logged
+  assert "The device is out of memory." in logged
+  assert "RESOURCE_EXHAUSTED" in logged
+  assert "Make the batch smaller" in logged
+  assert "Traceback" not in logged
   assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
 
 
 @pytest.mark.slow
-def test_who_does_not_come_where_a_cluster_tells_is_not_waited_for_for_ever(
+def test_who_does_not_come_where_a_cluster_reports_is_not_waited_for_for_ever(
   home, tmp_path
 ):
   # As Slurm starts the first of three.
@@ -191,8 +191,8 @@ def test_who_does_not_come_where_a_cluster_tells_is_not_waited_for_for_ever(
   }
   flags = _flags(home, tmp_path / "run", "teacher_sft")
   script = [sys.executable, "-m", "scripts.train_sft"]
-  code, told, left = _run([*script, *flags, "--max_process_wait_s=3"], **job)
-  assert code == 8, told
+  code, logged, left = _run([*script, *flags, "--max_process_wait_s=3"], **job)
+  assert code == 8, logged
   assert left == []
-  assert "or does not come" in told
+  assert "or does not come" in logged
   assert not (tmp_path / "run").exists()

@@ -173,7 +173,7 @@ def _train_grpo(home, workdir, should_stop):
     )
 
 
-def _told(workdir):
+def _logged(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [
     {k: v for k, v in json.loads(line).items() if not _TIMES.fullmatch(k)}
@@ -259,8 +259,8 @@ def _scramble():
 
 
 def _check_equal(workdir, expected):
-  for told, wanted in zip(_told(workdir), _told(expected), strict=True):
-    assert told == wanted
+  for logged, wanted in zip(_logged(workdir), _logged(expected), strict=True):
+    assert logged == wanted
   assert _digest(workdir) == _digest(expected)
 
 

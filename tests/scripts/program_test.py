@@ -44,11 +44,11 @@ def _run(line, *arguments):
     ("PreemptedError", 75),
   ],
 )
-def test_a_known_failure_is_told_in_four_lines(kind, code):
+def test_a_known_failure_is_reported_in_four_lines(kind, code):
   result = _run("raise " + _FOUR.format(kind))
   assert result.returncode == code
-  told = "\nWhat.\n  where: here\n  why  : so\n  fix  : that\n"
-  assert result.stderr.endswith(told)
+  logged = "\nWhat.\n  where: here\n  why  : so\n  fix  : that\n"
+  assert result.stderr.endswith(logged)
   assert "Traceback" not in result.stderr
 
 
@@ -87,16 +87,16 @@ def test_the_end_is_zero():
 
 
 @pytest.mark.parametrize(
-  ("argument", "told"),
+  ("argument", "logged"),
   [
     ("more", "Unexpected arguments ['more']"),
     ("--number=x", "invalid literal"),
     ("--numbr=2", "Did you mean: number"),
   ],
 )
-def test_flags_that_cannot_be_used_are_exit_code_2(argument, told):
+def test_flags_that_cannot_be_used_are_exit_code_2(argument, logged):
   result = _run("pass", argument)
   assert result.returncode == 2
-  assert told in result.stderr
+  assert logged in result.stderr
   assert "  fix  : " in result.stderr
   assert "Traceback" not in result.stderr

@@ -59,8 +59,8 @@ def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
   workdir = tmp_path / "run"
   done = _run(home, workdir, *options)
   assert done.returncode == 0, done.stderr
-  told = (workdir / "metrics.jsonl").read_text()
-  rows = [json.loads(line) for line in told.splitlines()]
+  logged = (workdir / "metrics.jsonl").read_text()
+  rows = [json.loads(line) for line in logged.splitlines()]
   assert [row["step"] for row in rows if "loss" in row] == [1, 2]
   assert "eval/divergence" in rows[-1]
   card = (workdir / "export/README.md").read_text()

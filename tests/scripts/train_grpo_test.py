@@ -68,8 +68,8 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
     ),
   ]
 
-  told = _run(command, workdir)
-  rows = [json.loads(line) for line in told.splitlines()]
+  logged = _run(command, workdir)
+  rows = [json.loads(line) for line in logged.splitlines()]
   assert [row["step"] for row in rows if "reward" in row] == [1, 2]
   named = ("teaching", "rlt", "overlong", "tests.reward_functions:count_words")
   assert {f"rewards/{name}" for name in named} <= set(rows[0])
@@ -85,7 +85,7 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   evaluated = rows[-1]["eval/teaching/NDR"]
   assert f"| eval/teaching/NDR | 2 | {evaluated:.6g} |" in card
   assert (workdir / "checkpoints/2/manifest.json").exists()
-  assert _run(command, workdir) == told
+  assert _run(command, workdir) == logged
 
 
 @pytest.mark.slow
@@ -108,9 +108,9 @@ def test_a_model_learns_by_itself(tmp_path):
     "--config.loop.num_steps=1",
   ]
 
-  told = _run(command, tmp_path / "run")
+  logged = _run(command, tmp_path / "run")
 
-  row, evaluated = map(json.loads, told.splitlines())
+  row, evaluated = map(json.loads, logged.splitlines())
   assert {"reward", "rewards/exact", "accuracy"} <= row.keys()
   assert row["num_tokens"] > 0
   assert row["rewards/unavailable"] == 2

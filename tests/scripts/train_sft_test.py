@@ -69,7 +69,7 @@ def _rows(workdir):
 
 
 def _stop_after(process, workdir, num_steps, number):
-  """Sends a signal once so many steps are told; gives what was printed."""
+  """Sends a signal once so many steps are logged; gives what was printed."""
   deadline = time.monotonic() + 240
   path = workdir / "metrics.jsonl"
   while not path.exists() or path.read_text().count("\n") < num_steps:
@@ -85,18 +85,18 @@ def _stop_after(process, workdir, num_steps, number):
 def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
   workdir = tmp_path / "run"
   line = [*command, f"--workdir={workdir}"]
-  told = 0
+  logged = 0
   for number in (signal.SIGTERM, signal.SIGINT):
     process = _start(line)
-    stderr = _stop_after(process, workdir, told + 3, number)
+    stderr = _stop_after(process, workdir, logged + 3, number)
     assert process.returncode == 75, stderr
     assert f"Got {number.name}; saving after this step." in stderr
     assert "Run the same command again" in stderr
     assert "Traceback" not in stderr
     steps = [row["step"] for row in _rows(workdir)]
     assert steps == list(range(1, len(steps) + 1))
-    told = len(steps)
-    assert (workdir / "checkpoints" / str(told)).exists()
+    logged = len(steps)
+    assert (workdir / "checkpoints" / str(logged)).exists()
     assert not (workdir / "export").exists()
 
   code, stderr = _finish(line)
@@ -146,11 +146,11 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
   assert code == 0, stderr
   assert re.search(r"Resuming from step \d+, saved 0 minutes ago", stderr)
 
-  def told(workdir):
+  def logged(workdir):
     names = ("step", "loss", "grad_norm", "learning_rate", "eval/loss")
     return [[row.get(name) for name in names] for row in _rows(workdir)]
 
-  assert told(killed) == told(straight)
+  assert logged(killed) == logged(straight)
   for step in (16, 24, 30):
     digests = [
       _digest(run / f"checkpoints/{step}") for run in (straight, killed)
@@ -168,7 +168,7 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("change", "code", "told"),
+  ("change", "code", "logged"),
   [
     ("--config.batch.sise=4", 2, 'Did you mean "size"'),
     ("--config.optimizer.lion.beta1=0.8", 2, "optimizer.name is adamw"),
@@ -180,11 +180,13 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
     ("--config.model.path=configs", 5, "configs/config.json"),
   ],
 )
-def test_bad_input_is_told_in_four_lines(command, tmp_path, change, code, told):
+def test_bad_input_is_reported_in_four_lines(
+  command, tmp_path, change, code, logged
+):
   workdir = tmp_path / "run"
   found, stderr = _finish(command, f"--workdir={workdir}", change)
   assert found == code, stderr
-  assert told in stderr
+  assert logged in stderr
   for part in ("  where: ", "  why  : ", "  fix  : "):
     assert part in stderr
   assert "Traceback" not in stderr

@@ -82,7 +82,7 @@ class _Liar(jax_sampler.JaxSampler):
 
 
 class _Run:
-  """One run: what it opened, and what it told."""
+  """One run: what it opened, and what it logged."""
 
   def __init__(self, config, workdir, *, mesh=None, kind=_Recorder):
     workdir.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ class _Run:
       ),
     )
 
-  def told(self):
+  def logged(self):
     """Gives the lines of metrics."""
     lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -186,15 +186,15 @@ def test_what_was_sampled_is_what_both_score_till_they_agree(home, tmp_path):
     for p, group in zip(prompts, groups, strict=True)
     for c in group
   ]
-  losses = [row["loss"] for row in run.told() if "loss" in row]
+  losses = [row["loss"] for row in run.logged() if "loss" in row]
   want = _divergence(run, start, written)
   assert losses[0] == pytest.approx(want, rel=1e-5)
   assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-  evaluated = [r["eval/loss"] for r in run.told() if "eval/loss" in r]
+  evaluated = [r["eval/loss"] for r in run.logged() if "eval/loss" in r]
   assert len(evaluated) == 2
   assert evaluated[1] < evaluated[0]
   jax.tree.map(np.testing.assert_array_equal, before, run.teacher.params)
-  metric_names.check("GKD", run.told())
+  metric_names.check("GKD", run.logged())
 
 
 _PLAIN = {"completions.on_policy_fraction": 0.0, "loop.num_steps": 3}
@@ -219,10 +219,10 @@ def test_without_sampling_the_data_is_what_both_score(plain):
   answer = chat.decode(run.base.tokenizer, batch[0].completion)
   assert answer.startswith("It is ")
   want = _divergence(run, start, [(p.prompt, p.completion) for p in batch])
-  losses = [row["loss"] for row in run.told() if "loss" in row]
+  losses = [row["loss"] for row in run.logged() if "loss" in row]
   assert losses[0] == pytest.approx(want, rel=1e-5)
   assert losses[-1] < losses[0]
-  assert {row["on_policy"] for row in run.told() if "loss" in row} == {0.0}
+  assert {row["on_policy"] for row in run.logged() if "loss" in row} == {0.0}
 
 
 @pytest.mark.slow
@@ -258,9 +258,9 @@ def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
   run = _Run(config, tmp_path / "run")
   start = jax.device_get(run.params)
   trained = run.train()
-  told = [row for row in run.told() if "loss" in row]
-  assert told[-1]["loss"] < told[0]["loss"]
-  sampled = [row["on_policy"] for row in told]
+  logged = [row for row in run.logged() if "loss" in row]
+  assert logged[-1]["loss"] < logged[0]["loss"]
+  sampled = [row["on_policy"] for row in logged]
   assert 2 < sum(sampled) < 10
   assert sum(sampled) == len(run.sampler.written)
   names = {path[-1].key for path, _ in jax.tree.leaves_with_path(trained)}

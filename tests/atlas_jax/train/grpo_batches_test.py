@@ -261,7 +261,7 @@ def test_a_refill_asks_what_was_not_asked_until_nothing_is_left(tokenizer):
     collector.push({}, 0)
     rounds = refilled(0)
     assert rounds == refilled(0)  # A resumed run does the same.
-    # All are told, also while the next step is under way.
+    # All are logged, also while the next step is under way.
     collector.take(1, clock.Clock())
     row_ids = collector.row_ids(0)
     assert set(row_ids[2:]) == set.union(*rounds)

@@ -335,7 +335,7 @@ def test_what_is_rewarded_becomes_likelier(trained):
 
 
 @pytest.mark.slow
-def test_a_run_tells_what_the_page_says_and_where_its_time_went(
+def test_a_run_reports_what_the_page_says_and_where_its_time_went(
   world, tmp_path
 ):
   changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
@@ -347,7 +347,7 @@ def test_a_run_tells_what_the_page_says_and_where_its_time_went(
       seconds = [s for k, s in row.items() if k.startswith("seconds/")]
       assert sum(seconds) == pytest.approx(row["step_s"])
       assert row["seconds/idle"] < 0.2 * row["step_s"]
-  # Evaluation and checkpoint of step 2 are told with the step after it.
+  # Evaluation and checkpoint of step 2 are logged with the step after it.
   assert [row["step"] for row in rollout_packing if "seconds/eval" in row] == [
     3
   ]

@@ -252,8 +252,8 @@ def test_a_ratio_that_explodes_is_clipped_and_told(monkeypatch):
   # What both bounds leave of the ratio, completions move the policy by.
   assert abs(metrics["loss"]) < 10.0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
-  (told,) = (line for line in warnings if line.startswith("ALARM"))
-  assert "at step 1: ratio_max is " in told
+  (logged,) = (line for line in warnings if line.startswith("ALARM"))
+  assert "at step 1: ratio_max is " in logged
   with pytest.raises(errors.DivergedError, match="ratio_max"):
     _update(_config("grpo", **changes, **{"alarm.stop": True}))
 

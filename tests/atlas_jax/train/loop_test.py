@@ -151,11 +151,11 @@ def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path):
   assert _hash(resumed) == _hash(straight)
 
 
-def test_after_a_crash_each_step_is_told_once(tmp_path):
+def test_after_a_crash_each_step_is_reported_once(tmp_path):
   _run(tmp_path / "straight")
   with pytest.raises(_CrashError):
     _run(tmp_path / "crashed", crash_at=3)
-  # Step 3 was told but not saved: it is done, and told, again.
+  # Step 3 was logged but not saved: it is done, and logged, again.
   assert [row["step"] for row in _rows(tmp_path / "crashed")] == [1, 2, 3]
   assert _saved(tmp_path / "crashed") == [2]
   _run(tmp_path / "crashed")
@@ -166,7 +166,9 @@ def test_after_a_crash_each_step_is_told_once(tmp_path):
     assert old.get("eval/norm") == new.get("eval/norm")
 
 
-def test_a_crash_is_told_as_it_is_and_leaves_no_thread(tmp_path, monkeypatch):
+def test_a_crash_is_reported_as_it_is_and_leaves_no_thread(
+  tmp_path, monkeypatch
+):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
@@ -190,7 +192,7 @@ def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):
   assert [row["step"] for row in rows if "eval/norm" in row] == [3, 5]
 
 
-def test_what_is_saved_is_told_before(tmp_path):
+def test_what_is_saved_is_reported_before(tmp_path):
   with pytest.raises(_CrashError):
     _run(tmp_path, log_every=4, save_every=2, crash_at=3)
   assert [row["step"] for row in _rows(tmp_path)] == [2]
@@ -236,11 +238,11 @@ def test_what_the_host_keeps_is_there_before_the_first_step(tmp_path):
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
   first, _ = _run(tmp_path)
-  told = (tmp_path / "metrics.jsonl").read_text()
+  logged = (tmp_path / "metrics.jsonl").read_text()
   again, done = _run(tmp_path)
   assert done == []
   assert _hash(again) == _hash(first)
-  assert (tmp_path / "metrics.jsonl").read_text() == told
+  assert (tmp_path / "metrics.jsonl").read_text() == logged
 
 
 def test_a_request_to_stop_at_the_last_step_is_an_ordinary_end(tmp_path):
@@ -258,8 +260,8 @@ def test_too_many_in_a_row_end_the_run_and_name_their_data(tmp_path):
   with pytest.raises(errors.DivergedError, match="3 updates in a row"):
     _run(tmp_path, broken={2, 3, 4})
   assert _saved(tmp_path) == [2, 4]
-  told = json.loads((tmp_path / "nonfinite-5.json").read_text())["skipped"]
-  rows = [(skipped["step"], *skipped["rows"]) for skipped in told]
+  logged = json.loads((tmp_path / "nonfinite-5.json").read_text())["skipped"]
+  rows = [(skipped["step"], *skipped["rows"]) for skipped in logged]
   assert rows == [(3, "row 2"), (4, "row 3"), (5, "row 4")]
 
 
