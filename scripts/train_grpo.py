@@ -7,12 +7,16 @@
 All state is in the workdir: the same command resumes a stopped run.
 """
 
+from collections.abc import Iterator
 import contextlib
 import functools
 
-from atlas_jax import sharding
+import jax
+
+from atlas_jax import sharding, types
 from atlas_jax.data import sets
-from atlas_jax.rewards import combine
+from atlas_jax.rewards import combine, custom
+from atlas_jax.teaching import protocol
 from atlas_jax.train import grpo, loop
 from scripts import program
 from scripts.job import (
@@ -32,10 +36,7 @@ def main() -> None:
     return
   config, workdir = arguments.parse("grpo")
   functions = reward_functions.parse()
-  with (
-    components.start(workdir, config) as should_stop,
-    contextlib.ExitStack() as opened,
-  ):
+  with components.start(workdir, config) as should_stop:
     writer = components.open_writer(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
     questions, held_out = sets.questions(
@@ -53,28 +54,6 @@ def main() -> None:
     start = components.policy_at_start(
       base, policy, params, adapters_path=config.lora.path
     )
-    if "student" in config:
-      student = components.open_model(
-        mesh,
-        **config.student,
-        # The reward rlt scores in this process even if servers sample.
-        with_params=config.rollout.backend == "jax"
-        or bool(config.reward.weights.rlt),
-      )
-      protocol = opened.enter_context(
-        components.open_protocol(start, student, mesh, config)
-      )
-      reader = components.open_student_scorer(
-        base, student, protocol, mesh, config
-      )
-    else:
-      protocol = opened.enter_context(
-        components.open_single_model(start, mesh, config)
-      )
-      reader = None
-    reward_fn = opened.enter_context(
-      components.open_reward(reader, functions, config)
-    )
     export = exports.writer(
       workdir,
       base,
@@ -88,18 +67,56 @@ def main() -> None:
         "Reward": combine.describe(config.reward.weights, functions),
       },
     )
-    params = grpo.train(
-      policy,
-      params,
-      protocol=protocol,
-      reward_fn=reward_fn,
-      questions=questions,
-      held_out=held_out,
-      mesh=mesh,
-      config=config,
-      run=loop.Run(workdir, writer, export, should_stop),
+    with _open_rollouts(start, mesh, config, functions) as (
+      rollouts,
+      reward_fn,
+    ):
+      params = grpo.train(
+        policy,
+        params,
+        protocol=rollouts,
+        reward_fn=reward_fn,
+        questions=questions,
+        held_out=held_out,
+        mesh=mesh,
+        config=config,
+        run=loop.Run(workdir, writer, export, should_stop),
+      )
+      export(params, None)
+
+
+@contextlib.contextmanager
+def _open_rollouts(
+  policy: components.OpenModel,
+  mesh: jax.sharding.Mesh,
+  config: types.Config,
+  functions: custom.Functions,
+) -> Iterator[tuple[protocol.Rollouts, types.RewardFn]]:
+  """Opens what samples, with or without a student, and the reward."""
+  with contextlib.ExitStack() as opened:
+    scorer = None
+    if "student" in config:
+      student = components.open_model(
+        mesh,
+        **config.student,
+        # The reward rlt scores in this process even if servers sample.
+        with_params=config.rollout.backend == "jax"
+        or bool(config.reward.weights.rlt),
+      )
+      rollouts = opened.enter_context(
+        components.open_protocol(policy, student, mesh, config)
+      )
+      scorer = components.open_student_scorer(
+        policy, student, rollouts, mesh, config
+      )
+    else:
+      rollouts = opened.enter_context(
+        components.open_single_model(policy, mesh, config)
+      )
+    reward_fn = opened.enter_context(
+      components.open_reward(scorer, functions, config)
     )
-    export(params, None)
+    yield rollouts, reward_fn
 
 
 if __name__ == "__main__":
