@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes greedily with vLLM, in its own environment.
+"""Samples greedily with vLLM, in its own environment.
 
   python -m tests.vllm_greedy PROMPTS DIRECTORY...
 
-PROMPTS is a JSON list of lists of token ids. Of each model directory a line is
-printed: `{"directory": ..., "completions": [[[id, logprob], ...], ...]}`.
+PROMPTS is a JSON list of lists of token ids. Prints one line for each model
+directory: `{"directory": ..., "completions": [[[id, logprob], ...], ...]}`.
 """
 
 import json
 import os
 import sys
 
-# One process for everything: most of the time goes into starting one.
+# One process for all models: starting a process takes most of the time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -194,5 +194,5 @@ def test_who_does_not_come_where_a_cluster_tells_is_not_waited_for_for_ever(
   code, told, left = _run([*script, *flags, "--max_process_wait_s=3"], **job)
   assert code == 8, told
   assert left == []
-  assert "or does not come" in told
+  assert "or never connects" in told
   assert not (tmp_path / "run").exists()
