@@ -100,7 +100,7 @@ def split(
 def _split_cpu(
   num_servers: int, num_training_devices: int, xla_flags: str
 ) -> Split:
-  """Gives each server one simulated device, and training the rest."""
+  """Simulates one device per server, and all those of training."""
   one, many = (
     {
       "JAX_PLATFORMS": "cpu",
@@ -152,7 +152,7 @@ def _split_gpus(
 
 
 def mesh(num_devices: int) -> dict[str, int]:
-  """Returns a mesh whose `fsdp` axis is the largest power of two that divides.
+  """Returns a mesh; `fsdp` is the largest power of two dividing num_devices.
 
   Model widths are divisible by powers of two, but seldom by three.
   """

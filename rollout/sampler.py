@@ -58,8 +58,8 @@ class Settings:
         why="There are no other backends.",
         fix="Use jax to sample in this process, http for rollout servers.",
       )
-    given = {"policy": self.policy_urls, "student": self.student_urls}
-    for role, urls in given.items():
+    urls_by_role = {"policy": self.policy_urls, "student": self.student_urls}
+    for role, urls in urls_by_role.items():
       if urls and self.backend == "jax":
         raise errors.ConfigError(
           f"rollout.{role}_urls requires backend=http, got {len(urls)} URLs.",
@@ -124,27 +124,14 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
   """
   if settings.backend == "http":
     connect = functools.partial(
-      _connect,
-      role,
-      settings.urls(role),
-      settings,
-      directory=directory,
-      model=model,
-      max_rows=max_rows,
+      _connect, role, settings, directory, model, max_rows
     )
-    opened = (
-      _open_student(connect, share, from_first)
-      if role == "student"
-      else _open_policy(
-        connect,
-        settings,
-        directory=directory,
-        model=model,
-        params=params,
-        share=share,
-        from_first=from_first,
+    if role == "student":
+      opened = _open_student(connect, settings, share, from_first)
+    else:
+      opened = _open_policy(
+        connect, settings, directory, model, params, share, from_first
       )
-    )
     with opened as sampler:
       yield sampler
     return
@@ -161,11 +148,14 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
 
 def _open_student(
   connect: Callable[..., _Opened],
+  settings: Settings,
   share: process_group.ProcessShare,
   from_first: types.OnFirstProcess,
 ) -> _Opened:
   """Opens a sampler on the student's servers, whose weights are fixed."""
-  fixed = functools.partial(connect, root=pathlib.Path(), publish=None)
+  fixed = functools.partial(
+    connect, settings.urls("student"), pathlib.Path(), publish=None
+  )
   return _open_shared(fixed, None, share, from_first)
 
 
@@ -173,7 +163,6 @@ def _open_student(
 def _open_policy(
   connect: Callable[..., _Opened],
   settings: Settings,
-  *,
   directory: pathlib.Path,
   model: decoder.Model,
   params: decoder.Params,
@@ -185,8 +174,8 @@ def _open_policy(
 
   # Runs that use the same servers share a directory. The weight channel admits
   # one run at a time, which then removes what a killed run left there.
-  urls = "\n".join(settings.urls("policy")).encode()
-  run = hashlib.sha256(urls).hexdigest()[:12]
+  urls = settings.urls("policy")
+  run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
   root = push.open_root(settings.weights_root, run=run)
   publish = functools.partial(
     _publish,
@@ -196,7 +185,7 @@ def _open_policy(
     dtype=settings.dtype,
     share=share,
   )
-  pushing = functools.partial(connect, root=root, publish=publish)
+  pushing = functools.partial(connect, urls, root, publish=publish)
   with _open_shared(pushing, publish, share, from_first) as sampler:
     if share.index == 0:
       push.prune(root, keep=0)
@@ -235,13 +224,13 @@ def _open_shared(
 
 def _connect(
   role: wire.Role,
-  urls: Sequence[str],
   settings: Settings,
-  *,
-  root: pathlib.Path,
   directory: pathlib.Path,
   model: decoder.Model,
   max_rows: int,
+  urls: Sequence[str],
+  root: pathlib.Path,
+  *,
   publish: _Publish | None,
 ) -> _Opened:
   """Waits for the servers of a role and returns their sampler."""

@@ -70,17 +70,17 @@ def check_ports(host: str, base: int, count: int) -> None:
   Raises:
     errors.ConfigError: if a port is in use; suggests a base with free ports.
   """
-  taken = [p for p in range(base, base + count) if not _is_free(host, p)]
-  if not taken:
+  in_use = [p for p in range(base, base + count) if not _is_free(host, p)]
+  if not in_use:
     return
   starts = range(base + count, 65536 - count, count)
   free = next(
     s for s in starts if all(_is_free(host, s + i) for i in range(count))
   )
   raise errors.ConfigError(
-    f"Port {taken[0]} is in use.",
+    f"Port {in_use[0]} is in use.",
     where=f"vllm_port={base}, with {count} servers",
-    why=f"Another process listens on {host}:{taken[0]}.",
+    why=f"Another process listens on {host}:{in_use[0]}.",
     fix=f"Stop it, or set vllm_port={free}.",
   )
 
@@ -114,16 +114,16 @@ def run(
     errors.LostProcessError: if training was aborted (SIGABRT).
     errors.AtlasError: if training was killed by another signal.
   """
-  with _signals() as asked, _Processes() as processes:
+  with _signals() as received, _Processes() as processes:
     started = {
       server: processes.start_server(server.command) for server in servers
     }
-    _wait_healthy(started, asked, max_wait_s)
+    _wait_healthy(started, received, max_wait_s)
     trainer = processes.start_training(training)
-    code = _watch(trainer, started, asked, processes)
+    code = _watch(trainer, started, received, processes)
   # The child process was stopped before it could forward the signal.
-  if asked and code == -signal.SIGTERM:
-    raise _stopped(asked[0])
+  if received and code == -signal.SIGTERM:
+    raise _stopped(received[0])
   if code < 0 or code >= child_process.SIGNALLED:
     name = signal.Signals(
       -code if code < 0 else code - child_process.SIGNALLED
@@ -225,10 +225,10 @@ class _Processes:
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
   """Yields a list that collects signals, so that they do not interrupt us."""
-  asked: list[int] = []
-  old = {n: signal.signal(n, lambda n, _: asked.append(n)) for n in _SIGNALS}
+  received: list[int] = []
+  old = {n: signal.signal(n, lambda n, _: received.append(n)) for n in _SIGNALS}
   try:
-    yield asked
+    yield received
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
@@ -236,7 +236,7 @@ def _signals() -> Iterator[list[int]]:
 
 def _wait_healthy(
   started: Mapping[Server, subprocess.Popen[bytes]],
-  asked: Sequence[int],
+  received: Sequence[int],
   max_wait_s: float,
 ) -> None:
   """Waits until every server reports that it is healthy."""
@@ -244,19 +244,19 @@ def _wait_healthy(
   begun = logged = time.monotonic()
   while waiting:
     for server in list(waiting):
-      if asked:
-        raise _stopped(asked[0])
+      if received:
+        raise _stopped(received[0])
       if started[server].poll() is not None:
         code = started[server].returncode
         raise _unavailable(server, f"It exited with code {code}.")
-      waiting[server] = _trouble(server)
+      waiting[server] = _problem(server)
       if not waiting[server]:
         del waiting[server]
         logging.info("The %s is ready.", server.command.name)
     now = time.monotonic()
-    for server, trouble in waiting.items():
+    for server, problem in waiting.items():
       if now - begun > max_wait_s:
-        why = f"It was not healthy within {max_wait_s:.0f} s: {trouble}."
+        why = f"It was not healthy within {max_wait_s:.0f} s: {problem}."
         raise _unavailable(server, why)
       if now - logged > _PROGRESS_S:
         logging.info(
@@ -264,7 +264,7 @@ def _wait_healthy(
           server.command.name,
           now - begun,
           max_wait_s,
-          trouble,
+          problem,
           server.command.log,
         )
     logged = now if now - logged > _PROGRESS_S else logged
@@ -280,7 +280,7 @@ def _stopped(number: int) -> errors.PreemptedError:
   )
 
 
-async def _ask(server: Server) -> wire.Health | str:
+async def _poll_health(server: Server) -> wire.Health | str:
   """Returns a server's health, or why it is unknown."""
   token = os.environ.get("ATLAS_ROLLOUT_TOKEN", "")
   headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -297,9 +297,9 @@ async def _ask(server: Server) -> wire.Health | str:
     return "the response is not from a rollout server"
 
 
-def _trouble(server: Server) -> str:
+def _problem(server: Server) -> str:
   """Returns why a server is not healthy, or ""."""
-  health = asyncio.run(_ask(server))
+  health = asyncio.run(_poll_health(server))
   if isinstance(health, str):
     return health
   if (health.status, health.role) != ("ok", server.role):
@@ -309,7 +309,7 @@ def _trouble(server: Server) -> str:
 
 def _is_lost(server: Server) -> bool:
   """Returns whether a server reports that its engine is dead or hung."""
-  health = asyncio.run(_ask(server))
+  health = asyncio.run(_poll_health(server))
   return not isinstance(health, str) and health.status in ("dead", "hung")
 
 
@@ -331,7 +331,7 @@ def _unavailable(server: Server, why: str) -> errors.RolloutError:
 def _watch(
   trainer: subprocess.Popen[bytes],
   started: dict[Server, subprocess.Popen[bytes]],
-  asked: Sequence[int],
+  received: Sequence[int],
   processes: _Processes,
 ) -> int:
   """Waits for training; forwards signals and restarts servers.
@@ -339,17 +339,17 @@ def _watch(
   A server is restarted when it exits, or reports that its engine is dead or
   hung.
   """
-  num_passed, restarts, asked_last = 0, 0, time.monotonic()
+  num_passed, restarts, checked_at = 0, 0, time.monotonic()
   while (code := trainer.poll()) is None:
-    for _ in asked[num_passed:]:
+    for _ in received[num_passed:]:
       num_passed += 1
       trainer.terminate()  # The second one stops it in the middle of a step.
-    is_time = time.monotonic() - asked_last > _CHECK_S
+    is_due = time.monotonic() - checked_at > _CHECK_S
     for server, process in started.items():
       if process.poll() is None:
-        if is_time and _is_lost(server):
+        if is_due and _is_lost(server):
           process.terminate()
-      elif not asked and restarts < _MAX_RESTARTS:
+      elif not received and restarts < _MAX_RESTARTS:
         restarts += 1
         logging.error(
           "Restarting the %s: it exited with code %d. Log: %s",
@@ -358,6 +358,6 @@ def _watch(
           server.command.log,
         )
         started[server] = processes.start_server(server.command)
-    asked_last = time.monotonic() if is_time else asked_last
+    checked_at = time.monotonic() if is_due else checked_at
     time.sleep(_POLL_S)
   return code

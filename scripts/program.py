@@ -57,7 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
 
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.addFilter(_ours_or_serious)
+  handler.addFilter(_is_relevant)
   handler.setFormatter(
     stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
   )
@@ -87,7 +87,7 @@ def _report(error: errors.AtlasError) -> errors.Exit:
   return error.exit_code
 
 
-def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
+def _is_relevant(record: stdlib_logging.LogRecord) -> bool:
   """Drops records below WARNING that come from libraries."""
   in_house = _ROOT in pathlib.Path(record.pathname).resolve().parents
   in_library = "site-packages" in record.pathname

@@ -172,6 +172,6 @@ async def until(condition):
     await asyncio.sleep(0.001)
 
 
-def assert_refused(reply, status, error):
+def assert_rejected(reply, status, error):
   refusal = wire.Refusal.model_validate(reply.json())
   assert (reply.status_code, refusal.error) == (status, error), refusal

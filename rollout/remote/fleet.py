@@ -219,24 +219,24 @@ class Fleet:
 
   async def _join(self, server: Server, deadline: float) -> None:
     """Waits until a server is ready for the first time."""
-    said_at = time.monotonic()
+    logged_at = time.monotonic()
     while True:
       try:
         await self._admit(server)
       except errors.RolloutError as error:
-        if not _may_pass(error):
+        if not _is_retryable(error):
           raise
         server.failure = error.why
         if time.monotonic() > deadline:
           raise self._no_server() from error
       else:
         return
-      if time.monotonic() - said_at > _PROGRESS_S:
-        said_at = time.monotonic()
+      if time.monotonic() - logged_at > _PROGRESS_S:
+        logged_at = time.monotonic()
         logging.info(
           "Waiting for %s, %.0f s more: %s",
           server.client.url,
-          deadline - said_at,
+          deadline - logged_at,
           server.failure,
         )
       await asyncio.sleep(_PROBE_S)
@@ -244,7 +244,7 @@ class Fleet:
   async def _admit(self, server: Server) -> None:
     """Performs the handshake with a server and pushes the last weights."""
     health = await server.client.health()
-    self._check_is_meant(server, health)
+    self._check_identity(server, health)
     version, pushed = health.version, self.pushed
     if self._channel.role == "policy":
       # The response contains the loaded version: a push whose answer was lost
@@ -252,7 +252,7 @@ class Fleet:
       held = await server.client.init_communicator(self._init)
       version = held.version
       if held.loading is not None:
-        raise _unwell(server, f"It is still loading version {held.loading}.")
+        raise _outdated(server, f"It is still loading version {held.loading}.")
       if pushed is not None and not _is_held(pushed, held):
         await server.client.update_weights(pushed)
         version = pushed.version
@@ -286,11 +286,11 @@ class Fleet:
           if server.state == "down":
             await self._admit(server)
           else:
-            await self._look(server)
+            await self._check(server)
       except errors.AtlasError as error:
         await self.drain(server, error)
 
-  async def _look(self, server: Server) -> None:
+  async def _check(self, server: Server) -> None:
     """Checks a server's health and sends the trainer's heartbeat."""
     await server.client.health()
     if self._channel.role == "policy":
@@ -298,7 +298,7 @@ class Fleet:
       # Compared with what this server loaded, not with the last push, which
       # may still be on its way.
       if server.loaded is not None and not _is_held(server.loaded, held):
-        raise _unwell(
+        raise _outdated(
           server,
           f"It holds version {held.version}; it may have been restarted.",
         )
@@ -336,7 +336,7 @@ class Fleet:
       "--port=PORT --model=DIRECTORY, then run the same command again.",
     )
 
-  def _check_is_meant(self, server: Server, health: wire.Health) -> None:
+  def _check_identity(self, server: Server, health: wire.Health) -> None:
     for what, theirs, ours in (
       ("role", health.role, self._channel.role),
       ("tokenizer", health.tokenizer_digest, self._channel.tokenizer_digest),
@@ -355,7 +355,7 @@ def _is_held(pushed: wire.UpdateRequest, held: wire.Version) -> bool:
   return (held.version, held.digest) == (pushed.version, pushed.digest)
 
 
-def _may_pass(error: errors.RolloutError) -> bool:
+def _is_retryable(error: errors.RolloutError) -> bool:
   """Returns whether retrying can help: for all errors but most rejections."""
   # A channel held by a killed trainer is released: immediately by servers on
   # its machine, by others when its heartbeat expires.
@@ -363,7 +363,7 @@ def _may_pass(error: errors.RolloutError) -> bool:
   return not is_refusal or error.error == "other_trainer"
 
 
-def _unwell(server: Server, why: str) -> client.UnavailableError:
+def _outdated(server: Server, why: str) -> client.UnavailableError:
   return client.UnavailableError(
     "A rollout server does not hold the last pushed weights.",
     where=server.client.url,

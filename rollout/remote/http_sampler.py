@@ -209,7 +209,7 @@ class HttpSampler:
       -(-len(prompts) // len(self._fleet.servers)),
     )
     starts = range(0, len(prompts), max(1, size))
-    return await _together(
+    return await _concurrently(
       self._request(prompts[i : i + size], params) for i in starts
     )
 
@@ -229,13 +229,13 @@ class HttpSampler:
     failures: list[str] = []
     while len(failures) < _MAX_MOVES and len(late) < _MAX_LATE:
       if len(late) == _MAX_LATE - 1 and len(prompts) > 1:
-        return await _together(
+        return await _concurrently(
           self._request([prompt], params, late) for prompt in prompts
         )
       server = await self._find_server(late)
       request = _to_request(name, prompts, params, server.version)
       try:
-        return await self._ask(server, request)
+        return await self._send(server, request)
       except errors.RolloutError as error:
         failures.append(f"{server.client.url}: {error.why}")
         if isinstance(error, client.RefusedError) and error.status != _CONFLICT:
@@ -260,17 +260,17 @@ class HttpSampler:
 
   async def _find_server(self, late: Sequence[fleet.Server]) -> fleet.Server:
     """Waits for a server with capacity, preferably one not in `late`."""
-    asked = time.monotonic()
+    started = time.monotonic()
     # The last attempt is a single prompt and does not wait for capacity.
     is_last = len(late) == _MAX_LATE - 1
     max_requests = math.inf if is_last else _MAX_REQUESTS
     server = await self._fleet.wait_for(
       lambda: self._fleet.ready(max_requests, avoid=late)
     )
-    self._tally.add(queue_s=time.monotonic() - asked)
+    self._tally.add(queue_s=time.monotonic() - started)
     return server
 
-  async def _ask(
+  async def _send(
     self, server: fleet.Server, request: wire.GenerateRequest
   ) -> list[list[types.Completion]]:
     """Sends a request to a server and tracks the server's load."""
@@ -290,7 +290,7 @@ class HttpSampler:
     return _to_completions(reply)
 
 
-async def _together(
+async def _concurrently(
   requests: Iterable[Coroutine[Any, Any, list[_Result]]],  # Any: unused.
 ) -> list[_Result]:
   """Runs requests concurrently and concatenates their results."""

@@ -43,13 +43,13 @@ class SharedSampler:
   ) -> list[list[types.Completion]]:
     """Samples completions; see `types.Sampler`."""
 
-    def ask() -> list[list[dict[str, Any]]]:  # Any: JSON.
+    def sample_as_json() -> list[list[dict[str, Any]]]:  # Any: JSON.
       groups = self._leader().sample(prompts, params)
       return [[dataclasses.asdict(c) for c in group] for group in groups]
 
     return [
       [types.completion(fields) for fields in group]
-      for group in self._from_first(ask)
+      for group in self._from_first(sample_as_json)
     ]
 
   def update_weights(

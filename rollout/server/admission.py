@@ -38,13 +38,13 @@ class Tokens:
   user: str | None
   admin: str | None
 
-  def admit(self, path: str, given: bytes) -> bool:
+  def admit(self, path: str, header: bytes) -> bool:
     """Returns whether the header grants access to a path, in constant time."""
     accepted = [self.admin or self.user]
     if path.rstrip("/") not in _ADMIN_PATHS:
       accepted.append(self.user)
     opens = [
-      hmac.compare_digest(given, f"Bearer {token}".encode())
+      hmac.compare_digest(header, f"Bearer {token}".encode())
       for token in accepted
       if token is not None
     ]
@@ -78,18 +78,18 @@ class Guard:
     if scope["type"] != "http":
       await self._app(scope, receive, send)
       return
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    if not self._tokens.admit(scope["path"], given):
-      await _turn_away(401, _UNAUTHORIZED)(scope, receive, send)
+    header = dict(scope["headers"]).get(b"authorization", b"")
+    if not self._tokens.admit(scope["path"], header):
+      await _reject(401, _UNAUTHORIZED)(scope, receive, send)
       return
     try:
       async with asyncio.timeout(_BODY_S):
         body = await self._read(receive)
     except TimeoutError:
-      await _turn_away(408, _TOO_SLOW)(scope, receive, send)
+      await _reject(408, _TOO_SLOW)(scope, receive, send)
       return
     if body is None:
-      await _turn_away(413, self._too_large())(scope, receive, send)
+      await _reject(413, self._too_large())(scope, receive, send)
       return
     await self._app(scope, _replay(body, receive), send)
 
@@ -128,7 +128,7 @@ _TOO_SLOW = wire.Refusal(
 )
 
 
-def _turn_away(status: int, body: wire.Refusal) -> fastapi.Response:
+def _reject(status: int, body: wire.Refusal) -> fastapi.Response:
   """Rejects a request with an unread body, so the connection must close."""
   response = respond(status, body)
   response.headers["Connection"] = "close"

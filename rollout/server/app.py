@@ -154,7 +154,7 @@ def _add_routes(app: fastapi.FastAPI, backend: service.Service) -> None:
 def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
   """Adds handlers that turn every exception into a `wire.Refusal`."""
 
-  async def refused(
+  async def rejected(
     request: fastapi.Request, error: weight_channel.RefusalError
   ) -> fastapi.Response:
     backend.count("refused_requests_total")
@@ -164,7 +164,7 @@ def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
     return admission.respond(error.status, error.body, error.retry_after_s)
 
   handlers: dict[Any, Any] = {  # Any: each takes a different exception class.
-    weight_channel.RefusalError: refused,
+    weight_channel.RefusalError: rejected,
     errors.AtlasError: _failed,
     exceptions.RequestValidationError: _invalid,
     starlette_exceptions.HTTPException: _unanswerable,

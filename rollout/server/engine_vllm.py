@@ -169,7 +169,7 @@ class VllmEngine:
     """Returns vLLM's outputs for a prompt; only one if greedy."""
     # vLLM seeds a separate generator with seed + i for the i-th completion, so
     # results do not depend on the other requests in the batch.
-    asked = sampling_params.SamplingParams(
+    sampling = sampling_params.SamplingParams(
       n=1 if params.temperature == 0.0 else params.group_size,
       max_tokens=params.max_completion_tokens,
       temperature=params.temperature,
@@ -183,7 +183,7 @@ class VllmEngine:
     )
     outputs = self._llm.generate(
       inputs.TokensPrompt(prompt_token_ids=list(prompt.token_ids)),
-      asked,
+      sampling,
       str(next(self._request_ids)),
     )
     try:

@@ -110,7 +110,7 @@ def bind(host: str, port: int) -> socket.socket:
       fix="Use an address of this machine, such as 127.0.0.1.",
     ) from error
 
-  def take(port: int) -> socket.socket:
+  def try_bind(port: int) -> socket.socket:
     bound = socket.socket(family, kind)
     # Sockets in TIME_WAIT must not block the port.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,13 +122,13 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
   try:
-    return take(port)
+    return try_bind(port)
   except (OSError, OverflowError) as error:
     raise errors.ConfigError(
       f"Cannot listen on port {port}.",
       where=where,
       why=str(error),
-      fix=_advice(take, port),
+      fix=_suggestion(try_bind, port),
     ) from error
 
 
@@ -144,7 +144,7 @@ async def serve(
   """
   config = uvicorn.Config(
     app,
-    http=_Impatient,
+    http=_HeadTimeout,
     log_level="warning",
     # The service logs one line per request.
     access_log=False,
@@ -197,41 +197,41 @@ def _check_token(token: str, *, where: str) -> None:
     )
 
 
-class _Impatient(h11_impl.H11Protocol):
+class _HeadTimeout(h11_impl.H11Protocol):
   """Closes connections whose request headers do not arrive in time.
 
   uvicorn itself has no timeout for request headers.
   """
 
-  _hang_up: asyncio.TimerHandle | None = None
+  _head_timeout: asyncio.TimerHandle | None = None
 
   def connection_made(self, transport: asyncio.Transport) -> None:
     super().connection_made(transport)
-    self._wait_for_head()
+    self._start_head_timeout()
 
   def data_received(self, data: bytes) -> None:
     super().data_received(data)
-    self._wait_for_head()
+    self._start_head_timeout()
 
   def connection_lost(self, exc: Exception | None) -> None:
     super().connection_lost(exc)
-    self._stop_waiting()
+    self._stop_head_timeout()
 
-  def _wait_for_head(self) -> None:
+  def _start_head_timeout(self) -> None:
     if self.conn.their_state is not h11.IDLE:
-      self._stop_waiting()
-    elif self._hang_up is None:
-      self._hang_up = self.loop.call_later(_HEAD_S, self.transport.abort)
+      self._stop_head_timeout()
+    elif self._head_timeout is None:
+      self._head_timeout = self.loop.call_later(_HEAD_S, self.transport.abort)
 
-  def _stop_waiting(self) -> None:
-    if self._hang_up is not None:
-      self._hang_up.cancel()
-      self._hang_up = None
+  def _stop_head_timeout(self) -> None:
+    if self._head_timeout is not None:
+      self._head_timeout.cancel()
+      self._head_timeout = None
 
 
-def _advice(take: Callable[[int], socket.socket], port: int) -> str:
+def _suggestion(try_bind: Callable[[int], socket.socket], port: int) -> str:
   """Suggests a free port among the next hundred."""
   for other in range(port + 1, port + 101):
-    with contextlib.suppress(OSError, OverflowError), take(other):
+    with contextlib.suppress(OSError, OverflowError), try_bind(other):
       return f"Set --port={other}, or stop the process that uses the port."
   return "Use a --port below 65536 and a --host of this machine."

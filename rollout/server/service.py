@@ -163,10 +163,12 @@ class Service:
     answer = self._answers.get(request.request_id)
     if answer is None:
       prompts = self._admit(request)
-      task = asyncio.create_task(self._working(self._answer(request, prompts)))
+      task = asyncio.create_task(
+        self._with_heartbeat(self._answer(request, prompts))
+      )
       answer = _Answer(digest, task)
       self._answers[request.request_id] = answer
-      task.add_done_callback(lambda _: self._trim(request.request_id))
+      task.add_done_callback(lambda _: self._evict(request.request_id))
     elif answer.digest != digest:
       raise weight_channel.RefusalError(
         409,
@@ -194,7 +196,9 @@ class Service:
       )
     running = self._update
     if running is None or running.task.done():
-      task = asyncio.create_task(self._working(self._load(request, root)))
+      task = asyncio.create_task(
+        self._with_heartbeat(self._load(request, root))
+      )
       running = self._update = _Update(request, task)
     elif running.request != request:
       raise weight_channel.RefusalError(
@@ -207,7 +211,7 @@ class Service:
       )
     return await asyncio.shield(running.task)
 
-  async def _working(self, work: Awaitable[_T]) -> _T:
+  async def _with_heartbeat(self, work: Awaitable[_T]) -> _T:
     """Runs `work`; meanwhile the trainer's heartbeat does not expire."""
     with self.weights.working():
       return await work
@@ -452,7 +456,7 @@ class Service:
     finally:
       self._broken = self._broken or not whole
 
-  def _trim(self, request_id: str) -> None:
+  def _evict(self, request_id: str) -> None:
     """Drops a failed answer, so that it can be retried, and old answers."""
     task = self._answers[request_id].task
     if task.cancelled() or task.exception() is not None:

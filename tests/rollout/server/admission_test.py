@@ -88,7 +88,7 @@ def test_large_bodies_are_rejected_before_they_arrive_completely(announced):
     async with scripted_server.Server().client() as client:
       content = b" " * 5000 if announced else chunks()
       reply = await client.post("/generate", content=content)
-      scripted_server.assert_refused(reply, 413, "limit")
+      scripted_server.assert_rejected(reply, 413, "limit")
 
   scripted_server.run(test)
 

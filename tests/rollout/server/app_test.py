@@ -53,7 +53,7 @@ def test_error_responses_contain_no_prompt_text():
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts)
       )
-      scripted_server.assert_refused(reply, 422, "invalid")
+      scripted_server.assert_rejected(reply, 422, "invalid")
       assert "secret" not in reply.text
       assert "prompts.0.txt" in reply.text
 
@@ -63,9 +63,11 @@ def test_error_responses_contain_no_prompt_text():
 def test_unknown_paths_and_methods_get_error_responses():
   async def test():
     async with scripted_server.Server().client() as client:
-      scripted_server.assert_refused(await client.get("/nothing"), 404, "http")
-      scripted_server.assert_refused(await client.get("/generate"), 405, "http")
-      scripted_server.assert_refused(
+      scripted_server.assert_rejected(await client.get("/nothing"), 404, "http")
+      scripted_server.assert_rejected(
+        await client.get("/generate"), 405, "http"
+      )
+      scripted_server.assert_rejected(
         await client.post("/generate", content="{"), 422, "invalid"
       )
 

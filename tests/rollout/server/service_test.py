@@ -41,7 +41,7 @@ def test_requests_beyond_a_limit_are_rejected_before_they_run(changes, error):
       reply = await client.post(
         "/generate", json=scripted_server.request(**changes)
       )
-      scripted_server.assert_refused(reply, 422, error)
+      scripted_server.assert_rejected(reply, 422, error)
     assert served.engine.num_calls == 0
 
   scripted_server.run(test)
@@ -58,7 +58,7 @@ def test_a_prompt_that_is_too_long_is_rejected_with_its_row():
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts)
       )
-      scripted_server.assert_refused(reply, 422, "prompt")
+      scripted_server.assert_rejected(reply, 422, "prompt")
       assert "long-one" in reply.text
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts[:1])
@@ -82,7 +82,7 @@ def test_a_full_queue_sets_retry_after():
       )
       await scripted_server.until(lambda: served.engine.num_calls == 2)
       reply = await client.post("/generate", json=scripted_server.request("c"))
-      scripted_server.assert_refused(reply, 429, "queue_full")
+      scripted_server.assert_rejected(reply, 429, "queue_full")
       assert int(reply.headers["retry-after"]) >= 1
       served.engine.go.set()
       assert {(await first).status_code, (await second).status_code} == {200}
@@ -115,7 +115,7 @@ def test_a_repeated_request_joins_the_first_and_gets_the_same_answer():
       other = await client.post(
         "/generate", json=scripted_server.request(seed=1)
       )
-      scripted_server.assert_refused(other, 409, "request_id")
+      scripted_server.assert_rejected(other, 409, "request_id")
 
   scripted_server.run(test)
 
@@ -145,7 +145,7 @@ def test_a_failed_request_can_be_retried():
     served.engine.logprob = float("nan")
     async with served.client() as client:
       reply = await client.post("/generate", json=scripted_server.request())
-      scripted_server.assert_refused(reply, 503, "engine")
+      scripted_server.assert_rejected(reply, 503, "engine")
       assert "non-finite" in reply.text
       served.engine.logprob = -1.0
       reply = await client.post("/generate", json=scripted_server.request())
@@ -198,11 +198,11 @@ def test_a_hung_engine_is_detected_and_recovers():
     served.engine.go.clear()
     async with served.client() as client:
       reply = await client.post("/generate", json=scripted_server.request("a"))
-      scripted_server.assert_refused(reply, 503, "engine")
+      scripted_server.assert_rejected(reply, 503, "engine")
       reply = await client.get("/health")
       assert (reply.status_code, reply.json()["status"]) == (503, "hung")
       # Nothing runs any more, but the engine still counts as hung.
-      scripted_server.assert_refused(
+      scripted_server.assert_rejected(
         await client.post("/generate", json=scripted_server.request("b")),
         503,
         "engine",
@@ -233,7 +233,7 @@ def test_a_dead_engine_rejects_requests_immediately():
       reply = await client.get("/health")
       assert (reply.status_code, reply.json()["status"]) == (503, "dead")
       reply = await client.post("/generate", json=scripted_server.request())
-      scripted_server.assert_refused(reply, 503, "engine")
+      scripted_server.assert_rejected(reply, 503, "engine")
 
   scripted_server.run(test)
 
@@ -322,7 +322,7 @@ def test_pushed_weights_are_loaded_once(tmp_path):
       reply = await client.post(
         "/generate", json=scripted_server.request("s", version=2)
       )
-      scripted_server.assert_refused(reply, 409, "version")
+      scripted_server.assert_rejected(reply, 409, "version")
       metrics = (await client.get("/metrics")).text
       assert "atlas_rollout_updates_total 1.0\n" in metrics
 
@@ -375,7 +375,7 @@ def test_update_that_cannot_drain_changes_nothing(tmp_path):
       await scripted_server.until(lambda: served.engine.num_calls)
       update = scripted_server.push(tmp_path, 1)
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 503, "draining")
+      scripted_server.assert_rejected(reply, 503, "draining")
       assert served.engine.loaded == []
       served.engine.go.set()
       assert (await task).json()["version"] == 0
@@ -407,7 +407,7 @@ def test_a_second_update_joins_the_first_or_is_rejected(tmp_path):
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 2)
       )
-      scripted_server.assert_refused(reply, 409, "busy")
+      scripted_server.assert_rejected(reply, 409, "busy")
       served.engine.go.set()
       assert [(await one).status_code for one in (*same, task)] == [200] * 3
       assert served.engine.loaded == [("1", 1)]
@@ -431,10 +431,10 @@ def test_corrupt_pushes_change_nothing(tmp_path):
       absent = {**other, "version": 9}
       outside = {**other, "version": "../../4"}
       reply = await client.post("/update_weights", json=outside)
-      scripted_server.assert_refused(reply, 422, "invalid")
+      scripted_server.assert_rejected(reply, 422, "invalid")
       for update in (torn, altered, other, absent):
         reply = await client.post("/update_weights", json=update)
-        scripted_server.assert_refused(reply, 409, "weights")
+        scripted_server.assert_rejected(reply, 409, "weights")
       assert served.engine.loaded == []
       assert (await client.get("/health")).json()["status"] == "ok"
       assert (await client.get("/version")).json()["version"] == 0
@@ -454,11 +454,11 @@ def test_load_that_fails_halfway_leaves_a_dead_server(tmp_path):
       )
       update = scripted_server.push(tmp_path, 1)
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 409, "weights")
+      scripted_server.assert_rejected(reply, 409, "weights")
       assert (await client.get("/health")).json()["status"] == "ok"
       served.engine.load_error = RuntimeError("worker died")
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 500, "internal")
+      scripted_server.assert_rejected(reply, 500, "internal")
       assert (await client.get("/health")).json()["status"] == "dead"
       assert (await client.get("/version")).json()["version"] == 0
 

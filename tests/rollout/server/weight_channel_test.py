@@ -31,7 +31,7 @@ def test_versions_increase_within_a_channel(tmp_path):
       assert (await client.post("/update_weights", json=new)).status_code == 200
       for stale in (old, {**new, "digest": "0" * 64}):
         reply = await client.post("/update_weights", json=stale)
-        scripted_server.assert_refused(reply, 409, "stale")
+        scripted_server.assert_rejected(reply, 409, "stale")
       # A resumed run opens a new channel, and may push an older version.
       await client.post("/close_communicator", json={"trainer_id": "t"})
       await client.post(
@@ -61,11 +61,11 @@ def test_the_handshake_rejects_any_mismatch(tmp_path):
       ]:
         body = scripted_server.init(tmp_path, **changes)
         reply = await client.post("/init_communicator", json=body)
-        scripted_server.assert_refused(reply, 409, error)
+        scripted_server.assert_rejected(reply, 409, error)
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 1)
       )
-      scripted_server.assert_refused(reply, 409, "no_channel")
+      scripted_server.assert_rejected(reply, 409, "no_channel")
 
   scripted_server.run(test)
 
@@ -78,7 +78,7 @@ def test_a_relative_weights_root_is_rejected(tmp_path, monkeypatch):
       reply = await client.post(
         "/init_communicator", json=scripted_server.init(".")
       )
-      scripted_server.assert_refused(reply, 409, "weights_root")
+      scripted_server.assert_rejected(reply, 409, "weights_root")
 
   scripted_server.run(test)
 
@@ -104,7 +104,7 @@ def test_a_second_trainer_waits_until_the_first_is_lost(tmp_path):
         ("/close_communicator", {"trainer_id": "t"}),
       ]:
         reply = await client.post(path, json=body)
-        scripted_server.assert_refused(reply, 409, "other_trainer")
+        scripted_server.assert_rejected(reply, 409, "other_trainer")
 
   scripted_server.run(test)
 
@@ -162,12 +162,12 @@ def test_a_trainer_killed_on_this_machine_is_replaced_immediately(tmp_path):
         )
         await client.post("/init_communicator", json=old)
         reply = await client.post("/init_communicator", json=new)
-        scripted_server.assert_refused(reply, 409, "other_trainer")
+        scripted_server.assert_rejected(reply, 409, "other_trainer")
         trainer.kill()
         trainer.wait(10)
         with served.weights.loading(1):  # A load in progress finishes first.
           reply = await client.post("/init_communicator", json=new)
-          scripted_server.assert_refused(reply, 409, "other_trainer")
+          scripted_server.assert_rejected(reply, 409, "other_trainer")
         reply = await client.post("/init_communicator", json=new)
         assert reply.status_code == 200
 
@@ -184,7 +184,7 @@ def test_student_weights_are_never_replaced(tmp_path):
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 1)
       )
-      scripted_server.assert_refused(reply, 409, "frozen")
+      scripted_server.assert_rejected(reply, 409, "frozen")
     assert served.engine.loaded == []
 
   scripted_server.run(test)
