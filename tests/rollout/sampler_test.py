@@ -30,9 +30,9 @@ def _settings(**changes):
       "student_urls": (),
       "weights_root": "",
       "dtype": "float32",
-      "wait_s": 30.0,
-      "generate_s": 30.0,
-      "update_s": 30.0,
+      "wait_s": 120.0,
+      "generate_s": 120.0,
+      "update_s": 120.0,
       **changes,
     }
   )
