@@ -133,7 +133,7 @@ def test_a_server_that_is_not_there_ends_both(home, tmp_path):
   with processes.pair(start, *options) as pair:
     ends = [processes.end(process) for process in pair]
   assert [code for code, _ in ends] == [6, 8], ends
-  assert "There is no rollout server for the policy" in ends[0][1]
+  assert "No rollout server is available for the policy" in ends[0][1]
   assert "It failed at policy" in ends[1][1]
 
 
