@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that samples."""
+"""Sampling: in process, or with rollout servers."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a command which must not outlive the process that started it.
+"""Runs a command that must not outlive the process that started it.
 
   python -m rollout.child_process FD GRACE_S COMMAND [ARGUMENT...]
 
-FD is the reading end of a pipe whose writing end only the owners hold. When all
-of them closed it, or died in whatever way, or when this process gets SIGTERM,
-the command gets SIGTERM, and what is left of its process group after GRACE_S
-seconds gets SIGKILL. Nothing is polled from afar and no process is looked up by
-name, so no other one can be hit.
+FD is the read end of a pipe whose write end only the owners hold. When all of
+them have closed it or exited, or when this process receives SIGTERM, the
+command receives SIGTERM. After GRACE_S seconds the rest of its process group
+receives SIGKILL. Processes are never looked up by name, so no unrelated process
+can be killed.
 """
 
 import os
@@ -18,20 +18,20 @@ import sys
 import time
 
 _POLL_S = 0.1
-# A shell's convention: 128 + n tells of a command that signal n killed.
+# Shell convention: 128 + n is the exit code of a command killed by signal n.
 SIGNALLED = 128
 
 
 def run(fd: int, grace_s: float, command: list[str]) -> int:
-  """Runs `command` in a session of its own; returns its exit code.
+  """Runs `command` in a new session and returns its exit code.
 
-  SIGINT and every SIGTERM are passed on to it; from the first SIGTERM on it has
-  `grace_s`.
+  Forwards SIGINT and SIGTERM. The command is killed `grace_s` after the first
+  SIGTERM.
   """
   pending: list[int] = []
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda n, _: pending.append(n))
-  # The pipe tells all there is. Slurm sends SIGUSR1 to the command as well.
+  # A hangup closes the pipe; Slurm sends SIGUSR1 to the command directly.
   for number in (signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
   child = subprocess.Popen(command, start_new_session=True)
@@ -48,14 +48,14 @@ def run(fd: int, grace_s: float, command: list[str]) -> int:
       if kill_at is not None and time.monotonic() > kill_at:
         break
   finally:
-    # Not reaped yet, so no other process can have got its number.
+    # The child is not reaped yet, so its pid cannot have been reused.
     os.killpg(child.pid, signal.SIGKILL)
     code = child.wait()
   return code if code >= 0 else SIGNALLED - code
 
 
 def _is_running(pid: int) -> bool:
-  """Tells without reaping, which would free the number."""
+  """Returns whether the child runs, without reaping it, which frees its pid."""
   flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
   return os.waitid(os.P_PID, pid, flags) is None
 

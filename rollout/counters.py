@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adds up what a sampler does, until the trainer asks."""
+"""Accumulates a sampler's metrics between two reads by the trainer."""
 
 import collections
 import threading
 
 
 class Counters:
-  """Sums by name. Several threads may use it at once."""
+  """Sums by name. Thread-safe."""
 
   def __init__(self) -> None:
-    """Begins with nothing."""
+    """Creates empty sums."""
     self._lock = threading.Lock()
     self._sums: dict[str, float] = collections.defaultdict(float)
 
   def add(self, **values: float) -> None:
-    """Adds to the sum of each name."""
+    """Adds each value to the sum of its name."""
     with self._lock:
       for name, value in values.items():
         self._sums[name] += value
 
   def take(self) -> dict[str, float]:
-    """Gives the sums and begins anew.
+    """Returns the sums and resets them.
 
-    Of `tokens` and the `sample_s` that they took it gives `tokens_per_s`.
+    Replaces `tokens` and `sample_s` by their ratio `tokens_per_s`.
     """
     with self._lock:
       sums, self._sums = dict(self._sums), collections.defaultdict(float)

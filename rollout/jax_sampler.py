@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax import errors, sharding, types
+from atlas_jax import sharding, types
 from atlas_jax.models import attention, decoder, quantized
-from rollout import counters
+from rollout import context_length, counters
 
 
 class _Drawn(NamedTuple):
@@ -132,7 +132,12 @@ class JaxSampler:
       errors.ConfigError: if a prompt with its completion would not fit into
         the model's context.
     """
-    self._check_fits(prompts, params.max_completion_tokens)
+    context_length.check(
+      prompts,
+      params.max_completion_tokens,
+      self._model.config.max_positions,
+      limit_name="The model's max_position_embeddings",
+    )
     started = time.monotonic()
     # Prompts of like length share a batch; the order is restored below.
     order = sorted(
@@ -198,18 +203,6 @@ class JaxSampler:
     flat = _to_completions(jax.device_get(drawn), self._version)
     size = params.group_size
     return [flat[i * size : (i + 1) * size] for i in range(len(prompts))]
-
-  def _check_fits(self, prompts: Sequence[types.Prompt], max_new: int) -> None:
-    limit = self._model.config.max_positions
-    for prompt in prompts:
-      if not prompt.token_ids or len(prompt.token_ids) + max_new > limit:
-        raise errors.ConfigError(
-          f"A prompt of {len(prompt.token_ids)} tokens cannot be sampled.",
-          where=f"row {prompt.row_id}",
-          why=f"With {max_new} new tokens it needs 1 to {limit} positions, "
-          "the max_position_embeddings of the model.",
-          fix="Shorten the prompt or lower max_completion_tokens.",
-        )
 
   def _count_program(self, program: tuple[Any, ...]) -> None:
     if program not in self._programs:

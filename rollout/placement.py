@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides which server runs where: devices, ports, roles, command lines.
-
-Pure functions of what is asked for and of the devices there are.
-"""
+"""Assigns devices, ports and roles to servers, and builds their commands."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -13,14 +10,14 @@ import sys
 from atlas_jax import errors
 from rollout import supervisor, wire
 
-# What engines may take of a GPU together, and when training shares it.
+# Fraction of a GPU's memory for engines, alone or shared with training.
 _ENGINE_FRACTION = 0.9
 _SHARED_FRACTION = 0.45
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """Where servers are reached, and what they are started with."""
+  """Addresses and launch settings of the servers."""
 
   host: str
   port: int
@@ -33,9 +30,9 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Environment variables that give each process its devices.
+  """Environment variables that assign devices to each process.
 
-  `fractions` are of one GPU's memory, one for each server; 0 on a CPU.
+  `fractions` are the fractions of GPU memory for each server; 0 on a CPU.
   """
 
   servers: tuple[Mapping[str, str], ...]
@@ -44,18 +41,18 @@ class Split:
 
 
 def find_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
-  """Lists the NVIDIA GPUs that this process may use; none on a CPU machine.
+  """Returns the ids of the NVIDIA GPUs visible to this process, if any.
 
   Raises:
-    errors.ConfigError: on a TPU, which the launchers cannot divide.
+    errors.ConfigError: on a TPU, which the launchers do not support.
   """
   platform = environ.get("JAX_PLATFORMS", "")
   if platform.startswith("tpu") or pathlib.Path("/dev/accel0").exists():
     raise errors.ConfigError(
-      "The launchers divide GPUs and CPUs, not TPUs.",
+      "The launchers do not support TPUs.",
       where=f"JAX_PLATFORMS={platform}",
-      why="A TPU belongs to one process.",
-      fix="Run python -m scripts.train_grpo; it samples in its own process.",
+      why="A TPU cannot be shared by several processes.",
+      fix="Run python -m scripts.train_grpo, which samples in process.",
     )
   if platform.startswith("cpu"):
     return ()
@@ -80,42 +77,60 @@ def split(
   num_roles: int,
   xla_flags: str,
 ) -> Split:
-  """Divides the devices between servers and training.
-
-  On GPUs the first go to servers, one each; every role needs one, so with a
-  single device two servers may share it. With a single GPU in all, training
-  shares it too. On a CPU nothing is divided: JAX simulates the devices of
-  training.
+  """Assigns devices to servers and training.
 
   Args:
-    gpus: as `find_gpus` lists them.
+    gpus: as returned by `find_gpus`.
     num_server_devices: 0 for no servers.
     num_training_devices: at least 1.
-    num_roles: how many models are served.
-    xla_flags: of this process; on a CPU, more is added to them.
+    num_roles: number of models to serve; each needs at least one server.
+    xla_flags: of this process; extended on a CPU.
 
   Raises:
     errors.ConfigError: if there are too few GPUs.
   """
   num_servers = max(num_server_devices, num_roles * bool(num_server_devices))
   if not gpus:
-    one, many = (
-      {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{xla_flags} "
-        f"--xla_force_host_platform_device_count={count}",
-      }
-      for count in (1, num_training_devices)
-    )
-    return Split((one,) * num_servers, (0.0,) * num_servers, many)
+    return _split_cpu(num_servers, num_training_devices, xla_flags)
+  return _split_gpus(
+    gpus, num_servers, num_server_devices, num_training_devices
+  )
+
+
+def _split_cpu(
+  num_servers: int, num_training_devices: int, xla_flags: str
+) -> Split:
+  """Simulates one device per server, and all those of training."""
+  one, many = (
+    {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"{xla_flags} "
+      f"--xla_force_host_platform_device_count={count}",
+    }
+    for count in (1, num_training_devices)
+  )
+  return Split((one,) * num_servers, (0.0,) * num_servers, many)
+
+
+def _split_gpus(
+  gpus: Sequence[str],
+  num_servers: int,
+  num_server_devices: int,
+  num_training_devices: int,
+) -> Split:
+  """Assigns the first GPUs to servers, one each, and the next to training.
+
+  Servers share a GPU if there is only one for them; with a single GPU in total,
+  training shares it as well.
+  """
   needed = num_server_devices + num_training_devices
   shared = len(gpus) == num_server_devices == num_training_devices == 1
   if len(gpus) < needed and not shared:
     raise errors.ConfigError(
-      f"{needed} GPUs were asked for, and there are {len(gpus)}.",
+      f"{needed} GPUs requested, but only {len(gpus)} are visible.",
       where=f"{num_server_devices} to serve, {num_training_devices} to train",
-      why=f"Visible are GPUs {', '.join(gpus)}.",
-      fix="Ask for fewer, or set CUDA_VISIBLE_DEVICES.",
+      why=f"The visible GPUs are {', '.join(gpus)}.",
+      fix="Request fewer, or set CUDA_VISIBLE_DEVICES.",
     )
   fraction = _SHARED_FRACTION if shared else _ENGINE_FRACTION
   training = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[num_server_devices:needed])}
@@ -137,16 +152,16 @@ def split(
 
 
 def mesh(num_devices: int) -> dict[str, int]:
-  """Chooses a mesh: parameters are split by the powers of two in the number.
+  """Returns a mesh; `fsdp` is the largest power of two dividing num_devices.
 
-  Widths of models divide by powers of two, and seldom by three.
+  Model widths are divisible by powers of two, but seldom by three.
   """
   fsdp = num_devices & -num_devices
   return {"data": num_devices // fsdp, "fsdp": fsdp}
 
 
 def plan(site: Site, devices: Split) -> list[supervisor.Server]:
-  """Gives each server its role, by turns, and its command line."""
+  """Returns the servers, with alternating roles, and their commands."""
   roles, servers = tuple(site.models), []
   for i, (env, fraction) in enumerate(
     zip(devices.servers, devices.fractions, strict=True)
@@ -159,7 +174,7 @@ def plan(site: Site, devices: Split) -> list[supervisor.Server]:
     if site.engine == "vllm" and fraction:
       argv.append(f"--gpu_memory_utilization={fraction:.3f}")
     elif site.engine == "vllm":
-      # On a CPU it would take what memory is left, and compile for minutes.
+      # On a CPU vLLM would reserve most memory, and compile for minutes.
       argv += ["--kv_cache_gib=1", "--enforce_eager"]
     name = f"{role} server on port {port}"
     log = site.logs / f"{role}-{port}.log"
@@ -173,24 +188,24 @@ def plan(site: Site, devices: Split) -> list[supervisor.Server]:
 
 
 def find_engine(root: pathlib.Path, wanted: str) -> tuple[wire.Engine, str]:
-  """Finds the engine, and the Python which has it; `wanted` may be "".
+  """Returns the engine and its Python; by default vLLM if it is installed.
 
   Raises:
-    errors.ConfigError: if it is unknown or not installed.
+    errors.ConfigError: if the engine is unknown or not installed.
   """
   python = root / ".venv-rollout/bin/python"
   if wanted not in ("", "vllm", "jax"):
     raise errors.ConfigError(
       f"Unknown rollout engine {wanted!r}.",
       where="--rollout",
-      why="There are vllm and jax.",
-      fix="Choose one, or leave it out for vllm where it is installed.",
+      why="The engines are vllm and jax.",
+      fix="Use one of them, or omit the flag: vllm is used if installed.",
     )
   if wanted == "vllm" and not python.exists():
     raise errors.ConfigError(
       "vLLM is not installed.",
       where=str(python),
-      why="The rollout environment was not made yet.",
+      why="The rollout environment does not exist.",
       fix="Run bash scripts/install_rollout.sh, or set --rollout=jax.",
     )
   if wanted != "jax" and python.exists():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the sampler that a config asks for: the one place that knows all.
+"""Opens the sampler of a config, in process or on rollout servers.
 
-What a backend needs is imported when it is asked for.
+Each backend is imported only if it is used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,22 +19,25 @@ from atlas_jax.models import decoder
 from conversion import process_group
 from rollout import wire
 
-# Files are written and checked in parallel, so there are many of them.
+_Opened = contextlib.AbstractContextManager[types.Sampler]
+_Publish = Callable[[Mapping[str, Any], int], str]  # Any: see `_publish`.
+
+# Small shards: files are written and verified in parallel.
 _SHARD_BYTES = 2**26
-# A server gives up a trainer that it did not hear of for so long.
+# A server closes the weight channel after this time without a heartbeat.
 _HEARTBEAT_S = 30.0
 _CONTROL_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Where completions come from.
+  """Where completions are sampled.
 
-  With the backend "jax" it is this process, and nothing else counts. With
-  "http" it is the servers of each role; `weights_root` is a directory shared
-  with the policy's, "" for one in this machine's memory, and `dtype` that of
-  the weights handed to them. `wait_s` is how long to go on without any server,
-  `generate_s` and `update_s` what one request and one hand-off may take.
+  The backend "jax" samples in this process and ignores the other fields. The
+  backend "http" samples on the servers of each role. `weights_root` is a
+  directory shared with the policy's servers, "" for one in /dev/shm; `dtype` is
+  that of the pushed weights. `wait_s` is how long to wait while no server is
+  available; `generate_s` and `update_s` limit a request and a weight push.
   """
 
   backend: Literal["jax", "http"]
@@ -47,26 +50,26 @@ class Settings:
   update_s: float
 
   def __post_init__(self) -> None:
-    """Refuses what neither backend could honour."""
+    """Validates the backend and rejects unused addresses."""
     if self.backend not in ("jax", "http"):
       raise errors.ConfigError(
-        f"There is no rollout backend {self.backend!r}.",
+        f"rollout.backend must be jax or http, got {self.backend!r}.",
         where="--config.rollout.backend",
-        why="It is one of jax and http.",
+        why="There are no other backends.",
         fix="Use jax to sample in this process, http for rollout servers.",
       )
-    given = {"policy": self.policy_urls, "student": self.student_urls}
-    for role, urls in given.items():
+    urls_by_role = {"policy": self.policy_urls, "student": self.student_urls}
+    for role, urls in urls_by_role.items():
       if urls and self.backend == "jax":
         raise errors.ConfigError(
-          f"{len(urls)} servers are given for the {role}.",
+          f"rollout.{role}_urls requires backend=http, got {len(urls)} URLs.",
           where=f"--config.rollout.{role}_urls",
-          why="With backend=jax there is no use for any.",
-          fix="Set --config.rollout.backend=http, or leave them out.",
+          why="With backend=jax, servers would be ignored.",
+          fix="Set --config.rollout.backend=http, or remove the URLs.",
         )
 
   def urls(self, role: wire.Role) -> Sequence[str]:
-    """Gives the servers of a role.
+    """Returns the addresses of a role's servers.
 
     Raises:
       errors.ConfigError: if there are none.
@@ -74,16 +77,16 @@ class Settings:
     urls = self.policy_urls if role == "policy" else self.student_urls
     if not urls:
       raise errors.ConfigError(
-        f"No servers are given for the {role}.",
+        f"rollout.{role}_urls is empty.",
         where=f"--config.rollout.{role}_urls",
-        why=f"With backend={self.backend} there is nobody to ask.",
-        fix="Give their addresses, or set --config.rollout.backend=jax.",
+        why=f"backend={self.backend} needs at least one server per role.",
+        fix="Set the servers' addresses, or --config.rollout.backend=jax.",
       )
     return urls
 
 
 @contextlib.contextmanager
-def open_sampler(  # noqa: PLR0913 - whose, where, of what, and with whom.
+def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
   role: wire.Role,
   settings: Settings,
   *,
@@ -96,44 +99,43 @@ def open_sampler(  # noqa: PLR0913 - whose, where, of what, and with whom.
   share: process_group.ProcessShare = process_group.ALONE,
   from_first: types.OnFirstProcess = lambda make: make(),
 ) -> Iterator[types.Sampler]:
-  """Opens a sampler of `params`, as version 0, and closes it.
+  """Opens a sampler with `params` as version 0, and closes it on exit.
 
-  Several processes that train as one sample as one too, on all their devices;
-  servers are asked by the first of them.
+  In a multi-process run, the backend jax samples on the devices of all
+  processes; with http, the first process sends the requests.
 
   Args:
-    role: whose sampler it is.
-    settings: where it samples.
+    role: of the sampled model.
+    settings: where to sample.
     directory: the model, in Hugging Face format.
-    model: what is sampled from.
-    params: its parameters; not looked at for a student on servers.
+    model: the model to sample from.
+    params: its parameters; unused for a student on servers.
     tokenizer: of the directory.
-    mesh: where it samples, if in this process.
-    max_rows: completions decoded at once, or asked for in one request.
-    share: which of several processes this is.
-    from_first: for the calls of this sampler alone.
+    mesh: where to sample with the backend jax.
+    max_rows: maximum completions decoded at once, or per request.
+    share: this process's place among the processes of the run.
+    from_first: broadcasts from the first process; used by this sampler only.
 
   Yields:
     The sampler.
 
   Raises:
-    errors.AtlasError: if servers are not there, or are not what they should
-      be.
+    errors.AtlasError: if servers are unavailable or do not match.
   """
   if settings.backend == "http":
-    with _open_http(
-      role,
-      settings,
-      directory=directory,
-      model=model,
-      params=params,
-      max_rows=max_rows,
-      share=share,
-      from_first=from_first,
-    ) as sampler:
+    connect = functools.partial(
+      _connect, role, settings, directory, model, max_rows
+    )
+    if role == "student":
+      opened = _open_student(connect, settings, share, from_first)
+    else:
+      opened = _open_policy(
+        connect, settings, directory, model, params, share, from_first
+      )
+    with opened as sampler:
       yield sampler
     return
-  from rollout import jax_sampler  # Only where it samples itself.
+  from rollout import jax_sampler  # Not needed with the backend http.
 
   yield jax_sampler.JaxSampler(
     model,
@@ -144,31 +146,37 @@ def open_sampler(  # noqa: PLR0913 - whose, where, of what, and with whom.
   )
 
 
-@contextlib.contextmanager
-def _open_http(
-  role: wire.Role,
+def _open_student(
+  connect: Callable[..., _Opened],
   settings: Settings,
-  *,
+  share: process_group.ProcessShare,
+  from_first: types.OnFirstProcess,
+) -> _Opened:
+  """Opens a sampler on the student's servers, whose weights are fixed."""
+  fixed = functools.partial(
+    connect, settings.urls("student"), pathlib.Path(), publish=None
+  )
+  return _open_shared(fixed, None, share, from_first)
+
+
+@contextlib.contextmanager
+def _open_policy(
+  connect: Callable[..., _Opened],
+  settings: Settings,
   directory: pathlib.Path,
   model: decoder.Model,
   params: decoder.Params,
-  max_rows: int,
   share: process_group.ProcessShare,
   from_first: types.OnFirstProcess,
 ) -> Iterator[types.Sampler]:
-  """Opens a sampler on servers, and gives a policy's its first weights."""
-  from rollout.remote import (
-    push,  # These need an HTTP client.
-    shared_sampler,
-  )
+  """Opens a sampler on the policy's servers, and pushes `params` to them."""
+  from rollout.remote import push  # Needs an HTTP client.
 
-  is_policy, is_first = role == "policy", share.index == 0
-  urls = settings.urls(role)
-  # Whoever reaches the same servers waits for its turn, and then cleans up.
+  # Runs that use the same servers share a directory. The weight channel admits
+  # one run at a time, which then removes what a killed run left there.
+  urls = settings.urls("policy")
   run = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:12]
-  root = pathlib.Path()
-  if is_policy:
-    root = push.open_root(settings.weights_root, run=run)
+  root = push.open_root(settings.weights_root, run=run)
   publish = functools.partial(
     _publish,
     model=model,
@@ -177,61 +185,61 @@ def _open_http(
     dtype=settings.dtype,
     share=share,
   )
-  with contextlib.ExitStack() as opened:
-    asks: list[Any] = []  # Any: an `HttpSampler`, in the first process.
-
-    def open_servers() -> None:
-      asking = _ask_servers(
-        role,
-        settings,
-        root=root,
-        directory=directory,
-        model=model,
-        max_rows=max_rows,
-        publish=publish if is_policy else None,
-      )
-      asks.append(opened.enter_context(asking))
-
-    from_first(open_servers)
-    if share.count > 1:
-      sampler = shared_sampler.SharedSampler(
-        asks[0] if asks else None,
-        from_first,
-        update_weights=asks[0].update_weights if asks else publish,
-      )
-    else:
-      (sampler,) = asks
-    if is_policy and is_first:
-      # The servers are ours alone now, so what lies there is a dead run's.
+  pushing = functools.partial(connect, urls, root, publish=publish)
+  with _open_shared(pushing, publish, share, from_first) as sampler:
+    if share.index == 0:
       push.prune(root, keep=0)
-    if is_policy:
-      sampler.update_weights(params, 0)
+    sampler.update_weights(params, 0)
     try:
       yield sampler
     finally:
-      if is_policy and is_first:
+      if share.index == 0:
         push.prune(root, keep=0)
         if not settings.weights_root:
           root.rmdir()
 
 
-def _ask_servers(
+@contextlib.contextmanager
+def _open_shared(
+  connect: Callable[[], _Opened],
+  publish: _Publish | None,
+  share: process_group.ProcessShare,
+  from_first: types.OnFirstProcess,
+) -> Iterator[types.Sampler]:
+  """Connects the first process, and shares its sampler with the others."""
+  from rollout.remote import shared_sampler  # Needs an HTTP client.
+
+  with contextlib.ExitStack() as opened:
+    own: list[types.Sampler] = []  # Empty in all processes but the first.
+    from_first(lambda: own.append(opened.enter_context(connect())))
+    if share.count == 1:
+      yield own[0]
+    else:
+      yield shared_sampler.SharedSampler(
+        own[0] if own else None,
+        from_first,
+        update_weights=own[0].update_weights if own else publish,
+      )
+
+
+def _connect(
   role: wire.Role,
   settings: Settings,
-  *,
-  root: pathlib.Path,
   directory: pathlib.Path,
   model: decoder.Model,
   max_rows: int,
-  publish: Callable[[Mapping[str, Any], int], str] | None,  # Any: see types.
-) -> Any:  # Any: an `HttpSampler`, which is imported where it is asked for.
-  """Waits for the servers of a role, and makes the sampler that asks them."""
+  urls: Sequence[str],
+  root: pathlib.Path,
+  *,
+  publish: _Publish | None,
+) -> _Opened:
+  """Waits for the servers of a role and returns their sampler."""
   from conversion import rules
   from rollout import manifest
   from rollout.remote import client, fleet, http_sampler
 
   return http_sampler.HttpSampler(
-    settings.urls(role),
+    urls,
     channel=fleet.ChannelTerms(
       role=role,
       tensors=rules.shapes(model),
@@ -261,8 +269,8 @@ def _publish(
   dtype: Literal["float32", "bfloat16"],
   share: process_group.ProcessShare,
 ) -> str:
-  """Writes a version to where servers find it; gives its digest."""
-  from atlas_jax.models import quantized  # These need what the trainer has.
+  """Writes a version where servers can load it; returns its digest."""
+  from atlas_jax.models import quantized  # Not needed with the backend jax.
   from rollout.remote import push
 
   published = push.publish(
@@ -276,6 +284,6 @@ def _publish(
     share=share,
   )
   if share.index == 0:
-    # The one before may still be on its way into a server.
+    # A server may still be loading the previous version.
     push.prune(root, keep=2)
   return published.digest

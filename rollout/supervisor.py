@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts rollout servers, runs training next to them, stops what it started.
+"""Starts rollout servers, runs training next to them, and stops both.
 
-Every process runs under `rollout.child_process`, so that all end with the
-launcher, however it ends. If the launcher is killed, training gets SIGTERM and
+Every process runs under `rollout.child_process`, so that all exit with the
+launcher, even if it is killed. Training then receives SIGTERM and has
 `TRAINING_GRACE_S` seconds to finish its step and save. Servers stop within
-`SERVER_GRACE_S` seconds after training, which needs them until then.
+`SERVER_GRACE_S` seconds after training has exited.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from atlas_jax import errors
 from rollout import child_process, wire
 
 SERVER_GRACE_S = 10.0
-# Training first finishes its step and saves.
+# For training to finish its step and save.
 TRAINING_GRACE_S = 300.0
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _POLL_S = 0.2
@@ -41,7 +41,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """What to run. `env` adds to this process's; "" in it removes a name."""
+  """A command. `env` extends this process's; a value of "" unsets the name."""
 
   name: str
   argv: tuple[str, ...]
@@ -52,7 +52,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Server:
-  """A rollout server that is to be started."""
+  """A rollout server to start."""
 
   role: wire.Role
   url: str
@@ -60,34 +60,34 @@ class Server:
 
 
 def is_guarded() -> bool:
-  """Tells whether a launcher watches over this process."""
+  """Returns whether this process was started by a launcher."""
   return _GUARDED in os.environ
 
 
 def check_ports(host: str, base: int, count: int) -> None:
-  """Refuses ports that are in use.
+  """Validates that all ports are free.
 
   Raises:
-    errors.ConfigError: naming one, and a base from which all are free.
+    errors.ConfigError: if a port is in use; suggests a base with free ports.
   """
-  taken = [p for p in range(base, base + count) if not _is_free(host, p)]
-  if not taken:
+  in_use = [p for p in range(base, base + count) if not _is_free(host, p)]
+  if not in_use:
     return
   starts = range(base + count, 65536 - count, count)
   free = next(
     s for s in starts if all(_is_free(host, s + i) for i in range(count))
   )
   raise errors.ConfigError(
-    f"Port {taken[0]} is taken.",
+    f"Port {in_use[0]} is in use.",
     where=f"vllm_port={base}, with {count} servers",
-    why=f"Another program listens on {host}:{taken[0]}.",
+    why=f"Another process listens on {host}:{in_use[0]}.",
     fix=f"Stop it, or set vllm_port={free}.",
   )
 
 
 def _is_free(host: str, port: int) -> bool:
   with socket.socket() as probe:
-    # As servers do: what a closed connection leaves behind is no obstacle.
+    # As servers do: sockets in TIME_WAIT must not block the port.
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       probe.bind((host, port))
@@ -99,30 +99,31 @@ def _is_free(host: str, port: int) -> bool:
 def run(
   servers: Sequence[Server], training: Command, *, max_wait_s: float
 ) -> int:
-  """Starts the servers, then runs `training` to its end.
+  """Starts the servers, then runs `training` until it exits.
 
-  The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 lets training save, for which it
-  has `TRAINING_GRACE_S`; a second one it does not wait for. The servers stay
-  until it is done.
+  On the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 training has
+  `TRAINING_GRACE_S` to finish its step and save; on a second one it stops
+  without finishing its step. The servers run until training has exited.
 
   Returns:
     The exit code of `training`.
 
   Raises:
-    errors.RolloutError: if a server ends or is not healthy in time.
-    errors.PreemptedError: if asked to stop before training began.
-    errors.LostProcessError: if training was aborted.
-    errors.AtlasError: if it was killed.
+    errors.RolloutError: if a server exits or is not healthy in time.
+    errors.PreemptedError: if stopped before training started.
+    errors.LostProcessError: if training was aborted (SIGABRT).
+    errors.AtlasError: if training was killed by another signal.
   """
-  with _signals() as asked, _Processes() as processes:
+  with _signals() as received, _Processes() as processes:
     started = {
       server: processes.start_server(server.command) for server in servers
     }
-    _wait_healthy(started, asked, max_wait_s)
+    _wait_healthy(started, received, max_wait_s)
     trainer = processes.start_training(training)
-    code = _watch(trainer, started, asked, processes)
-  if asked and code == -signal.SIGTERM:  # Its guard had not begun.
-    raise _stopped(asked[0])
+    code = _watch(trainer, started, received, processes)
+  # The child process was stopped before it could forward the signal.
+  if received and code == -signal.SIGTERM:
+    raise _stopped(received[0])
   if code < 0 or code >= child_process.SIGNALLED:
     name = signal.Signals(
       -code if code < 0 else code - child_process.SIGNALLED
@@ -131,27 +132,30 @@ def run(
       raise errors.LostProcessError(
         f"{training.name} was aborted by its own libraries.",
         where=" ".join(training.argv),
-        why="The lines above tell. JAX aborts each of several processes when "
-        "another is lost, or does not come.",
-        fix="Look at the end of the other processes' logs for the cause. Then "
-        "run the same command again: it goes on from the last checkpoint.",
+        why="See the lines above. JAX aborts every process of a multi-process "
+        "job when one is lost or never connects.",
+        fix="Look for the cause at the end of the other processes' logs. Then "
+        "run the same command again: it resumes from the last checkpoint.",
       )
     raise errors.AtlasError(
       f"{training.name} was killed by {name}.",
       where=" ".join(training.argv),
-      why="Someone killed it, it did not save in time after it was asked to "
-      "stop, or the machine ran out of memory.",
-      fix="Run the same command again: it goes on from the last checkpoint.",
+      why="It was killed manually, it did not save within the grace period "
+      "after a stop signal, or the machine ran out of memory.",
+      fix="Run the same command again: it resumes from the last checkpoint.",
     )
   return code
 
 
 class _Processes:
-  """The processes of one launch; leaving the context ends them all.
+  """The processes of one launch; leaving the context stops them all.
 
-  A guard watches one end of a pipe. The other end of training's is this
-  process's alone; that of the servers' is training's as well, whose guard holds
-  it until training has saved.
+  Each `rollout.child_process` watches the read end of a pipe. This process
+  holds both write ends. Training's child process also holds that of the
+  servers, so they run until training has saved:
+
+    launcher --training pipe--> child_process of training
+    launcher and child_process of training --server pipe--> those of servers
   """
 
   def __init__(self) -> None:
@@ -162,17 +166,20 @@ class _Processes:
     return self
 
   def start_server(self, command: Command) -> subprocess.Popen[bytes]:
-    """Starts a server, which ends after training."""
+    """Starts a server, which stops after training."""
     return self._start(command, self._of_servers[0], ())
 
   def start_training(self, command: Command) -> subprocess.Popen[bytes]:
-    """Starts training, which ends with this process."""
+    """Starts training, which stops with this process."""
     return self._start(command, self._of_training[0], self._of_servers[1:])
 
   def _start(
     self, command: Command, watched: int, held: Sequence[int]
   ) -> subprocess.Popen[bytes]:
-    """Starts a command under its guard, whose signals and code are its own."""
+    """Starts a command under `rollout.child_process`.
+
+    The child process forwards signals and returns the command's exit code.
+    """
     env = {**os.environ, _GUARDED: "1", **command.env}
     env = {k: v for k, v in env.items() if v}
     with contextlib.ExitStack() as stack:
@@ -180,11 +187,16 @@ class _Processes:
       if command.log is not None:
         command.log.parent.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(command.log.open("ab"))
-      # The guard must not get the terminal's Ctrl-C: it is for us to pass on.
+      # In a new session the terminal's Ctrl-C reaches only this process, which
+      # forwards it.
       process = subprocess.Popen(
         [
-          *(sys.executable, "-m", "rollout.child_process"),
-          *(str(watched), str(command.grace_s), *command.argv),
+          sys.executable,
+          "-m",
+          "rollout.child_process",
+          str(watched),
+          str(command.grace_s),
+          *command.argv,
         ],
         cwd=_ROOT,
         env=env,
@@ -198,7 +210,7 @@ class _Processes:
     return process
 
   def __exit__(self, *error: object) -> None:
-    # First all are told, then all are waited for.
+    # Signals all processes first, then waits for them.
     for _, process in self._guarded:
       process.terminate()
     for end in (*self._of_training, *self._of_servers):
@@ -207,16 +219,16 @@ class _Processes:
       try:
         process.wait(command.grace_s + _PROBE_S)
       except subprocess.TimeoutExpired:
-        logging.error("%s (%d) does not end.", command.name, process.pid)
+        logging.error("%s did not exit, pid=%d.", command.name, process.pid)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-  """Collects signals instead of letting them break into a clean-up."""
-  asked: list[int] = []
-  old = {n: signal.signal(n, lambda n, _: asked.append(n)) for n in _SIGNALS}
+  """Yields a list that collects signals, so that they do not interrupt us."""
+  received: list[int] = []
+  old = {n: signal.signal(n, lambda n, _: received.append(n)) for n in _SIGNALS}
   try:
-    yield asked
+    yield received
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
@@ -224,35 +236,38 @@ def _signals() -> Iterator[list[int]]:
 
 def _wait_healthy(
   started: Mapping[Server, subprocess.Popen[bytes]],
-  asked: Sequence[int],
+  received: Sequence[int],
   max_wait_s: float,
 ) -> None:
-  """Waits until every server says that it is healthy."""
-  waiting = {server: "not asked yet" for server in started}
-  begun = told = time.monotonic()
+  """Waits until every server reports that it is healthy."""
+  waiting = {server: "not polled yet" for server in started}
+  begun = logged = time.monotonic()
   while waiting:
     for server in list(waiting):
-      if asked:
-        raise _stopped(asked[0])
+      if received:
+        raise _stopped(received[0])
       if started[server].poll() is not None:
         code = started[server].returncode
-        raise _unavailable(server, f"It ended with exit code {code}.")
-      waiting[server] = _trouble(server)
+        raise _unavailable(server, f"It exited with code {code}.")
+      waiting[server] = _problem(server)
       if not waiting[server]:
         del waiting[server]
         logging.info("The %s is ready.", server.command.name)
     now = time.monotonic()
-    for server, trouble in waiting.items():
+    for server, problem in waiting.items():
       if now - begun > max_wait_s:
-        why = f"It was not healthy within {max_wait_s:.0f} s: {trouble}."
+        why = f"It was not healthy within {max_wait_s:.0f} s: {problem}."
         raise _unavailable(server, why)
-      if now - told > _PROGRESS_S:
+      if now - logged > _PROGRESS_S:
         logging.info(
           "Waiting for the %s, %.0f of %.0f s: %s. Log: %s",
-          *(server.command.name, now - begun, max_wait_s, trouble),
+          server.command.name,
+          now - begun,
+          max_wait_s,
+          problem,
           server.command.log,
         )
-    told = now if now - told > _PROGRESS_S else told
+    logged = now if now - logged > _PROGRESS_S else logged
     time.sleep(_POLL_S)
 
 
@@ -260,41 +275,41 @@ def _stopped(number: int) -> errors.PreemptedError:
   return errors.PreemptedError(
     f"Stopped by {signal.Signals(number).name}.",
     where="launcher",
-    why="The process was asked to stop before training began.",
+    why="The signal arrived before training started.",
     fix="Run the same command again.",
   )
 
 
-async def _ask(server: Server) -> wire.Health | str:
-  """Asks a server how it is; gives the reason if it does not tell."""
+async def _poll_health(server: Server) -> wire.Health | str:
+  """Returns a server's health, or why it is unknown."""
   token = os.environ.get("ATLAS_ROLLOUT_TOKEN", "")
   headers = {"Authorization": f"Bearer {token}"} if token else {}
   try:
-    # httpx2's own time-out is for each read: a slow dripper would pass it.
+    # httpx2's timeout applies to each read, not to the whole request.
     async with asyncio.timeout(_PROBE_S), httpx2.AsyncClient() as client:
       reply = await client.get(f"{server.url}/health", headers=headers)
     return wire.Health.model_validate_json(reply.content)
   except TimeoutError:
-    return f"no answer within {_PROBE_S:.0f} s"
+    return f"no response within {_PROBE_S:.0f} s"
   except httpx2.HTTPError as error:
     return str(error) or type(error).__name__
   except pydantic.ValidationError:
-    return "what answers is no rollout server"
+    return "the response is not from a rollout server"
 
 
-def _trouble(server: Server) -> str:
-  """Says what is wrong with a server; "" if it is well."""
-  health = asyncio.run(_ask(server))
+def _problem(server: Server) -> str:
+  """Returns why a server is not healthy, or ""."""
+  health = asyncio.run(_poll_health(server))
   if isinstance(health, str):
     return health
   if (health.status, health.role) != ("ok", server.role):
-    return f"a {health.role} server that is {health.status}"
+    return f"role={health.role}, status={health.status}"
   return ""
 
 
 def _is_lost(server: Server) -> bool:
-  """Tells whether a server says itself that it will not work again."""
-  health = asyncio.run(_ask(server))
+  """Returns whether a server reports that its engine is dead or hung."""
+  health = asyncio.run(_poll_health(server))
   return not isinstance(health, str) and health.status in ("dead", "hung")
 
 
@@ -308,7 +323,7 @@ def _unavailable(server: Server, why: str) -> errors.RolloutError:
     f"The {server.command.name} is not available.",
     where=f"{server.url}, log {log}",
     why=f"{why}{tail}",
-    fix="Mend what its log reports. By hand it is started with\n    "
+    fix="Fix what its log reports. To start it manually:\n    "
     + " ".join(server.command.argv),
   )
 
@@ -316,30 +331,33 @@ def _unavailable(server: Server, why: str) -> errors.RolloutError:
 def _watch(
   trainer: subprocess.Popen[bytes],
   started: dict[Server, subprocess.Popen[bytes]],
-  asked: Sequence[int],
+  received: Sequence[int],
   processes: _Processes,
 ) -> int:
-  """Waits for training; passes signals on, and restarts servers.
+  """Waits for training; forwards signals and restarts servers.
 
-  A server is started again when it ended, or says that its engine did.
+  A server is restarted when it exits, or reports that its engine is dead or
+  hung.
   """
-  num_passed, restarts, asked_last = 0, 0, time.monotonic()
+  num_passed, restarts, checked_at = 0, 0, time.monotonic()
   while (code := trainer.poll()) is None:
-    for _ in asked[num_passed:]:
+    for _ in received[num_passed:]:
       num_passed += 1
-      trainer.terminate()  # Asked twice, it does not wait for its step.
-    is_time = time.monotonic() - asked_last > _CHECK_S
+      trainer.terminate()  # The second one stops it in the middle of a step.
+    is_due = time.monotonic() - checked_at > _CHECK_S
     for server, process in started.items():
       if process.poll() is None:
-        if is_time and _is_lost(server):
+        if is_due and _is_lost(server):
           process.terminate()
-      elif not asked and restarts < _MAX_RESTARTS:
+      elif not received and restarts < _MAX_RESTARTS:
         restarts += 1
         logging.error(
-          "The %s ended with exit code %d; started again. Log: %s",
-          *(server.command.name, process.returncode, server.command.log),
+          "Restarting the %s: it exited with code %d. Log: %s",
+          server.command.name,
+          process.returncode,
+          server.command.log,
         )
         started[server] = processes.start_server(server.command)
-    asked_last = time.monotonic() if is_time else asked_last
+    checked_at = time.monotonic() if is_due else checked_at
     time.sleep(_POLL_S)
   return code

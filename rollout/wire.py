@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trainer and rollout server say to each other, as typed messages.
+"""Typed messages between trainer and rollout server.
 
 Imported by both sides, so it needs neither jax nor vllm. Unknown fields are
-refused: a misspelt one must not be ignored.
+rejected, so that a misspelt one is not silently ignored.
 """
 
 from typing import Annotated, Literal
@@ -19,9 +19,9 @@ class _Message(pydantic.BaseModel):
 
 
 class PromptIn(_Message):
-  """A prompt by its token ids or, for a person with curl, by its text.
+  """A prompt as token ids or, for manual requests, as text.
 
-  `row_id` names it in errors and, with the seed, fixes its random numbers.
+  `row_id` appears in errors and, with the seed, determines random numbers.
   """
 
   row_id: str
@@ -30,11 +30,10 @@ class PromptIn(_Message):
 
 
 class GenerateRequest(_Message):
-  """`n` completions of each prompt.
+  """Requests `n` completions of each prompt.
 
-  The same `request_id` again is the same request: it is answered, not
-  generated, a second time. With `version`, completions of other weights are
-  refused (409).
+  A repeated `request_id` returns the cached answer without generating again. If
+  `version` is set and not the loaded one, the request is rejected (409).
   """
 
   request_id: str
@@ -58,9 +57,9 @@ class CompletionOut(_Message):
 
 
 class GenerateResponse(_Message):
-  """Completions by prompt, in order, all written by one version.
+  """Completions by prompt, in order, all sampled from one version.
 
-  `queue_s` is how long the request waited for its turn: for new weights, say.
+  `queue_s` is the time in the queue, for example during a weight update.
   """
 
   request_id: str
@@ -70,7 +69,7 @@ class GenerateResponse(_Message):
 
 
 class TensorSignature(_Message):
-  """A weight by its Hugging Face name, without its values."""
+  """Hugging Face name and shape of a weight."""
 
   name: str
   shape: list[int]
@@ -79,11 +78,11 @@ class TensorSignature(_Message):
 class InitRequest(_Message):
   """The handshake of the weight channel.
 
-  A server whose role, tensors or tokenizer differ refuses it (409) with a
-  table. `weights_root` is the only directory it will ever load from.
-  `trainer_id` is told apart from a second trainer's, which is refused while the
-  first is alive; `heartbeat_s` without a word from it ends the channel, and so
-  does the end of its `process` (see `lease`) if that ran on this machine.
+  A server whose role, tensors or tokenizer differ rejects it (409) and lists
+  the differences. The server loads weights from `weights_root` only. A trainer
+  with another `trainer_id` is rejected while the channel is open. The channel
+  is closed after `heartbeat_s` without a request, or when `process` (see
+  `process_name`) has exited, if it ran on the server's machine.
   """
 
   trainer_id: str
@@ -96,9 +95,9 @@ class InitRequest(_Message):
 
 
 class UpdateRequest(_Message):
-  """Loads `weights_root/<version>`; the version must be a newer one.
+  """Loads `weights_root/<version>`, which must be newer than the last version.
 
-  `digest` is that of the manifest, so that neither side can mean another one.
+  `digest` is that of the manifest; the server verifies it.
   """
 
   trainer_id: str
@@ -107,7 +106,7 @@ class UpdateRequest(_Message):
 
 
 class UpdateResponse(_Message):
-  """The version now held, and the seconds spent waiting and loading."""
+  """The loaded version, and the seconds spent draining and loading."""
 
   version: int
   drain_s: float
@@ -115,15 +114,15 @@ class UpdateResponse(_Message):
 
 
 class CloseRequest(_Message):
-  """Ends the weight channel; the weights stay."""
+  """Closes the weight channel; the weights stay."""
 
   trainer_id: str
 
 
 class Version(_Message):
-  """What the server holds, and what it is loading, if anything.
+  """The version that is loaded, and the one being loaded, if any.
 
-  `digest` is that of the manifest, "" at the start.
+  `digest` is that of the manifest, "" for the weights at server start.
   """
 
   version: int
@@ -132,9 +131,9 @@ class Version(_Message):
 
 
 class Health(_Message):
-  """`ok` only if the engine made progress or has nothing to do.
+  """Status of the server; `ok` if the engine is idle or makes progress.
 
-  `model` and `max_model_len` are what a client must know before it sends.
+  `max_model_len` bounds prompt plus completion tokens of each request.
   """
 
   status: Literal["ok", "hung", "dead"]
@@ -149,19 +148,19 @@ class Health(_Message):
 
 
 class TensorParallelSize(_Message):
-  """The name of the field is the original's."""
+  """The number of devices that share one copy of the weights."""
 
   tensor_parallel_size: int
 
 
 class Done(_Message):
-  """Something was done that has nothing else to tell."""
+  """Confirms a request without another result."""
 
   message: str
 
 
 class Refusal(_Message):
-  """Why a request was not carried out; the body of every 4xx and 5xx."""
+  """Why a request was rejected or failed; the body of every 4xx and 5xx."""
 
   error: str
   what: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every script begins and ends: flags, logs, exit codes."""
+"""Entry point of every script: flags, logging, exit codes."""
 
 from collections.abc import Callable
 import contextlib
@@ -19,12 +19,11 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Runs a main; every way it can end has an exit code of its own.
+  """Runs `main` and exits with a code of `errors.Exit`.
 
-  A main may give the exit code of a child which has told all there is.
-
-  Known failures are told in four lines on stderr, unknown ones with their
-  traceback. See `errors.Exit` for the codes.
+  `main` may return the exit code of a child process that has already reported
+  its failure. An `AtlasError` is printed to stderr in four lines, any other
+  exception with its traceback.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -34,23 +33,23 @@ def run(main: Callable[[], int | None]) -> None:
         raise errors.ConfigError(
           f"Unexpected arguments {argv[1:]}.",
           where="command line",
-          why="Flags start with --; config values are set by name.",
-          fix="For example --config.seed=1.",
+          why="Flags start with --, and config values are set by name.",
+          fix="Write, for example, --config.seed=1.",
         )
       code = main() or errors.Exit.DONE
     except errors.AtlasError as error:
-      code = _tell(error)
+      code = _report(error)
     except KeyboardInterrupt:
-      code = _tell(
+      code = _report(
         errors.PreemptedError(
           "Interrupted.",
           where="this process",
-          why="It was asked to stop where it had nothing to save.",
-          fix="Run the same command again: what is done already is kept.",
+          why="It received a stop signal while it had nothing to save.",
+          fix="Run the same command again: completed work is kept.",
         )
       )
     finally:
-      if code is None:  # Unknown to us.
+      if code is None:  # An unexpected exception.
         code = errors.Exit.INTERNAL
         with contextlib.suppress(OSError):
           traceback.print_exc()
@@ -58,7 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
 
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.addFilter(_ours_or_serious)
+  handler.addFilter(_is_relevant)
   handler.setFormatter(
     stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
   )
@@ -66,12 +65,13 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _exit(code: int) -> None:
-  """Ends this process.
+  """Exits this process.
 
-  One of several that failed does not wait for the others, as JAX would: they
-  may wait for it. It only lets them fail by themselves, if they do so too.
+  In a multi-process run, a failed process must not wait for the others at exit,
+  as JAX does, since they may be waiting for it. It first sleeps briefly, so
+  that the others can report the same failure themselves.
   """
-  jax = sys.modules.get("jax")  # Where there is none, nobody imported it.
+  jax = sys.modules.get("jax")  # None if it was never imported.
   if code and jax is not None and jax.distributed.is_initialized():
     time.sleep(_LEAVE_S)
     logging.flush()
@@ -80,15 +80,15 @@ def _exit(code: int) -> None:
   sys.exit(code)
 
 
-def _tell(error: errors.AtlasError) -> errors.Exit:
+def _report(error: errors.AtlasError) -> errors.Exit:
   logging.flush()
-  with contextlib.suppress(OSError):  # Nobody may be reading any more.
+  with contextlib.suppress(OSError):  # A closed stderr is ignored.
     print(f"\n{error}", file=sys.stderr)
   return error.exit_code
 
 
-def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
-  """Keeps libraries' progress reports out of ours."""
+def _is_relevant(record: stdlib_logging.LogRecord) -> bool:
+  """Drops records below WARNING that come from libraries."""
   in_house = _ROOT in pathlib.Path(record.pathname).resolve().parents
   in_library = "site-packages" in record.pathname
   return record.levelno >= stdlib_logging.WARNING or (
@@ -97,30 +97,36 @@ def _ours_or_serious(record: stdlib_logging.LogRecord) -> bool:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; a bad one ends with its own message and exit code."""
+  """Parses flags; an invalid flag is reported and exits with its own code."""
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      # A file that could not be loaded says so only when it is used.
+      # Errors in a config file are raised only when the config is accessed.
       flags.FLAGS.config.lock()
     return rest
   except (
-    *(flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError),
+    flags.Error,
+    OSError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
   ) as error:
-    wrong = errors.ConfigError(
-      "The flags cannot be used.",
+    invalid = errors.ConfigError(
+      "Invalid flags.",
       where="command line",
       why=_reason(error),
-      fix="--help lists the flags; --config.KEY=VALUE sets a config value.",
+      fix="Use --help to list the flags, --config.KEY=VALUE to set a config "
+      "value.",
     )
-    sys.exit(int(_tell(wrong)))
+    sys.exit(int(_report(invalid)))
 
 
 def _reason(error: Exception) -> str:
-  """Finds the sentence in what absl and ml_collections raise."""
+  """Extracts the message from an absl or ml_collections exception."""
   inner = error.args[0] if isinstance(error, AttributeError) else error
   if isinstance(inner, KeyError):  # str() would quote it once more.
-    text = f"There is no config key {inner.args[0]}"
+    text = f"Unknown config key {inner.args[0]}"
   else:
     text = str(inner)
   if "Traceback" in text:

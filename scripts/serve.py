@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves completions of a model whose weights a trainer may replace.
+"""Serves completions of a model whose weights a trainer can replace.
 
   .venv-rollout/bin/python -m scripts.serve --engine=vllm --role=policy \
     --model=DIR --port=8765
 
-Without vLLM, .venv and --engine=jax do the same. Every endpoint is described at
-http://127.0.0.1:8765/docs. SIGTERM lets running requests end, then exits 0.
+Without vLLM, use .venv and --engine=jax. The endpoints are documented at
+http://127.0.0.1:8765/docs. On SIGTERM, running requests finish and the exit
+code is 0.
 """
 
 import asyncio
@@ -23,83 +24,91 @@ from rollout.server import engine, listen, service, weight_channel
 from scripts import program
 
 _ENGINE = flags.DEFINE_enum(
-  "engine", None, ["vllm", "jax"], "What samples.", required=True
+  "engine", None, ["vllm", "jax"], "Inference engine.", required=True
 )
 _MODEL = flags.DEFINE_string(
-  "model", None, "A Hugging Face directory.", required=True
+  "model", None, "Model directory in Hugging Face format.", required=True
 )
 _ROLE = flags.DEFINE_enum(
   "role",
   None,
   ["policy", "student"],
-  "A student's weights never change.",
+  "Role of the model; a student's weights are never replaced.",
   required=True,
 )
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Any other needs a token.")
-_PORT = flags.DEFINE_integer("port", 8765, "Where it listens.")
+_HOST = flags.DEFINE_string(
+  "host", "127.0.0.1", "Address to listen on; other hosts need a token."
+)
+_PORT = flags.DEFINE_integer("port", 8765, "Port to listen on.")
 _TOKEN_FILE = flags.DEFINE_string(
-  "token_file", None, f"Holds the token; or set {listen.TOKEN_VARIABLE}."
+  "token_file", None, f"File with the token; or set {listen.TOKEN_VARIABLE}."
 )
 _WEIGHTS_ROOT = flags.DEFINE_string(
-  "weights_root", None, "If set, pushed weights must lie below it."
+  "weights_root", None, "If set, pushed weights must be below this directory."
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "auto",
   ["auto", "float32", "bfloat16"],
-  "Of weights and activations; auto is what config.json says.",
+  "Dtype of weights and activations; auto uses that of config.json.",
 )
 _MAX_MODEL_LEN = flags.DEFINE_integer(
-  "max_model_len", None, "Of prompt and completion; the model's if unset."
+  "max_model_len",
+  None,
+  "Maximum tokens of prompt plus completion; default: the model's maximum.",
 )
-# Of one engine each: anything else would be ignored, so it is refused.
+# Flags of one engine only; the other engine rejects them.
 _ENGINE_FLAGS = {
   "vllm": {
     "tensor_parallel_size": flags.DEFINE_integer(
-      "tensor_parallel_size", 1, "vllm: devices that share the weights."
+      "tensor_parallel_size", 1, "vllm: number of devices for the weights."
     ),
     "gpu_memory_utilization": flags.DEFINE_float(
-      "gpu_memory_utilization", 0.9, "vllm: fraction of memory taken."
+      "gpu_memory_utilization", 0.9, "vllm: fraction of GPU memory to use."
     ),
     "kv_cache_gib": flags.DEFINE_float(
-      "kv_cache_gib", None, "vllm: size of the cache; else what is left."
+      "kv_cache_gib", None, "vllm: KV cache size; default: remaining memory."
     ),
     "enforce_eager": flags.DEFINE_bool(
-      "enforce_eager", False, "vllm: start sooner, run slower."
+      "enforce_eager",
+      False,
+      "vllm: do not compile; starts faster, runs slower.",
     ),
   },
   "jax": {
     "max_rows": flags.DEFINE_integer(
-      "max_rows", 256, "jax: completions decoded at once."
+      "max_rows", 256, "jax: maximum completions decoded at once."
     ),
   },
 }
 _LIMITS = {
   "max_body_bytes": flags.DEFINE_integer(
-    "max_body_bytes", 32 * 2**20, "Bytes of one request."
+    "max_body_bytes", 32 * 2**20, "Maximum bytes per request."
   ),
   "max_prompts": flags.DEFINE_integer(
-    "max_prompts", 4096, "Prompts of one request."
+    "max_prompts", 4096, "Maximum prompts per request."
   ),
-  "max_n": flags.DEFINE_integer("max_n", 256, "Completions of one prompt."),
+  "max_n": flags.DEFINE_integer(
+    "max_n", 256, "Maximum completions per prompt."
+  ),
   "max_tokens": flags.DEFINE_integer(
-    "max_tokens", 32768, "Tokens of one completion."
+    "max_tokens", 32768, "Maximum tokens per completion."
   ),
   "max_queue": flags.DEFINE_integer(
-    "max_queue", 16384, "Completions of all requests that are not done yet."
+    "max_queue", 16384, "Maximum completions that are queued or running."
   ),
   "hang_s": flags.DEFINE_float(
-    "hang_s", 300.0, "Busy without progress for so long, an engine is hung."
+    "hang_s", 300.0, "Time without progress after which a busy engine is hung."
   ),
   "drain_s": flags.DEFINE_float(
-    "drain_s", 600.0, "What runs may take before an update, or the end."
+    "drain_s", 600.0, "Wait for running requests before an update or exit."
   ),
-  "load_s": flags.DEFINE_float("load_s", 600.0, "What loading may take."),
+  "load_s": flags.DEFINE_float("load_s", 600.0, "Time limit to load weights."),
 }
 
 
 def main() -> None:
-  """Serves until it is told to stop."""
+  """Serves until SIGTERM or SIGINT."""
   token_file = pathlib.Path(_TOKEN_FILE.value) if _TOKEN_FILE.value else None
   tokens = listen.read_tokens(_HOST.value, token_file)
   directory = pathlib.Path(_MODEL.value).expanduser().resolve()
@@ -125,8 +134,10 @@ def main() -> None:
       )
       app = server_app.create_app(backend, tokens=tokens)
       logging.info(
-        "The %s is served at http://%s:%d by %s.",
-        *(role, *bound.getsockname()[:2], _ENGINE.value),
+        "Serving role=%s engine=%s at http://%s:%d.",
+        role,
+        _ENGINE.value,
+        *bound.getsockname()[:2],
       )
       asyncio.run(listen.serve(app, bound, drain_s=limits.drain_s))
     finally:
@@ -134,16 +145,16 @@ def main() -> None:
 
 
 def _start_engine(directory: pathlib.Path) -> engine.Engine:
-  """Imports the engine that is asked for, and no other, and starts it."""
+  """Imports the chosen engine, and no other, and starts it."""
   name = _ENGINE.value
   for owner, options in _ENGINE_FLAGS.items():
     for option in options:
       if owner != name and flags.FLAGS[option].present:
         raise errors.ConfigError(
-          f"--{option} means nothing to this engine.",
-          where=f"--engine={name}",
-          why=f"It is a setting of --engine={owner}.",
-          fix=f"Leave it out, or use --engine={owner}.",
+          f"--{option} requires --engine={owner}, got --engine={name}.",
+          where=f"--{option}",
+          why=f"The {name} engine has no such setting.",
+          fix=f"Remove --{option}, or use --engine={owner}.",
         )
   dtype = _DTYPE.value
   if dtype == "auto":
@@ -151,12 +162,12 @@ def _start_engine(directory: pathlib.Path) -> engine.Engine:
     dtype = fields.get("dtype") or fields.get("torch_dtype")
   if dtype not in ("float32", "bfloat16"):
     raise errors.ConfigError(
-      f"Weights cannot be served as {dtype}.",
+      f"dtype must be float32 or bfloat16, got {dtype}.",
       where=f"--dtype={_DTYPE.value}, {directory / 'config.json'}",
-      why="Trainer and server agree in float32 and bfloat16 only.",
+      why="The trainer supports float32 and bfloat16 only.",
       fix="Set --dtype=bfloat16 or --dtype=float32.",
     )
-  # vLLM calls home and looks models up on the hub unless it is told not to.
+  # By default vLLM sends usage statistics and looks models up on the Hub.
   os.environ.setdefault("HF_HUB_OFFLINE", "1")
   os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
   os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -165,7 +176,7 @@ def _start_engine(directory: pathlib.Path) -> engine.Engine:
     module = importlib.import_module(f"rollout.server.engine_{name}")
   except ImportError as error:
     raise errors.ConfigError(
-      f"The {name} engine is not installed here.",
+      f"The {name} engine is not installed in this environment.",
       where=f"--engine={name}",
       why=str(error),
       fix="For vllm: bash scripts/install_rollout.sh, then "

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rollout server which does what a test scripts, and else what it should.
+"""A fake rollout server that injects the faults a test scripts.
 
-One asyncio server on a loopback port of its own, in a thread. Faults are
-scripted per path and used up in order; the tiny generations that only find out
-if a server works have those of "/probe", if that is scripted:
+Runs an asyncio server in a thread. Faults are scripted per path and consumed in
+order; probe requests use those of "/probe", if it is scripted:
 
   server.script["/generate"] = [Fault("reset"), Fault("status", 503)]
 """
@@ -21,10 +20,10 @@ _FINE = '{"error": "e", "what": "No.", "why": "Because.", "fix": "Stop."}'
 class Fault:
   """What happens to one request.
 
-  `kind` is one of: status (with a code), busy (429, Retry-After), hang, drip
-  (seconds between bytes), truncate, reset, lose (done, but the answer is cut),
-  garbage (bytes), edit (a function of the reply), die (done, then killed before
-  it is logged), load (seconds that loading goes on, after which it holds).
+  `kind` is one of: status (with a code), busy (429, with Retry-After), hang,
+  drip (seconds between bytes), truncate, reset, lose (processed, but no bytes
+  are sent), garbage (bytes to send), edit (a function that changes the reply),
+  die (processed, then killed before it replies), load (seconds until loaded).
   """
 
   kind: str
@@ -32,7 +31,7 @@ class Fault:
 
 
 class FaultServer:
-  """Answers as wire.py says: every completion of p is [p[0], version + 1]."""
+  """Implements wire.py; every completion of p is [p[0], version + 1]."""
 
   def __init__(self, role="policy", max_model_len=64, tokenizer="t" * 64):
     self.script: dict[str, list[Fault]] = {}
@@ -55,18 +54,18 @@ class FaultServer:
 
   @property
   def url(self):
-    """Gives the address."""
+    """The server's address."""
     return f"http://127.0.0.1:{self.port}"
 
   def start(self):
-    """Listens, on the same port as before."""
+    """Listens on the same port as before."""
     self._server = self._run(
       asyncio.start_server(self._serve, "127.0.0.1", self.port)
     )
     self.port = self._server.sockets[0].getsockname()[1]
 
   def kill(self):
-    """Cuts all connections, and forgets what was pushed."""
+    """Aborts all connections and drops the pushed weights."""
     self._run(self._die())
 
   async def _die(self):
@@ -76,7 +75,7 @@ class FaultServer:
     self.version, self.digest, self._answers = 0, "", {}
 
   def close(self):
-    """Ends the thread."""
+    """Stops the thread."""
     self.kill()
 
     async def end():
@@ -91,7 +90,7 @@ class FaultServer:
     self._loop.close()
 
   def paths(self):
-    """Lists what was asked, in order."""
+    """Returns the paths of all requests, in order."""
     return [path for path, _ in self.requests]
 
   def _run(self, work):
@@ -190,7 +189,7 @@ class FaultServer:
       return 409, json.loads(_FINE)
     request_id = body["request_id"]
     if request_id not in self._answers:
-      # What only finds out if it works is not counted.
+      # Probes are not counted.
       self.num_generated += body["prompts"][0]["row_id"] != "probe"
       self._answers[request_id] = {
         "request_id": request_id,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rollout server over an engine which does what a test scripts."""
+"""A rollout server with a fake engine that a test controls."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ TOKEN = "0123456789abcdef"
 
 
 class Engine:
-  """An engine that works while `go` is set, and counts what it did."""
+  """An engine that generates while `go` is set, and counts its calls."""
 
   facts = engine.Facts("jax", "model", 32, 10, 1)
   is_alive = True
@@ -30,11 +30,11 @@ class Engine:
     self.loaded, self.load_error, self.logprob = [], None, -0.5
 
   def tokenize(self, text):
-    """Makes a token of each word."""
+    """Returns the length of each word as its token id."""
     return [len(word) for word in text.split()]
 
   async def generate(self, prompts, params):
-    """Writes when it may."""
+    """Returns fixed completions once `go` is set."""
     self.num_calls += 1
     await self.go.wait()
     self.last_progress_s = time.monotonic()
@@ -47,25 +47,25 @@ class Engine:
     return [[one] * params.group_size for _ in prompts]
 
   async def load(self, directory, version):
-    """Notes what it was to load."""
+    """Records the loaded version."""
     if self.load_error:
       raise self.load_error
     self.loaded.append((directory.name, version))
 
   async def reset_prefix_cache(self):
-    """Counts."""
+    """Counts resets."""
     self.num_resets += 1
 
   def metrics(self):
-    """Gives one number."""
+    """Returns one value."""
     return {"load": 0.5}
 
   def close(self):
-    """Has nothing to stop."""
+    """Does nothing."""
 
 
 class Server:
-  """An app over a scripted engine, and a client inside one event loop."""
+  """An app with a fake engine, and a client in the same event loop."""
 
   def __init__(
     self, *, role="policy", token=None, admin_token=None, allowed=None, **limits
@@ -102,7 +102,7 @@ class Server:
 
   @contextlib.asynccontextmanager
   async def client(self, **kwargs):
-    """Gives a client of the app."""
+    """Yields a client of the app."""
     transport = httpx2.ASGITransport(app=self.app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(
       transport=transport, base_url="http://test", **kwargs
@@ -147,7 +147,7 @@ def init(root, trainer_id="t", **changes):
 
 
 def push(root, version, fill=1.0):
-  """Writes a version as a trainer does; gives what it then asks for."""
+  """Writes a version as a trainer does; returns the update request."""
   directory = manifest.directory_of(root, version)
   directory.mkdir()
   shards.write(
@@ -172,6 +172,6 @@ async def until(condition):
     await asyncio.sleep(0.001)
 
 
-def assert_refused(reply, status, error):
+def assert_rejected(reply, status, error):
   refusal = wire.Refusal.model_validate(reply.json())
   assert (reply.status_code, refusal.error) == (status, error), refusal

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients of rollout servers: sampling and weight pushes."""
+"""Clients of rollout servers: sampling and weight updates."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls one rollout server, and believes nothing it has not checked.
+"""Typed client for one rollout server, which validates every response.
 
-Each call has a deadline on the clock, not on the silence between two bytes: a
-server that sends one byte a second would never be silent. What may succeed the
-second time is sent again with the same request id, so that a generation whose
-answer was lost is answered, not repeated.
+Each call has a wall-clock deadline: a read timeout would never expire on a
+server that sends one byte per second. Transient failures are retried with the
+same request id, so that the server returns its cached answer instead of
+generating again.
 """
 
 import asyncio
@@ -29,23 +29,23 @@ ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
 
 _Reply = TypeVar("_Reply", bound=pydantic.BaseModel)
 
-# A server that is asked to wait is asked again for as long as the deadline
-# allows; one whose answers break is given up soon, as others may be well.
+# Busy servers (429) are retried until the deadline. Failures are retried only
+# a few times, since other servers may be available.
 _NUM_TRIES = 3
 _MAX_RETRY_AFTER_S = 30.0
 _BUSY, _PASSING = 429, (502, 503)
-# What is tried again is told by `_call`, in one line of ours.
+# `_call` logs retries itself.
 stamina.instrumentation.set_on_retry_hooks(())
-# A log-probability may exceed zero by what float32 rounds.
+# A log-probability may exceed zero by float32 rounding.
 _LOGPROB_SLACK = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Deadlines:
-  """Seconds of wall-clock time that a call may take, repetitions included.
+  """Wall-clock limits of a call in seconds, including retries.
 
-  `generate_s` is for one request of completions, `update_s` for one push of
-  weights, `control_s` for everything else.
+  `generate_s` applies to a generate request, `update_s` to a weight update,
+  `control_s` to everything else.
   """
 
   generate_s: float
@@ -54,19 +54,19 @@ class Deadlines:
 
 
 class UnavailableError(errors.RolloutError):
-  """The server did not answer in time, or what it answered is broken."""
+  """The server did not answer, or its response is invalid."""
 
 
 class LateError(UnavailableError):
-  """The deadline passed; the server may still be at it."""
+  """The deadline expired; the server may still be working."""
 
 
 class RefusedError(errors.RolloutError):
-  """The server answered, and its answer is no; `error` is its word for it."""
+  """The server rejected the request; `error` is its error code."""
 
   def __init__(self, url: str, status: int, refusal: wire.Refusal) -> None:
     super().__init__(
-      "A rollout server refused what it was asked.",
+      "A rollout server rejected a request.",
       where=f"{url} ({status})",
       why=f"{refusal.what} {refusal.why}",
       fix=refusal.fix,
@@ -75,7 +75,7 @@ class RefusedError(errors.RolloutError):
 
 
 class _BusyError(Exception):
-  """The server asks to be left alone for `wait_s`."""
+  """The server is busy; retry after `wait_s`."""
 
   def __init__(self, wait_s: float | None) -> None:
     super().__init__("its queue is full (429)")
@@ -83,7 +83,7 @@ class _BusyError(Exception):
 
 
 class _BrokenError(Exception):
-  """No answer, or one that cannot be true; `again` if it may pass."""
+  """No response, or an invalid one; `again` if a retry may succeed."""
 
   def __init__(self, why: str, *, again: bool = True) -> None:
     super().__init__(why)
@@ -91,20 +91,20 @@ class _BrokenError(Exception):
 
 
 class Client:
-  """One server, by its typed messages. Belongs to one event loop."""
+  """Client of one server. Use it from a single event loop."""
 
   def __init__(
     self, url: str, *, deadlines: Deadlines, token: str | None
   ) -> None:
-    """Connects to nothing yet.
+    """Creates a client; it connects on the first call.
 
     Args:
       url: such as `http://127.0.0.1:8765`.
-      deadlines: of its calls.
-      token: sent with every request; None if the server asks for none.
+      deadlines: limits of its calls.
+      token: sent with every request; None if the server requires none.
 
     Raises:
-      errors.ConfigError: if `url` is none.
+      errors.ConfigError: if `url` is invalid.
     """
     self.url, self._deadlines = url.rstrip("/"), deadlines
     _check_url(url)
@@ -112,10 +112,10 @@ class Client:
     self._http = httpx2.AsyncClient(
       base_url=self.url,
       headers=headers,
-      # Deadlines are kept by `_call`; only a black hole is noticed here.
+      # `_call` enforces deadlines; only connecting has a timeout here.
       timeout=httpx2.Timeout(None, connect=deadlines.control_s),
-      # Shorter than a server keeps an idle connection: neither may close one
-      # just as the other sends.
+      # Shorter than the server's keep-alive timeout, so that the server does
+      # not close a connection while a request is being sent on it.
       limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),
       # A proxy from the environment would see the prompts.
       trust_env=False,
@@ -126,13 +126,17 @@ class Client:
     await self._http.aclose()
 
   async def health(self) -> wire.Health:
-    """Asks how the server is; one that is unwell counts as unavailable."""
+    """Returns the server's status.
+
+    Raises:
+      UnavailableError: if the engine is not ok.
+    """
 
     def check(reply: wire.Health) -> None:
       if reply.status != "ok":
         raise _BrokenError(f"its engine is {reply.status}", again=False)
 
-    # Asked again and again anyway, by whoever waits for the server.
+    # No retries: callers poll.
     return await self._call(
       "GET", "/health", None, wire.Health, check, num_tries=1
     )
@@ -140,7 +144,7 @@ class Client:
   async def generate(
     self, request: wire.GenerateRequest
   ) -> wire.GenerateResponse:
-    """Asks for completions, and checks that they are what was asked for."""
+    """Requests completions and validates them against the request."""
     return await self._call(
       "POST",
       "/generate",
@@ -151,7 +155,7 @@ class Client:
     )
 
   async def probe(self, request_id: str, version: int) -> None:
-    """Has a token written: an engine may hang while all else answers."""
+    """Generates one token: an engine may hang while /health answers."""
     request = wire.GenerateRequest(
       request_id=request_id,
       prompts=[wire.PromptIn(row_id="probe", token_ids=[0])],
@@ -172,18 +176,18 @@ class Client:
     )
 
   async def init_communicator(self, request: wire.InitRequest) -> wire.Version:
-    """Opens the weight channel, or keeps it open; tells what is held."""
+    """Opens the weight channel or renews it; returns the loaded version."""
     return await self._call("POST", "/init_communicator", request, wire.Version)
 
   async def update_weights(
     self, request: wire.UpdateRequest
   ) -> wire.UpdateResponse:
-    """Has a version loaded. Sent once: ask `version` if it is not answered."""
+    """Loads a version. Not retried: call `version` if there is no answer."""
 
     def check(reply: wire.UpdateResponse) -> None:
       if reply.version != request.version:
         raise _BrokenError(
-          f"it loaded version {reply.version}, not {request.version}"
+          f"loaded version {reply.version}, expected {request.version}"
         )
 
     return await self._call(
@@ -197,11 +201,11 @@ class Client:
     )
 
   async def version(self) -> wire.Version:
-    """Asks which weights are held."""
+    """Returns the version that is loaded."""
     return await self._call("GET", "/version", None, wire.Version)
 
   async def close_communicator(self, request: wire.CloseRequest) -> None:
-    """Gives the weight channel up."""
+    """Closes the weight channel."""
     await self._call("POST", "/close_communicator", request, wire.Done)
 
   async def _call(
@@ -215,7 +219,7 @@ class Client:
     deadline_s: float | None = None,
     num_tries: int = _NUM_TRIES,
   ) -> _Reply:
-    """Calls until there is a good reply, a refusal, or no time left."""
+    """Sends a request until it is answered, rejected, or out of time."""
     deadline_s = deadline_s or self._deadlines.control_s
     content = None if body is None else body.model_dump_json().encode()
     failures: list[str] = []
@@ -232,7 +236,7 @@ class Client:
         num_broken += 1
         again = error.again and num_broken < num_tries
       if again is not False:
-        logging.info("%s%s is asked again: %s", self.url, path, error)
+        logging.info("Retrying %s%s: %s", self.url, path, error)
       return again
 
     try:
@@ -246,16 +250,16 @@ class Client:
               check(reply)
             return reply
     except TimeoutError as error:
-      failures.append(f"no whole answer within {deadline_s:g} s")
+      failures.append(f"no complete response within {deadline_s:g} s")
       raise self._unavailable(path, failures, LateError) from error
     except (_BrokenError, _BusyError) as error:
       raise self._unavailable(path, failures, UnavailableError) from error
-    raise RuntimeError("Trying again ended without a result or an error.")
+    raise RuntimeError("The retry loop ended without a result or an error.")
 
   async def _once(
     self, method: str, path: str, content: bytes | None, kind: type[_Reply]
   ) -> _Reply:
-    """Sends a request and reads a reply, once."""
+    """Sends a request once and parses the response."""
     headers = {} if content is None else {"Content-Type": "application/json"}
     try:
       reply = await self._http.request(
@@ -267,15 +271,15 @@ class Client:
     if status == _BUSY:
       raise _BusyError(_seconds(reply.headers.get("Retry-After", "")))
     try:
-      # An engine that is unwell is described by a 503, not refused.
+      # GET /health returns a `wire.Health` with status 503 as well.
       if status < 300 or kind is wire.Health:
         return kind.model_validate_json(reply.content)
       refusal = wire.Refusal.model_validate_json(reply.content)
     except pydantic.ValidationError as error:
-      # Only where it is wrong: what is wrong there may be a prompt.
+      # Only the location of the error: the input may contain a prompt.
       first = error.errors(include_input=False, include_context=False)[0]
-      place = ".".join(str(part) for part in first["loc"]) or "all of it"
-      why = f"its answer ({status}) is malformed: {place}: {first['type']}"
+      place = ".".join(str(part) for part in first["loc"]) or "body"
+      why = f"malformed response ({status}): {place}: {first['type']}"
       passing = status < 500 or status in _PASSING
       raise _BrokenError(why, again=passing) from error
     if status >= 500:
@@ -293,12 +297,12 @@ class Client:
       why="; ".join(
         f"{n} times {why}" if n > 1 else why for why, n in counts.items()
       ),
-      fix="Look into its log. It is started by python -m scripts.serve.",
+      fix="See its log. Servers are started with python -m scripts.serve.",
     )
 
 
 def token_of_environment() -> str | None:
-  """Reads the token that servers ask for, if one is set; the admin's first."""
+  """Returns the token from the environment, preferring the admin token."""
   for variable in (ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE):
     if token := os.environ.get(variable, "").strip():
       return token
@@ -314,15 +318,15 @@ def _check_url(url: str) -> None:
     usable = False
   if not usable:
     raise errors.ConfigError(
-      "A rollout server has no usable address.",
-      where=url,
-      why="It must be http or https, with a host.",
-      fix="For example http://127.0.0.1:8765.",
+      f"Invalid rollout server address {url!r}.",
+      where="--config.rollout.policy_urls or student_urls",
+      why="It must be an http or https URL with a host.",
+      fix="Use an address such as http://127.0.0.1:8765.",
     )
 
 
 def _seconds(text: str) -> float | None:
-  """Reads Retry-After, which may also be a date; those are not waited for."""
+  """Parses Retry-After in seconds; returns None for dates."""
   try:
     return min(max(float(text), 0.0), _MAX_RETRY_AFTER_S)
   except ValueError:
@@ -332,18 +336,19 @@ def _seconds(text: str) -> float | None:
 def _check_generated(
   reply: wire.GenerateResponse, request: wire.GenerateRequest
 ) -> None:
-  """Refuses completions that are not what was asked for."""
+  """Rejects a response that does not match its request."""
   if reply.request_id != request.request_id:
-    raise _BrokenError("it answered another request")
+    raise _BrokenError("response has another request_id")
   if request.version not in (None, reply.version):
     raise _BrokenError(
-      f"version {reply.version} wrote it, not {request.version}", again=False
+      f"response has version {reply.version}, expected {request.version}",
+      again=False,
     )
   groups = [len(group) for group in reply.completions]
   if groups != [request.n] * len(request.prompts):
     raise _BrokenError(
-      f"it holds {len(groups)} prompts with {sorted(set(groups))} completions, "
-      f"not {len(request.prompts)} with {request.n}"
+      f"response has {len(groups)} prompts with {sorted(set(groups))} "
+      f"completions, expected {len(request.prompts)} with {request.n}"
     )
   for group in reply.completions:
     for completion in group:
@@ -353,11 +358,13 @@ def _check_generated(
 def _check_completion(completion: wire.CompletionOut, max_tokens: int) -> None:
   num_tokens = len(completion.token_ids)
   if num_tokens > max_tokens or min(completion.token_ids, default=0) < 0:
-    raise _BrokenError(f"{num_tokens} tokens of {max_tokens}, or negative ids")
+    raise _BrokenError(
+      f"{num_tokens} tokens with max_tokens={max_tokens}, or negative ids"
+    )
   for logprobs in (completion.logprobs, completion.model_logprobs):
     if logprobs is None:
       continue
     if len(logprobs) != num_tokens:
-      raise _BrokenError(f"{len(logprobs)} logprobs of {num_tokens} tokens")
+      raise _BrokenError(f"{len(logprobs)} logprobs for {num_tokens} tokens")
     if not all(math.isfinite(x) and x <= _LOGPROB_SLACK for x in logprobs):
       raise _BrokenError("a logprob is positive or not finite")

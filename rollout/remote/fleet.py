@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout servers of one role: which are well, and what they hold.
+"""Tracks the state and the weights of the rollout servers of one role.
 
-A server that fails is drained, and gets no work until it is well again, holds
-the weights last pushed and has written a token with them.
+A server that fails is drained. It gets requests again once it is healthy, holds
+the last pushed weights and has generated a token with them.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from atlas_jax import errors
 from rollout import process_name, wire
 from rollout.remote import client
 
-_PROBE_S = 1.0  # Between two looks at a server that is down.
-_PROGRESS_S = 10.0  # Between two lines about what is waited for.
+_PROBE_S = 1.0  # Interval between attempts to reach a server that is down.
+_PROGRESS_S = 10.0  # Interval between log lines while waiting.
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelTerms:
-  """What servers are told of the trainer, and held to.
+  """Terms of the weight channel, which the servers must match.
 
-  `tensors` are the model's, by their Hugging Face names. A trainer that is not
-  heard of for `heartbeat_s` loses its servers. `wait_s` is how long to go on
-  without any server, at the start and later.
+  `tensors` maps the model's Hugging Face names to shapes. A server closes the
+  channel after `heartbeat_s` without a heartbeat. `wait_s` is how long the
+  trainer waits while no server is available, at the start and later.
   """
 
   role: wire.Role
@@ -45,26 +45,26 @@ class ChannelTerms:
 
 @dataclasses.dataclass(eq=False)
 class Server:
-  """One server as it is known here."""
+  """The trainer's view of one server."""
 
   client: client.Client
   state: Literal["down", "updating", "ready"] = "down"
   version: int = 0
-  loaded: wire.UpdateRequest | None = None  # Of all that was pushed, by it.
+  loaded: wire.UpdateRequest | None = None  # The last push that it loaded.
   max_model_len: int = 0
   failure: str = "not reached yet"
   num_requests: int = 0
   num_tokens: int = 0
-  # Of the tiny generation which it owes since it was lost; "" if none.
+  # Request id of the probe it must answer after a failure; "" if none.
   probe_id: str = ""
-  # Set while it is down, for whoever waits for its answers.
+  # Set while it is down, to cancel pending requests.
   lost: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-  # Held while it is shaken hands with, looked after or given weights.
+  # Held during the handshake, health checks and weight updates.
   lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
 
 class Fleet:
-  """The servers of one role, looked after. Belongs to one event loop."""
+  """Monitors the servers of one role. Use it from a single event loop."""
 
   def __init__(
     self,
@@ -74,7 +74,7 @@ class Fleet:
     deadlines: client.Deadlines,
     token: str | None,
   ) -> None:
-    """Reaches nobody yet; see `http_sampler.HttpSampler` for the arguments."""
+    """Creates the clients; see `http_sampler.HttpSampler` for the arguments."""
     self.servers = [
       Server(client.Client(url, deadlines=deadlines, token=token))
       for url in urls
@@ -99,15 +99,16 @@ class Fleet:
 
   @property
   def num_ready(self) -> int:
-    """How many servers can be sampled from."""
+    """The number of servers that accept requests."""
     return sum(server.state == "ready" for server in self.servers)
 
   async def start(self) -> None:
-    """Waits until every server is ready, then looks after them.
+    """Waits until every server is ready, then starts monitoring them.
 
     Raises:
       errors.ConfigError: if a server has another role or tokenizer.
-      errors.RolloutError: if one is not up in time, or refuses the channel.
+      errors.RolloutError: if a server is not healthy in time, or rejects the
+        weight channel.
     """
     deadline = time.monotonic() + self._channel.wait_s
     for server in self.servers:
@@ -117,7 +118,7 @@ class Fleet:
     ]
 
   async def stop(self) -> None:
-    """Gives the servers back."""
+    """Closes the weight channels and the connections."""
     for watcher in self._watchers:
       watcher.cancel()
     await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -128,17 +129,19 @@ class Fleet:
             wire.CloseRequest(trainer_id=self._init.trainer_id)
           )
         except errors.RolloutError as error:
-          logging.warning("%s was not told of the end: %s", *_told(error))
+          logging.warning(
+            "Cannot close the weight channel of %s: %s", error.where, error.why
+          )
       await server.client.close()
 
   async def push(self, version: int, digest: str) -> list[wire.UpdateResponse]:
-    """Has every server that is up load a version, all at once.
+    """Loads a version on all ready servers concurrently.
 
     Returns:
-      What those that did said of it.
+      The responses of the servers that loaded it.
 
     Raises:
-      errors.RolloutError: if none does.
+      errors.RolloutError: if no server loads it.
     """
     request = wire.UpdateRequest(
       trainer_id=self._init.trainer_id, version=version, digest=digest
@@ -149,7 +152,7 @@ class Fleet:
     )
     refusals = [r for r in replies if isinstance(r, client.RefusedError)]
     if refusals and not self.ready(math.inf):
-      self.pushed = previous  # Which they still hold.
+      self.pushed = previous  # The servers still hold this version.
       raise refusals[0]
     await self.wait_for(lambda: self.ready(math.inf))
     return [r for r in replies if isinstance(r, wire.UpdateResponse)]
@@ -157,9 +160,9 @@ class Fleet:
   def ready(
     self, max_requests: float, avoid: Sequence[Server] = ()
   ) -> Server | None:
-    """Finds the ready server with the fewest tokens outstanding.
+    """Returns the ready server with the fewest outstanding tokens, or None.
 
-    One of `avoid` is given only if there is no other.
+    Servers in `avoid` are used only if no other is ready.
     """
     ready = [
       server
@@ -172,10 +175,10 @@ class Fleet:
     )
 
   async def wait_for(self, find: Callable[[], Server | None]) -> Server:
-    """Waits until there is such a server, but not for long without any.
+    """Waits until `find` returns a server.
 
     Raises:
-      errors.RolloutError: if all of them were down for too long.
+      errors.RolloutError: if all servers were down for `wait_s`.
     """
     async with self._changed:
       while not (server := find()):
@@ -190,15 +193,15 @@ class Fleet:
     return server
 
   async def notify(self) -> None:
-    """Wakes those who wait for a server: one of them may have changed."""
+    """Wakes all callers of `wait_for` after a server's state changed."""
     async with self._changed:
       self._changed.notify_all()
 
   async def drain(self, server: Server, error: errors.AtlasError) -> None:
-    """Takes a server out of use; whoever waits for it goes elsewhere."""
+    """Marks a server as down; its pending requests move to other servers."""
     server.failure = error.why
     if server.state != "down":
-      logging.warning("Lost %s: %s", *_told(error))
+      logging.warning("Lost %s: %s", error.where, error.why)
       server.state, server.probe_id = "down", f"probe-{uuid.uuid4().hex}"
       server.lost.set()
       if all(other.state == "down" for other in self.servers):
@@ -206,7 +209,7 @@ class Fleet:
     await self.notify()
 
   async def doubt(self, server: Server) -> None:
-    """Has a server that was late write a token, and drains it if it fails."""
+    """Probes a server after a timeout, and drains it if the probe fails."""
     async with server.lock:
       if server.state == "ready":
         try:
@@ -216,55 +219,61 @@ class Fleet:
 
   async def _join(self, server: Server, deadline: float) -> None:
     """Waits until a server is ready for the first time."""
-    said_at = time.monotonic()
+    logged_at = time.monotonic()
     while True:
       try:
         await self._admit(server)
       except errors.RolloutError as error:
-        if not _may_pass(error):
+        if not _is_retryable(error):
           raise
         server.failure = error.why
         if time.monotonic() > deadline:
           raise self._no_server() from error
       else:
         return
-      if time.monotonic() - said_at > _PROGRESS_S:
-        said_at = time.monotonic()
+      if time.monotonic() - logged_at > _PROGRESS_S:
+        logged_at = time.monotonic()
         logging.info(
           "Waiting for %s, %.0f s more: %s",
-          *(server.client.url, deadline - said_at, server.failure),
+          server.client.url,
+          deadline - logged_at,
+          server.failure,
         )
       await asyncio.sleep(_PROBE_S)
 
   async def _admit(self, server: Server) -> None:
-    """Shakes hands with a server that is up, and gives it the last weights."""
+    """Performs the handshake with a server and pushes the last weights."""
     health = await server.client.health()
-    self._check_is_meant(server, health)
+    self._check_identity(server, health)
     version, pushed = health.version, self.pushed
     if self._channel.role == "policy":
-      # The answer tells what it holds: a push that seemed to fail may not have.
+      # The response contains the loaded version: a push whose answer was lost
+      # may have succeeded.
       held = await server.client.init_communicator(self._init)
       version = held.version
       if held.loading is not None:
-        raise _unwell(server, f"It is still loading version {held.loading}.")
+        raise _outdated(server, f"It is still loading version {held.loading}.")
       if pushed is not None and not _is_held(pushed, held):
         await server.client.update_weights(pushed)
         version = pushed.version
     if server.probe_id:
-      # The same id each time: one that is slow at first is not asked anew.
+      # The same id each time, so that retries join a slow first probe.
       await server.client.probe(f"{server.probe_id}-{version}", version)
     server.version, server.max_model_len = version, health.max_model_len
     server.loaded = pushed
     server.state, server.probe_id = "ready", ""
     server.lost.clear()
     logging.info(
-      "%s is ready: %s of %s, version %d.",
-      *(server.client.url, health.engine, health.model, version),
+      "Server %s is ready: engine=%s model=%s version=%d.",
+      server.client.url,
+      health.engine,
+      health.model,
+      version,
     )
     await self.notify()
 
   async def _watch(self, server: Server) -> None:
-    """Looks after a server for as long as the fleet is used."""
+    """Monitors a server until the fleet is stopped."""
     while True:
       if server.state == "down":
         await asyncio.sleep(_PROBE_S)
@@ -277,18 +286,19 @@ class Fleet:
           if server.state == "down":
             await self._admit(server)
           else:
-            await self._look(server)
+            await self._check(server)
       except errors.AtlasError as error:
         await self.drain(server, error)
 
-  async def _look(self, server: Server) -> None:
-    """Finds out if a server is well, and tells it that the trainer is."""
+  async def _check(self, server: Server) -> None:
+    """Checks a server's health and sends the trainer's heartbeat."""
     await server.client.health()
     if self._channel.role == "policy":
       held = await server.client.init_communicator(self._init)
-      # What was pushed last may not have come to it yet.
+      # Compared with what this server loaded, not with the last push, which
+      # may still be on its way.
       if server.loaded is not None and not _is_held(server.loaded, held):
-        raise _unwell(
+        raise _outdated(
           server,
           f"It holds version {held.version}; it may have been restarted.",
         )
@@ -296,10 +306,10 @@ class Fleet:
   async def _update(
     self, server: Server, request: wire.UpdateRequest
   ) -> wire.UpdateResponse | errors.RolloutError | None:
-    """Has one server load what was pushed; drains it if it does not."""
+    """Loads a push on one server; drains the server if that fails."""
     async with server.lock:
       if server.state != "ready":
-        return None  # It gets them when it is back.
+        return None  # `_admit` pushes the weights once it is back.
       server.state = "updating"
       try:
         reply = await server.client.update_weights(request)
@@ -314,30 +324,30 @@ class Fleet:
   def _no_server(self) -> errors.RolloutError:
     role = self._channel.role
     return errors.RolloutError(
-      f"There is no rollout server for the {role}.",
+      f"No rollout server is available for the {role}.",
       where=", ".join(server.client.url for server in self.servers),
-      why=f"For {self._channel.wait_s:g} s: "
+      why=f"All were down for {self._channel.wait_s:g} s. "
       + "; ".join(
         f"{server.client.url}: {server.failure}"
         for server in self.servers
         if server.state == "down"
       ),
-      fix=f"Start it with python -m scripts.serve --role={role} --port=PORT "
-      "--model=DIRECTORY, and run the same command again.",
+      fix=f"Start servers with python -m scripts.serve --role={role} "
+      "--port=PORT --model=DIRECTORY, then run the same command again.",
     )
 
-  def _check_is_meant(self, server: Server, health: wire.Health) -> None:
+  def _check_identity(self, server: Server, health: wire.Health) -> None:
     for what, theirs, ours in (
       ("role", health.role, self._channel.role),
       ("tokenizer", health.tokenizer_digest, self._channel.tokenizer_digest),
     ):
       if theirs != ours:
         raise errors.ConfigError(
-          f"A rollout server has another {what}.",
+          f"A rollout server has the wrong {what}.",
           where=server.client.url,
-          why=f"It has {theirs[:12]!r}, the trainer {ours[:12]!r}.",
-          fix="Check which address is whose, and that both sides were given "
-          "the same model directory.",
+          why=f"Got {theirs[:12]!r}, expected {ours[:12]!r}.",
+          fix="Check the addresses of each role, and that server and trainer "
+          "use the same model directory.",
         )
 
 
@@ -345,22 +355,18 @@ def _is_held(pushed: wire.UpdateRequest, held: wire.Version) -> bool:
   return (held.version, held.digest) == (pushed.version, pushed.digest)
 
 
-def _may_pass(error: errors.RolloutError) -> bool:
-  """Tells if waiting can help: not a refusal, unless for an old trainer."""
-  # One that was killed is forgotten: at once by servers of its machine, by
-  # others when its heartbeat has been missed.
+def _is_retryable(error: errors.RolloutError) -> bool:
+  """Returns whether retrying can help: for all errors but most rejections."""
+  # A channel held by a killed trainer is released: immediately by servers on
+  # its machine, by others when its heartbeat expires.
   is_refusal = isinstance(error, client.RefusedError)
   return not is_refusal or error.error == "other_trainer"
 
 
-def _unwell(server: Server, why: str) -> client.UnavailableError:
+def _outdated(server: Server, why: str) -> client.UnavailableError:
   return client.UnavailableError(
-    "A rollout server does not hold the weights it should.",
+    "A rollout server does not hold the last pushed weights.",
     where=server.client.url,
     why=why,
-    fix="It is asked again, and gets them if it needs them.",
+    fix="None needed: it is checked again, and the weights are pushed again.",
   )
-
-
-def _told(error: errors.AtlasError) -> tuple[str, str]:
-  return error.where, error.why

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler whose work is done by rollout servers.
+"""A sampler that distributes prompts over rollout servers.
 
-Prompts are cut into requests, and each goes to the server with the fewest
-tokens outstanding. Where a server fails, its requests go to others with their
-ids unchanged. One that is late is asked for elsewhere, at last prompt by
-prompt; a prompt that is late then too is given up.
+Prompts are split into requests, and each goes to the server with the fewest
+outstanding tokens. If a server fails, its requests move to other servers with
+the same ids. A request that times out is retried elsewhere, the last time
+prompt by prompt; a prompt that times out again is dropped.
 """
 
 import asyncio
@@ -19,27 +19,27 @@ import uuid
 from absl import logging
 
 from atlas_jax import errors, types
-from rollout import counters, wire
+from rollout import context_length, counters, wire
 from rollout.remote import client, fleet
 
 _Result = TypeVar("_Result")
-# Writes weights and their version to where servers find them, and gives the
-# digest of their manifest.
+# Writes weights and their version where servers can load them; returns the
+# digest of the manifest.
 Publish = Callable[[Mapping[str, Any], int], str]  # Any: see types.
 
-# More requests than this wait here, where they can still go to any server.
+# Requests per server. Others wait here, where any server can still take them.
 _MAX_REQUESTS = 8
-# A request that fails on this many servers is not failed by the servers.
+# After this many failures the request itself is assumed to be the cause.
 _MAX_MOVES = 8
-# Nor is one late by their fault that was waited for so often, in full.
+# After this many timeouts the prompt is dropped.
 _MAX_LATE = 3
 _CONFLICT = 409
 
 
 class HttpSampler:
-  """Samples with rollout servers of one role. See `types.Sampler`.
+  """Samples with the rollout servers of one role. See `types.Sampler`.
 
-  Several threads may use it at once. Close it, or use it in a `with`.
+  Thread-safe. Close it, or use it as a context manager.
   """
 
   def __init__(
@@ -52,24 +52,25 @@ class HttpSampler:
     publish: Publish | None,
     max_rows: int,
   ) -> None:
-    """Waits until every server is up, and is what it should be.
+    """Waits until every server is healthy and matches the channel terms.
 
     Args:
-      urls: of the servers.
-      channel: what is said to them.
-      deadlines: of calls to one server.
+      urls: addresses of the servers.
+      channel: terms of the weight channel.
+      deadlines: limits of calls to one server.
       token: see `client.Client`.
-      publish: hands weights on; None for a student, whose weights stay as they
-        are.
-      max_rows: completions in one request, unless one prompt has more.
+      publish: writes new weights; None for a student, whose weights are fixed.
+      max_rows: maximum completions per request, unless one prompt has more.
 
     Raises:
       errors.ConfigError: if a server has another role or tokenizer.
-      errors.RolloutError: if one is not up in time, or refuses the channel.
+      errors.RolloutError: if a server is not healthy in time, or rejects the
+        weight channel.
     """
     if not urls or (publish is None) != (channel.role == "student"):
       raise ValueError(
-        f"Got {len(urls)} servers of role {channel.role}, publish={publish}."
+        "Expected at least one server, and publish for the policy only, got "
+        f"{len(urls)} servers of role {channel.role}, publish={publish}."
       )
     self._publish, self._max_rows = publish, max_rows
     self._version = -1
@@ -88,7 +89,7 @@ class HttpSampler:
       self._version = self._fleet.servers[0].version
 
   def __enter__(self) -> Self:
-    """Gives itself."""
+    """Returns itself."""
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -97,21 +98,22 @@ class HttpSampler:
 
   @property
   def version(self) -> int:
-    """The step whose weights the servers hold; -1 before a policy's first."""
+    """The step of the loaded weights; -1 before the policy's first update."""
     return self._version
 
   def sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[types.Completion]]:
-    """Draws `params.group_size` completions for each prompt, in order.
+    """Samples `params.group_size` completions per prompt, in prompt order.
 
-    None for a prompt that was late wherever it was asked for.
+    The list is empty for a prompt that timed out on every server it was sent
+    to.
 
     Raises:
-      errors.ConfigError: if a prompt with its completion would not fit into
-        the servers' context; nothing is sent then.
-      errors.RolloutError: if there was no server for too long, or requests
-        fail wherever they are sent.
+      errors.ConfigError: if a prompt plus its completion exceeds the servers'
+        context length; nothing is sent then.
+      errors.RolloutError: if no server was available for too long, or a request
+        fails on every server.
     """
     started = time.monotonic()
     groups = self._run(self._sample(prompts, params))
@@ -126,14 +128,14 @@ class HttpSampler:
     params: Mapping[str, Any],  # Any: arrays and mappings of them.
     version: int,
   ) -> None:
-    """Publishes weights and returns when no server samples with older ones.
+    """Publishes weights and returns once no server samples with older ones.
 
-    A server that cannot take them is drained, and gets them before it is used
-    again.
+    A server that fails to load them is drained, and loads them before it is
+    used again.
 
     Raises:
       errors.DivergedError: if a weight is not finite; nothing changes then.
-      errors.RolloutError: if no server takes them.
+      errors.RolloutError: if no server loads them.
     """
     if self._publish is None:
       raise RuntimeError("A student's weights are never replaced.")
@@ -142,7 +144,7 @@ class HttpSampler:
     published_s = time.monotonic() - start
     replies = self._run(self._fleet.push(version, digest))
     self._version = version
-    # Servers load at the same time; the slowest is what was waited for.
+    # Servers load concurrently, so the slowest one determines the time.
     drain_s = max((reply.drain_s for reply in replies), default=0.0)
     load_s = max((reply.load_s for reply in replies), default=0.0)
     push_s = time.monotonic() - start
@@ -150,17 +152,22 @@ class HttpSampler:
       push_s=push_s, publish_s=published_s, drain_s=drain_s, load_s=load_s
     )
     logging.info(
-      "Weights of version %d are with %d of %d servers in %.3f s: %.3f s to "
-      "write, %.3f s to drain, %.3f s to load.",
-      *(version, self._fleet.num_ready, len(self._fleet.servers)),
-      *(push_s, published_s, drain_s, load_s),
+      "Pushed weights version=%d to %d of %d servers in %.3f s: write %.3f s, "
+      "drain %.3f s, load %.3f s.",
+      version,
+      self._fleet.num_ready,
+      len(self._fleet.servers),
+      push_s,
+      published_s,
+      drain_s,
+      load_s,
     )
 
   def take_metrics(self) -> Mapping[str, float]:
-    """Gives what was done since it was last asked.
+    """Returns metrics since the last call.
 
-    `queue_s` is what requests waited for a free server and, there, for their
-    turn, on average; the other times are of pushes, added up.
+    `queue_s` is the mean time a request waited for a free server and in the
+    server's queue; the other times are sums over weight pushes.
     """
     sums = self._tally.take()
     requests = sums.pop("requests", 0.0)
@@ -169,7 +176,7 @@ class HttpSampler:
     return sums
 
   def close(self) -> None:
-    """Gives the servers back; what is still running there is abandoned."""
+    """Releases the servers; running requests are abandoned."""
     if self._loop.is_closed():
       return
     self._run(self._fleet.stop())
@@ -178,7 +185,7 @@ class HttpSampler:
     self._loop.close()
 
   def _run(self, work: Coroutine[Any, Any, _Result]) -> _Result:  # Any: unused.
-    """Does work in the loop's thread, and waits for it."""
+    """Runs a coroutine in the event loop's thread and returns its result."""
     future = asyncio.run_coroutine_threadsafe(work, self._loop)
     try:
       return future.result()
@@ -188,16 +195,21 @@ class HttpSampler:
   async def _sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[types.Completion]]:
-    """Cuts the prompts into requests, and puts the answers together."""
+    """Splits the prompts into requests and concatenates the results."""
     if self._publish is not None and self._fleet.pushed is None:
       raise RuntimeError("Push weights before sampling from them.")
-    self._check_fits(prompts, params.max_completion_tokens)
+    context_length.check(
+      prompts,
+      params.max_completion_tokens,
+      min(server.max_model_len for server in self._fleet.servers),
+      limit_name="The servers' max_model_len",
+    )
     size = min(
       max(1, self._max_rows // params.group_size),
       -(-len(prompts) // len(self._fleet.servers)),
     )
     starts = range(0, len(prompts), max(1, size))
-    return await _together(
+    return await _concurrently(
       self._request(prompts[i : i + size], params) for i in starts
     )
 
@@ -207,60 +219,61 @@ class HttpSampler:
     params: types.SamplingParams,
     late: Sequence[fleet.Server] = (),
   ) -> list[list[types.Completion]]:
-    """Sends one request to one server after another, until one answers it.
+    """Sends a request to one server after another until one answers.
 
-    The last time it may be `late` each of its prompts is asked for alone, so
-    that no more is given up than what keeps the others waiting.
+    Before the last permitted timeout the request is split into single prompts,
+    so that only prompts that time out themselves are dropped. `late` lists the
+    servers on which it timed out.
     """
     name, late = uuid.uuid4().hex, list(late)
     failures: list[str] = []
     while len(failures) < _MAX_MOVES and len(late) < _MAX_LATE:
       if len(late) == _MAX_LATE - 1 and len(prompts) > 1:
-        return await _together(
+        return await _concurrently(
           self._request([prompt], params, late) for prompt in prompts
         )
       server = await self._find_server(late)
       request = _to_request(name, prompts, params, server.version)
       try:
-        return await self._ask(server, request)
+        return await self._send(server, request)
       except errors.RolloutError as error:
         failures.append(f"{server.client.url}: {error.why}")
         if isinstance(error, client.RefusedError) and error.status != _CONFLICT:
           raise
         if isinstance(error, client.LateError):
-          late.append(server)  # Perhaps by fault of this request alone.
+          late.append(server)  # The request may be slow, or the server hung.
           await self._fleet.doubt(server)
-        # Weights replaced while the request was on its way are no failure.
+        # A version conflict due to a concurrent update is not a failure.
         elif server.version == request.version:
           await self._fleet.drain(server, error)
     if len(late) == _MAX_LATE:
       logging.warning(
-        "Row %s is given up: %s", prompts[0].row_id, "; ".join(failures)
+        "Dropped row %s: %s", prompts[0].row_id, "; ".join(failures)
       )
       return [[]]
     raise errors.RolloutError(
-      "Completions cannot be had from any rollout server.",
+      f"A request failed on {len(failures)} rollout servers.",
       where=f"{len(prompts)} prompts from row {prompts[0].row_id}",
       why="; ".join(failures),
-      fix="Look into the servers' logs.",
+      fix="See the servers' logs.",
     )
 
   async def _find_server(self, late: Sequence[fleet.Server]) -> fleet.Server:
-    """Waits for a server that has room; best one that was not late."""
-    asked = time.monotonic()
-    # Who asks for the last time has waited enough, and asks for little.
+    """Waits for a server with capacity, preferably one not in `late`."""
+    started = time.monotonic()
+    # The last attempt is a single prompt and does not wait for capacity.
     is_last = len(late) == _MAX_LATE - 1
     max_requests = math.inf if is_last else _MAX_REQUESTS
     server = await self._fleet.wait_for(
       lambda: self._fleet.ready(max_requests, avoid=late)
     )
-    self._tally.add(queue_s=time.monotonic() - asked)
+    self._tally.add(queue_s=time.monotonic() - started)
     return server
 
-  async def _ask(
+  async def _send(
     self, server: fleet.Server, request: wire.GenerateRequest
   ) -> list[list[types.Completion]]:
-    """Asks one server, and counts what it has to do meanwhile."""
+    """Sends a request to a server and tracks the server's load."""
     cost = sum(
       len(prompt.token_ids or ()) + request.n * request.max_tokens
       for prompt in request.prompts
@@ -276,24 +289,11 @@ class HttpSampler:
     self._tally.add(requests=1, queue_s=reply.queue_s)
     return _to_completions(reply)
 
-  def _check_fits(self, prompts: Sequence[types.Prompt], max_new: int) -> None:
-    limit = min(server.max_model_len for server in self._fleet.servers)
-    for prompt in prompts:
-      if not prompt.token_ids or len(prompt.token_ids) + max_new > limit:
-        raise errors.ConfigError(
-          f"A prompt of {len(prompt.token_ids)} tokens cannot be sampled.",
-          where=f"row {prompt.row_id}",
-          why=f"With {max_new} new tokens it needs 1 to {limit} positions, "
-          "the max_model_len of the rollout servers.",
-          fix="Shorten the prompt, lower max_completion_tokens, or start the "
-          "servers with a larger --max_model_len.",
-        )
 
-
-async def _together(
+async def _concurrently(
   requests: Iterable[Coroutine[Any, Any, list[_Result]]],  # Any: unused.
 ) -> list[_Result]:
-  """Does requests at the same time, and strings together what they give."""
+  """Runs requests concurrently and concatenates their results."""
   try:
     async with asyncio.TaskGroup() as tasks:
       parts = [tasks.create_task(request) for request in requests]
@@ -305,7 +305,7 @@ async def _together(
 async def _unless_lost(
   server: fleet.Server, request: wire.GenerateRequest
 ) -> wire.GenerateResponse:
-  """Waits for an answer only as long as the server is not drained."""
+  """Waits for a response until the server is drained."""
   call = asyncio.ensure_future(server.client.generate(request))
   lost = asyncio.ensure_future(server.lost.wait())
   try:
@@ -313,10 +313,10 @@ async def _unless_lost(
     if call.done():
       return call.result()
     raise client.UnavailableError(
-      "A rollout server was lost.",
+      "A rollout server failed during a request.",
       where=server.client.url,
       why=server.failure,
-      fix="Its work goes to others.",
+      fix="None needed: the request moves to another server.",
     )
   finally:
     call.cancel()
@@ -330,7 +330,7 @@ def _to_request(
   version: int,
 ) -> wire.GenerateRequest:
   return wire.GenerateRequest(
-    # Of other weights it is another request, with another answer.
+    # With other weights it is a different request with a different answer.
     request_id=f"{name}-{version}",
     prompts=[
       wire.PromptIn(row_id=prompt.row_id, token_ids=list(prompt.token_ids))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler on servers, for several processes that train as one."""
+"""A sampler on rollout servers for multi-process training."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -7,27 +7,27 @@ from typing import Any
 
 from atlas_jax import types
 
-# Takes weights and their version; arrays and mappings of them.
+# Takes nested mappings of arrays, and their version.
 UpdateWeights = Callable[[Mapping[str, Any], int], object]
 
 
 class SharedSampler:
-  """Lets the first process ask, and gives all of them what it got."""
+  """Samples in the first process and broadcasts the completions."""
 
   def __init__(
     self,
     inner: types.Sampler | None,
     from_first: types.OnFirstProcess,
     *,
-    update_weights: UpdateWeights,
+    update_weights: UpdateWeights | None,
   ) -> None:
     """Waits until the first process has its sampler.
 
     Args:
-      inner: in the first process, who samples; None in the others.
-      from_first: for the calls of this sampler alone.
-      update_weights: hands new weights on. All processes take part in it, since
-        each holds some of them.
+      inner: the sampler of the first process; None in the others.
+      from_first: broadcasts from the first process; used by this sampler only.
+      update_weights: publishes new weights. All processes call it, since each
+        holds some shards. None for a student, whose weights are fixed.
     """
     self._inner, self._from_first = inner, from_first
     self._update_weights = update_weights
@@ -35,21 +35,21 @@ class SharedSampler:
 
   @property
   def version(self) -> int:
-    """The step whose weights the servers hold."""
+    """The step of the weights that the servers hold."""
     return self._version
 
   def sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[types.Completion]]:
-    """Draws completions; see `types.Sampler`."""
+    """Samples completions; see `types.Sampler`."""
 
-    def ask() -> list[list[dict[str, Any]]]:  # Any: JSON.
+    def sample_as_json() -> list[list[dict[str, Any]]]:  # Any: JSON.
       groups = self._leader().sample(prompts, params)
       return [[dataclasses.asdict(c) for c in group] for group in groups]
 
     return [
       [types.completion(fields) for fields in group]
-      for group in self._from_first(ask)
+      for group in self._from_first(sample_as_json)
     ]
 
   def update_weights(
@@ -57,15 +57,17 @@ class SharedSampler:
     params: Mapping[str, Any],  # Any: arrays and mappings of them.
     version: int,
   ) -> None:
-    """Hands new weights on, together with the other processes."""
+    """Publishes new weights, together with the other processes."""
+    if self._update_weights is None:
+      raise RuntimeError("A student's weights are never replaced.")
     self._update_weights(params, version)
     self._version = version
 
   def take_metrics(self) -> Mapping[str, float]:
-    """Gives those of the first process; the others have none."""
+    """Returns metrics in the first process, and an empty dict in the others."""
     return {} if self._inner is None else self._inner.take_metrics()
 
   def _leader(self) -> types.Sampler:
     if self._inner is None:
-      raise RuntimeError("Only the first process asks servers.")
+      raise RuntimeError("Only the first process samples from servers.")
     return self._inner

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rollout server: the HTTP app and the engines behind it."""
+"""The rollout server: its HTTP app and its engines."""

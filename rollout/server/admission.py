@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is let in, and with how much: in front of every route.
+"""Authentication and body limits in front of every route.
 
-Two tokens are told apart, so that whoever may sample need not be able to
-replace the weights. Bodies are read here, whole, within a limit of bytes and of
-time; what is refused before it was read is followed by a closed connection.
+Separate user and admin tokens let a client sample without being able to replace
+weights. The whole body is read here, within a limit of bytes and of time; the
+connection is closed if a request is rejected before its body was read.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from starlette import types as asgi
 
 from rollout import wire
 
-_BODY_S = 60.0  # For all of a body to arrive.
-# What changes a server for everyone else who uses it.
+_BODY_S = 60.0  # Limit for a whole body to arrive.
+# Endpoints that affect other clients of the server.
 _ADMIN_PATHS = (
   "/init_communicator",
   "/update_weights",
@@ -28,22 +28,23 @@ _ADMIN_PATHS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """What a request must carry as `Authorization: Bearer`.
+  """The accepted values of `Authorization: Bearer`.
 
-  `admin` opens every path, `user` those which only sample and look, or every
-  path where there is no `admin`. Without any, everyone is let in.
+  `admin` grants access to every path, `user` to sampling and read-only paths;
+  if `admin` is None, `user` grants access to every path. If both are None, no
+  token is required.
   """
 
   user: str | None
   admin: str | None
 
-  def admit(self, path: str, given: bytes) -> bool:
-    """Tells whether these words open a path, in a time that tells nothing."""
+  def admit(self, path: str, header: bytes) -> bool:
+    """Returns whether the header grants access to a path, in constant time."""
     accepted = [self.admin or self.user]
     if path.rstrip("/") not in _ADMIN_PATHS:
       accepted.append(self.user)
     opens = [
-      hmac.compare_digest(given, f"Bearer {token}".encode())
+      hmac.compare_digest(header, f"Bearer {token}".encode())
       for token in accepted
       if token is not None
     ]
@@ -53,7 +54,7 @@ class Tokens:
 def respond(
   status: int, body: wire.Refusal, retry_after_s: int | None = None
 ) -> fastapi.Response:
-  """Makes the response that tells of a refusal."""
+  """Returns the HTTP response for a refusal."""
   headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
   return fastapi.Response(
     body.model_dump_json(), status, headers, "application/json"
@@ -61,42 +62,39 @@ def respond(
 
 
 class Guard:
-  """Lets in only who knows the token, and only bodies of a sane size.
-
-  It stands in front of every route, so none can be forgotten.
-  """
+  """ASGI middleware that checks the token and the body of every request."""
 
   def __init__(
     self, app: asgi.ASGIApp, *, tokens: Tokens, max_body_bytes: int
   ) -> None:
-    """Stands in front of `app`."""
+    """Wraps `app`."""
     self._app, self._tokens = app, tokens
     self._max_body_bytes = max_body_bytes
 
   async def __call__(
     self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send
   ) -> None:
-    """Passes a request on, or refuses it."""
+    """Forwards a request to the app, or rejects it."""
     if scope["type"] != "http":
       await self._app(scope, receive, send)
       return
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    if not self._tokens.admit(scope["path"], given):
-      await _turn_away(401, _UNAUTHORIZED)(scope, receive, send)
+    header = dict(scope["headers"]).get(b"authorization", b"")
+    if not self._tokens.admit(scope["path"], header):
+      await _reject(401, _UNAUTHORIZED)(scope, receive, send)
       return
     try:
       async with asyncio.timeout(_BODY_S):
         body = await self._read(receive)
     except TimeoutError:
-      await _turn_away(408, _TOO_SLOW)(scope, receive, send)
+      await _reject(408, _TOO_SLOW)(scope, receive, send)
       return
     if body is None:
-      await _turn_away(413, self._too_large())(scope, receive, send)
+      await _reject(413, self._too_large())(scope, receive, send)
       return
     await self._app(scope, _replay(body, receive), send)
 
   async def _read(self, receive: asgi.Receive) -> bytes | None:
-    """Reads a whole body, or None once it is too large."""
+    """Returns the whole body, or None if it is too large."""
     body, more = bytearray(), True
     while more:
       message = await receive()
@@ -109,29 +107,29 @@ class Guard:
   def _too_large(self) -> wire.Refusal:
     return wire.Refusal(
       error="limit",
-      what=f"The body has more than {self._max_body_bytes} bytes.",
-      why="--max_body_bytes is the limit.",
-      fix="Send fewer prompts at once.",
+      what=f"The request body exceeds {self._max_body_bytes} bytes.",
+      why="The limit is --max_body_bytes.",
+      fix="Send fewer prompts per request.",
     )
 
 
 _UNAUTHORIZED = wire.Refusal(
   error="unauthorized",
-  what="The token is missing, wrong, or not for this path.",
-  why="This server asks for one, and may have another to replace weights.",
+  what="The token is missing, invalid, or not valid for this path.",
+  why="This server requires a token; replacing weights may require another.",
   fix="Send the server's ATLAS_ROLLOUT_TOKEN, or its "
   "ATLAS_ROLLOUT_ADMIN_TOKEN if it has one, as Authorization: Bearer.",
 )
 _TOO_SLOW = wire.Refusal(
   error="too_slow",
-  what="The body did not arrive in time.",
-  why=f"All of it must be there within {_BODY_S:g} s.",
-  fix="Send fewer prompts at once, or mend the network.",
+  what="Timed out while receiving the request body.",
+  why=f"The whole body must arrive within {_BODY_S:g} s.",
+  fix="Send fewer prompts per request, or check the network.",
 )
 
 
-def _turn_away(status: int, body: wire.Refusal) -> fastapi.Response:
-  """Refuses what was not read to its end: the rest must not be, either."""
+def _reject(status: int, body: wire.Refusal) -> fastapi.Response:
+  """Rejects a request with an unread body, so the connection must close."""
   response = respond(status, body)
   response.headers["Connection"] = "close"
   if status == 401:
@@ -142,7 +140,7 @@ def _turn_away(status: int, body: wire.Refusal) -> fastapi.Response:
 def _replay(
   body: bytes, receive: asgi.Receive
 ) -> Callable[[], Awaitable[asgi.Message]]:
-  """Gives a body that was read already, then what really comes."""
+  """Returns an ASGI receive that yields `body` first, then new messages."""
   sent = False
 
   async def replayed() -> asgi.Message:

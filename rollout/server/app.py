@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout server's HTTP face: its routes, and how each of them refuses.
+"""The rollout server's HTTP routes and error responses.
 
-Every path exists with and without a trailing slash. Every refusal is a
-`wire.Refusal`, and none repeats what was sent: prompts stay out of logs.
+Every path exists with and without a trailing slash. Every error response is a
+`wire.Refusal`. None repeats the request, so prompts stay out of logs.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from atlas_jax import errors
 from rollout import wire
 from rollout.server import admission, service, weight_channel
 
-_WATCH_S = 0.5  # A trainer's silence is noticed this late at most.
+_WATCH_S = 0.5  # Maximum delay until a lost trainer is noticed.
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: as FastAPI wants it.
+_REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: FastAPI's type.
   status: {"model": wire.Refusal} for status in (401, 409, 413, 422, 429, 503)
 }
 
@@ -29,11 +29,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: as FastAPI wants it.
 def create_app(
   backend: service.Service, *, tokens: admission.Tokens
 ) -> fastapi.FastAPI:
-  """Makes the app.
+  """Creates the app.
 
   Args:
-    backend: does the work.
-    tokens: what requests must carry.
+    backend: handles the requests.
+    tokens: accepted for authentication.
   """
 
   @contextlib.asynccontextmanager
@@ -45,8 +45,8 @@ def create_app(
 
   app = fastapi.FastAPI(
     title="atlas_jax rollout server",
-    description="Samples completions from a model whose weights a trainer may "
-    "replace. With a token set, send `Authorization: Bearer TOKEN`.",
+    description="Samples completions from a model whose weights a trainer can "
+    "replace. If a token is set, send `Authorization: Bearer TOKEN`.",
     lifespan=lifespan,
     redirect_slashes=False,
     responses=_REFUSALS,
@@ -60,20 +60,20 @@ def create_app(
 
 
 async def _watch(weights: weight_channel.Channel) -> None:
-  """Asks often who holds the channel: asking is what notices a lost one."""
+  """Polls `trainer_id`, which closes the channel of a lost trainer."""
   while True:
     _ = weights.trainer_id
     await asyncio.sleep(_WATCH_S)
 
 
 class _Endpoints:
-  """What is done under each path; the docstrings are shown at /docs."""
+  """The endpoint handlers; their docstrings are shown at /docs."""
 
   def __init__(self, backend: service.Service) -> None:
     self._backend = backend
 
   async def health(self, response: fastapi.Response) -> wire.Health:
-    """Tells how the engine is; 503 unless it is well."""
+    """Returns the engine's status; 503 unless it is ok."""
     state = self._backend.health()
     response.status_code = 200 if state.status == "ok" else 503
     return state
@@ -81,43 +81,43 @@ class _Endpoints:
   async def generate(self, request: wire.GenerateRequest) -> fastapi.Response:
     """Samples `n` completions of each prompt."""
     self._backend.count("requests_total")
-    # Already JSON: it is written once, also for a repeated request.
+    # Already JSON: a repeated request is not serialized again.
     return fastapi.Response(
       await self._backend.generate(request), media_type="application/json"
     )
 
   async def init_communicator(self, request: wire.InitRequest) -> wire.Version:
-    """Opens the weight channel; again, it is a heartbeat."""
+    """Opens the weight channel; a repeated call is a heartbeat."""
     self._backend.weights.init(request)
     return self._backend.weights.held
 
   async def update_weights(
     self, request: wire.UpdateRequest
   ) -> wire.UpdateResponse:
-    """Loads a version that was pushed to the channel's directory."""
+    """Loads a version from the channel's directory."""
     return await self._backend.update(request)
 
   async def reset_prefix_cache(self) -> wire.Done:
-    """Forgets what was cached of earlier prompts."""
+    """Clears cached keys and values of earlier prompts."""
     await self._backend.engine.reset_prefix_cache()
     return wire.Done(message="The prefix cache is empty.")
 
   async def close_communicator(self, request: wire.CloseRequest) -> wire.Done:
     """Closes the weight channel; the weights stay."""
     was_open = self._backend.weights.close(request)
-    return wire.Done(message="Closed." if was_open else "None was open.")
+    return wire.Done(message="Closed." if was_open else "It was not open.")
 
   async def get_tensor_parallel_size(self) -> wire.TensorParallelSize:
-    """Gives over how many devices one copy of the weights is spread."""
+    """Returns the number of devices that share one copy of the weights."""
     size = self._backend.engine.facts.tensor_parallel_size
     return wire.TensorParallelSize(tensor_parallel_size=size)
 
   async def version(self) -> wire.Version:
-    """Tells which weights are held."""
+    """Returns the version that is loaded."""
     return self._backend.weights.held
 
   async def metrics(self) -> fastapi.Response:
-    """Gives counts and times in Prometheus' text format."""
+    """Returns counts and times in the Prometheus text format."""
     text = "".join(
       f"# TYPE atlas_rollout_{name} "
       f"{'counter' if name.endswith('_total') else 'gauge'}\n"
@@ -128,7 +128,7 @@ class _Endpoints:
 
 
 def _add_routes(app: fastapi.FastAPI, backend: service.Service) -> None:
-  """Adds every endpoint, under its name and with a slash behind it."""
+  """Adds every endpoint under its name, with and without a slash."""
   endpoints = _Endpoints(backend)
   for method, endpoint, model in (
     ("GET", endpoints.health, wire.Health),
@@ -152,19 +152,19 @@ def _add_routes(app: fastapi.FastAPI, backend: service.Service) -> None:
 
 
 def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
-  """Turns every way to fail into a refusal."""
+  """Adds handlers that turn every exception into a `wire.Refusal`."""
 
-  async def refused(
+  async def rejected(
     request: fastapi.Request, error: weight_channel.RefusalError
   ) -> fastapi.Response:
     backend.count("refused_requests_total")
     logging.info(
-      "%s refused (%d): %s", request.url.path, error.status, error.body.what
+      "Rejected %s (%d): %s", request.url.path, error.status, error.body.what
     )
     return admission.respond(error.status, error.body, error.retry_after_s)
 
-  handlers: dict[Any, Any] = {  # Any: each takes its own class of error.
-    weight_channel.RefusalError: refused,
+  handlers: dict[Any, Any] = {  # Any: each takes a different exception class.
+    weight_channel.RefusalError: rejected,
     errors.AtlasError: _failed,
     exceptions.RequestValidationError: _invalid,
     starlette_exceptions.HTTPException: _unanswerable,
@@ -177,8 +177,8 @@ def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
 async def _failed(
   request: fastapi.Request, error: errors.AtlasError
 ) -> fastapi.Response:
-  """Tells of pushed weights that cannot be used, or of an unwell engine."""
-  logging.warning("%s failed: %s", request.url.path, error)
+  """Reports invalid pushed weights (409) or an engine failure (503)."""
+  logging.warning("Failed %s: %s", request.url.path, error)
   status, name = (
     (409, "weights")
     if isinstance(error, errors.CheckpointError)
@@ -192,18 +192,18 @@ async def _failed(
 async def _invalid(
   request: fastapi.Request, error: exceptions.RequestValidationError
 ) -> fastapi.Response:
-  """Tells where a request is wrong."""
+  """Reports which fields of a request are invalid."""
   del request
-  # Of each error only its place and kind: the input may hold a prompt.
+  # Only location and kind of each error: the input may contain a prompt.
   wrong = [
     f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
     for item in error.errors()[:8]
   ]
   body = wire.Refusal(
     error="invalid",
-    what="The request is not of the expected form.",
+    what="Invalid request.",
     why="; ".join(wrong),
-    fix="GET /docs shows every field.",
+    fix="See GET /docs for the fields.",
   )
   return admission.respond(422, body)
 
@@ -211,12 +211,12 @@ async def _invalid(
 async def _unanswerable(
   request: fastapi.Request, error: starlette_exceptions.HTTPException
 ) -> fastapi.Response:
-  """Tells that there is no such path or method."""
+  """Reports an unknown path or method."""
   body = wire.Refusal(
     error="http",
-    what=f"{request.method} {request.url.path} cannot be answered.",
+    what=f"Unsupported request: {request.method} {request.url.path}.",
     why=str(error.detail),
-    fix="GET /docs lists what can be asked.",
+    fix="See GET /docs for the endpoints.",
   )
   return admission.respond(error.status_code, body)
 
@@ -224,12 +224,12 @@ async def _unanswerable(
 async def _unknown(
   request: fastapi.Request, error: Exception
 ) -> fastapi.Response:
-  """Tells no more of a fault of ours than its kind."""
+  """Reports an internal error by its type only."""
   del request
   body = wire.Refusal(
     error="internal",
-    what="The server failed.",
+    what="Internal server error.",
     why=type(error).__name__,
-    fix="Look into its log; restart it if /health is not ok.",
+    fix="See the server's log; restart it if /health is not ok.",
   )
   return admission.respond(500, body)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rollout server asks of an engine, be it vLLM or the JAX sampler."""
+"""The interface between the rollout server and its engine, vLLM or JAX."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -12,10 +12,10 @@ from rollout import wire
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What never changes about an engine.
+  """Constants of an engine.
 
-  `model` is the directory it was started on; `max_model_len` bounds prompt and
-  completion together; `vocab_size` bounds token ids.
+  `model` is the model directory; `max_model_len` bounds prompt plus completion
+  tokens; `vocab_size` bounds token ids.
   """
 
   name: wire.Engine
@@ -26,31 +26,31 @@ class Facts:
 
 
 class Engine(Protocol):
-  """What writes completions behind the server."""
+  """Generates the server's completions."""
 
   @property
   def facts(self) -> Facts:
-    """What never changes."""
+    """The engine's constants."""
     ...
 
   @property
   def is_alive(self) -> bool:
-    """False once it can never work again."""
+    """False after an unrecoverable failure."""
     ...
 
   @property
   def last_progress_s(self) -> float:
-    """When it last gave a sign of work, by `time.monotonic()`."""
+    """The time of the last observed progress, by `time.monotonic()`."""
     ...
 
   def tokenize(self, text: str) -> list[int]:
-    """Encodes a text as it is, without any template."""
+    """Encodes a text without a chat template or special tokens."""
     ...
 
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
-    """Draws `params.group_size` completions of each prompt, in order.
+    """Samples `params.group_size` completions per prompt, in prompt order.
 
     Raises:
       errors.RolloutError: if the engine fails.
@@ -58,21 +58,21 @@ class Engine(Protocol):
     ...
 
   async def load(self, directory: pathlib.Path, version: int) -> None:
-    """Replaces the weights in place, and forgets what the old ones cached.
+    """Replaces the weights in place and resets the prefix cache.
 
     Raises:
-      errors.CheckpointError: if they cannot be used and nothing was changed.
+      errors.CheckpointError: if the weights are invalid and nothing changed.
     """
     ...
 
   async def reset_prefix_cache(self) -> None:
-    """Forgets what was cached of earlier prompts."""
+    """Clears cached keys and values of earlier prompts."""
     ...
 
   def metrics(self) -> Mapping[str, float]:
-    """Gives numbers of its own for GET /metrics, by name."""
+    """Returns engine-specific values for GET /metrics, by name."""
     ...
 
   def close(self) -> None:
-    """Stops, and frees what it holds."""
+    """Stops the engine and frees its resources."""
     ...

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JAX sampler behind the rollout server: one thread, one batch at a time.
+"""The JAX engine: runs the JAX sampler in one thread, one batch at a time.
 
-It needs no vLLM, so a server runs wherever JAX does. It knows of progress only
-when a batch is done: `hang_s` must be longer than the longest one, its
-compilation included.
+It does not need vLLM, so the server runs wherever JAX does. It reports progress
+only when a batch finishes: `hang_s` must exceed the duration of the longest
+batch, including compilation.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 class JaxEngine:
   """See `engine.Engine`."""
 
-  is_alive = True  # As long as this process is.
+  is_alive = True  # The engine lives and dies with this process.
 
   def __init__(
     self,
@@ -40,20 +40,20 @@ class JaxEngine:
     Args:
       directory: a model in Hugging Face format.
       dtype: of weights and activations.
-      max_model_len: of prompt and completion together; None for the model's.
-      max_rows: completions decoded at once.
+      max_model_len: of prompt plus completion; None for the model's maximum.
+      max_rows: maximum number of completions decoded at once.
 
     Raises:
-      errors.AtlasError: if the model or its tokenizer cannot be used.
+      errors.AtlasError: if the model or its tokenizer cannot be loaded.
     """
     config, _ = load.read_config(directory)
     longest = config.max_positions
     if max_model_len is not None and max_model_len > longest:
       raise errors.ConfigError(
-        f"The model does not reach {max_model_len} tokens.",
+        f"--max_model_len must be at most {longest}, got {max_model_len}.",
         where="--max_model_len",
         why=f"max_position_embeddings of {directory} is {longest}.",
-        fix=f"Ask for {longest} at most.",
+        fix=f"Set --max_model_len={longest} or less.",
       )
     self.last_progress_s = time.monotonic()
     self._tokenizer = chat.load_tokenizer(directory)
@@ -80,33 +80,33 @@ class JaxEngine:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "jax-engine")
 
   def tokenize(self, text: str) -> list[int]:
-    """Encodes a text as it is, without any template."""
+    """Encodes a text without a chat template or special tokens."""
     return self._tokenizer.encode(text, add_special_tokens=False)
 
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
-    """Draws completions; batches wait for each other."""
+    """Samples completions; concurrent requests run one after another."""
     groups = await self._in_thread(
       lambda: self._sampler.sample(prompts, params)
     )
     return [[_to_wire(completion) for completion in group] for group in groups]
 
   async def load(self, directory: pathlib.Path, version: int) -> None:
-    """Replaces the weights, in the thread which samples."""
+    """Replaces the weights, in the sampling thread."""
     await self._in_thread(
       lambda: self._sampler.update_weights(self._read(directory), version)
     )
 
   async def reset_prefix_cache(self) -> None:
-    """Does nothing: no prompt outlives its request here."""
+    """Does nothing: prompts are not cached across requests."""
 
   def metrics(self) -> Mapping[str, float]:
-    """Counts what was compiled."""
+    """Returns the number of compiled programs."""
     return {"programs": self._sampler.num_programs}
 
   def close(self) -> None:
-    """Lets the running batch end, and drops the rest."""
+    """Cancels waiting batches; the running one finishes."""
     self._thread.shutdown(wait=False, cancel_futures=True)
 
   def _read(self, directory: pathlib.Path) -> decoder.Params:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM behind the rollout server; the only file which imports vllm or torch.
+"""The vLLM engine; the only module of the rollout server that imports vllm.
 
-vLLM's engine runs in a process of its own. Weights are replaced in place,
-between two batches, from a directory of safetensors.
+vLLM's engine core runs in a separate process. Weights are reloaded in place,
+between two batches, from a directory of safetensors files.
 """
-# Types are checked in the trainer's environment, which has no vLLM.
+# pyright runs in the trainer's environment, where vLLM is not installed.
 # pyright: reportMissingImports=false
 
 import asyncio
@@ -30,16 +30,17 @@ OLDEST = (0, 32)
 
 
 class TiedHead:
-  """Adds to vLLM's worker what its reloading leaves out.
+  """Worker extension that refreshes a tied head after a weight reload.
 
-  On a CPU the head multiplies by a packed copy of its weight. If that is tied
-  to the embedding no checkpoint holds it, and the copy would stay as it was.
+  On a CPU the LM head multiplies by a packed copy of its weight. A weight tied
+  to the embedding is not in the checkpoint, so vLLM's reload does not repack
+  it.
   """
 
   model_runner: Any  # Any: vLLM's, of the worker that this is mixed into.
 
   def refresh_tied_head(self) -> None:
-    """Packs the head again from the weight that it shares."""
+    """Packs the head again from the shared embedding weight."""
     model = self.model_runner.get_model()
     if platforms.current_platform.is_cpu():
       head = model.lm_head
@@ -61,20 +62,21 @@ class VllmEngine:
     kv_cache_gib: float | None,
     enforce_eager: bool,
   ) -> None:
-    """Starts vLLM's engine; takes from seconds to minutes.
+    """Starts vLLM's engine, which takes seconds to minutes.
 
     Args:
       directory: a model in Hugging Face format.
       dtype: of weights and activations.
-      max_model_len: of prompt and completion together; None for the model's.
-      tensor_parallel_size: devices over which the weights are spread.
-      gpu_memory_utilization: fraction of each device's memory that is taken.
-      kv_cache_gib: size of the KV cache; None for what that fraction leaves.
-      enforce_eager: whether to start sooner and run slower, uncompiled.
+      max_model_len: of prompt plus completion; None for the model's maximum.
+      tensor_parallel_size: number of devices that share the weights.
+      gpu_memory_utilization: fraction of each device's memory that vLLM uses.
+      kv_cache_gib: size of the KV cache; None for the rest of that fraction.
+      enforce_eager: disables torch.compile and CUDA graphs: starts faster,
+        runs slower.
 
     Raises:
-      errors.ConfigError: if vLLM is too old, refuses these settings, or the
-        tokenizer cannot be used.
+      errors.ConfigError: if vLLM is too old, rejects these settings, or the
+        tokenizer cannot be loaded.
     """
     _check_version()
     self._tokenizer = chat.load_tokenizer(directory)
@@ -104,22 +106,22 @@ class VllmEngine:
 
   @property
   def is_alive(self) -> bool:
-    """False once its process has ended."""
+    """False once vLLM's engine process has exited."""
     return not self._llm.errored
 
   @property
   def last_progress_s(self) -> float:
-    """When vLLM last finished a step."""
+    """The time of vLLM's last engine step."""
     return self._progress.last_s
 
   def tokenize(self, text: str) -> list[int]:
-    """Encodes a text as it is, without any template."""
+    """Encodes a text without a chat template or special tokens."""
     return self._tokenizer.encode(text, add_special_tokens=False)
 
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
-    """Draws completions; vLLM batches whatever is asked at once."""
+    """Samples completions; vLLM batches concurrent requests."""
     tasks = [
       asyncio.create_task(self._generate_one(prompt, params))
       for prompt in prompts
@@ -127,7 +129,7 @@ class VllmEngine:
     try:
       return await asyncio.gather(*tasks)
     finally:
-      for task in tasks:  # If one fails, the others are of no use.
+      for task in tasks:  # If one fails, cancel the others.
         task.cancel()
 
   async def load(self, directory: pathlib.Path, version: int) -> None:
@@ -140,15 +142,15 @@ class VllmEngine:
     await self.reset_prefix_cache()
 
   async def reset_prefix_cache(self) -> None:
-    """Forgets the keys and values of earlier prompts."""
+    """Clears cached keys and values of earlier prompts."""
     await self._llm.reset_prefix_cache()
 
   def metrics(self) -> Mapping[str, float]:
-    """Gives what vLLM said of its last step."""
+    """Returns vLLM's scheduler statistics of its last step."""
     return self._progress.metrics
 
   def close(self) -> None:
-    """Ends vLLM's process."""
+    """Stops vLLM's engine process."""
     self._llm.shutdown()
 
   async def _generate_one(
@@ -158,16 +160,16 @@ class VllmEngine:
     own = (params.temperature, params.top_p, params.top_k) == (1, 1, 0)
     greedy = params.temperature == 0.0
     completions = [_to_wire(output, greedy or own) for output in outputs]
-    # Greedy completions are all the same, so vLLM refuses to write more.
+    # vLLM requires n = 1 for greedy sampling; the copies are identical.
     return completions * params.group_size if greedy else completions
 
   async def draw(
     self, prompt: types.Prompt, params: types.SamplingParams
   ) -> list[vllm.CompletionOutput]:
-    """Gives completions as vLLM does; of greedy ones, which are equal, one."""
-    # vLLM gives the i-th completion the seed plus i, and a generator of its
-    # own: results do not depend on what else is in the batch.
-    asked = sampling_params.SamplingParams(
+    """Returns vLLM's outputs for a prompt; only one if greedy."""
+    # vLLM seeds a separate generator with seed + i for the i-th completion, so
+    # results do not depend on the other requests in the batch.
+    sampling = sampling_params.SamplingParams(
       n=1 if params.temperature == 0.0 else params.group_size,
       max_tokens=params.max_completion_tokens,
       temperature=params.temperature,
@@ -181,7 +183,7 @@ class VllmEngine:
     )
     outputs = self._llm.generate(
       inputs.TokensPrompt(prompt_token_ids=list(prompt.token_ids)),
-      asked,
+      sampling,
       str(next(self._request_ids)),
     )
     try:
@@ -192,7 +194,7 @@ class VllmEngine:
 
 
 class _Progress(loggers.StatLoggerBase):
-  """Hears of every step of vLLM's engine."""
+  """Records the time and statistics of vLLM's engine steps."""
 
   def __init__(self) -> None:
     self.last_s = time.monotonic()
@@ -206,7 +208,7 @@ class _Progress(loggers.StatLoggerBase):
     mm_cache_stats: stats.MultiModalCacheStats | None = None,
     engine_idx: int = 0,
   ) -> None:
-    """Notes the time, and how full the engine is."""
+    """Stores the time and the scheduler statistics of a step."""
     del mm_cache_stats, engine_idx
     self.last_s = time.monotonic()
     if iteration_stats is not None:
@@ -221,15 +223,16 @@ class _Progress(loggers.StatLoggerBase):
       }
 
   def log_engine_initialized(self) -> None:
-    """Has nothing to say."""
+    """Does nothing; required by the interface."""
 
 
 def _arguments(**settings: Any) -> arg_utils.AsyncEngineArgs:  # Any: vLLM's.
-  """Adds to a server's settings what is the same for all of ours."""
+  """Returns engine arguments: the given settings plus our constants."""
   arguments = arg_utils.AsyncEngineArgs(
-    # What is reported is what was drawn from, as `types.Completion` says.
+    # Log-probabilities after temperature, top-p and top-k, as documented in
+    # `types.Completion`.
     logprobs_mode="processed_logprobs",
-    # Sampling is what the request says, not the checkpoint's preferences.
+    # Ignores the checkpoint's generation_config.json.
     generation_config="vllm",
     skip_tokenizer_init=True,
     trust_remote_code=False,
@@ -237,7 +240,8 @@ def _arguments(**settings: Any) -> arg_utils.AsyncEngineArgs:  # Any: vLLM's.
     **settings,
   )
   if platforms.current_platform.is_cpu():
-    # vLLM takes back what half a prompt drew, which no CPU generator can.
+    # For a partial prompt vLLM discards the sampled token and rewinds the
+    # generator, which torch does not support for CPU generators.
     arguments.enable_chunked_prefill = False
   return arguments
 
@@ -251,16 +255,16 @@ def _start(
     )
   except (ValueError, RuntimeError, exceptions.VLLMError) as error:
     raise errors.ConfigError(
-      "vLLM does not start on this model.",
+      "vLLM failed to start.",
       where=arguments.model,
       why=str(error).splitlines()[0],
-      fix="See its log above; often a smaller --max_model_len, "
-      "--gpu_memory_utilization or --kv_cache_gib helps.",
+      fix="See vLLM's log above. If it ran out of memory, lower "
+      "--max_model_len, --gpu_memory_utilization or --kv_cache_gib.",
     ) from error
 
 
 def _seed(seed: int, row_id: str) -> int:
-  """Mixes seed and row into 62 bits, so that neighbours share no stream."""
+  """Hashes seed and row id to 62 bits, so that rows get separate streams."""
   raw = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
   return int.from_bytes(raw[:8], "big") >> 2
 
@@ -268,11 +272,11 @@ def _seed(seed: int, row_id: str) -> int:
 def _to_wire(
   output: vllm.CompletionOutput, is_models_own: bool
 ) -> wire.CompletionOut:
-  """Takes of each position the log-probability of the token drawn there."""
+  """Converts an output, with the log-probability of each sampled token."""
   token_ids, reason = list(output.token_ids), output.finish_reason
   positions = output.logprobs
   if positions is None or reason not in ("stop", "length"):
-    raise _failed(f"It ended a completion with {reason!r}.")
+    raise _failed(f"finish_reason={reason!r}, or log-probabilities missing.")
   logprobs = [
     position[token_id].logprob
     for position, token_id in zip(positions, token_ids, strict=True)
@@ -288,7 +292,7 @@ def _to_wire(
 
 def _failed(why: str) -> errors.RolloutError:
   return errors.RolloutError(
-    "vLLM did not answer a request.",
+    "vLLM failed to complete a request.",
     where="vLLM engine",
     why=why,
     fix="See the server's log; if /health is not ok, restart the server.",
@@ -301,6 +305,6 @@ def _check_version() -> None:
     raise errors.ConfigError(
       f"vLLM {VERSION} is too old.",
       where=str(vllm.__file__),
-      why=f"Weights are replaced in place from {OLDEST[0]}.{OLDEST[1]} on.",
+      why=f"Reloading weights in place needs at least {OLDEST[0]}.{OLDEST[1]}.",
       fix="Run bash scripts/install_rollout.sh.",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an app to a process that listens, and ends when it is asked to."""
+"""Tokens, socket, signals and the HTTP loop of the server process."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -22,24 +22,27 @@ from rollout.server import admission
 
 TOKEN_VARIABLE = "ATLAS_ROLLOUT_TOKEN"
 ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
-_HEAD_S = 20.0  # For the head of a request to arrive, and before its first.
+# Limit for a request's headers to arrive, and for an idle connection.
+_HEAD_S = 20.0
 _MIN_TOKEN_CHARACTERS = 16
 
 
 def read_token(host: str, file: pathlib.Path | None) -> str | None:
-  """Finds the token which clients must send.
+  """Returns the token that clients must send.
+
+  The token is never a command line argument: those are visible to all users of
+  the machine.
 
   Args:
-    host: where the server will listen.
-    file: holds the token; None for the environment variable. Never an argument
-      of the command line, where every user of the machine would see it.
+    host: the address the server will listen on.
+    file: contains the token; None to read the environment variable.
 
   Returns:
-    The token, or None if there is none and only this machine can connect.
+    The token, or None if no token is set and `host` is a loopback address.
 
   Raises:
-    errors.ConfigError: if there is none and others can connect, or it is too
-      short to be one.
+    errors.ConfigError: if no token is set and other machines can connect, or
+      the token is too short.
   """
   try:
     text = (
@@ -49,10 +52,10 @@ def read_token(host: str, file: pathlib.Path | None) -> str | None:
     )
   except (OSError, ValueError) as error:
     raise errors.ConfigError(
-      "The token cannot be read.",
+      "Cannot read the token file.",
       where=f"--token_file={file}",
       why=str(error),
-      fix="Give a file that this user may read.",
+      fix="Use a text file that this user can read.",
     ) from error
   token = text.strip()
   if not token and not file and is_loopback(host):
@@ -62,13 +65,13 @@ def read_token(host: str, file: pathlib.Path | None) -> str | None:
 
 
 def read_tokens(host: str, file: pathlib.Path | None) -> admission.Tokens:
-  """Finds the token of those who sample, and of those who replace weights.
+  """Returns the tokens for sampling and for replacing weights.
 
-  The second is `ADMIN_TOKEN_VARIABLE` and may be left out: then the first, see
-  `read_token`, opens everything.
+  The admin token is optional and comes from `ADMIN_TOKEN_VARIABLE`. Without it,
+  the user token of `read_token` grants access to all endpoints.
 
   Raises:
-    errors.ConfigError: if one is missing or too short, or both are the same.
+    errors.ConfigError: if a token is missing or too short, or both are equal.
   """
   user = read_token(host, file)
   admin = os.environ.get(ADMIN_TOKEN_VARIABLE, "").strip() or None
@@ -76,19 +79,23 @@ def read_tokens(host: str, file: pathlib.Path | None) -> admission.Tokens:
     _check_token(admin, where=ADMIN_TOKEN_VARIABLE)
     if user is None or user == admin:
       raise errors.ConfigError(
-        "The admin's token separates nobody.",
+        f"{ADMIN_TOKEN_VARIABLE} requires a different {TOKEN_VARIABLE}.",
         where=ADMIN_TOKEN_VARIABLE,
-        why=f"{TOKEN_VARIABLE} is " + ("not set." if user is None else "it."),
-        fix=f"Set {TOKEN_VARIABLE} to another token, or only that one.",
+        why=f"{TOKEN_VARIABLE} is "
+        + ("not set." if user is None else "the same token."),
+        fix=f"Set {TOKEN_VARIABLE} to a different token, or unset "
+        f"{ADMIN_TOKEN_VARIABLE}.",
       )
   return admission.Tokens(user=user, admin=admin)
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """Takes the port before anything slow is done; nobody can connect yet.
+  """Returns a socket bound to the port; it does not accept connections yet.
+
+  Binding before the engine starts reports a port conflict immediately.
 
   Raises:
-    errors.ConfigError: if it is taken, naming the next free one.
+    errors.ConfigError: if the port is in use; suggests the next free one.
   """
   where = f"--host={host} --port={port}"
   try:
@@ -97,15 +104,15 @@ def bind(host: str, port: int) -> socket.socket:
     )[0]
   except OSError as error:
     raise errors.ConfigError(
-      f"The host {host!r} is unknown.",
+      f"Cannot resolve host {host!r}.",
       where=where,
       why=str(error),
       fix="Use an address of this machine, such as 127.0.0.1.",
     ) from error
 
-  def take(port: int) -> socket.socket:
+  def try_bind(port: int) -> socket.socket:
     bound = socket.socket(family, kind)
-    # What a closed connection leaves behind is no obstacle.
+    # Sockets in TIME_WAIT must not block the port.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       bound.bind((address[0], port, *address[2:]))
@@ -115,31 +122,31 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
   try:
-    return take(port)
+    return try_bind(port)
   except (OSError, OverflowError) as error:
     raise errors.ConfigError(
       f"Cannot listen on port {port}.",
       where=where,
       why=str(error),
-      fix=_advice(take, port),
+      fix=_suggestion(try_bind, port),
     ) from error
 
 
 async def serve(
   app: fastapi.FastAPI, bound: socket.socket, *, drain_s: float
 ) -> None:
-  """Listens until SIGTERM or SIGINT, then lets what runs come to its end.
+  """Serves until SIGTERM or SIGINT, then waits for running requests.
 
   Args:
-    app: what is served.
+    app: the application to serve.
     bound: see `bind`.
     drain_s: how long running requests may take after the signal.
   """
   config = uvicorn.Config(
     app,
-    http=_Impatient,
+    http=_HeadTimeout,
     log_level="warning",
-    # One line per request of ours says more than an access log.
+    # The service logs one line per request.
     access_log=False,
     timeout_graceful_shutdown=math.ceil(drain_s),
   )
@@ -148,9 +155,9 @@ async def serve(
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-  """Makes SIGTERM end the block, at any point, as Ctrl-C does, and no more.
+  """On SIGTERM or SIGINT, leaves the block at any point without an error.
 
-  While `serve` listens, it has both signals for itself.
+  While `serve` runs, uvicorn handles both signals.
   """
 
   def stop(number: int, frame: object) -> None:
@@ -169,7 +176,7 @@ def stoppable() -> Iterator[None]:
 
 
 def is_loopback(host: str) -> bool:
-  """Whether only this machine can reach what listens on `host`."""
+  """Returns whether `host` is reachable from this machine only."""
   try:
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
   except ValueError:
@@ -179,52 +186,52 @@ def is_loopback(host: str) -> bool:
 def _check_token(token: str, *, where: str) -> None:
   if len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii():
     raise errors.ConfigError(
-      "A token is needed to listen here."
+      "A token is required to listen on this host."
       if not token
-      else "The token is not one.",
+      else f"A token needs at least {_MIN_TOKEN_CHARACTERS} ASCII characters.",
       where=where,
-      why="Whoever reaches the server can use it and replace its weights; "
-      f"a token has at least {_MIN_TOKEN_CHARACTERS} ASCII characters.",
+      why="Without a secret token, every client that can connect can sample "
+      "and replace the weights.",
       fix=f"Set {TOKEN_VARIABLE} (openssl rand -hex 32) or --token_file on "
-      "both sides, or listen on --host=127.0.0.1.",
+      "server and client, or listen on --host=127.0.0.1.",
     )
 
 
-class _Impatient(h11_impl.H11Protocol):
-  """Hangs up on who does not get to the end of a request's head.
+class _HeadTimeout(h11_impl.H11Protocol):
+  """Closes connections whose request headers do not arrive in time.
 
-  uvicorn itself waits for ever: for the first byte, and for each after it.
+  uvicorn itself has no timeout for request headers.
   """
 
-  _hang_up: asyncio.TimerHandle | None = None
+  _head_timeout: asyncio.TimerHandle | None = None
 
   def connection_made(self, transport: asyncio.Transport) -> None:
     super().connection_made(transport)
-    self._wait_for_head()
+    self._start_head_timeout()
 
   def data_received(self, data: bytes) -> None:
     super().data_received(data)
-    self._wait_for_head()
+    self._start_head_timeout()
 
   def connection_lost(self, exc: Exception | None) -> None:
     super().connection_lost(exc)
-    self._stop_waiting()
+    self._stop_head_timeout()
 
-  def _wait_for_head(self) -> None:
+  def _start_head_timeout(self) -> None:
     if self.conn.their_state is not h11.IDLE:
-      self._stop_waiting()
-    elif self._hang_up is None:
-      self._hang_up = self.loop.call_later(_HEAD_S, self.transport.abort)
+      self._stop_head_timeout()
+    elif self._head_timeout is None:
+      self._head_timeout = self.loop.call_later(_HEAD_S, self.transport.abort)
 
-  def _stop_waiting(self) -> None:
-    if self._hang_up is not None:
-      self._hang_up.cancel()
-      self._hang_up = None
+  def _stop_head_timeout(self) -> None:
+    if self._head_timeout is not None:
+      self._head_timeout.cancel()
+      self._head_timeout = None
 
 
-def _advice(take: Callable[[int], socket.socket], port: int) -> str:
-  """Names the next free port, if one of the next hundred is."""
+def _suggestion(try_bind: Callable[[int], socket.socket], port: int) -> str:
+  """Suggests a free port among the next hundred."""
   for other in range(port + 1, port + 101):
-    with contextlib.suppress(OSError, OverflowError), take(other):
-      return f"Use --port={other}, or stop what listens there."
-  return "Use a --port below 65536, and a --host of this machine."
+    with contextlib.suppress(OSError, OverflowError), try_bind(other):
+      return f"Set --port={other}, or stop the process that uses the port."
+  return "Use a --port below 65536 and a --host of this machine."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rollout server does, apart from HTTP.
+"""Request handling of the rollout server, independent of HTTP.
 
-Requests are admitted, run in the engine, and remembered by their id. An update
-of the weights closes the gate, lets what runs come to its end, loads, and opens
-the gate again: every answer is written by one version from start to end.
+Requests are validated, run in the engine and cached by their id. A weight
+update closes the gate, waits for running requests, loads the weights and opens
+the gate again: each response is sampled from a single version.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from typing import Literal, TypeVar
 from absl import logging
 
 from atlas_jax import errors, types
-from rollout import manifest, wire
+from rollout import context_length, manifest, wire
 from rollout.server import engine as engines
 from rollout.server import weight_channel
 
 _T = TypeVar("_T")
-# Answers kept for those who lost theirs; the newest is kept whatever its size.
+# Answers cached for clients that retry; the newest is kept whatever its size.
 _MAX_ANSWERS, _MAX_ANSWER_BYTES = 1024, 256 * 2**20
 _RETRY_AFTER_S = 1
 _TOTALS = (
@@ -44,11 +44,11 @@ _TOTALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one request, and all of them together, may ask for.
+  """Limits for a single request and for all requests together.
 
-  `max_queue` bounds the completions admitted and not yet done. An engine that
-  is busy and silent for `hang_s` counts as hung. An update waits `drain_s` for
-  what runs, and `load_s` for the engine.
+  `max_queue` bounds the completions that are queued or running. A busy engine
+  without progress for `hang_s` counts as hung. An update waits at most
+  `drain_s` for running requests and `load_s` for the engine to load weights.
   """
 
   max_body_bytes: int
@@ -63,7 +63,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-  """What is, or will be, the answer to a request with this digest."""
+  """The finished or pending answer to the request with this digest."""
 
   digest: str
   task: asyncio.Task[bytes]
@@ -76,7 +76,7 @@ class _Update:
 
 
 class Service:
-  """One engine, its weight channel and its requests."""
+  """An engine with its weight channel and its queue of requests."""
 
   def __init__(
     self,
@@ -87,11 +87,12 @@ class Service:
     tokenizer_digest: str,
     limits: Limits,
   ) -> None:
-    """Begins with nothing to do."""
+    """Creates a service with an empty queue."""
     self.engine, self.weights, self.limits = engine, weights, limits
     self._role: wire.Role = role
     self._tokenizer_digest = tokenizer_digest
-    # The gate is closed while weights are replaced; idle: nothing runs.
+    # The gate is closed while weights are replaced. Idle means that no request
+    # is running in the engine.
     self._gate, self._idle = asyncio.Event(), asyncio.Event()
     self._gate.set()
     self._idle.set()
@@ -104,7 +105,7 @@ class Service:
     self._totals: dict[str, float] = {name: 0.0 for name in _TOTALS}
 
   def health(self) -> wire.Health:
-    """Tells how the engine is, without asking it to do anything."""
+    """Returns the engine's status without sending it a request."""
     return wire.Health(
       status=self._status(),
       role=self._role,
@@ -118,10 +119,11 @@ class Service:
     )
 
   def metrics(self) -> dict[str, float]:
-    """Gives the numbers of GET /metrics, by name.
+    """Returns the values of GET /metrics by name.
 
-    Busy are the seconds in which something was written, and of these are the
-    tokens per second. A push is checked, then drained for, then loaded.
+    `busy_seconds_total` counts the time with at least one running request;
+    `tokens_per_second` is relative to it. `push_seconds_total` covers
+    verifying, draining and loading.
     """
     busy_s = self._totals["busy_seconds_total"]
     if self._num_running:
@@ -140,48 +142,52 @@ class Service:
     }
 
   def count(self, name: str) -> None:
-    """Adds one to a total of `metrics`."""
+    """Increments a total of `metrics`."""
     self._totals[name] += 1
 
   async def generate(self, request: wire.GenerateRequest) -> bytes:
-    """Generates, or finds what the same request generated already.
+    """Generates completions, or returns the cached answer to the same request.
 
-    Who asked may go away: the work goes on, and asking again joins it.
+    If the client disconnects, generation continues; a retry with the same id
+    waits for the same result.
 
     Returns:
       A `wire.GenerateResponse` as JSON.
 
     Raises:
-      channel.RefusalError: if a limit, a prompt or the version is in the way.
+      weight_channel.RefusalError: if the request exceeds a limit, a prompt is
+        invalid, or the requested version is not the one held.
       errors.RolloutError: if the engine fails.
     """
     digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     answer = self._answers.get(request.request_id)
     if answer is None:
       prompts = self._admit(request)
-      task = asyncio.create_task(self._working(self._answer(request, prompts)))
+      task = asyncio.create_task(
+        self._with_heartbeat(self._answer(request, prompts))
+      )
       answer = _Answer(digest, task)
       self._answers[request.request_id] = answer
-      task.add_done_callback(lambda _: self._trim(request.request_id))
+      task.add_done_callback(lambda _: self._evict(request.request_id))
     elif answer.digest != digest:
       raise weight_channel.RefusalError(
         409,
         "request_id",
-        what="This request_id was used for another request.",
-        why="An id names one request, so that a repeated one is not done "
+        what="request_id was already used for a different request.",
+        why="The id identifies a request, so that a retry is not generated "
         "twice.",
         fix="Use a new id, such as a random UUID.",
       )
     return await asyncio.shield(answer.task)
 
   async def update(self, request: wire.UpdateRequest) -> wire.UpdateResponse:
-    """Replaces the weights; asking again while it lasts joins it.
+    """Replaces the weights; a repeated call joins the update in progress.
 
     Raises:
-      channel.RefusalError: if the channel refuses it, or what runs does not
-        come to its end in time.
-      errors.CheckpointError: if the weights cannot be used.
-      errors.RolloutError: if loading failed halfway; the server is dead then.
+      weight_channel.RefusalError: if the channel rejects the update, another
+        update is in progress, or running requests do not finish in time.
+      errors.CheckpointError: if the weights are invalid; nothing changes.
+      errors.RolloutError: if loading fails halfway; the server is then dead.
     """
     root = self.weights.accept(request)
     if root is None:
@@ -190,21 +196,23 @@ class Service:
       )
     running = self._update
     if running is None or running.task.done():
-      task = asyncio.create_task(self._working(self._load(request, root)))
+      task = asyncio.create_task(
+        self._with_heartbeat(self._load(request, root))
+      )
       running = self._update = _Update(request, task)
     elif running.request != request:
       raise weight_channel.RefusalError(
         409,
         "busy",
         what=f"Version {running.request.version} is being loaded.",
-        why="Two updates at once would leave it open which one holds.",
-        fix="Wait for it, then push again.",
+        why="With two concurrent updates the final version is undefined.",
+        fix="Wait until it is loaded, then push again.",
         retry_after_s=_RETRY_AFTER_S,
       )
     return await asyncio.shield(running.task)
 
-  async def _working(self, work: Awaitable[_T]) -> _T:
-    """Works for a trainer, which is not silent as long as it waits."""
+  async def _with_heartbeat(self, work: Awaitable[_T]) -> _T:
+    """Runs `work`; meanwhile the trainer's heartbeat does not expire."""
     with self.weights.working():
       return await work
 
@@ -216,7 +224,7 @@ class Service:
       self._hung_since_s = None
     silent_s = time.monotonic() - max(progress_s, self._busy_since_s)
     if self._num_running and silent_s > self.limits.hang_s:
-      # Sticks once its requests are given up, until the engine moves again.
+      # Stays hung after its requests are cancelled, until the next progress.
       self._hung_since_s = time.monotonic()
     return "ok" if self._hung_since_s is None else "hung"
 
@@ -228,12 +236,12 @@ class Service:
         where=f"{self.engine.facts.name} engine",
         why=f"It made no progress for {self.limits.hang_s:g} s."
         if status == "hung"
-        else "Its process ended, or loading weights failed halfway.",
-        fix="Restart the server; its log tells more.",
+        else "Its process exited, or loading weights failed halfway.",
+        fix="Restart the server; see its log for the cause.",
       )
 
   def _admit(self, request: wire.GenerateRequest) -> list[types.Prompt]:
-    """Holds a request to the limits, before anything is done for it."""
+    """Validates a request against the limits; returns its prompts."""
     self._check_status()
     limits, size = self.limits, len(request.prompts) * request.n
     for name, value, limit in (
@@ -247,18 +255,19 @@ class Service:
         raise weight_channel.RefusalError(
           422,
           "limit",
-          what=f"{name} is {value}; this server takes at most {limit}.",
-          why="A limit keeps one request from taking all there is.",
-          fix="Ask for less at once, or start the server with a larger limit.",
+          what=f"{name} must be at most {limit}, got {value}.",
+          why="The limit keeps one request from occupying the whole server.",
+          fix="Send smaller requests, or start the server with a larger limit.",
         )
     queued = self._num_running + self._num_waiting
     if queued + size > limits.max_queue:
       raise weight_channel.RefusalError(
         429,
         "queue_full",
-        what=f"{queued} completions are queued; {size} more do not fit.",
+        what=f"The queue is full: {queued} completions queued, {size} "
+        "requested.",
         why=f"--max_queue is {limits.max_queue}.",
-        fix="Try again later, or add servers.",
+        fix="Retry later, or add servers.",
         retry_after_s=_RETRY_AFTER_S,
       )
     return [
@@ -266,30 +275,28 @@ class Service:
     ]
 
   def _prompt(self, prompt: wire.PromptIn, max_tokens: int) -> types.Prompt:
-    """Turns a prompt into token ids that fit into the model."""
-    row = reprlib.repr(prompt.row_id)
+    """Tokenizes a prompt if needed, and validates its token ids."""
+    row, facts = reprlib.repr(prompt.row_id), self.engine.facts
     if (prompt.token_ids is None) == (prompt.text is None):
-      raise _bad_prompt(row, "It needs either token_ids or text.")
+      raise _bad_prompt(row, "Exactly one of token_ids and text is required.")
     token_ids = prompt.token_ids
     if token_ids is None:
       token_ids = self.engine.tokenize(prompt.text or "")
-    limit = self.engine.facts.max_model_len
-    if not 0 < len(token_ids) <= limit - max_tokens:
+    limit, vocab_size = facts.max_model_len, facts.vocab_size
+    if not context_length.fits(len(token_ids), max_tokens, limit):
       raise _bad_prompt(
         row,
-        f"{len(token_ids)} tokens and {max_tokens} new ones do not fit into "
-        f"the {limit} of the model.",
+        f"{len(token_ids)} prompt tokens plus max_tokens={max_tokens} do not "
+        f"fit max_model_len={limit}.",
       )
-    if min(token_ids) < 0 or max(token_ids) >= self.engine.facts.vocab_size:
-      raise _bad_prompt(
-        row, f"Token ids go from 0 to {self.engine.facts.vocab_size - 1}."
-      )
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+      raise _bad_prompt(row, f"Token ids must be in [0, {vocab_size}).")
     return types.Prompt(prompt.row_id, prompt.text or "", tuple(token_ids))
 
   async def _answer(
     self, request: wire.GenerateRequest, prompts: Sequence[types.Prompt]
   ) -> bytes:
-    """Waits at the gate, generates, and checks what came out."""
+    """Waits at the gate, generates, and validates the completions."""
     size = len(prompts) * request.n
     self._num_waiting += size
     asked = time.monotonic()
@@ -298,15 +305,15 @@ class Service:
         await self._gate.wait()
     finally:
       self._num_waiting -= size
-    # No await up to here from the gate: no update can come in between.
+    # No await between the gate and here, so no update can start in between.
     self._check_status()
     version = self.weights.held.version
     if request.version not in (None, version):
       raise weight_channel.RefusalError(
         409,
         "version",
-        what=f"Version {request.version} is asked for, {version} is held.",
-        why="The server was restarted, or an update did not reach it.",
+        what=f"Version {request.version} requested, but {version} is loaded.",
+        why="The server was restarted, or missed an update.",
         fix="Push the version again before sampling from it.",
       )
     started = time.monotonic()
@@ -319,10 +326,16 @@ class Service:
     self._totals["completions_total"] += size
     self._totals["queue_seconds_total"] += queue_s
     logging.info(
-      "%s: %d prompts x %d, %d tokens in %.2f s (%.0f/s), version %d, after "
-      "%.2f s in the queue.",
-      *(reprlib.repr(request.request_id), len(prompts), request.n, num_tokens),
-      *(seconds, num_tokens / max(seconds, 1e-9), version, queue_s),
+      "Generated %s: %d prompts x %d, %d tokens in %.2f s (%.0f/s), version "
+      "%d, queued %.2f s.",
+      reprlib.repr(request.request_id),
+      len(prompts),
+      request.n,
+      num_tokens,
+      seconds,
+      num_tokens / max(seconds, 1e-9),
+      version,
+      queue_s,
     )
     response = wire.GenerateResponse(
       request_id=request.request_id,
@@ -338,7 +351,7 @@ class Service:
     request: wire.GenerateRequest,
     size: int,
   ) -> list[list[wire.CompletionOut]]:
-    """Runs the engine, and gives up on it once it hangs."""
+    """Runs the engine; cancels the request once the engine hangs."""
     params = types.SamplingParams(
       group_size=request.n,
       max_completion_tokens=request.max_tokens,
@@ -369,7 +382,7 @@ class Service:
   async def _load(
     self, request: wire.UpdateRequest, root: pathlib.Path
   ) -> wire.UpdateResponse:
-    """Checks every byte, closes the gate, waits, loads, and opens it."""
+    """Verifies the files, closes the gate, drains, loads, opens the gate."""
     asked = time.monotonic()
     with self.weights.loading(request.version):
       directory = await asyncio.to_thread(
@@ -399,10 +412,13 @@ class Service:
     self._totals["drain_seconds_total"] += response.drain_s
     self._totals["load_seconds_total"] += response.load_s
     logging.info(
-      "Weights of version %d in %.3f s: checked in %.3f s, drained in %.3f s, "
-      "loaded in %.3f s.",
-      *(response.version, loaded - asked, started - asked),
-      *(response.drain_s, response.load_s),
+      "Loaded weights version=%d in %.3f s: verify %.3f s, drain %.3f s, load "
+      "%.3f s.",
+      response.version,
+      loaded - asked,
+      started - asked,
+      response.drain_s,
+      response.load_s,
     )
     return response
 
@@ -414,34 +430,34 @@ class Service:
       raise weight_channel.RefusalError(
         503,
         "draining",
-        what=f"{self._num_running} completions are still being written.",
-        why=f"An update waits --drain_s={self.limits.drain_s:g} s for them.",
-        fix="Push again; nothing was changed.",
+        what=f"{self._num_running} completions are still running.",
+        why=f"They did not finish within --drain_s={self.limits.drain_s:g} s.",
+        fix="Push again; the weights are unchanged.",
         retry_after_s=_RETRY_AFTER_S,
       ) from error
 
   async def _replace(self, directory: pathlib.Path, version: int) -> None:
-    """Loads; a failure halfway leaves weights nobody may sample from."""
+    """Loads weights; after a failure halfway the service is broken."""
     whole = False
     try:
       async with asyncio.timeout(self.limits.load_s):
         await self.engine.load(directory, version)
       whole = True
     except errors.CheckpointError:
-      whole = True  # The old weights, but whole.
+      whole = True  # The old weights are intact.
       raise
     except TimeoutError as error:
       raise errors.RolloutError(
-        f"Loading version {version} took too long.",
+        f"Loading version {version} timed out.",
         where=str(directory),
-        why=f"It did not end within --load_s={self.limits.load_s:g} s.",
+        why=f"It did not finish within --load_s={self.limits.load_s:g} s.",
         fix="Restart the server, with a larger --load_s if disks are slow.",
       ) from error
     finally:
       self._broken = self._broken or not whole
 
-  def _trim(self, request_id: str) -> None:
-    """Forgets a failed answer, so that it can be tried again, and old ones."""
+  def _evict(self, request_id: str) -> None:
+    """Drops a failed answer, so that it can be retried, and old answers."""
     task = self._answers[request_id].task
     if task.cancelled() or task.exception() is not None:
       del self._answers[request_id]
@@ -460,17 +476,18 @@ def _check_completions(
   completions: Sequence[Sequence[wire.CompletionOut]],
   request: wire.GenerateRequest,
 ) -> None:
-  """Refuses to pass on numbers that are none."""
+  """Rejects non-finite log-probabilities."""
   for prompt, group in zip(request.prompts, completions, strict=True):
     for completion in group:
       numbers = [*completion.logprobs, *(completion.model_logprobs or ())]
       if not all(map(math.isfinite, numbers)):
         raise errors.RolloutError(
-          "The engine gave log-probabilities that are not finite.",
+          "The engine returned non-finite log-probabilities.",
           where=f"row {reprlib.repr(prompt.row_id)}",
-          why="The weights, or their arithmetic in this dtype, overflow.",
-          fix="Start the server with --dtype=float32, or go back to earlier "
-          "weights.",
+          why="The weights contain NaN or infinity, or activations overflow "
+          "in this dtype.",
+          fix="Start the server with --dtype=float32, or load an earlier "
+          "checkpoint.",
         )
 
 
@@ -478,7 +495,7 @@ def _bad_prompt(row: str, why: str) -> weight_channel.RefusalError:
   return weight_channel.RefusalError(
     422,
     "prompt",
-    what=f"The prompt of row {row} cannot be sampled.",
+    what=f"Invalid prompt in row {row}.",
     why=why,
-    fix="Shorten or mend this row, or lower max_tokens.",
+    fix="Shorten or correct the prompt, or lower max_tokens.",
   )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may replace a server's weights, and with what.
+"""The weight channel: controls who may replace a server's weights.
 
-A channel is opened by one trainer, which names itself, its tensors and its
-tokenizer; until it is closed or its trainer falls silent, no other can open
-one. Versions only grow within a channel. A new channel may start anywhere: a
-trainer that resumes goes back to its last checkpoint.
+A trainer opens the channel with its id, tensor shapes and tokenizer digest. No
+other trainer can open it until it is closed or the trainer's heartbeat expires.
+Versions increase within a channel. A new channel may start at any version: a
+resumed trainer returns to its last checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +18,9 @@ from rollout import manifest, process_name, wire
 
 
 class RefusalError(Exception):
-  """A request that is not carried out, with HTTP's word for it.
+  """A rejected request, with its HTTP status and response body.
 
-  `retry_after_s` is set where the same request may succeed later.
+  `retry_after_s` is set if the same request may succeed later.
   """
 
   def __init__(
@@ -50,43 +50,42 @@ class Channel:
     allowed_root: pathlib.Path | None,
     clock: Callable[[], float] = time.monotonic,
   ) -> None:
-    """Begins closed.
+    """Creates a closed channel.
 
     Args:
-      role: a student's weights are never replaced.
-      shapes: the tensors of the model that is served.
+      role: of the server; a student's weights are never replaced.
+      shapes: tensor names and shapes of the served model.
       tokenizer_digest: see `manifest.tokenizer_digest`.
-      allowed_root: weights are taken from below it only; None for anywhere.
-      clock: tells the time in seconds.
+      allowed_root: weights must be below this directory; None to allow any.
+      clock: returns the time in seconds.
     """
     self._role, self._shapes = role, dict(shapes)
     self._tokenizer_digest = tokenizer_digest
     self._allowed_root, self._clock = allowed_root, clock
     self._open: wire.InitRequest | None = None
     self._heard_at, self._num_working = 0.0, 0
-    self._last: int | None = None  # Pushed through this channel.
+    self._last: int | None = None  # Last version pushed through this channel.
     self._held = wire.Version(version=0, digest="")
     self._loading: int | None = None
 
   @property
   def trainer_id(self) -> str | None:
-    """Who holds the channel, if anyone alive."""
+    """The trainer that holds the channel; None if closed or it was lost."""
     if self._open and (why := self._lost(self._open)):
       logging.warning(
-        "Trainer %r %s; its weight channel is closed.",
-        *(self._open.trainer_id, why),
+        "Closed the weight channel: trainer %r %s.", self._open.trainer_id, why
       )
       self._open = None
     return self._open.trainer_id if self._open else None
 
   @property
   def held(self) -> wire.Version:
-    """Which weights are held, and which are being loaded."""
+    """The version that is loaded, and the one being loaded, if any."""
     return self._held.model_copy(update={"loading": self._loading})
 
   @contextlib.contextmanager
   def loading(self, version: int) -> Iterator[None]:
-    """Lets nobody else in while weights are read and replaced."""
+    """Marks `version` as being loaded; the channel stays with its trainer."""
     self._loading = version
     try:
       yield
@@ -95,7 +94,7 @@ class Channel:
 
   @contextlib.contextmanager
   def working(self) -> Iterator[None]:
-    """Does not count time in which something is done as silence."""
+    """Suspends the heartbeat timeout while a request is processed."""
     self._num_working += 1
     try:
       yield
@@ -104,11 +103,12 @@ class Channel:
       self._heard()
 
   def init(self, request: wire.InitRequest) -> None:
-    """Opens the channel; again by the same trainer is a heartbeat.
+    """Opens the channel; a repeated call by the same trainer is a heartbeat.
 
     Raises:
-      RefusalError: if it is another's, or the two sides differ.
-      errors.CheckpointError: with a table, if the tensors differ.
+      RefusalError: if another trainer holds the channel, or the role, the
+        tokenizer or the weights root does not match.
+      errors.CheckpointError: if the tensors differ; lists the differences.
     """
     self._check_holder(request.trainer_id)
     if request.role != self._role:
@@ -116,18 +116,18 @@ class Channel:
         409,
         "role",
         what=f"This server is a {self._role}, not a {request.role}.",
-        why="Each role has its own servers; weights never cross.",
-        fix=f"Give the address of a server started with --role={request.role}.",
+        why="Policy and student weights are served by separate servers.",
+        fix=f"Use the address of a server started with --role={request.role}.",
       )
     if request.tokenizer_digest != self._tokenizer_digest:
       raise RefusalError(
         409,
         "tokenizer",
-        what="The server's tokenizer is not the trainer's.",
-        why=f"Digest {self._tokenizer_digest[:12]} here, "
-        f"{request.tokenizer_digest[:12]} there: token ids or chat template "
-        "would not mean the same.",
-        fix="Start both on the same model directory.",
+        what="The server's tokenizer differs from the trainer's.",
+        why=f"Its digest is {self._tokenizer_digest[:12]}, the trainer's "
+        f"{request.tokenizer_digest[:12]}: token ids or chat templates would "
+        "not match.",
+        fix="Start server and trainer with the same model directory.",
       )
     manifest.check_shapes(
       {tensor.name: tuple(tensor.shape) for tensor in request.tensors},
@@ -142,32 +142,32 @@ class Channel:
     self._heard()
 
   def accept(self, request: wire.UpdateRequest) -> pathlib.Path | None:
-    """Decides about an update by what it says of itself.
+    """Validates an update request.
 
     Returns:
-      The directory that versions are pushed to, or None if this very version
-      is held already.
+      The directory that versions are pushed to, or None if this version is
+      already loaded.
 
     Raises:
-      RefusalError: if the weights are frozen, the channel is not this
-        trainer's, or the version is not a newer one.
+      RefusalError: if the server is a student, the trainer does not hold the
+        channel, or the version is not newer than the last one.
     """
     if self._role == "student":
       raise RefusalError(
         409,
         "frozen",
         what="A student's weights are never replaced.",
-        why="The reward is measured on one student that stays the same.",
-        fix="Push to the servers started with --role=policy.",
+        why="Rewards are comparable only if measured on a fixed student.",
+        fix="Push to servers started with --role=policy.",
       )
     self._check_holder(request.trainer_id)
     if self._open is None:
       raise RefusalError(
         409,
         "no_channel",
-        what="There is no weight channel to update through.",
-        why="None was opened, or its trainer was silent for too long.",
-        fix="POST /init_communicator first, and again as a heartbeat.",
+        what="No weight channel is open.",
+        why="It was never opened, or the trainer's heartbeat expired.",
+        fix="POST /init_communicator first, and repeat it as a heartbeat.",
       )
     self._heard()
     asked = wire.Version(version=request.version, digest=request.digest)
@@ -179,27 +179,27 @@ class Channel:
         409,
         "stale",
         what=f"Version {request.version} is not newer than {self._last}.",
-        why="A late or repeated push must not undo a newer one.",
-        fix="Ask GET /version, then push a larger one.",
+        why="A late or repeated push must not overwrite newer weights.",
+        fix="Push a version larger than that of GET /version.",
       )
     return pathlib.Path(self._open.weights_root)
 
   @property
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    """The tensors that every push must hold."""
+    """Names and shapes of the tensors that every push must contain."""
     return self._shapes
 
   def publish(self, request: wire.UpdateRequest) -> None:
-    """Notes that the weights of this update are loaded."""
+    """Records that the weights of this update are loaded."""
     self._held = wire.Version(version=request.version, digest=request.digest)
     self._last = request.version
     self._heard()
 
   def close(self, request: wire.CloseRequest) -> bool:
-    """Closes the channel; gives whether it was open.
+    """Closes the channel; returns whether it was open.
 
     Raises:
-      RefusalError: if it is another trainer's.
+      RefusalError: if another trainer holds it.
     """
     self._check_holder(request.trainer_id)
     was_open, self._open = self._open is not None, None
@@ -209,12 +209,12 @@ class Channel:
     self._heard_at = self._clock()
 
   def _lost(self, held: wire.InitRequest) -> str:
-    """Tells how the trainer was lost; "" if it was not, or not for certain."""
+    """Returns how the trainer was lost, or "" if it may be alive."""
     if self._silence_s() > held.heartbeat_s:
-      return f"was silent for {self._silence_s():.1f} s"
-    # What it pushed is loaded to the end: another's weights must not mix in.
+      return f"sent no heartbeat for {self._silence_s():.1f} s"
+    # A load in progress finishes first: another trainer must not interfere.
     if self._loading is None and process_name.has_ended(held.process):
-      return "ended without a word"
+      return "exited without closing it"
     return ""
 
   def _silence_s(self) -> float:
@@ -226,9 +226,9 @@ class Channel:
       raise RefusalError(
         409,
         "other_trainer",
-        what="The weight channel is another trainer's.",
-        why="It is alive, and two would overwrite each other's weights.",
-        fix="Stop that run, or give each run servers of its own.",
+        what="Another trainer holds the weight channel.",
+        why="Two trainers would overwrite each other's weights.",
+        fix="Stop the other run, or start separate servers for each run.",
       )
 
   def _check_root(self, weights_root: str) -> None:
@@ -240,8 +240,9 @@ class Channel:
       raise RefusalError(
         409,
         "weights_root",
-        what=f"Weights cannot come from {weights_root!r}.",
-        why="It must be an absolute directory that this server sees"
+        what=f"Invalid weights_root {weights_root!r}.",
+        why="It must be the absolute path of a directory on the server"
         + (f", below {self._allowed_root}." if self._allowed_root else "."),
-        fix="Use a directory on a disk, or /dev/shm, that both machines share.",
+        fix="Use a directory that trainer and server share: a network disk, or "
+        "/dev/shm on one machine.",
       )

@@ -194,5 +194,5 @@ def test_who_does_not_come_where_a_cluster_reports_is_not_waited_for_for_ever(
   code, logged, left = _run([*script, *flags, "--max_process_wait_s=3"], **job)
   assert code == 8, logged
   assert left == []
-  assert "or does not come" in logged
+  assert "or never connects" in logged
   assert not (tmp_path / "run").exists()

@@ -113,9 +113,9 @@ def test_two_processes_train_from_servers_as_one_by_itself(
     for server in servers.values():
       server.stop()
   _check_equal(tmp_path / "run", alone)
-  # The first alone asks them; its weights are of both.
-  assert f"Weights of version {_NUM_STEPS} are with 1 of 1 servers" in first
-  assert "are with" not in second
+  # Only the first process sends requests; both push their shards.
+  assert f"Pushed weights version={_NUM_STEPS} to 1 of 1 servers" in first
+  assert "Pushed weights" not in second
   assert not list((tmp_path / "weights").iterdir())
 
 
@@ -133,7 +133,7 @@ def test_a_server_that_is_not_there_ends_both(home, tmp_path):
   with processes.pair(start, *options) as pair:
     ends = [processes.end(process) for process in pair]
   assert [code for code, _ in ends] == [6, 8], ends
-  assert "There is no rollout server for the policy" in ends[0][1]
+  assert "No rollout server is available for the policy" in ends[0][1]
   assert "Process 0 failed during policy" in ends[1][1]
 
 

@@ -201,7 +201,7 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path, killed):
     assert code == 8, text
     assert time.monotonic() - killed_at < 60
     # By an error of the collective, or else by an abort for its silence.
-    assert "Look at the end of the other processes' logs" in text
+    assert "at the end of the other processes' logs" in text
     code, text = processes.end(gone)
     assert code == 70
     assert "killed by SIGKILL" in text

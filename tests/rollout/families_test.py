@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM opens an export of every family, and writes what our model would."""
+"""vLLM loads an export of every family and matches our model."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tests import fakes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _PYTHON = _ROOT / ".venv-rollout/bin/python"
-# vLLM's attention on a CPU wants heads of 32 and more, and its Qwen2 heads that
-# fill the width.
+# vLLM's CPU attention requires a head size of at least 32, and its Qwen2 that
+# num_attention_heads * head_dim equals hidden_size.
 _SHAPE = {
   "vocab_size": 300,
   "hidden_size": 128,
@@ -27,11 +27,11 @@ _SHAPE = {
 }
 _OWN = {
   "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4},
-  # vLLM knows no head of Gemma 2's own, nor has it one.
+  # vLLM supports only a tied head for Gemma 2, as all its checkpoints have.
   "gemma2": {"query_pre_attn_scalar": 32, "tie_word_embeddings": True},
   "gemma3_text": {"query_pre_attn_scalar": 32},
 }
-# With its completion each is longer than the windows' 5.
+# With its completion each is longer than the attention window of 5.
 _PROMPTS = ((5, 6, 7), (9, 10, 11, 12, 13, 14, 15, 16))
 
 pytestmark = [
@@ -39,14 +39,14 @@ pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(
     not _PYTHON.exists(),
-    reason="No .venv-rollout; bash scripts/install_rollout.sh makes it.",
+    reason="No .venv-rollout; run bash scripts/install_rollout.sh.",
   ),
 ]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """Gives each family's model, parameters and what vLLM writes with them."""
+  """Returns each family's model, parameters and vLLM's completions."""
   root = tmp_path_factory.mktemp("families")
   models = {}
   for family in tiny.FAMILIES:
@@ -56,7 +56,10 @@ def written(tmp_path_factory):
   kept_out = ("XLA_FLAGS", "JAX_PLATFORMS")
   done = subprocess.run(
     [
-      *(_PYTHON, "-m", "tests.vllm_greedy", json.dumps(_PROMPTS)),
+      _PYTHON,
+      "-m",
+      "tests.vllm_greedy",
+      json.dumps(_PROMPTS),
       *(root / family for family in models),
     ],
     cwd=_ROOT,
@@ -76,7 +79,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_vllm_writes_what_our_model_would(written, family):
+def test_vllm_matches_our_model(written, family):
   model, params, completions = written[family]
   logits = jax.jit(model.logits)
   for prompt, completion in zip(_PROMPTS, completions, strict=True):
@@ -88,5 +91,5 @@ def test_vllm_writes_what_our_model_would(written, family):
     )
     ours_TV = jax.nn.log_softmax(logits_BTV[0, len(prompt) - 1 : -1])
     assert np.argmax(ours_TV, axis=-1).tolist() == list(token_ids)
-    assert max(logprobs) < -0.05  # Else a broken model would do as well.
+    assert max(logprobs) < -0.05  # A model that ignores its input might pass.
     np.testing.assert_allclose(np.max(ours_TV, -1), logprobs, atol=1e-3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets which device, port, role and share of memory."""
+"""Tests the assignment of devices, ports, roles and memory."""
 
 import pathlib
 
@@ -27,7 +27,7 @@ def _split(num_gpus, num_servers, num_training):
     (1, 1, 1, "00", "0"),
   ],
 )
-def test_gpus_go_to_servers_first_and_are_shared_only_if_need_be(
+def test_gpus_go_to_servers_first_and_are_shared_only_if_necessary(
   num_gpus, num_servers, num_training, servers, training
 ):
   split = _split(num_gpus, num_servers, num_training)
@@ -49,8 +49,8 @@ def test_one_role_needs_one_server():
 
 
 @pytest.mark.parametrize(("num_gpus", "wanted"), [(1, (1, 2)), (3, (2, 2))])
-def test_too_few_gpus_are_told(num_gpus, wanted):
-  with pytest.raises(errors.ConfigError, match=f"there are {num_gpus}"):
+def test_too_few_gpus_are_an_error(num_gpus, wanted):
+  with pytest.raises(errors.ConfigError, match=f"only {num_gpus} are visible"):
     _split(num_gpus, *wanted)
 
 
@@ -77,8 +77,8 @@ def test_only_visible_gpus_are_found(environ, gpus):
   assert placement.find_gpus(environ) == gpus
 
 
-def test_a_tpu_is_refused():
-  with pytest.raises(errors.ConfigError, match="not TPUs"):
+def test_a_tpu_is_rejected():
+  with pytest.raises(errors.ConfigError, match="TPUs"):
     placement.find_gpus({"JAX_PLATFORMS": "tpu"})
 
 
@@ -103,7 +103,7 @@ def _plan(num_gpus, num_servers, engine="vllm"):
   return placement.plan(site, _split(num_gpus, num_servers, 1))
 
 
-def test_roles_take_turns_and_ports_follow_each_other():
+def test_roles_alternate_and_ports_are_consecutive():
   servers = _plan(4, 3)
   assert [s.role for s in servers] == ["policy", "student", "policy"]
   assert [s.url[-4:] for s in servers] == ["9000", "9001", "9002"]
@@ -118,14 +118,14 @@ def test_roles_take_turns_and_ports_follow_each_other():
     } <= set(argv)
 
 
-def test_vllm_takes_of_a_cpu_what_it_is_told():
+def test_vllm_on_a_cpu_gets_a_fixed_cache():
   for server in _plan(0, 1):
     assert "--kv_cache_gib=1" in server.command.argv
   for server in _plan(0, 1, engine="jax"):
     assert "--kv_cache_gib=1" not in server.command.argv
 
 
-def test_vllm_is_taken_where_it_is_installed(tmp_path):
+def test_vllm_is_the_default_if_installed(tmp_path):
   assert placement.find_engine(tmp_path, "")[0] == "jax"
   with pytest.raises(errors.ConfigError, match="is not installed"):
     placement.find_engine(tmp_path, "vllm")

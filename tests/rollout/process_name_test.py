@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process is said to be gone only where that is certain."""
+"""A process counts as exited only if that is certain."""
 
 import os
 import pathlib
@@ -24,26 +24,26 @@ def _start():
   return child, child.stdout.readline().decode().strip()
 
 
-def test_a_process_has_ended_when_it_was_killed_and_not_before():
+def test_a_process_has_ended_only_after_it_was_killed():
   child, name = _start()
   with child:
     assert name
     assert not process_name.has_ended(name)
     child.kill()
-    # Waits, and leaves it a zombie.
+    # Waits without reaping, which leaves a zombie.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert process_name.has_ended(name)
     child.wait(10)
     assert process_name.has_ended(name)
 
 
-def test_a_number_that_has_a_new_owner_is_another_process():
+def test_a_reused_pid_is_another_process():
   head, _, start = process_name.this_process().rpartition("/")
   assert not process_name.has_ended(f"{head}/{start}")
   assert process_name.has_ended(f"{head}/{int(start) - 1}")
 
 
-def test_of_other_machines_and_users_nothing_is_known(monkeypatch):
+def test_processes_of_other_machines_and_users_are_unknown(monkeypatch):
   name = process_name.this_process()
   for other in ("", "x", f"elsewhere{name}", name.rpartition("/")[0] + "/x/y"):
     assert not process_name.has_ended(other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both backends are one sampler: the same calls, the same tokens."""
+"""Both backends return the same completions for the same calls."""
 
 import jax
 import numpy as np
@@ -30,9 +30,9 @@ def _settings(**changes):
       "student_urls": (),
       "weights_root": "",
       "dtype": "float32",
-      "wait_s": 30.0,
-      "generate_s": 30.0,
-      "update_s": 30.0,
+      "wait_s": 120.0,
+      "generate_s": 120.0,
+      "update_s": 120.0,
       **changes,
     }
   )
@@ -45,14 +45,14 @@ def _settings(**changes):
     ({"student_urls": ("http://h",)}, "student_urls"),
   ],
 )
-def test_settings_that_would_be_ignored_are_refused(changes, where):
+def test_settings_that_would_be_ignored_are_rejected(changes, where):
   with pytest.raises(errors.ConfigError) as caught:
     _settings(**changes)
   assert caught.value.where == f"--config.rollout.{where}"
 
 
 @pytest.mark.parametrize("role", ["policy", "student"])
-def test_a_role_without_servers_is_refused(role):
+def test_a_role_without_servers_is_rejected(role):
   settings = _settings(backend="http")
   with pytest.raises(errors.ConfigError) as caught:
     settings.urls(role)
@@ -61,7 +61,7 @@ def test_a_role_without_servers_is_refused(role):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-  """Gives what `open_sampler` takes, of a tiny model with a tokenizer."""
+  """Returns the arguments of `open_sampler` for a tiny model."""
   folder = tmp_path_factory.mktemp("model")
   sizes = {"vocab_size": 300}
   source = tiny.write_source(folder / "source", "qwen3", **sizes)
@@ -88,7 +88,7 @@ def opened(tmp_path_factory):
   }
 
 
-def test_servers_get_a_base_in_few_bits_as_it_is_rounded(opened, tmp_path):
+def test_a_quantized_base_is_pushed_with_its_rounding(opened, tmp_path):
   model, source = opened["model"], opened["directory"]
   kept = load.load(source, model, param_dtype="int8")
   sampler._publish(
@@ -154,7 +154,7 @@ def _compare(actual, expected):
 
 
 @pytest.mark.slow
-def test_servers_sample_what_this_process_would(servers, opened, http):
+def test_servers_match_sampling_in_process(servers, opened, http):
   del servers
   other = tiny.params_of(opened["model"], seed=3)
   for role in ("policy", "student"):
@@ -176,9 +176,7 @@ def test_servers_sample_what_this_process_would(servers, opened, http):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_started_again_gets_the_weights_again(
-  servers, opened, http
-):
+def test_a_restarted_server_gets_the_weights_again(servers, opened, http):
   policy, _ = servers
   other = tiny.params_of(opened["model"], seed=3)
   with (
@@ -195,7 +193,7 @@ def test_a_server_that_is_started_again_gets_the_weights_again(
 
 
 @pytest.mark.slow
-def test_a_second_trainer_is_turned_away(
+def test_a_second_trainer_is_rejected(
   servers, opened, http, tmp_path, monkeypatch
 ):
   del servers
@@ -203,16 +201,18 @@ def test_a_second_trainer_is_turned_away(
   hasty = dict(http.__dict__, wait_s=1.0, weights_root=str(tmp_path / "b"))
   with sampler.open_sampler("policy", http, **opened) as first:
     with (
-      pytest.raises(errors.RolloutError, match="no rollout server") as caught,
+      pytest.raises(errors.RolloutError, match="No rollout server") as caught,
       sampler.open_sampler("policy", _settings(**hasty), **opened),
     ):
       pass
-    assert "two would overwrite" in caught.value.why
+    assert "trainers would overwrite" in caught.value.why
     assert first.sample(_prompts(1), _PARAMS)
 
 
 @pytest.mark.slow
-def test_weights_are_gone_when_training_is(servers, opened, http, tmp_path):
+def test_pushed_weights_are_removed_after_training(
+  servers, opened, http, tmp_path
+):
   del servers
   with sampler.open_sampler("policy", http, **opened) as remote:
     for version in (1, 2, 3):
@@ -223,7 +223,7 @@ def test_weights_are_gone_when_training_is(servers, opened, http, tmp_path):
 
 
 @pytest.mark.slow
-def test_altered_weights_are_refused_and_change_nothing(
+def test_corrupt_weights_are_rejected_and_change_nothing(
   servers, opened, http, monkeypatch
 ):
   del servers

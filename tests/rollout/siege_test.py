@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in a process of its own, and clients that mean it no good."""
+"""Tests a server in a separate process against misbehaving clients."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ def _is_up(client):
 def _wait(is_so, seconds=30.0):
   end = time.monotonic() + seconds
   while not is_so():
-    assert time.monotonic() < end, "waited in vain"
+    assert time.monotonic() < end, f"not true within {seconds} s"
     time.sleep(0.05)
 
 
@@ -103,7 +103,7 @@ def _is_closed(connection):
     return True
 
 
-def test_those_who_never_finish_a_head_are_hung_up_on(served):
+def test_connections_with_incomplete_headers_are_closed(served):
   with contextlib.ExitStack() as stack:
     slow = [
       stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
@@ -116,13 +116,13 @@ def test_those_who_never_finish_a_head_are_hung_up_on(served):
     while time.monotonic() - start < _HEAD_S + 2.0:
       for connection in slow:
         with contextlib.suppress(ConnectionError):
-          connection.sendall(b"a")  # A sign of life is no head.
+          connection.sendall(b"a")  # Does not complete the headers.
       time.sleep(0.2)
     assert all(map(_is_closed, slow))
   _check_works(served, "after slow heads")
 
 
-def test_a_kept_connection_may_not_drip_its_next_head(served):
+def test_a_kept_connection_with_slow_headers_is_closed(served):
   with socket.create_connection(("127.0.0.1", served.port)) as kept:
     kept.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"200 OK" in kept.recv(4096)
@@ -133,7 +133,7 @@ def test_a_kept_connection_may_not_drip_its_next_head(served):
         pass
 
 
-def test_hundreds_of_idle_connections_keep_nobody_out(served):
+def test_hundreds_of_idle_connections_do_not_block_requests(served):
   with contextlib.ExitStack() as stack:
     idle = [
       stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
@@ -145,7 +145,7 @@ def test_hundreds_of_idle_connections_keep_nobody_out(served):
   assert descriptors < 100
 
 
-def test_a_body_without_end_is_cut_off_and_not_kept(served):
+def test_an_endless_body_is_cut_off_and_not_buffered(served):
   before, piece = _memory(served), b"10000\r\n" + b" " * 65536 + b"\r\n"
   with socket.create_connection(("127.0.0.1", served.port)) as huge:
     huge.settimeout(10.0)
@@ -158,12 +158,12 @@ def test_a_body_without_end_is_cut_off_and_not_kept(served):
       while num_bytes < 2**30:
         huge.sendall(piece)
         num_bytes += 65536
-  assert num_bytes < 2**27  # Of a gigabyte: what was on its way.
+  assert num_bytes < 2**27  # Out of 1 GiB: what was in socket buffers.
   assert _memory(served) - before < 2**25
   _check_works(served, "after a huge body")
 
 
-def test_absurd_numbers_are_refused_and_cost_nothing(served):
+def test_absurd_numbers_are_rejected_at_no_cost(served):
   before = _memory(served)
   prompts = [{"row_id": "x", "token_ids": [1]}] * 10**4
   for i, changes in enumerate(
@@ -175,12 +175,14 @@ def test_absurd_numbers_are_refused_and_cost_nothing(served):
   _check_works(served, "after absurd numbers")
 
 
-def test_a_trainer_that_was_killed_is_noticed_and_replaced(served):
+def test_a_killed_trainer_is_detected_and_replaced(served):
   def is_connected():
     text = served.client.get("/metrics").text
     return "atlas_rollout_trainer_connected 1.0\n" in text
 
-  for _ in range(2):  # The second does not wait for the first one's heartbeat.
+  for _ in range(
+    2
+  ):  # The second need not wait for the first one's heartbeat to expire.
     start = time.monotonic()
     with subprocess.Popen(
       [sys.executable, "-c", _TRAIN, served.url],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launcher started ends, however the launcher ends.
+"""All processes of a launch stop, however the launcher exits.
 
-The servers are small stand-ins that answer /health, and note their process id.
+The servers are small fakes that serve /health and record their process id.
 """
 
 import json
@@ -48,7 +48,7 @@ def stage(tmp_path):
 
 
 class _Stage:
-  """Makes stand-ins, and tells what is left of them."""
+  """Creates fake servers, and checks that none of them is left."""
 
   def __init__(self, path):
     self.path, self.notes = path, path / "pids"
@@ -59,7 +59,7 @@ class _Stage:
         "status": "ok",
         "role": role,
         "engine": "jax",
-        "model": "stand-in",
+        "model": "fake",
         "max_model_len": 64,
         "tokenizer_digest": "",
         "version": 0,
@@ -71,8 +71,7 @@ class _Stage:
   def server(self, role="policy", mode="well", answers_as=None, grace_s=10.0):
     port = _free_port()
     self.ports.append(port)
-    role_told = answers_as or role
-    argv = (sys.executable, "-c", _SERVER, str(port), role_told)
+    argv = (sys.executable, "-c", _SERVER, str(port), answers_as or role)
     command = supervisor.Command(
       f"{role} server on port {port}",
       (*argv, str(self.notes), mode),
@@ -88,7 +87,7 @@ class _Stage:
   def check_nothing_left(self):
     for pid in self.pids():
       assert not _is_alive(pid)
-    # A connection of another process may have such a port for a moment.
+    # A connection of another process may use the port for a moment.
     _wait_for(self._ports_are_free)
 
   def _ports_are_free(self):
@@ -122,11 +121,11 @@ def _is_alive(pid):
 def _wait_for(condition, seconds=30.0):
   end = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < end, "it never came"
+    assert time.monotonic() < end, f"not true within {seconds} s"
     time.sleep(0.05)
 
 
-def test_a_taken_port_is_named_and_a_free_one_suggested():
+def test_the_error_for_a_port_in_use_suggests_a_free_one():
   with socket.socket() as holder:
     holder.bind(("127.0.0.1", 0))
     holder.listen()
@@ -138,7 +137,7 @@ def test_a_taken_port_is_named_and_a_free_one_suggested():
   supervisor.check_ports("127.0.0.1", suggested, 2)
 
 
-def test_servers_are_up_while_training_runs_and_gone_after_it(stage):
+def test_servers_run_during_training_and_stop_after_it(stage):
   servers = [stage.server("policy"), stage.server("student")]
   asks = "import urllib.request\n" + "\n".join(
     f"urllib.request.urlopen('{server.url}/health', timeout=20).read()"
@@ -149,13 +148,13 @@ def test_servers_are_up_while_training_runs_and_gone_after_it(stage):
   stage.check_nothing_left()
 
 
-def test_exit_code_of_training_is_that_of_the_launch(stage):
+def test_the_launch_returns_the_exit_code_of_training(stage):
   training = _training("import sys; sys.exit(4)")
   assert supervisor.run([stage.server()], training, max_wait_s=30.0) == 4
   stage.check_nothing_left()
 
 
-def test_training_that_is_killed_is_told(stage):
+def test_killed_training_is_an_error(stage):
   training = _training("import os; os.kill(os.getpid(), 9)")
   with pytest.raises(errors.AtlasError, match="killed by SIGKILL") as caught:
     supervisor.run([stage.server()], training, max_wait_s=30.0)
@@ -163,7 +162,7 @@ def test_training_that_is_killed_is_told(stage):
   stage.check_nothing_left()
 
 
-def test_training_that_aborts_is_told_to_be_one_of_several(stage):
+def test_aborted_training_is_reported_as_a_lost_process(stage):
   training = _training("import os; os.abort()")
   with pytest.raises(errors.LostProcessError, match="its own libraries"):
     supervisor.run([stage.server()], training, max_wait_s=30.0)
@@ -171,15 +170,15 @@ def test_training_that_aborts_is_told_to_be_one_of_several(stage):
 
 
 @pytest.mark.parametrize(
-  ("mode", "answers_as", "told"),
+  ("mode", "answers_as", "message"),
   [
     ("fails", "policy", "no such model"),
-    ("well", "student", "a student server that is ok"),
+    ("well", "student", "role=student, status=ok"),
     ("slow", "policy", "not healthy within 1 s"),
   ],
 )
-def test_a_server_that_does_not_get_healthy_ends_the_launch(
-  stage, monkeypatch, mode, answers_as, told
+def test_a_server_that_is_not_healthy_in_time_fails_the_launch(
+  stage, monkeypatch, mode, answers_as, message
 ):
   monkeypatch.setattr(supervisor, "_PROBE_S", 1.0)
   servers = [stage.server(mode=mode, answers_as=answers_as)]
@@ -187,13 +186,13 @@ def test_a_server_that_does_not_get_healthy_ends_the_launch(
   training = _training(f"open({str(marker)!r}, 'w')")
   with pytest.raises(errors.RolloutError) as caught:
     supervisor.run(servers, training, max_wait_s=1.0)
-  assert told in str(caught.value)
+  assert message in str(caught.value)
   assert str(stage.path / "logs" / "policy.log") in caught.value.where
   assert not marker.exists()
   stage.check_nothing_left()
 
 
-def test_a_server_that_ends_is_started_again(stage):
+def test_a_server_that_exits_is_restarted(stage):
   server = stage.server()
   code = f"""
 import os, time, urllib.request
@@ -207,9 +206,7 @@ while open({str(stage.notes)!r}).read() == first: time.sleep(0.05)
 
 
 @pytest.mark.parametrize("status", ["dead", "hung"])
-def test_a_server_whose_engine_is_lost_is_started_again(
-  stage, monkeypatch, status
-):
+def test_a_server_whose_engine_is_lost_is_restarted(stage, monkeypatch, status):
   monkeypatch.setattr(supervisor, "_CHECK_S", 0.5)
   server = stage.server()
   paths = (str(stage.notes), str(stage.notes) + ".policy")
@@ -226,7 +223,7 @@ health.write_text(well)
   stage.check_nothing_left()
 
 
-# Saves when it is asked to stop, as training does.
+# Saves on SIGTERM, as training does.
 _SAVES = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(75)))
@@ -237,7 +234,7 @@ time.sleep(60)
 
 
 def _launch_apart(servers, training):
-  """Runs a launch in a process of its own, so that it can be killed."""
+  """Runs a launch in a separate process, so that it can be killed."""
   fields = [(s.role, s.url, s.command) for s in servers]
   code = f"""
 import sys
@@ -287,8 +284,8 @@ def test_a_signal_before_training_leaves_nothing(stage):
 
 
 @pytest.mark.parametrize("mode", ["well", "stubborn"])
-def test_servers_end_when_the_launcher_is_killed(stage, mode):
-  """Within their grace; what ignores SIGTERM as well."""
+def test_servers_stop_when_the_launcher_is_killed(stage, mode):
+  """Within the grace period, even if they ignore SIGTERM."""
   training, begun, saved = _saving(stage)
   server = stage.server(mode=mode, grace_s=1.0)
   process = _launch_apart([server], training)
@@ -301,7 +298,7 @@ def test_servers_end_when_the_launcher_is_killed(stage, mode):
 
 
 def test_servers_outlast_training_that_saves_after_a_kill(stage):
-  """Its last step samples from them; both that were there, and a new one."""
+  """The last step samples from servers, one of which was restarted."""
   servers = [stage.server("policy", grace_s=1.0), stage.server("student")]
   begun, saved = stage.path / "begun", stage.path / "saved"
   code = f"""
@@ -329,7 +326,7 @@ time.sleep(60)
   stage.check_nothing_left()
 
 
-def test_a_process_of_a_server_ends_with_it(stage):
+def test_a_child_process_of_a_server_stops_with_it(stage):
   child = "import time; time.sleep(60)"
   code = f"""
 import subprocess, sys

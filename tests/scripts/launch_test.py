@@ -118,7 +118,7 @@ def test_a_taken_port_is_exit_code_2_before_anything_starts(tmp_path):
       f"output_dir={tmp_path / 'run'}",
     )
   assert result.returncode == 2, result.stderr
-  assert f"Port {port} is taken" in result.stderr
+  assert f"Port {port} is in use" in result.stderr
   assert "or set vllm_port=" in result.stderr
   assert not (tmp_path / "run").exists()
 
@@ -221,8 +221,8 @@ def test_four_steps_are_trained_next_to_servers(
   for name in (*measured, "student_queue_s", "student_tokens_per_s"):
     assert all(f"rollout/{name}" in row for row in rows if "reward" in row)
   assert (run / "export/model.safetensors").exists()
-  message = f"version 4 are with {num_of_policy} of {num_of_policy} servers"
-  assert message in result.stderr
+  pushed = f"version=4 to {num_of_policy} of {num_of_policy} servers"
+  assert pushed in result.stderr
   assert len(list(run.glob("servers/*.log"))) == num_ports
   supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))

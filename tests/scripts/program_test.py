@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way a script can end has its exit code and its words."""
+"""Tests the exit code and the error message of every way to exit."""
 
 import os
 import subprocess
@@ -47,26 +47,26 @@ def _run(line, *arguments):
 def test_a_known_failure_is_reported_in_four_lines(kind, code):
   result = _run("raise " + _FOUR.format(kind))
   assert result.returncode == code
-  logged = "\nWhat.\n  where: here\n  why  : so\n  fix  : that\n"
-  assert result.stderr.endswith(logged)
+  message = "\nWhat.\n  where: here\n  why  : so\n  fix  : that\n"
+  assert result.stderr.endswith(message)
   assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_failure_shows_where_it_happened():
+def test_an_unexpected_exception_shows_its_traceback():
   result = _run('raise ValueError("odd")')
   assert result.returncode == 70
   assert "Traceback" in result.stderr
   assert "ValueError: odd" in result.stderr
 
 
-def test_an_interrupt_is_no_failure():
+def test_an_interrupt_has_the_exit_code_of_preemption():
   result = _run("raise KeyboardInterrupt")
   assert result.returncode == 75
   assert "Run the same command again" in result.stderr
   assert "Traceback" not in result.stderr
 
 
-def test_a_failure_that_nobody_reads_has_its_exit_code():
+def test_a_failure_with_a_closed_stderr_keeps_its_exit_code():
   reading, writing = os.pipe()
   os.close(reading)
   for line, code in ((_FOUR.format("DataError"), 3), ('ValueError("odd")', 70)):
@@ -81,22 +81,22 @@ def test_a_failure_that_nobody_reads_has_its_exit_code():
   os.close(writing)
 
 
-def test_the_end_is_zero():
+def test_success_exits_with_zero():
   result = _run("pass", "--number=2")
   assert (result.returncode, result.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(
-  ("argument", "logged"),
+  ("argument", "message"),
   [
     ("more", "Unexpected arguments ['more']"),
     ("--number=x", "invalid literal"),
     ("--numbr=2", "Did you mean: number"),
   ],
 )
-def test_flags_that_cannot_be_used_are_exit_code_2(argument, logged):
+def test_invalid_flags_exit_with_code_2(argument, message):
   result = _run("pass", argument)
   assert result.returncode == 2
-  assert logged in result.stderr
+  assert message in result.stderr
   assert "  fix  : " in result.stderr
   assert "Traceback" not in result.stderr

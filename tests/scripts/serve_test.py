@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server as its users start and stop it."""
+"""Tests starting and stopping the server from the command line."""
 
 import os
 import pathlib
@@ -52,27 +52,27 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_ends_with_code_two(directory):
+def test_invalid_settings_exit_with_code_2(directory):
   with socket.socket() as taken:
     taken.bind(("127.0.0.1", 0))
     taken.listen()
     port = taken.getsockname()[1]
     served = ("--engine=jax", "--role=policy", f"--model={directory}")
-    for options, said in [
+    for options, message in [
       ((*served, "--host=0.0.0.0"), "ATLAS_ROLLOUT_TOKEN"),
-      ((*served, f"--port={port}"), "Use --port="),
-      ((*served, "--port=0", "--tensor_parallel_size=2"), "means nothing"),
+      ((*served, f"--port={port}"), "Set --port="),
+      ((*served, "--port=0", "--tensor_parallel_size=2"), "requires --engine"),
       (("--engine=vllm", *served[1:], "--port=0"), "install_rollout.sh"),
       (served[:2], "--model"),
     ]:
       code, text = _fails(*options)
       assert code == 2, text
-      assert said in text
+      assert message in text
       assert "Traceback" not in text
 
 
 @pytest.mark.slow
-def test_sigterm_lets_what_runs_end_and_exits_with_zero(directory):
+def test_sigterm_finishes_running_requests_and_exits_with_zero(directory):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def test_sigterm_lets_what_runs_end_and_exits_with_zero(directory):
       }
       reply = client.post("/generate", json=request)
       assert reply.status_code == 200, reply.text
-      # Its connection stays open: it must not keep the server alive.
+      # The open connection must not keep the server alive.
       process.send_signal(signal.SIGTERM)
       assert process.wait(60) == 0
       log = process.stderr.read()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way in which one server can fail, seen from its client."""
+"""Tests the client against every fault of a server."""
 
 import asyncio
 import pathlib
@@ -36,7 +36,7 @@ def server(_one_server):
 
 @pytest.fixture(autouse=True)
 def _no_backoff():
-  # Waits of a second would only make the tests slow; attempts stay ours.
+  # Shortens the waits between retries; the number of retries is unchanged.
   with stamina.set_testing(True, attempts=100):
     yield
 
@@ -75,7 +75,7 @@ def _set(name, value):
   return Fault("edit", edit)
 
 
-def test_a_reply_comes_back_as_it_was_sent(server):
+def test_a_response_is_returned_unchanged(server):
   reply = _call(server, "generate", _request())
   assert reply.request_id == "r1"
   assert [len(group) for group in reply.completions] == [2, 2]
@@ -107,7 +107,7 @@ _PASSING = {
 
 
 @pytest.mark.parametrize("fault", _PASSING.values(), ids=_PASSING)
-def test_what_may_pass_is_asked_again_as_the_same_request(server, fault):
+def test_transient_failures_are_retried_with_the_same_id(server, fault):
   server.script["/generate"] = [fault, fault]
   assert _call(server, "generate", _request()).completions
   ids = [body["request_id"] for _, body in server.requests]
@@ -115,7 +115,7 @@ def test_what_may_pass_is_asked_again_as_the_same_request(server, fault):
 
 
 @pytest.mark.parametrize("fault", _PASSING.values(), ids=_PASSING)
-def test_what_does_not_pass_is_an_error_and_never_a_reply(server, fault):
+def test_persistent_failures_raise(server, fault):
   server.script["/generate"] = [fault] * 10_000
   with pytest.raises(client.UnavailableError) as caught:
     _call(server, "generate", _request())
@@ -125,7 +125,7 @@ def test_what_does_not_pass_is_an_error_and_never_a_reply(server, fault):
     assert len(server.requests) == 3
 
 
-def test_a_lost_answer_is_not_generated_a_second_time(server):
+def test_a_lost_response_is_not_generated_again(server):
   server.script["/generate"] = [Fault("lose"), Fault("truncate")]
   _call(server, "generate", _request(request_id="once"))
   assert len(server.requests) == 3
@@ -133,7 +133,7 @@ def test_a_lost_answer_is_not_generated_a_second_time(server):
 
 
 @pytest.mark.parametrize("fault", [Fault("hang"), Fault("drip", 0.05)])
-def test_the_deadline_is_on_the_clock(server, fault):
+def test_deadlines_are_wall_clock_time(server, fault):
   server.script["/generate"] = [fault]
   start = time.monotonic()
   with pytest.raises(client.UnavailableError, match="within 1 s"):
@@ -141,7 +141,7 @@ def test_the_deadline_is_on_the_clock(server, fault):
   assert time.monotonic() - start < 2.0
 
 
-def test_retry_after_is_waited_for(server):
+def test_retry_after_is_respected(server):
   server.script["/generate"] = [Fault("busy", 0.5)]
   with stamina.set_testing(False):
     start = time.monotonic()
@@ -149,7 +149,7 @@ def test_retry_after_is_waited_for(server):
   assert 0.5 <= time.monotonic() - start < 1.0
 
 
-def test_a_refusal_is_told_and_not_repeated(server):
+def test_a_rejection_raises_without_a_retry(server):
   server.script["/generate"] = [Fault("status", 422)]
   with pytest.raises(client.RefusedError, match="Because") as caught:
     _call(server, "generate", _request())
@@ -157,21 +157,21 @@ def test_a_refusal_is_told_and_not_repeated(server):
   assert len(server.requests) == 1
 
 
-def test_a_failure_of_the_server_is_not_repeated(server):
+def test_an_internal_server_error_is_not_retried(server):
   server.script["/generate"] = [Fault("status", 500)]
   with pytest.raises(client.UnavailableError, match="500"):
     _call(server, "generate", _request())
   assert len(server.requests) == 1
 
 
-def test_completions_of_another_version_are_refused(server):
+def test_completions_of_another_version_are_rejected(server):
   stale = Fault("edit", lambda reply: reply.update(version=7))
   server.script["/generate"] = [stale]
-  with pytest.raises(client.UnavailableError, match="version 7 wrote it"):
+  with pytest.raises(client.UnavailableError, match="response has version 7"):
     _call(server, "generate", _request(version=server.version))
 
 
-def test_a_push_is_sent_once(server):
+def test_a_push_is_not_retried(server):
   push = wire.UpdateRequest(trainer_id="t", version=1, digest="d")
   server.script["/update_weights"] = [Fault("lose")]
   with pytest.raises(client.UnavailableError):
@@ -190,7 +190,7 @@ def test_a_hung_engine_is_unavailable(server):
   assert server.paths() == ["/health"]
 
 
-def test_no_server_is_unavailable():
+def test_a_missing_server_is_unavailable():
   class Nowhere:
     url = "http://127.0.0.1:9"
 
@@ -198,7 +198,7 @@ def test_no_server_is_unavailable():
     _call(Nowhere, "health")
 
 
-def test_what_was_sampled_is_not_repeated_in_errors(server):
+def test_errors_contain_no_sampled_text(server):
   server.script["/generate"] = [_set("finish_reason", "secret words")] * 3
   with pytest.raises(client.UnavailableError) as caught:
     _call(server, "generate", _request())
@@ -209,7 +209,7 @@ def test_what_was_sampled_is_not_repeated_in_errors(server):
 @pytest.mark.parametrize(
   "url", ["127.0.0.1:80", "ftp://host", "http://", "http://host:x"]
 )
-def test_an_address_that_is_none_is_a_config_error(url):
+def test_an_invalid_address_is_a_config_error(url):
   with pytest.raises(errors.ConfigError, match="address"):
     client.Client(url, deadlines=_DEADLINES, token=None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling goes on, or stops with a reason, whatever servers do."""
+"""Sampling continues, or stops with a reason, under every server fault."""
 
 import collections
 import dataclasses
@@ -83,14 +83,14 @@ def _check(completions, count, version):
       assert completion.version == version
 
 
-def test_answers_come_in_order_from_all_servers(servers):
+def test_completions_are_in_prompt_order_from_all_servers(servers):
   with _open(*servers, version=3) as sampler:
     _check(sampler.sample(_prompts(20), _PARAMS), 20, 3)
     assert sampler.version == 3
   assert all(server.num_generated == 5 for server in servers)
 
 
-def test_the_server_with_fewer_tokens_outstanding_gets_more(servers):
+def test_the_server_with_fewer_outstanding_tokens_gets_more(servers):
   servers[0].script["/generate"] = [Fault("drip", 0.003)] * 100
   with _open(*servers) as sampler:
     sampler.sample(_prompts(80), _PARAMS)
@@ -101,7 +101,7 @@ def test_the_server_with_fewer_tokens_outstanding_gets_more(servers):
 @pytest.mark.parametrize(
   "kind", ["reset", "truncate", "hang", "status", "garbage", "edit"]
 )
-def test_work_of_a_failing_server_moves_with_its_ids(servers, kind):
+def test_requests_of_a_failing_server_move_with_their_ids(servers, kind):
   value = {
     "status": 500,
     "garbage": b"?",
@@ -121,7 +121,7 @@ def test_work_of_a_failing_server_moves_with_its_ids(servers, kind):
   assert servers[1].num_generated == 4
 
 
-def test_a_killed_server_is_replaced_and_gets_its_weights_back(servers):
+def test_a_restarted_server_gets_the_weights_again(servers):
   first, second = servers
   with _open(first, second, version=4) as sampler:
     first.kill()
@@ -139,7 +139,7 @@ def test_a_killed_server_is_replaced_and_gets_its_weights_back(servers):
   assert first.version == 4
 
 
-def test_work_under_way_moves_when_its_server_is_killed(servers):
+def test_running_requests_move_when_their_server_is_killed(servers):
   first, second = servers
   first.script["/generate"] = [Fault("hang")] * 100
   with _open(first, second, version=4) as sampler:
@@ -150,7 +150,7 @@ def test_work_under_way_moves_when_its_server_is_killed(servers):
   assert second.num_generated == 4
 
 
-def test_the_only_server_may_come_back_while_it_is_waited_for(servers):
+def test_the_only_server_may_restart_within_the_wait(servers):
   server = servers[0]
   with _open(server, version=2) as sampler:
     server.kill()
@@ -158,7 +158,7 @@ def test_the_only_server_may_come_back_while_it_is_waited_for(servers):
     _check(sampler.sample(_prompts(4), _PARAMS), 4, 2)
 
 
-def test_a_hung_engine_loses_its_work_before_the_deadline(servers):
+def test_requests_of_a_hung_engine_move_before_the_deadline(servers):
   first, second = servers
   first.script["/generate"] = [Fault("hang")] * 100
   start = time.monotonic()
@@ -168,13 +168,13 @@ def test_a_hung_engine_loses_its_work_before_the_deadline(servers):
   assert time.monotonic() - start < _DEADLINES.generate_s
 
 
-def test_an_engine_that_hangs_while_health_is_fine_gets_no_more_work(servers):
+def test_an_engine_that_hangs_while_health_is_ok_is_drained(servers):
   first, second = servers
   first.script["/generate"] = [Fault("hang")] * 100
   with _open(first, second) as sampler:
     _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
     start = time.monotonic()
-    for _ in range(3):  # It says that it is well, yet it is not asked.
+    for _ in range(3):  # Its health is ok, but it gets no requests.
       _check(sampler.sample(_prompts(8), _PARAMS), 8, 0)
     assert time.monotonic() - start < _DEADLINES.generate_s
     first.kill()
@@ -185,7 +185,7 @@ def test_an_engine_that_hangs_while_health_is_fine_gets_no_more_work(servers):
   assert first.num_generated > 0
 
 
-def test_a_straggler_moves_alone_and_its_server_goes_on(servers):
+def test_only_a_slow_request_moves_and_its_server_stays_ready(servers):
   first, second = servers
   first.script["/generate"] = [Fault("hang")]
   first.script["/probe"] = []
@@ -199,7 +199,7 @@ def test_a_straggler_moves_alone_and_its_server_goes_on(servers):
 
 
 @pytest.mark.parametrize("num_servers", [1, 2])
-def test_a_straggler_that_is_late_everywhere_is_given_up_alone(
+def test_a_prompt_that_is_slow_everywhere_is_dropped_alone(
   servers, num_servers
 ):
   for server in servers:
@@ -215,7 +215,7 @@ def test_a_straggler_that_is_late_everywhere_is_given_up_alone(
   assert all(len(group) == 2 for group in groups)
 
 
-def test_where_all_are_late_they_are_given_up_at_the_same_time(servers):
+def test_prompts_that_are_all_slow_are_dropped_concurrently(servers):
   servers[0].stuck = {f"row{i}" for i in range(20)}
   with _open(servers[0], generate_s=1.0, max_rows=40) as sampler:
     start = time.monotonic()
@@ -224,25 +224,28 @@ def test_where_all_are_late_they_are_given_up_at_the_same_time(servers):
   assert waited_s < 4.0
 
 
-def test_a_failure_of_a_late_request_s_last_try_is_told(servers):
+def test_a_rejection_of_the_last_attempt_raises(servers):
   servers[0].script["/generate"] = [
-    *(Fault("hang"), Fault("hang"), Fault("status", 422), Fault("status", 422))
+    Fault("hang"),
+    Fault("hang"),
+    Fault("status", 422),
+    Fault("status", 422),
   ]
   servers[0].script["/probe"] = []
   with (
     _open(servers[0], generate_s=1.0) as sampler,
-    pytest.raises(errors.RolloutError, match="refused"),
+    pytest.raises(errors.RolloutError, match="rejected"),
   ):
     sampler.sample(_prompts(2), _PARAMS)
 
 
-def test_without_any_server_sampling_ends_and_names_each(servers):
+def test_without_any_server_the_error_lists_each(servers):
   with _open(*servers, wait_s=0.5) as sampler:
     for server in servers:
       server.kill()
     start = time.monotonic()
     with pytest.raises(
-      errors.RolloutError, match="no rollout server"
+      errors.RolloutError, match="No rollout server"
     ) as caught:
       sampler.sample(_prompts(4), _PARAMS)
     assert time.monotonic() - start < 3.0
@@ -252,7 +255,9 @@ def test_without_any_server_sampling_ends_and_names_each(servers):
     assert f"{server.url}: ConnectError" in caught.value.why
 
 
-def test_requests_that_fail_everywhere_end_with_the_reasons(servers):
+def test_the_error_of_a_request_that_fails_everywhere_lists_the_reasons(
+  servers,
+):
   for server in servers:
     server.script["/generate"] = [Fault("status", 500)] * 1000
     server.script["/probe"] = []
@@ -264,7 +269,7 @@ def test_requests_that_fail_everywhere_end_with_the_reasons(servers):
   assert "500" in caught.value.why
 
 
-def test_what_a_server_refuses_is_not_tried_elsewhere(servers):
+def test_a_rejected_request_is_not_sent_to_another_server(servers):
   for server in servers:
     server.script["/generate"] = [Fault("status", 422)]
   with (
@@ -275,19 +280,19 @@ def test_what_a_server_refuses_is_not_tried_elsewhere(servers):
   assert sum(s.paths().count("/generate") for s in servers) == 1
 
 
-def test_a_prompt_that_is_too_long_is_refused_by_row_before_sending(servers):
+def test_a_prompt_that_is_too_long_is_rejected_before_sending(servers):
   servers[1].max_model_len = 10
   long = types.Prompt(row_id="row7", text="", token_ids=(1,) * 7)
   with (
     _open(*servers) as sampler,
-    pytest.raises(errors.ConfigError, match="7 tokens") as caught,
+    pytest.raises(errors.ConfigError, match="got 7") as caught,
   ):
     sampler.sample([*_prompts(1), long], _PARAMS)
   assert caught.value.where == "row row7"
   assert not any(server.num_generated for server in servers)
 
 
-def test_a_server_that_is_late_is_waited_for(servers):
+def test_sampling_waits_for_a_server_that_starts_late(servers):
   server = servers[0]
   server.kill()
   threading.Timer(0.3, server.start).start()
@@ -295,7 +300,7 @@ def test_a_server_that_is_late_is_waited_for(servers):
     _check(sampler.sample(_prompts(1), _PARAMS), 1, 0)
 
 
-def test_what_is_waited_for_is_told(servers, monkeypatch, caplog):
+def test_waiting_is_logged(servers, monkeypatch, caplog):
   monkeypatch.setattr(fleet, "_PROGRESS_S", 0.1)
   servers[0].kill()
   threading.Timer(0.5, servers[0].start).start()
@@ -304,7 +309,7 @@ def test_what_is_waited_for_is_told(servers, monkeypatch, caplog):
     assert f"Waiting for {servers[0].url}, 2 s more: Conn" in caplog.text
 
 
-def test_a_server_that_never_comes_ends_with_the_command_to_start_it(servers):
+def test_the_error_for_a_missing_server_names_the_command_to_start_it(servers):
   servers[0].kill()
   with pytest.raises(errors.RolloutError, match=r"scripts\.serve") as caught:
     _open(servers[0], wait_s=0.3)
@@ -314,20 +319,22 @@ def test_a_server_that_never_comes_ends_with_the_command_to_start_it(servers):
 @pytest.mark.parametrize(
   ("name", "value"), [("role", "student"), ("tokenizer", "u" * 64)]
 )
-def test_a_server_of_another_kind_is_refused_at_once(servers, name, value):
+def test_a_server_of_another_role_or_tokenizer_is_rejected_immediately(
+  servers, name, value
+):
   setattr(servers[0], name, value)
-  with pytest.raises(errors.ConfigError, match=f"another {name}"):
+  with pytest.raises(errors.ConfigError, match=f"wrong {name}"):
     _open(servers[0])
   assert "/init_communicator" not in servers[0].paths()
 
 
-def test_a_refused_handshake_ends_at_once(servers):
+def test_a_rejected_handshake_raises_immediately(servers):
   servers[0].script["/init_communicator"] = [Fault("status", 409)]
   with pytest.raises(client.RefusedError, match="Because"):
     _open(servers[0])
 
 
-def test_the_channel_is_kept_open_and_then_given_up(servers):
+def test_the_channel_is_kept_open_and_then_closed(servers):
   with _open(servers[0], heartbeat_s=0.2):
     _wait(lambda: servers[0].paths().count("/init_communicator") >= 3)
   assert servers[0].paths()[-1] == "/close_communicator"
@@ -339,7 +346,7 @@ def test_the_channel_is_kept_open_and_then_given_up(servers):
   assert len(ids) == 1
 
 
-def test_a_student_is_never_given_weights(servers):
+def test_a_student_never_gets_weights(servers):
   servers[0].role = "student"
   with _open(servers[0], role="student") as sampler:
     _check(sampler.sample(_prompts(3), _PARAMS), 3, 0)
@@ -348,7 +355,7 @@ def test_a_student_is_never_given_weights(servers):
   assert set(servers[0].paths()) == {"/health", "/generate"}
 
 
-def test_a_policy_is_not_sampled_before_it_has_weights(servers):
+def test_sampling_from_a_policy_requires_weights(servers):
   with (
     _open(servers[0], version=None) as sampler,
     pytest.raises(RuntimeError, match="Push weights"),
@@ -356,7 +363,7 @@ def test_a_policy_is_not_sampled_before_it_has_weights(servers):
     sampler.sample(_prompts(1), _PARAMS)
 
 
-def test_a_push_whose_answer_is_lost_is_not_sent_again(servers):
+def test_a_push_whose_response_is_lost_is_not_repeated(servers):
   with _open(servers[0]) as sampler:
     servers[0].script["/update_weights"] = [Fault("lose")]
     servers[0].requests.clear()
@@ -365,7 +372,7 @@ def test_a_push_whose_answer_is_lost_is_not_sent_again(servers):
   assert servers[0].paths().count("/update_weights") == 1
 
 
-def test_a_push_that_takes_too_long_is_asked_for_and_not_repeated(servers):
+def test_a_push_that_times_out_is_polled_and_not_repeated(servers):
   server = servers[0]
   with _open(server, wait_s=5.0) as sampler:
     server.script["/update_weights"] = [
@@ -376,7 +383,7 @@ def test_a_push_that_takes_too_long_is_asked_for_and_not_repeated(servers):
     _check(sampler.sample(_prompts(1), _PARAMS), 1, 5)
   paths = server.paths()
   assert paths.count("/update_weights") == 1
-  assert paths.count("/init_communicator") > 2  # Each asks what is held.
+  assert paths.count("/init_communicator") > 2  # Each polls the version.
 
 
 def test_a_server_that_dies_before_it_publishes_gets_the_push_again(servers):
@@ -393,7 +400,9 @@ def test_a_server_that_dies_before_it_publishes_gets_the_push_again(servers):
   assert first.num_generated > 0
 
 
-def test_a_look_at_a_server_during_a_push_finds_nothing_wrong(servers, caplog):
+def test_a_health_check_during_a_push_does_not_drain_the_server(
+  servers, caplog
+):
   with _open(*servers, heartbeat_s=0.02) as sampler:
     for version in range(1, 30):
       sampler.update_weights({}, version)
@@ -411,7 +420,7 @@ def test_a_server_that_fails_to_load_is_not_sampled_from(servers, status):
   assert second.num_generated == 4
 
 
-def test_a_push_that_all_refuse_changes_nothing(servers):
+def test_a_push_that_all_servers_reject_changes_nothing(servers):
   with _open(*servers, version=2) as sampler:
     for server in servers:
       server.script["/update_weights"] = [Fault("status", 409)]
@@ -422,7 +431,7 @@ def test_a_push_that_all_refuse_changes_nothing(servers):
   assert all(server.version == 2 for server in servers)
 
 
-def test_a_server_whose_weights_were_replaced_gets_the_right_ones(servers):
+def test_a_server_with_other_weights_gets_the_right_ones(servers):
   server = servers[0]
   with _open(server, version=2) as sampler:
     server.version, server.digest = 9, "foreign"
@@ -430,7 +439,7 @@ def test_a_server_whose_weights_were_replaced_gets_the_right_ones(servers):
   assert server.version == 2
 
 
-def test_completions_come_through_however_they_end(servers):
+def test_completions_of_every_finish_reason_are_returned(servers):
   def edit(reply):
     stop = {"token_ids": [], "logprobs": [], "finish_reason": "stop"}
     ends = {"token_ids": [2] * 4, "logprobs": [-1.0] * 4}
@@ -447,7 +456,7 @@ def test_completions_come_through_however_they_end(servers):
   assert (full.token_ids, full.finish_reason) == ((2,) * 4, "length")
 
 
-def test_metrics_are_of_what_was_done_since_they_were_taken(servers):
+def test_metrics_cover_the_time_since_the_last_call(servers):
   with _open(*servers) as sampler:
     pushed = sampler.take_metrics()
     assert set(pushed) == {"push_s", "publish_s", "drain_s", "load_s"}
@@ -455,11 +464,11 @@ def test_metrics_are_of_what_was_done_since_they_were_taken(servers):
     sampled = sampler.take_metrics()
     assert set(sampled) == {"tokens_per_s", "queue_s"}
     assert sampled["tokens_per_s"] > 0.0
-    assert 0.25 <= sampled["queue_s"] < 0.5  # Of the servers, and here.
+    assert 0.25 <= sampled["queue_s"] < 0.5  # In the server's queue, and here.
     assert sampler.take_metrics() == {}
 
 
-def test_threads_may_sample_while_weights_are_pushed(servers):
+def test_threads_can_sample_while_weights_are_pushed(servers):
   with _open(*servers) as sampler:
     results = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process asks servers, and all get the same completions."""
+"""One process samples from servers, and all get the same completions."""
 
 import json
 
@@ -13,7 +13,7 @@ _PROMPTS = [types.Prompt("a", "x", (1,)), types.Prompt("b", "y", (2, 3))]
 
 
 class _Asked:
-  """A sampler that counts; it gives up the second prompt."""
+  """A sampler that counts its calls and drops the second prompt."""
 
   version = -1
 
@@ -36,16 +36,16 @@ class _Asked:
 
 @pytest.fixture
 def pair():
-  """Gives the samplers of two processes, and who is asked."""
-  said = []
+  """Returns the samplers of two processes, and the one they share."""
+  broadcast = []
 
   def first(make):
-    said.append(json.dumps(make()))
-    return json.loads(said[-1])
+    broadcast.append(json.dumps(make()))
+    return json.loads(broadcast[-1])
 
   def other(make):
-    del make  # Is for the first alone.
-    return json.loads(said[-1])
+    del make  # Runs in the first process only.
+    return json.loads(broadcast[-1])
 
   asked = _Asked()
   taken = []
@@ -58,15 +58,15 @@ def pair():
   return leader, follower, asked, taken
 
 
-def test_the_first_asks_once_and_all_get_the_same(pair):
+def test_the_first_process_samples_once_and_all_get_the_same(pair):
   leader, follower, asked, _ = pair
   got = leader.sample(_PROMPTS, _PARAMS)
   assert got == asked.sample(_PROMPTS, _PARAMS)
   assert follower.sample(_PROMPTS, _PARAMS) == got
-  assert asked.num_calls == 2  # One of them is the test's own.
+  assert asked.num_calls == 2  # One call is by this test.
 
 
-def test_all_take_part_in_handing_weights_on(pair):
+def test_all_processes_publish_weights(pair):
   leader, follower, asked, taken = pair
   assert leader.version == follower.version == -1
   for each in (leader, follower):
@@ -75,7 +75,7 @@ def test_all_take_part_in_handing_weights_on(pair):
   assert taken == [7]
 
 
-def test_metrics_are_those_of_the_first(pair):
+def test_metrics_are_those_of_the_first_process(pair):
   leader, follower, _, _ = pair
   assert leader.take_metrics() == {"requests": 1.0}
   assert follower.take_metrics() == {}

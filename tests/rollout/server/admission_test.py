@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is let in, and with how much."""
+"""Tests authentication and body limits."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from rollout.server import admission
 from tests import scripted_server
 
 
-def test_no_route_answers_without_the_token():
+def test_every_route_requires_the_token():
   async def test():
     served = scripted_server.Server(token=scripted_server.TOKEN)
     asked = 0
@@ -35,7 +35,7 @@ def test_no_route_answers_without_the_token():
   scripted_server.run(test)
 
 
-def test_the_token_of_users_replaces_no_weights(tmp_path):
+def test_the_user_token_cannot_replace_weights(tmp_path):
   async def test():
     admin = scripted_server.TOKEN[::-1]
     served = scripted_server.Server(
@@ -55,7 +55,7 @@ def test_the_token_of_users_replaces_no_weights(tmp_path):
             "/generate", headers=headers, json=scripted_server.request()
           ),
           await client.post("/init_communicator", headers=headers, json=body),
-          # A slash more opens nothing.
+          # Another slash does not bypass the check.
           await client.post("/init_communicator/", headers=headers, json=body),
           await client.post("/reset_prefix_cache", headers=headers),
         ]
@@ -64,7 +64,7 @@ def test_the_token_of_users_replaces_no_weights(tmp_path):
   scripted_server.run(test)
 
 
-def test_every_route_that_changes_something_is_the_admins():
+def test_every_state_changing_route_requires_the_admin_token():
   served = scripted_server.Server()
   posts = {
     route.path.rstrip("/")
@@ -75,7 +75,7 @@ def test_every_route_that_changes_something_is_the_admins():
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_large_bodies_are_refused_before_all_of_them_arrived(announced):
+def test_large_bodies_are_rejected_before_they_arrive_completely(announced):
   async def test():
     sent = 0
 
@@ -88,12 +88,12 @@ def test_large_bodies_are_refused_before_all_of_them_arrived(announced):
     async with scripted_server.Server().client() as client:
       content = b" " * 5000 if announced else chunks()
       reply = await client.post("/generate", content=content)
-      scripted_server.assert_refused(reply, 413, "limit")
+      scripted_server.assert_rejected(reply, 413, "limit")
 
   scripted_server.run(test)
 
 
-def test_body_that_never_ends_is_given_up(monkeypatch):
+def test_a_slow_body_times_out(monkeypatch):
   monkeypatch.setattr(admission, "_BODY_S", 0.05)
 
   async def test():
@@ -105,7 +105,7 @@ def test_body_that_never_ends_is_given_up(monkeypatch):
     async def send(message):
       sent.append(message)
 
-    # ASGITransport hands over whole bodies, so the app is called by hand.
+    # ASGITransport sends whole bodies, so the app is called directly.
     scope = {"type": "http", "headers": [], "method": "POST", "path": "/"}
     await scripted_server.Server().app(scope, receive, send)
     assert sent[0]["status"] == 408

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every endpoint answers, and refuses in words."""
+"""Tests every endpoint and its error responses."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests import scripted_server
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_every_endpoint_answers_with_and_without_a_slash(tmp_path, slash):
+def test_every_endpoint_responds_with_and_without_a_slash(tmp_path, slash):
   async def test():
     served = scripted_server.Server()
     async with served.client() as client:
@@ -29,7 +29,7 @@ def test_every_endpoint_answers_with_and_without_a_slash(tmp_path, slash):
   scripted_server.run(test)
 
 
-def test_answers_follow_prompts_and_name_the_version():
+def test_completions_are_in_prompt_order_with_their_version():
   async def test():
     async with scripted_server.Server().client() as client:
       prompts = [
@@ -46,26 +46,28 @@ def test_answers_follow_prompts_and_name_the_version():
   scripted_server.run(test)
 
 
-def test_refusals_repeat_nothing_of_a_prompt():
+def test_error_responses_contain_no_prompt_text():
   async def test():
     async with scripted_server.Server().client() as client:
       prompts = [{"row_id": "x", "txt": "a secret"}]
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts)
       )
-      scripted_server.assert_refused(reply, 422, "invalid")
+      scripted_server.assert_rejected(reply, 422, "invalid")
       assert "secret" not in reply.text
       assert "prompts.0.txt" in reply.text
 
   scripted_server.run(test)
 
 
-def test_unknown_paths_and_methods_are_refused_in_words():
+def test_unknown_paths_and_methods_get_error_responses():
   async def test():
     async with scripted_server.Server().client() as client:
-      scripted_server.assert_refused(await client.get("/nothing"), 404, "http")
-      scripted_server.assert_refused(await client.get("/generate"), 405, "http")
-      scripted_server.assert_refused(
+      scripted_server.assert_rejected(await client.get("/nothing"), 404, "http")
+      scripted_server.assert_rejected(
+        await client.get("/generate"), 405, "http"
+      )
+      scripted_server.assert_rejected(
         await client.post("/generate", content="{"), 422, "invalid"
       )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JAX sampler behind the server writes what it writes without one."""
+"""The JAX engine on a server matches the JAX sampler in process."""
 
 import asyncio
 import threading
@@ -88,7 +88,7 @@ def _request(request_id="r", **changes):
 
 
 def _sample(model, params):
-  """Samples what `_request` asks for, in this process."""
+  """Samples `_request` in this process."""
   sampler = jax_sampler.JaxSampler(
     model,
     params,
@@ -159,10 +159,10 @@ def test_completions_follow_the_weights_that_were_pushed(
     assert _texts(response) == expected
   assert _texts(before) != _texts(after)
   assert after.json()["version"] == 4
-  asyncio.run(engine.load(directory, 0))  # Other tests begin where this did.
+  asyncio.run(engine.load(directory, 0))  # Restores the fixture's weights.
 
 
-def test_health_answers_while_a_batch_is_written(checkpoint, engine):
+def test_health_responds_while_a_batch_is_sampled(checkpoint, engine):
   go, real = threading.Event(), engine._sampler.sample
 
   def slow(prompts, params):
@@ -185,7 +185,7 @@ def test_health_answers_while_a_batch_is_written(checkpoint, engine):
   asyncio.run(test())
 
 
-def test_text_is_encoded_as_it_is(checkpoint, engine):
+def test_text_is_encoded_without_a_template(checkpoint, engine):
   tokenizer = fakes.write_tokenizer(checkpoint[0])
   text = "What is 12 + 30?"
   token_ids = tokenizer.encode(text, add_special_tokens=False)
@@ -206,7 +206,9 @@ def test_text_is_encoded_as_it_is(checkpoint, engine):
   asyncio.run(test())
 
 
-def test_weights_that_do_not_fit_change_nothing(tmp_path, checkpoint, engine):
+def test_mismatched_weights_are_rejected_and_change_nothing(
+  tmp_path, checkpoint, engine
+):
   directory, model, params = checkpoint
   tiny.write_checkpoint(tmp_path / "other", "qwen2", vocab_size=37)
   with pytest.raises(errors.CheckpointError):
@@ -221,7 +223,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path, checkpoint, engine):
   assert token_ids == [[c.token_ids for c in group] for group in expected]
 
 
-def test_length_past_the_model_is_refused(checkpoint):
+def test_max_model_len_beyond_the_model_is_rejected(checkpoint):
   longest = load.read_config(checkpoint[0])[0].max_positions
   with pytest.raises(errors.ConfigError, match="max_model_len"):
     engine_jax.JaxEngine(

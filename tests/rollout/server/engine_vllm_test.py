@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM, in its own environment, agrees with the sampler of the trainer.
+"""The vLLM engine, in its own environment, matches the JAX sampler.
 
 One server is started for all tests of this file.
 """
@@ -23,11 +23,11 @@ from atlas_jax import sharding, types
 from conversion import rules
 from rollout import jax_sampler, manifest, wire
 from rollout.remote import push
-from tests import fakes, tiny
+from tests import fakes, processes, tiny
 
-_ROOT = pathlib.Path(__file__).parents[3]
+_ROOT = processes.ROOT
 _PYTHON = _ROOT / ".venv-rollout/bin/python"
-# vLLM's attention on a CPU wants heads of 32 and more.
+# vLLM's CPU attention requires a head size of at least 32.
 _FIELDS = {
   "vocab_size": 300,
   "hidden_size": 64,
@@ -35,7 +35,7 @@ _FIELDS = {
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
   "head_dim": 32,
-  # The harder case: what is pushed holds no head of its own.
+  # The harder case: pushed weights contain no LM head.
   "tie_word_embeddings": True,
 }
 _START_S = 300.0
@@ -45,14 +45,14 @@ pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(
     not _PYTHON.exists(),
-    reason="No .venv-rollout; bash scripts/install_rollout.sh makes it.",
+    reason="No .venv-rollout; run bash scripts/install_rollout.sh.",
   ),
 ]
 
 
 @dataclasses.dataclass
 class _Server:
-  """A running server, and what it serves."""
+  """A running server and its model."""
 
   process: subprocess.Popen
   client: httpx2.Client
@@ -95,17 +95,27 @@ def served(tmp_path_factory):
   with log.open("wb") as file:
     process = subprocess.Popen(
       [
-        *(_PYTHON, "-m", "scripts.serve", "--engine=vllm", "--role=policy"),
-        *(f"--model={directory}", f"--port={port}"),
-        *("--kv_cache_gib=0.1", "--enforce_eager"),
+        _PYTHON,
+        "-m",
+        "scripts.serve",
+        "--engine=vllm",
+        "--role=policy",
+        f"--model={directory}",
+        f"--port={port}",
+        "--kv_cache_gib=0.1",
+        "--enforce_eager",
       ],
       cwd=_ROOT,
       stdout=file,
       stderr=subprocess.STDOUT,
       env={
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("XLA_FLAGS", "JAX_PLATFORMS")
+        **{
+          name: value
+          for name, value in os.environ.items()
+          if name not in ("XLA_FLAGS", "JAX_PLATFORMS")
+        },
+        # Skips compiling the function that ranks tokens; ranks are unused.
+        "TORCHDYNAMO_DISABLE": "1",
       },
     )
   client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0)
@@ -154,7 +164,7 @@ def _sample(model, params, *, temperature):
 
 
 def _assert_agree(answer, model, params):
-  """Compares greedy completions: tokens exactly, probabilities closely."""
+  """Compares greedy completions: equal tokens, close log-probabilities."""
   expected = _sample(model, params, temperature=0.0)
   given = [group[0] for group in answer.completions]
   assert [tuple(c.token_ids) for c in given] == [c.token_ids for c in expected]
@@ -169,7 +179,7 @@ def _assert_agree(answer, model, params):
   assert error <= 1.0001, f"mean multiplicative error {error}"
 
 
-def test_greedy_completions_are_those_of_the_jax_sampler(served):
+def test_greedy_completions_match_the_jax_sampler(served):
   answer = served.generate("greedy", _prompts(), temperature=0.0)
   _assert_agree(answer, served.model, served.params)
   pair = served.generate("greedy pair", _prompts(), temperature=0.0, n=2)
@@ -193,13 +203,13 @@ def test_completions_depend_on_seed_row_and_index_only(served):
   assert [c.token_ids for c in seeds[3]] != [c.token_ids for c in together[3]]
 
 
-def test_logprobs_are_of_what_was_drawn_from(served):
+def test_logprobs_are_of_the_sampling_distribution(served):
   plain = served.generate("plain", _prompts()).completions
   assert all(c.model_logprobs == c.logprobs for (c,) in plain)
   sharp = served.generate("sharp", _prompts(), temperature=0.01).completions
   cut = served.generate("cut", _prompts(), top_k=1).completions
   assert all(c.model_logprobs is None for (c,) in (*sharp, *cut))
-  # With one token left, its probability is one.
+  # With one token left, its probability is 1.
   assert all(math.isclose(x, 0.0) for (c,) in cut for x in c.logprobs)
 
 
@@ -214,8 +224,8 @@ def test_stop_token_ends_a_completion_and_is_part_of_it(served):
     assert stops == (last if c.finish_reason == "stop" else [])
 
 
-def test_more_prompts_than_fit_into_one_step_are_sampled(served):
-  # vLLM's step on a CPU takes 2048 tokens; half a prompt used to kill it.
+def test_more_prompts_than_fit_one_engine_step_are_sampled(served):
+  # vLLM's CPU step has 2048 tokens; a partial prompt used to crash it.
   prompts = [
     (f"row {i}", [3 + (7 * i + j) % 290 for j in range(110)]) for i in range(40)
   ]
@@ -223,12 +233,15 @@ def test_more_prompts_than_fit_into_one_step_are_sampled(served):
   assert all(c.token_ids for (c,) in answer.completions)
 
 
-def test_pushed_weights_are_those_that_sample(served, tmp_path):
+def test_sampling_uses_pushed_weights(served, tmp_path):
   before = served.generate("before", _prompts(), temperature=0.0)
   params = jax.tree.map(lambda leaf: 1.5 * leaf, served.params)
   root = push.open_root(str(tmp_path / "root"), run="")
   published = push.publish(
-    *(params, served.model, root, 1),
+    params,
+    served.model,
+    root,
+    1,
     source=served.directory,
     dtype="float32",
     max_shard_bytes=100_000,
@@ -258,10 +271,10 @@ def test_pushed_weights_are_those_that_sample(served, tmp_path):
   _assert_agree(after, served.model, params)
 
 
-def test_health_answers_while_completions_are_written(served):
+def test_health_responds_during_generation(served):
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     running = pool.submit(
-      *(served.generate, "long", _prompts()), n=48, max_tokens=100
+      served.generate, "long", _prompts(), n=48, max_tokens=100
     )
     seen = []
     while not running.done():
@@ -274,7 +287,7 @@ def test_health_answers_while_completions_are_written(served):
   assert "atlas_rollout_engine_queue_seconds_total" in metrics
 
 
-def test_an_engine_whose_process_died_is_told_of_at_once(served):
+def test_a_killed_engine_process_is_reported_immediately(served):
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     running = pool.submit(
       served.client.post,
@@ -294,7 +307,7 @@ def test_an_engine_whose_process_died_is_told_of_at_once(served):
 
 
 def _engine_of(pid):
-  """Finds the process in which vLLM's engine runs."""
+  """Returns the pid of vLLM's engine process."""
   children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
   (engine,) = (
     int(child)
@@ -304,6 +317,6 @@ def _engine_of(pid):
   return engine
 
 
-def test_sigterm_ends_it_with_code_zero_whatever_its_engine_does(served):
+def test_sigterm_exits_with_zero_even_with_a_dead_engine(served):
   served.process.send_signal(signal.SIGTERM)
   assert served.process.wait(60) == 0

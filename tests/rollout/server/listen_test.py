@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nobody but this machine gets in without a token; ports are taken first."""
+"""Tokens are required except on loopback; ports are bound first."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def _no_token(monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_loopback_needs_no_token_but_takes_one(host, monkeypatch):
+def test_loopback_accepts_but_does_not_require_a_token(host, monkeypatch):
   assert listen.read_token(host, None) is None
   monkeypatch.setenv(listen.TOKEN_VARIABLE, _TOKEN)
   assert listen.read_token(host, None) == _TOKEN
@@ -31,7 +31,7 @@ def test_loopback_needs_no_token_but_takes_one(host, monkeypatch):
   "host", ["0.0.0.0", "::", "10.0.0.1", "", "localhost.example", "127.1"]
 )
 def test_other_hosts_need_a_token(host, monkeypatch, tmp_path):
-  with pytest.raises(errors.ConfigError, match="A token is needed") as caught:
+  with pytest.raises(errors.ConfigError, match="A token is required") as caught:
     listen.read_token(host, None)
   assert caught.value.exit_code == 2
   monkeypatch.setenv(listen.TOKEN_VARIABLE, _TOKEN)
@@ -41,28 +41,28 @@ def test_other_hosts_need_a_token(host, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "short", "\u00e9" * 20])
-def test_file_without_a_usable_token_is_refused(tmp_path, text):
+def test_a_file_without_a_valid_token_is_rejected(tmp_path, text):
   (tmp_path / "token").write_text(text)
   for file in (tmp_path / "token", tmp_path / "absent"):
     with pytest.raises(errors.ConfigError):
       listen.read_token("127.0.0.1", file)
 
 
-def test_the_admins_token_is_another_one(monkeypatch):
+def test_the_admin_token_must_differ_from_the_user_token(monkeypatch):
   assert listen.read_tokens("127.0.0.1", None) == admission.Tokens(None, None)
   for user, admin in [("", _TOKEN), (_TOKEN, _TOKEN), (_TOKEN, "short")]:
     monkeypatch.setenv(listen.TOKEN_VARIABLE, user)
     monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, admin)
-    with pytest.raises(errors.ConfigError, match=r"separates nobody|not one"):
+    with pytest.raises(errors.ConfigError, match=r"different|at least 16"):
       listen.read_tokens("127.0.0.1", None)
   other = _TOKEN[::-1]
   monkeypatch.setenv(listen.ADMIN_TOKEN_VARIABLE, other)
   assert listen.read_tokens("10.0.0.1", None) == admission.Tokens(_TOKEN, other)
-  # A trainer needs one variable only: the admin's opens everything.
+  # A trainer needs only the admin token, which grants access to everything.
   assert client.token_of_environment() == other
 
 
-def test_taken_port_is_named_with_the_next_free_one():
+def test_a_port_in_use_is_reported_with_the_next_free_one():
   with listen.bind("127.0.0.1", 0) as first:
     port = first.getsockname()[1]
     first.listen()
@@ -73,16 +73,16 @@ def test_taken_port_is_named_with_the_next_free_one():
     listen.bind("127.0.0.1", free).close()
 
 
-# 192.0.2.1 is kept for documentation: no machine has it.
+# 192.0.2.1 is reserved for documentation.
 @pytest.mark.parametrize(
   ("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.1", 8765)]
 )
-def test_impossible_addresses_are_refused(host, port):
+def test_invalid_addresses_are_rejected(host, port):
   with pytest.raises(errors.ConfigError, match="Cannot listen"):
     listen.bind(host, port)
 
 
-def test_unknown_host_is_looked_up_once(monkeypatch):
+def test_an_unknown_host_is_resolved_once(monkeypatch):
   asked = []
 
   def fail(host, *_, **__):
@@ -90,12 +90,12 @@ def test_unknown_host_is_looked_up_once(monkeypatch):
     raise socket.gaierror("not known")
 
   monkeypatch.setattr(socket, "getaddrinfo", fail)
-  with pytest.raises(errors.ConfigError, match="unknown"):
+  with pytest.raises(errors.ConfigError, match="Cannot resolve"):
     listen.bind("host.invalid", 8765)
   assert asked == ["host.invalid"]
 
 
-def test_bound_port_lets_nobody_in_before_it_listens():
+def test_a_bound_port_accepts_no_connection_before_listening():
   with (
     listen.bind("127.0.0.1", 0) as bound,
     pytest.raises(ConnectionRefusedError),
@@ -103,7 +103,7 @@ def test_bound_port_lets_nobody_in_before_it_listens():
     socket.create_connection(bound.getsockname())
 
 
-def test_sigterm_ends_the_block_only():
+def test_sigterm_leaves_the_block_without_an_error():
   before = signal.getsignal(signal.SIGTERM)
   reached = []
   with listen.stoppable():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server promises to those it serves, and what it refuses."""
+"""Tests the service: limits, caching, updates, failures."""
 
 import asyncio
 import time
@@ -34,20 +34,20 @@ from tests import scripted_server
     ),
   ],
 )
-def test_requests_past_a_limit_are_refused_before_they_run(changes, error):
+def test_requests_beyond_a_limit_are_rejected_before_they_run(changes, error):
   async def test():
     served = scripted_server.Server()
     async with served.client() as client:
       reply = await client.post(
         "/generate", json=scripted_server.request(**changes)
       )
-      scripted_server.assert_refused(reply, 422, error)
+      scripted_server.assert_rejected(reply, 422, error)
     assert served.engine.num_calls == 0
 
   scripted_server.run(test)
 
 
-def test_prompt_too_long_for_the_model_is_refused_by_its_row():
+def test_a_prompt_that_is_too_long_is_rejected_with_its_row():
   async def test():
     served = scripted_server.Server()
     prompts = [
@@ -58,7 +58,7 @@ def test_prompt_too_long_for_the_model_is_refused_by_its_row():
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts)
       )
-      scripted_server.assert_refused(reply, 422, "prompt")
+      scripted_server.assert_rejected(reply, 422, "prompt")
       assert "long-one" in reply.text
       reply = await client.post(
         "/generate", json=scripted_server.request(prompts=prompts[:1])
@@ -69,7 +69,7 @@ def test_prompt_too_long_for_the_model_is_refused_by_its_row():
   scripted_server.run(test)
 
 
-def test_full_queue_says_when_to_come_back():
+def test_a_full_queue_sets_retry_after():
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -82,7 +82,7 @@ def test_full_queue_says_when_to_come_back():
       )
       await scripted_server.until(lambda: served.engine.num_calls == 2)
       reply = await client.post("/generate", json=scripted_server.request("c"))
-      scripted_server.assert_refused(reply, 429, "queue_full")
+      scripted_server.assert_rejected(reply, 429, "queue_full")
       assert int(reply.headers["retry-after"]) >= 1
       served.engine.go.set()
       assert {(await first).status_code, (await second).status_code} == {200}
@@ -92,7 +92,7 @@ def test_full_queue_says_when_to_come_back():
   scripted_server.run(test)
 
 
-def test_repeated_request_joins_the_first_and_is_answered_alike():
+def test_a_repeated_request_joins_the_first_and_gets_the_same_answer():
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -115,12 +115,12 @@ def test_repeated_request_joins_the_first_and_is_answered_alike():
       other = await client.post(
         "/generate", json=scripted_server.request(seed=1)
       )
-      scripted_server.assert_refused(other, 409, "request_id")
+      scripted_server.assert_rejected(other, 409, "request_id")
 
   scripted_server.run(test)
 
 
-def test_client_that_hung_up_finds_its_answer():
+def test_a_client_that_reconnects_gets_its_answer():
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -139,14 +139,14 @@ def test_client_that_hung_up_finds_its_answer():
   scripted_server.run(test)
 
 
-def test_failed_request_can_be_tried_again():
+def test_a_failed_request_can_be_retried():
   async def test():
     served = scripted_server.Server()
     served.engine.logprob = float("nan")
     async with served.client() as client:
       reply = await client.post("/generate", json=scripted_server.request())
-      scripted_server.assert_refused(reply, 503, "engine")
-      assert "not finite" in reply.text
+      scripted_server.assert_rejected(reply, 503, "engine")
+      assert "non-finite" in reply.text
       served.engine.logprob = -1.0
       reply = await client.post("/generate", json=scripted_server.request())
       assert reply.status_code == 200
@@ -154,7 +154,7 @@ def test_failed_request_can_be_tried_again():
   scripted_server.run(test)
 
 
-def test_kept_answers_are_bounded(monkeypatch):
+def test_the_answer_cache_is_bounded(monkeypatch):
   monkeypatch.setattr(service, "_MAX_ANSWERS", 2)
 
   async def test():
@@ -162,7 +162,9 @@ def test_kept_answers_are_bounded(monkeypatch):
     async with served.client() as client:
       for request_id in "abcca":
         await client.post("/generate", json=scripted_server.request(request_id))
-      assert served.engine.num_calls == 4  # The second c is kept, a is not.
+      assert (
+        served.engine.num_calls == 4
+      )  # The second "c" is cached, "a" is not.
       monkeypatch.setattr(service, "_MAX_ANSWER_BYTES", 1)
       for request_id in "xyy":
         await client.post("/generate", json=scripted_server.request(request_id))
@@ -171,7 +173,7 @@ def test_kept_answers_are_bounded(monkeypatch):
   scripted_server.run(test)
 
 
-def test_health_answers_while_the_engine_is_busy():
+def test_health_responds_while_the_engine_is_busy():
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -190,17 +192,17 @@ def test_health_answers_while_the_engine_is_busy():
   scripted_server.run(test)
 
 
-def test_hung_engine_is_noticed_its_work_given_up_and_its_recovery_seen():
+def test_a_hung_engine_is_detected_and_recovers():
   async def test():
     served = scripted_server.Server(hang_s=0.1)
     served.engine.go.clear()
     async with served.client() as client:
       reply = await client.post("/generate", json=scripted_server.request("a"))
-      scripted_server.assert_refused(reply, 503, "engine")
+      scripted_server.assert_rejected(reply, 503, "engine")
       reply = await client.get("/health")
       assert (reply.status_code, reply.json()["status"]) == (503, "hung")
-      # Nothing runs any more, yet nobody may be sent there.
-      scripted_server.assert_refused(
+      # Nothing runs any more, but the engine still counts as hung.
+      scripted_server.assert_rejected(
         await client.post("/generate", json=scripted_server.request("b")),
         503,
         "engine",
@@ -211,7 +213,7 @@ def test_hung_engine_is_noticed_its_work_given_up_and_its_recovery_seen():
   scripted_server.run(test)
 
 
-def test_idle_engine_is_not_hung():
+def test_an_idle_engine_is_not_hung():
   async def test():
     served = scripted_server.Server(hang_s=0.01)
     await asyncio.sleep(0.05)
@@ -223,7 +225,7 @@ def test_idle_engine_is_not_hung():
   scripted_server.run(test)
 
 
-def test_dead_engine_refuses_at_once():
+def test_a_dead_engine_rejects_requests_immediately():
   async def test():
     served = scripted_server.Server()
     served.engine.is_alive = False
@@ -231,12 +233,12 @@ def test_dead_engine_refuses_at_once():
       reply = await client.get("/health")
       assert (reply.status_code, reply.json()["status"]) == (503, "dead")
       reply = await client.post("/generate", json=scripted_server.request())
-      scripted_server.assert_refused(reply, 503, "engine")
+      scripted_server.assert_rejected(reply, 503, "engine")
 
   scripted_server.run(test)
 
 
-def test_metrics_tell_of_speed_queue_and_pushes(tmp_path, caplog):
+def test_metrics_report_speed_queue_and_pushes(tmp_path, caplog):
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -273,8 +275,8 @@ def test_metrics_tell_of_speed_queue_and_pushes(tmp_path, caplog):
 
   caplog.set_level("INFO")
   scripted_server.run(test)
-  for told in ("/s), version 1, after", "drained in", "loaded in"):
-    assert told in caplog.text
+  for logged in ("/s), version 1, queued", "s, drain ", "s, load "):
+    assert logged in caplog.text
 
 
 async def _metrics(client):
@@ -283,7 +285,7 @@ async def _metrics(client):
   return {k.removeprefix("atlas_rollout_"): float(v) for k, v in rows}
 
 
-def test_prompts_are_in_no_log(caplog):
+def test_prompts_are_not_logged(caplog):
   async def test():
     async with scripted_server.Server().client() as client:
       for n in (1, 9):
@@ -320,14 +322,14 @@ def test_pushed_weights_are_loaded_once(tmp_path):
       reply = await client.post(
         "/generate", json=scripted_server.request("s", version=2)
       )
-      scripted_server.assert_refused(reply, 409, "version")
+      scripted_server.assert_rejected(reply, 409, "version")
       metrics = (await client.get("/metrics")).text
       assert "atlas_rollout_updates_total 1.0\n" in metrics
 
   scripted_server.run(test)
 
 
-def test_update_lets_what_runs_come_to_its_end_and_holds_back_the_rest(
+def test_an_update_drains_running_requests_and_holds_back_new_ones(
   tmp_path,
 ):
   async def test():
@@ -373,7 +375,7 @@ def test_update_that_cannot_drain_changes_nothing(tmp_path):
       await scripted_server.until(lambda: served.engine.num_calls)
       update = scripted_server.push(tmp_path, 1)
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 503, "draining")
+      scripted_server.assert_rejected(reply, 503, "draining")
       assert served.engine.loaded == []
       served.engine.go.set()
       assert (await task).json()["version"] == 0
@@ -383,7 +385,7 @@ def test_update_that_cannot_drain_changes_nothing(tmp_path):
   scripted_server.run(test)
 
 
-def test_second_update_joins_the_first_or_is_refused(tmp_path):
+def test_a_second_update_joins_the_first_or_is_rejected(tmp_path):
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -405,7 +407,7 @@ def test_second_update_joins_the_first_or_is_refused(tmp_path):
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 2)
       )
-      scripted_server.assert_refused(reply, 409, "busy")
+      scripted_server.assert_rejected(reply, 409, "busy")
       served.engine.go.set()
       assert [(await one).status_code for one in (*same, task)] == [200] * 3
       assert served.engine.loaded == [("1", 1)]
@@ -413,7 +415,7 @@ def test_second_update_joins_the_first_or_is_refused(tmp_path):
   scripted_server.run(test)
 
 
-def test_spoiled_pushes_change_nothing(tmp_path):
+def test_corrupt_pushes_change_nothing(tmp_path):
   async def test():
     served = scripted_server.Server()
     async with served.client() as client:
@@ -429,10 +431,10 @@ def test_spoiled_pushes_change_nothing(tmp_path):
       absent = {**other, "version": 9}
       outside = {**other, "version": "../../4"}
       reply = await client.post("/update_weights", json=outside)
-      scripted_server.assert_refused(reply, 422, "invalid")
+      scripted_server.assert_rejected(reply, 422, "invalid")
       for update in (torn, altered, other, absent):
         reply = await client.post("/update_weights", json=update)
-        scripted_server.assert_refused(reply, 409, "weights")
+        scripted_server.assert_rejected(reply, 409, "weights")
       assert served.engine.loaded == []
       assert (await client.get("/health")).json()["status"] == "ok"
       assert (await client.get("/version")).json()["version"] == 0
@@ -452,11 +454,11 @@ def test_load_that_fails_halfway_leaves_a_dead_server(tmp_path):
       )
       update = scripted_server.push(tmp_path, 1)
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 409, "weights")
+      scripted_server.assert_rejected(reply, 409, "weights")
       assert (await client.get("/health")).json()["status"] == "ok"
       served.engine.load_error = RuntimeError("worker died")
       reply = await client.post("/update_weights", json=update)
-      scripted_server.assert_refused(reply, 500, "internal")
+      scripted_server.assert_rejected(reply, 500, "internal")
       assert (await client.get("/health")).json()["status"] == "dead"
       assert (await client.get("/version")).json()["version"] == 0
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may replace a server's weights, and with what."""
+"""Tests who may replace a server's weights, and with which ones."""
 
 import asyncio
-import pathlib
 import subprocess
 import sys
 
 from rollout import process_name, wire
 from rollout.server import app
-from tests import scripted_server
+from tests import processes, scripted_server
 
-_ROOT = pathlib.Path(__file__).parents[3]
+_ROOT = processes.ROOT
 _TRAINER = """
 import time
 from rollout import process_name
@@ -19,7 +18,7 @@ time.sleep(60)
 """
 
 
-def test_versions_only_grow_within_a_channel(tmp_path):
+def test_versions_increase_within_a_channel(tmp_path):
   async def test():
     async with scripted_server.Server().client() as client:
       await client.post(
@@ -32,8 +31,8 @@ def test_versions_only_grow_within_a_channel(tmp_path):
       assert (await client.post("/update_weights", json=new)).status_code == 200
       for stale in (old, {**new, "digest": "0" * 64}):
         reply = await client.post("/update_weights", json=stale)
-        scripted_server.assert_refused(reply, 409, "stale")
-      # A run that resumes opens a channel anew, and may be behind.
+        scripted_server.assert_rejected(reply, 409, "stale")
+      # A resumed run opens a new channel, and may push an older version.
       await client.post("/close_communicator", json={"trainer_id": "t"})
       await client.post(
         "/init_communicator", json=scripted_server.init(tmp_path)
@@ -44,7 +43,7 @@ def test_versions_only_grow_within_a_channel(tmp_path):
   scripted_server.run(test)
 
 
-def test_handshake_refuses_whatever_differs(tmp_path):
+def test_the_handshake_rejects_any_mismatch(tmp_path):
   async def test():
     transposed = [
       {"name": "a.weight", "shape": [4, 3]},
@@ -62,18 +61,16 @@ def test_handshake_refuses_whatever_differs(tmp_path):
       ]:
         body = scripted_server.init(tmp_path, **changes)
         reply = await client.post("/init_communicator", json=body)
-        scripted_server.assert_refused(reply, 409, error)
+        scripted_server.assert_rejected(reply, 409, error)
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 1)
       )
-      scripted_server.assert_refused(reply, 409, "no_channel")
+      scripted_server.assert_rejected(reply, 409, "no_channel")
 
   scripted_server.run(test)
 
 
-def test_relative_root_is_refused_wherever_the_server_runs(
-  tmp_path, monkeypatch
-):
+def test_a_relative_weights_root_is_rejected(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
 
   async def test():
@@ -81,18 +78,18 @@ def test_relative_root_is_refused_wherever_the_server_runs(
       reply = await client.post(
         "/init_communicator", json=scripted_server.init(".")
       )
-      scripted_server.assert_refused(reply, 409, "weights_root")
+      scripted_server.assert_rejected(reply, 409, "weights_root")
 
   scripted_server.run(test)
 
 
-def test_second_trainer_waits_until_the_first_is_gone(tmp_path):
+def test_a_second_trainer_waits_until_the_first_is_lost(tmp_path):
   async def test():
     served = scripted_server.Server()
     async with served.client() as client:
       for trainer_id, at_s, status in [
         ("t", 0.0, 200),
-        ("u", 9.0, 409),  # The refusal is not a word from t.
+        ("u", 9.0, 409),  # A rejected request is no heartbeat of t.
         ("t", 9.5, 200),  # A heartbeat.
         ("u", 19.0, 409),
         ("u", 19.6, 200),
@@ -107,12 +104,12 @@ def test_second_trainer_waits_until_the_first_is_gone(tmp_path):
         ("/close_communicator", {"trainer_id": "t"}),
       ]:
         reply = await client.post(path, json=body)
-        scripted_server.assert_refused(reply, 409, "other_trainer")
+        scripted_server.assert_rejected(reply, 409, "other_trainer")
 
   scripted_server.run(test)
 
 
-def test_trainer_is_not_lost_while_it_waits_for_an_answer(tmp_path):
+def test_a_trainer_is_not_lost_while_it_waits_for_a_response(tmp_path):
   async def test():
     served = scripted_server.Server()
     served.engine.go.clear()
@@ -136,7 +133,7 @@ def test_trainer_is_not_lost_while_it_waits_for_an_answer(tmp_path):
   scripted_server.run(test)
 
 
-def test_lost_trainer_is_noticed_without_anybody_asking(tmp_path, monkeypatch):
+def test_a_lost_trainer_is_detected_without_a_request(tmp_path, monkeypatch):
   monkeypatch.setattr(app, "_WATCH_S", 0.005)
 
   async def test():
@@ -151,7 +148,7 @@ def test_lost_trainer_is_noticed_without_anybody_asking(tmp_path, monkeypatch):
   scripted_server.run(test)
 
 
-def test_trainer_that_died_on_this_machine_is_replaced_at_once(tmp_path):
+def test_a_trainer_killed_on_this_machine_is_replaced_immediately(tmp_path):
   async def test():
     served = scripted_server.Server()
     with subprocess.Popen(
@@ -165,12 +162,12 @@ def test_trainer_that_died_on_this_machine_is_replaced_at_once(tmp_path):
         )
         await client.post("/init_communicator", json=old)
         reply = await client.post("/init_communicator", json=new)
-        scripted_server.assert_refused(reply, 409, "other_trainer")
+        scripted_server.assert_rejected(reply, 409, "other_trainer")
         trainer.kill()
         trainer.wait(10)
-        with served.weights.loading(1):  # What it pushed comes to its end.
+        with served.weights.loading(1):  # A load in progress finishes first.
           reply = await client.post("/init_communicator", json=new)
-          scripted_server.assert_refused(reply, 409, "other_trainer")
+          scripted_server.assert_rejected(reply, 409, "other_trainer")
         reply = await client.post("/init_communicator", json=new)
         assert reply.status_code == 200
 
@@ -187,7 +184,7 @@ def test_student_weights_are_never_replaced(tmp_path):
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 1)
       )
-      scripted_server.assert_refused(reply, 409, "frozen")
+      scripted_server.assert_rejected(reply, 409, "frozen")
     assert served.engine.loaded == []
 
   scripted_server.run(test)
