@@ -7,6 +7,7 @@ PROMPTS is a JSON list of lists of token ids. Prints one line for each model
 directory: `{"directory": ..., "completions": [[[id, logprob], ...], ...]}`.
 """
 
+# pyright: reportMissingImports=false
 import gc
 import json
 import os

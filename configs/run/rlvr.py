@@ -21,7 +21,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   del config.student
   del config.templates
   config.template = prompts.get_templates().baseline
-  config.sampling = dict(teach=config.sampling.teach)
+  for phase in ("probe", "baseline", "solve"):
+    del config.sampling[phase]
   config.sampling.teach.temperature = 1.0
   config.reward.weights.teaching = 0.0
   config.reward.weights.exact = 1.0

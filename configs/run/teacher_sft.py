@@ -49,18 +49,23 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.export = sections.get_export()
 
   if variant == "smoke":
-    config.world.directory = world.DIRECTORY
-    config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
-    config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
-    config.packing.length = 128
-    config.batch = dict(size=32, per_device=0)
-    config.num_epochs = 6.0
-    config.loss.chunk_tokens = 128
-    config.schedule.learning_rate = 3e-3
-    config.optimizer.adamw.beta2 = 0.98
-    config.loop.log_every = 20
-    config.loop.eval_every = 0
-    config.export.dtype = "float32"
+    _make_smoke(config)
   elif variant != "full":
     raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
   return config
+
+
+def _make_smoke(config: ml_collections.ConfigDict) -> None:
+  """Trains a teacher of the small world."""
+  config.world.directory = world.DIRECTORY
+  config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
+  config.data.path = f"{world.DIRECTORY}/teacher_sft.jsonl"
+  config.packing.length = 128
+  config.batch = dict(size=32, per_device=0)
+  config.num_epochs = 6.0
+  config.loss.chunk_tokens = 128
+  config.schedule.learning_rate = 3e-3
+  config.optimizer.adamw.beta2 = 0.98
+  config.loop.log_every = 20
+  config.loop.eval_every = 0
+  config.export.dtype = "float32"
