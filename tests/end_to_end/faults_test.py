@@ -166,10 +166,10 @@ def test_out_of_memory_suggests_fixes_and_keeps_the_checkpoint(home, tmp_path):
   )
   assert code == 70, logged
   assert left == []
-  assert "Resuming from step 1" in logged
+  assert "Resuming from step=1" in logged
   assert "The device is out of memory." in logged
   assert "RESOURCE_EXHAUSTED" in logged
-  assert "Make the batch smaller" in logged
+  assert "Use a smaller batch" in logged
   assert "Traceback" not in logged
   assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
 

@@ -208,7 +208,7 @@ def test_two_processes_evaluate_like_one_and_resume_its_records(home, tmp_path):
   start = functools.partial(evaluate, "two")
   with processes.pair(start) as pair:
     first, second = map(processes.succeed, pair)
-  assert "3 of 6 questions found" in first
+  assert "Resuming evaluation: 3 of 6 questions" in first
   one, two = (
     json.loads((tmp_path / name / "summary.json").read_text())["all"]
     for name in ("one", "two")

@@ -144,7 +144,7 @@ def test_a_run_killed_between_saves_resumes_bit_for_bit(command, tmp_path):
   assert not (killed / "checkpoints/30").exists()
   code, stderr = _finish(line, f"--workdir={killed}")
   assert code == 0, stderr
-  assert re.search(r"Resuming from step \d+, saved 0 minutes ago", stderr)
+  assert re.search(r"Resuming from step=\d+, saved 0 minutes ago", stderr)
 
   def logged(workdir):
     names = ("step", "loss", "grad_norm", "learning_rate", "eval/loss")

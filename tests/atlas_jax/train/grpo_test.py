@@ -459,7 +459,7 @@ def test_a_sampler_that_reports_a_wrong_version_raises(world, tmp_path):
     ({"sampling.teach.temperature": 0.0}, "temperature=0"),
     ({"sampling.teach.group_size": 1}, "group_size=1"),
     ({"groups.filter_equal": False, "groups.max_refills": 2}, "max_refills=2"),
-    ({"groups.max_dropped_fraction": 1.0}, "max_dropped_fraction=1.0"),
+    ({"groups.max_dropped_fraction": 1.0}, r"\[0, 1\), got 1.0"),
     ({"loss.ratio": "word"}, "ratio=word"),
     ({"advantages.scale": "median"}, "scale=median"),
     ({"correction.level": "group"}, "level='group'"),

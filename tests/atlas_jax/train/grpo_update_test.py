@@ -175,7 +175,7 @@ def test_router_aux_coef_scales_the_balance_loss():
   for key in router:
     plain, moved = plain[key], moved[key]
   assert np.abs(moved - plain).max() > 1e-3
-  with pytest.raises(errors.ConfigError, match="The model has none"):
+  with pytest.raises(errors.ConfigError, match="without experts"):
     _update(config)
 
 
