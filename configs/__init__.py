@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run recipes and the blocks they are built from."""
+"""Run recipes and the sections they are built from."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `lora`: off, and the layers that have adapters if it is on."""
+"""Section `lora`: disabled by rank 0; `targets` are the layers to adapt."""
 
 import ml_collections
 

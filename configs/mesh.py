@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of devices, whose parameters are split over all of them."""
+"""Section `mesh`: parameters are sharded over all devices."""
 
 import ml_collections
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `optimizer`: AdamW, and what the others take if one is named."""
+"""Section `optimizer`: AdamW, and settings of the other choices of `name`."""
 
 import ml_collections
 

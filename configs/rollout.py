@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `rollout`: who samples, and how long is waited for it."""
+"""Section `rollout`: the sampling backend and its timeouts."""
 
 import ml_collections
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds the source tree to the layers drawn in STYLE.md."""
+"""Checks imports against the layers in STYLE.md, and code for unsafe calls."""
 
 import ast
 import graphlib
@@ -31,8 +31,7 @@ _WEIGHTS = _BASE | {
 }
 _LIBRARIES = {"atlas_jax", "conversion", "rollout", "configs"}
 
-# What each part of the tree may import from the rest of it. Parts that do not
-# exist yet are reserved.
+# The layers that each layer may import. Some do not exist yet.
 _MAY_IMPORT = {
   "atlas_jax.types": set(),
   "atlas_jax.errors": set(),
@@ -88,7 +87,7 @@ def _module(path):
 
 
 def _layer(module):
-  """Returns the most specific layer of a module: scripts.job, not scripts."""
+  """Returns the most specific layer: scripts.job rather than scripts."""
   layers = [layer for layer in _MAY_IMPORT if _within(module, layer)]
   return max(layers, key=len, default=None)
 
@@ -100,7 +99,7 @@ def _our_imports(path):
 
 
 @pytest.mark.parametrize("path", _SOURCES, ids=str)
-def test_imports_only_what_its_layer_may(path):
+def test_modules_import_only_allowed_layers(path):
   module = _module(path)
   layer = _layer(module)
   if module == "atlas_jax":
@@ -113,11 +112,11 @@ def test_imports_only_what_its_layer_may(path):
     )
 
 
-def test_layers_import_each_other_without_a_cycle():
+def test_layers_have_no_import_cycle():
   imported = {layer: set() for layer in _MAY_IMPORT}
   for path in _SOURCES:
     layer = _layer(_module(path))
-    # scripts.program and its like are single modules next to the packages.
+    # Left out: modules directly in scripts, such as scripts.program.
     if layer and layer != "scripts":
       imported[layer] |= {_layer(name) for name in _our_imports(path)}
   sorter = graphlib.TopologicalSorter(
@@ -127,24 +126,28 @@ def test_layers_import_each_other_without_a_cycle():
 
 
 @pytest.mark.parametrize("path", _SOURCES, ids=str)
-def test_heavy_imports_stay_in_their_room(path):
+def test_heavy_dependencies_are_imported_only_where_allowed(path):
   for name in _imports(_ROOT / path):
     for heavy, rooms in _ONLY_IN.items():
       if _within(name, heavy):
         assert path.as_posix().startswith(rooms), f"{path} imports {name}"
 
 
-# The rollout environment has no JAX, so these may not reach it by any way.
+# The rollout environment has no JAX, so these must not import it, even
+# indirectly.
 _WITHOUT_JAX = (
-  *(
-    "rollout/server/app.py",
-    "rollout/remote/client.py",
-    "rollout/server/engine_vllm.py",
-  ),
+  "rollout/server/app.py",
+  "rollout/remote/client.py",
+  "rollout/server/engine_vllm.py",
   "scripts/program.py",
 )
 _JAX = (
-  *("jax", "jaxlib", "flax", "optax", "orbax", "atlas_jax.models"),
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax",
+  "atlas_jax.models",
   "ml_collections",
 )
 
@@ -159,10 +162,10 @@ def test_the_rollout_environment_needs_no_jax(name):
     seen.add(path)
     for imported in _imports(path):
       assert not any(_within(imported, heavy) for heavy in _JAX), (
-        f"{name} imports {imported}, by way of {path.relative_to(_ROOT)}"
+        f"{name} imports {imported} through {path.relative_to(_ROOT)}"
       )
       if any(_within(imported, package) for package in _OURS):
-        # A package, a module, or a name inside of a module.
+        # `imported` is a package, a module, or a name in a module.
         file = _ROOT.joinpath(*imported.split("."))
         paths += [file / "__init__.py", file.with_suffix(".py")]
         paths += [file.parent / "__init__.py", file.parent.with_suffix(".py")]
@@ -182,7 +185,7 @@ _OPEN_ADDRESSES = {"0.0.0.0", "::"}
 
 
 def _is_unsafe(node):
-  """Tells whether a node of the syntax tree has no place in our code."""
+  """Returns whether a syntax tree node is unsafe code."""
   match node:
     case ast.Assert():  # python -O removes it.
       return True
@@ -191,7 +194,7 @@ def _is_unsafe(node):
       names = {ast.unparse(kind) for kind in kinds if kind}
       return not names or bool(names & {"Exception", "BaseException"})
     case ast.Call(func=ast.Attribute(attr="from_pretrained"), keywords=given):
-      # Without it, transformers asks whoever sits there.
+      # Without it, transformers prompts the user.
       return "trust_remote_code" not in {keyword.arg for keyword in given}
     case ast.Call(func=function):
       return ast.unparse(function) in _UNSAFE_CALLS
@@ -203,14 +206,14 @@ def _is_unsafe(node):
 
 
 @pytest.mark.parametrize("path", _SOURCES, ids=str)
-def test_nothing_unsafe_is_written(path):
+def test_sources_have_no_unsafe_code(path):
   tree = ast.parse((_ROOT / path).read_text())
   found = [
     f"line {node.lineno}: {ast.unparse(node)}"
     for node in ast.walk(tree)
     if _is_unsafe(node)
   ]
-  assert not found, f"{path} holds {found}"
+  assert not found, f"{path} has unsafe code: {found}"
   for name in _imports(_ROOT / path):
     assert not any(_within(name, module) for module in _UNSAFE_MODULES), name
 
@@ -233,7 +236,7 @@ def test_nothing_unsafe_is_written(path):
     "try: x\nexcept (OSError, BaseException): y",
   ],
 )
-def test_what_is_unsafe_is_seen(line):
+def test_unsafe_code_is_detected(line):
   assert any(map(_is_unsafe, ast.walk(ast.parse(line))))
 
 
@@ -248,5 +251,5 @@ def test_what_is_unsafe_is_seen(line):
     "try: x\nexcept (OSError, ValueError): y",
   ],
 )
-def test_what_is_safe_passes(line):
+def test_safe_code_passes(line):
   assert not any(map(_is_unsafe, ast.walk(ast.parse(line))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every section fits its function, and no key is there for nobody."""
+"""Tests that config sections match their functions and every key is read."""
 
 import ast
 import functools
@@ -41,7 +41,7 @@ _RECIPES = sorted(
   if path.stem != "__init__"
 )
 
-# What a section's keys are arguments of, and the arguments that code adds.
+# Section: the function its keys are arguments of, and arguments code adds.
 _FUNCTIONS = {
   "world": (components.ensure_world, ()),
   "model": (components.open_model, ()),
@@ -104,8 +104,11 @@ _GKD = _FUNCTIONS | {
   "completions": (
     gkd_batches.CompletionBatches,
     (
-      *("params", "vocab_size", "chunk_tokens"),
-      *("max_prob_error", "compare_every"),
+      "params",
+      "vocab_size",
+      "chunk_tokens",
+      "max_prob_error",
+      "compare_every",
     ),
   ),
   "loss": (gkd.packed_loss, ("router_aux_coef",)),
@@ -115,8 +118,8 @@ _GRPO_READERS = (
   "atlas_jax/train/grpo.py",
   "atlas_jax/train/grpo_update.py",
 )
-# A new recipe has its row here: what its sections are for, and who reads the
-# keys that are no function's arguments.
+# Recipe: the functions of its sections, and the files that read all other keys.
+# Add a row for each new recipe.
 _READERS = {
   "teacher_sft": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
   "world_student": (_SFT, ("scripts/train_sft.py", "atlas_jax/train/sft.py")),
@@ -158,7 +161,7 @@ def _config(recipe, variant):
 
 
 def _sections(config, prefix=""):
-  """Yields every dict of a config with its dotted name; "" is the whole."""
+  """Yields every section with its dotted name; "" is the whole config."""
   yield prefix, config
   for key, value in _items(config):
     if isinstance(value, ml_collections.ConfigDict):
@@ -166,13 +169,13 @@ def _sections(config, prefix=""):
 
 
 def _items(section):
-  # References, since a required value that is not set cannot be looked at.
+  # Reading an unset required value would raise; its reference does not.
   return section.items(preserve_field_references=True)
 
 
 @functools.cache
 def _reads(path):
-  """Collects what is read as `section.key`, `_section.key` or deeper."""
+  """Returns attributes a file reads, as `section.key`."""
   found = set()
   for node in ast.walk(ast.parse((_ROOT / path).read_text())):
     if isinstance(node, ast.Attribute):
@@ -187,7 +190,7 @@ def test_every_recipe_has_a_reader():
 
 
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
-def test_every_section_is_the_keywords_of_its_function(recipe, variant):
+def test_section_keys_match_keywords_of_their_function(recipe, variant):
   functions, _ = _READERS[recipe]
   for name, section in _sections(_config(recipe, variant)):
     if name in functions:
@@ -201,11 +204,11 @@ def test_every_section_is_the_keywords_of_its_function(recipe, variant):
       keys = set(section)
       assert required - set(added) <= keys, f"{name} lacks keys"
       allowed = {p.name for p in parameters} - set(added)
-      assert keys <= allowed, f"{name} has keys of nobody"
+      assert keys <= allowed, f"{name} has unknown keys"
 
 
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
-def test_no_key_is_there_for_nobody(recipe, variant):
+def test_every_key_is_read(recipe, variant):
   functions, paths = _READERS[recipe]
   shared = (
     "atlas_jax/train/loop.py",
@@ -215,10 +218,10 @@ def test_no_key_is_there_for_nobody(recipe, variant):
   )
   reads = set.union(*map(_reads, (*paths, *shared)))
   for name, section in _sections(_config(recipe, variant)):
-    # A section is read whole by its function; of any other, and of the whole,
-    # each key is read by name.
+    # A section in `functions` is passed whole. Keys of any other section, and
+    # of the config itself, must be read by name.
     owner = name.rpartition(".")[2] or "config"
-    # A format is read whole too, by the name that a config gives it.
+    # A format is also passed whole, under a name the config chooses.
     is_format = name.startswith("data.formats")
     if name not in functions and name != "sampling" and not is_format:
       unread = [key for key in section if f"{owner}.{key}" not in reads]
@@ -226,7 +229,7 @@ def test_no_key_is_there_for_nobody(recipe, variant):
 
 
 @pytest.mark.parametrize(("recipe", "variant"), _VARIANTS)
-def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
+def test_functions_accept_the_values(recipe, variant, tmp_path):
   config = _config(recipe, variant)
   if "sampling" in config:
     for section in config.sampling.values():
@@ -254,14 +257,14 @@ def test_values_are_ones_their_functions_take(recipe, variant, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [r for r in _RECIPES if _has_variants(r)])
-def test_an_unknown_variant_is_refused(recipe):
+def test_an_unknown_variant_raises(recipe):
   with pytest.raises(ValueError, match=r"there is :smoke"):
     _config(recipe, "tiny")
 
 
 @pytest.mark.parametrize("recipe", ["teacher_rcl", "teacher_rlt", "rlvr"])
 @pytest.mark.parametrize("size", ["full", "smoke"])
-def test_dapo_penalizes_what_the_others_mask(recipe, size):
+def test_dapo_penalizes_long_completions_instead_of_masking(recipe, size):
   dapo, other = (_config(recipe, f"{size},{loss}") for loss in ("dapo", "gspo"))
   assert (dapo.reward.weights.overlong, dapo.batch.mask_truncated) == (1, False)
   assert (other.reward.weights.overlong, other.batch.mask_truncated) == (
@@ -269,7 +272,7 @@ def test_dapo_penalizes_what_the_others_mask(recipe, size):
     True,
   )
   assert dapo.reward.overlong.soft_fraction == 0.2
-  # All else of the reward is the recipe's own.
+  # The rest of the reward is the recipe's.
   dapo.reward.weights.overlong = other.reward.weights.overlong
   assert dapo.reward == other.reward
 

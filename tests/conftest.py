@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test sees eight simulated CPU devices and no hub."""
+"""Configures all tests: eight simulated CPU devices, and no Hub access."""
 
 import os
 
@@ -15,14 +15,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A program that an older version compiled would hide what this one compiles.
+# Tests must compile their programs, not load those of an older version.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what takes gigabytes, unless its mark is asked for.
+  """Deselects `large` tests unless requested, and runs slow files first.
 
-  The files that take longest come first: no worker waits long for another.
+  With the longest files first, workers finish at about the same time.
   """
   if "large" not in config.option.markexpr:
     large = [item for item in items if item.get_closest_marker("large")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real things which tests share."""
+"""A small tokenizer and a scripted sampler that tests share."""
 
 from collections.abc import Callable, Sequence
 import pathlib
@@ -18,8 +18,8 @@ CHATML = (
 )
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Qwen2's split. transformers rebuilds it from its own code for a checkpoint of
-# that family, whatever tokenizer.json says; any other would load differently.
+# The pre-tokenizer of Qwen2. transformers hard-codes it for checkpoints of that
+# family and ignores tokenizer.json, so any other would load differently.
 _SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,10 +68,10 @@ def write_tokenizer(
 
 
 class FakeSampler:
-  """A sampler whose texts a test scripts, and which remembers its calls.
+  """A sampler with scripted completions that records its calls.
 
-  `write(prompt, params, index)` returns what is sampled for one prompt; those
-  whose row ids are in `given_up` get nothing.
+  `write(prompt, params, index)` returns the text of a completion. Prompts whose
+  row ids are in `given_up` get no completions.
   """
 
   def __init__(
@@ -87,7 +87,7 @@ class FakeSampler:
   def sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[types.Completion]]:
-    """Encodes the script; a text past the limit is cut as a model's would."""
+    """Returns encoded texts, truncated at `max_completion_tokens`."""
     self.calls.append((list(prompts), params))
     return [
       [
@@ -99,12 +99,12 @@ class FakeSampler:
     ]
 
   def update_weights(self, params: object, version: int) -> None:
-    """Takes the version; there are no weights."""
+    """Stores the version and ignores the weights."""
     del params
     self.version = version
 
   def take_metrics(self) -> dict[str, float]:
-    """Has nothing to measure."""
+    """Returns no metrics."""
     return {}
 
   def _complete(

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the metrics of a run with `docs/metrics.md`, both ways."""
+"""Compares the metrics of a run with `docs/metrics.md`."""
 
 from collections.abc import Iterable, Mapping
 import fnmatch
 import pathlib
 
 _PAGE = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
-# Conditions that the runs of the tests meet.
+# Conditions that hold in the test runs.
 _SEEN = ("when due", "evaluated", "sampled in step", "updated", "same weights")
 
 
 def check(recipe: str, rows: Iterable[Mapping[str, object]]) -> None:
-  """Fails if a metric is reported but not documented, or the reverse."""
+  """Checks that reported and documented metrics are the same."""
   text = _PAGE.read_text(encoding="utf-8").partition("## Metrics")[2]
   lines = [line for line in text.splitlines() if line.startswith("| `")]
   cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs from the command line: as one process, or as two that are one."""
+"""Starts jobs from the command line, on one or two processes."""
 
 import contextlib
 import json
@@ -21,17 +21,19 @@ from tests import quick_compile
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_S = 300
-# One device, as a user of a CPU has it.
+# One CPU device, the default outside of the tests.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_compile.XLA_FLAGS}
 
 
 def start(script, recipe, settings, *options, num_devices):
-  """Starts a job on so many devices of its own."""
+  """Starts a job on `num_devices` simulated devices."""
   words = [f"--config.{key}={value}" for key, value in settings.items()]
   device_count = f"--xla_force_host_platform_device_count={num_devices}"
   return subprocess.Popen(
     [
-      *(sys.executable, "-m", f"scripts.{script}"),
+      sys.executable,
+      "-m",
+      f"scripts.{script}",
       f"--config={ROOT}/configs/run/{recipe}.py:smoke",
       *words,
       *options,
@@ -48,7 +50,7 @@ def start(script, recipe, settings, *options, num_devices):
 
 
 def run_code(code, *arguments):
-  """Starts a Python program, on one device."""
+  """Starts a Python program on one device."""
   return subprocess.Popen(
     [sys.executable, "-c", code, *arguments],
     cwd=ROOT,
@@ -67,7 +69,7 @@ def free_port():
 
 @contextlib.contextmanager
 def pair(start_one, *options, of_second=()):
-  """Starts two processes, on two devices each."""
+  """Starts two processes with two devices each; kills them on exit."""
   address = f"--coordinator_address=127.0.0.1:{free_port()}"
   common = (*options, address, "--num_processes=2")
   extra = ((), tuple(of_second))
@@ -85,20 +87,20 @@ def pair(start_one, *options, of_second=()):
 
 
 def end(process):
-  """Waits for a process; gives its exit code, and what it wrote."""
+  """Waits for a process; returns its exit code and output."""
   text, _ = process.communicate(timeout=MAX_S)
   return process.returncode, text
 
 
 def succeed(process):
-  """Waits for a process that must succeed; gives what it wrote."""
+  """Waits for a process, checks that it succeeded, and returns its output."""
   code, text = end(process)
   assert code == 0, text
   return text
 
 
 def check_equal_metrics(workdir, expected, *names):
-  """Compares metrics of two runs, step by step; gives the first's."""
+  """Checks that two runs logged equal metrics; returns the values."""
   values, wanted = (
     [
       row[name]
@@ -108,13 +110,13 @@ def check_equal_metrics(workdir, expected, *names):
     ]
     for path in (run / "metrics.jsonl" for run in (workdir, expected))
   )
-  # A surrogate is a sum of advantages of about 1 that cancel.
+  # In a surrogate loss, advantages of about 1 cancel, so `abs` applies.
   assert values == pytest.approx(wanted, rel=1e-6, abs=5e-7)
   return values
 
 
 def check_equal_exports(workdir, expected):
-  """Compares the weights that two runs have exported."""
+  """Checks that two runs exported equal weights."""
   got, wanted = (
     {
       name: weights
@@ -130,25 +132,30 @@ def check_equal_exports(workdir, expected):
 
 
 class Server:
-  """`scripts.serve` with the JAX engine, in a process of its own."""
+  """`scripts.serve` with the JAX engine, in a separate process."""
 
   def __init__(self, role, directory):
     self.port = free_port()
     self.url = f"http://127.0.0.1:{self.port}"
     self._command = [
-      *(sys.executable, "-m", "scripts.serve", "--engine=jax"),
-      *(f"--role={role}", f"--model={directory}", f"--port={self.port}"),
+      sys.executable,
+      "-m",
+      "scripts.serve",
+      "--engine=jax",
+      f"--role={role}",
+      f"--model={directory}",
+      f"--port={self.port}",
     ]
     self.start()
 
   def start(self):
-    """Starts it, the first time or again."""
+    """Starts or restarts the server."""
     self.process = subprocess.Popen(
       self._command, cwd=ROOT, stderr=subprocess.DEVNULL
     )
 
   def wait(self):
-    """Waits until it is healthy."""
+    """Waits until the server is healthy."""
     deadline = time.monotonic() + MAX_S
     while time.monotonic() < deadline:
       try:
@@ -160,6 +167,6 @@ class Server:
     raise TimeoutError(self.url)
 
   def stop(self, number=signal.SIGKILL):
-    """Ends it by a signal."""
+    """Stops the server with a signal."""
     self.process.send_signal(number)
     self.process.wait(30)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA flags for tests, where compiling takes longer than computing.
+"""XLA flags that reduce compile time, which dominates the tests.
 
-Without the fusion emitters and parallel code generation a program compiles in
-half the time. Results are equal up to rounding.
+Without fusion emitters and parallel code generation, programs compile in half
+the time. Results are equal up to rounding.
 """
 
 import jax
 
 _SERIAL_CODEGEN = "--xla_cpu_parallel_codegen_split_count=1"
-# Removed from XLA after the jax that Python 3.11 has: unknown flags abort.
+# Removed from XLA after the last jax for Python 3.11; unknown flags abort.
 _NO_FUSION_EMITTERS = (
   "--xla_cpu_use_fusion_emitters=false "
   if jax.__version_info__ < (0, 11)

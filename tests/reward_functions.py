@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions as users write them, good and bad."""
+"""Reward functions as users write them, valid and invalid."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from atlas_jax import types
 
 
 def count_words(records):
-  """Rewards by the number of words; does what a question says before."""
+  """Rewards the number of words, after misbehaving as the question asks."""
   rewards = []
   for record in records:
     _misbehave(record.question.question)
@@ -19,23 +19,23 @@ def count_words(records):
 
 
 def plain(records):
-  """Gives plain numbers, and one that is missing."""
+  """Returns plain numbers, with None for the last record."""
   return [float(i) for i, _ in enumerate(records[1:])] + [None]
 
 
 def always_raises(records):
-  """Is broken."""
+  """Raises RuntimeError."""
   raise RuntimeError(f"cannot reward {len(records)} records")
 
 
 def echo(value):
-  """Does with JSON what it says."""
+  """Returns the value, after misbehaving as it asks."""
   _misbehave(value)
   return value
 
 
 def pid(value):
-  """Tells which process this is, and sleeps."""
+  """Sleeps for `value` seconds and returns the process id."""
   time.sleep(value)
   return os.getpid()
 

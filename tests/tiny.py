@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny decoders of awkward shapes, and their Hugging Face directories."""
+"""Tiny decoders of odd shapes, and their Hugging Face directories."""
 
 import json
 import math
@@ -23,7 +23,7 @@ LLAMA3_ROPE = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 16,
 }
-# What each family has of its own; every layer of Gemma's is another kind.
+# Fields specific to a family; Gemma's two layers use different attention.
 _OWN = {
   "qwen2": {},
   "qwen3": {},
@@ -74,15 +74,15 @@ _EXPERT_BLOCKS = {"moe_intermediate_size": 128, "num_experts": 4}
 
 
 def blocks(family):
-  """Gives a shape whose kernels divide into blocks of nf4, on a mesh of twos.
+  """Returns a shape whose kernels divide into nf4 blocks on a 2x2x2 mesh.
 
-  They are of 64 inputs, and of 32 where inputs are those of a head.
+  A block has 64 inputs, or 32 where the inputs are those of one head.
   """
   return _BLOCKS | (_EXPERT_BLOCKS if family == "qwen3_moe" else {})
 
 
 def fields(family, **changes):
-  """Gives a config.json: 3 heads over 1, head width not D / N, odd sizes."""
+  """Returns a config.json: 3 query heads, 1 KV head, H != D / N, odd sizes."""
   return {
     "model_type": family,
     "architectures": [rules.ARCHITECTURES[family]],
@@ -131,14 +131,14 @@ def build(
 
 
 def mesh(**sizes):
-  """Makes a mesh of as many of the eight devices as it takes."""
+  """Creates a mesh of as many of the eight devices as `sizes` need."""
   sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
   devices = jax.devices()[: math.prod(sizes.values())]
   return sharding.make_mesh(**sizes, devices=devices)
 
 
 def params_of(model, seed=0):
-  """Draws parameters in which no bias is zero and no norm is one."""
+  """Draws parameters with nonzero biases and norm scales other than one."""
   start = 0.0 if model.config.zero_centered_norms else 1.0
   leaves, structure = jax.tree.flatten(model.abstract_params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -162,7 +162,7 @@ def batch(model, batch_size=2, num_tokens=9, seed=1):
 
 
 def write_source(directory: pathlib.Path, family, **changes):
-  """Writes what an export carries over: a config and a tokenizer's files."""
+  """Writes the files an export copies: config and tokenizer."""
   directory.mkdir(parents=True)
   text = json.dumps(fields(family, **changes))
   (directory / "config.json").write_text(text)
@@ -181,7 +181,7 @@ def write_checkpoint(
   seed=0,
   **changes,
 ):
-  """Writes a random checkpoint at `directory`; gives its model and params."""
+  """Writes a random checkpoint; returns its model and parameters."""
   model = build(family, **changes)
   params = params_of(model, seed)
   source = write_source(
@@ -201,9 +201,9 @@ def write_checkpoint(
 
 
 def write_talker(directory: pathlib.Path, family="qwen2", **changes):
-  """Writes a random checkpoint with a tokenizer; gives its model and params.
+  """Writes a random checkpoint with a tokenizer; returns model and parameters.
 
-  Its shape is even, so any mesh of two by two by two divides it.
+  Sizes are even, so a 2x2x2 mesh divides them.
   """
   source = directory.with_name(directory.name + "-source")
   tokenizer = fakes.write_tokenizer(source)
@@ -231,6 +231,6 @@ def write_talker(directory: pathlib.Path, family="qwen2", **changes):
 
 
 def differing(left: pathlib.Path, right: pathlib.Path):
-  """Names the tensors of two directories that are not equal, bit for bit."""
+  """Returns names of tensors that are not bitwise equal in two directories."""
   sides = (weights.of_directory(directory) for directory in (left, right))
   return sorted(each.name for each in verify.differences(*sides))

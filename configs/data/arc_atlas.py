@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arc-ATLAS-Teach as what GRPO asks of a teacher, in the same prompt and tags.
+"""Arc-ATLAS-Teach in the prompt and tags that GRPO uses.
 
-The format that the dataset has by itself is the original's: three labelled
-paragraphs, which GRPO's prompts do not ask for. A recipe that wants this one:
+By default the dataset is read as three labelled paragraphs, as in the original,
+which GRPO's prompts do not request. To use this format in a recipe:
 
   config.data.formats = arc_atlas.get_formats()
   config.data.format = "arc_atlas_tags"

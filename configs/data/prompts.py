@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four prompts of the protocol, for models that follow instructions."""
+"""The four prompts of the protocol, for instruction-tuned models."""
 
 import ml_collections
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows are read, and how; every recipe begins with this."""
+"""Section `data`: which rows to read, and in which format."""
 
 import ml_collections
 from ml_collections import config_dict

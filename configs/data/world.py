@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small world: where it lies, and the short prompts its models know."""
+"""Paths of the small world, and the short prompts of its models."""
 
 import ml_collections
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy losses by name: settings of one objective."""
+"""Policy losses: settings of one objective, by name."""

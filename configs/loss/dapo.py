@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DAPO: Yu et al., arXiv:2503.14476.
 
-Long completions are penalized by a part of the reward (section 3.4) instead of
-being masked. The penalty grows over the last fifth of the limit, whatever that
-is, as over 4096 of 20480 there.
+Long completions are penalized in the reward (section 3.4) instead of masked.
+The penalty grows over the last fifth of the token limit, as over 4096 of 20480
+tokens in the paper.
 """
 
 import ml_collections

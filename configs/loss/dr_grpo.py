@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dr. GRPO, without bias by length or by difficulty: arXiv:2503.20783."""
+"""Dr. GRPO, without length or difficulty bias: arXiv:2503.20783."""
 
 import ml_collections
 

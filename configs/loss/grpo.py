@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
       ),
       # losses.advantages.group_advantages
       advantages=dict(baseline="mean", scale="group"),
-      # Groups whose rewards are all equal are filtered, and refilled; and how
-      # much of a batch may be missing since servers were late.
+      # Whether to drop groups of equal rewards, how often to refill them, and
+      # the largest fraction of a batch that late servers may drop.
       groups=dict(filter_equal=False, max_refills=0, max_dropped_fraction=0.25),
     )
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GSPO, ratios of sequences: Zheng et al., arXiv:2507.18071, section 5.1."""
+"""GSPO, sequence-level ratios: Zheng et al., arXiv:2507.18071, section 5.1."""
 
 import ml_collections
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATLAS's teacher: GRPO with DAPO's upper bound and filter."""
+"""Loss of the ATLAS teacher: GRPO with DAPO's clip_high and filter."""
 
 import ml_collections
 
@@ -9,6 +9,6 @@ from configs.loss import grpo
 def get_config() -> ml_collections.ConfigDict:
   config = grpo.get_config()
   config.loss.clip_high = 0.28
-  # A group without advantage costs as much time as one with it.
+  # Groups of zero advantage would take as much compute as others.
   config.groups.filter_equal = True
   return config

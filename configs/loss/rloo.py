@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RLOO, sequences as single actions: Ahmadian et al., arXiv:2402.14740.
+"""RLOO, a sequence as one action: Ahmadian et al., arXiv:2402.14740.
 
-The clipping and the coefficients are TRL's.
+Clipping and coefficients follow TRL.
 """
 
 import ml_collections

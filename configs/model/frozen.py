@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that only samples: everything in bfloat16."""
+"""A model that is not trained: bfloat16, without remat."""
 
 import ml_collections
 

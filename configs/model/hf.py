@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model to train: float32 masters, bfloat16 activations, remat by block."""
+"""A model to train: float32 parameters, bfloat16 compute, remat per block."""
 
 import ml_collections
 

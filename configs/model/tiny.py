@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the small world, on a CPU: float32; `dots` is fastest there."""
+"""A model of the small world: float32, and the remat fastest on a CPU."""
 
 import ml_collections
 

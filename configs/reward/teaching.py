@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptive teaching reward, preset R4: degradation is worth nothing.
+"""The adaptive teaching reward, preset R4: degradation gets a reward of 0.
 
-Other rewards are there with a weight of 0, to be added on the command line.
+Other rewards have a weight of 0; enable them on the command line.
 """
 
 import ml_collections
@@ -10,7 +10,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(  # rewards.combine.open_reward
     dict(
-      weights=dict(  # 0 leaves a reward out.
+      weights=dict(  # 0 disables a reward.
         teaching=1.0,
         rlt=0.0,
         well_formed=0.0,
@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
       teaching=dict(  # rewards.teaching.build
         preset="R4",
         efficiency_weight=1.0,
-        # R4 has no such penalty; R1 to R3 take 2.0.
+        # R4 has no such penalty; R1 to R3 use 2.0.
         degradation_penalty_multiplier=ml_collections.config_dict.placeholder(
           float
         ),

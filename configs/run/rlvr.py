@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO of a model that answers by itself, with a reward that can be checked.
+"""GRPO of a model without a student, with a verifiable reward.
 
   python -m scripts.train_grpo --config=configs/run/rlvr.py \
     --workdir=results/rlvr --config.model.path=Qwen/Qwen3-4B \
     --config.data.path=questions.jsonl
 
-There is no student; all else is that of teacher_rcl.py, its variants included.
-Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+Everything else follows teacher_rcl.py, including its variants.
+Sized for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
   python -m scripts.train_gkd --config=configs/run/teacher_gkd.py \
     --workdir=results/gkd --config.data.path=conversations.jsonl
 
-Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+Sized for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 """
 
 import ml_collections
@@ -39,15 +39,15 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.completions = dict(  # train.gkd_batches.CompletionBatches
     on_policy_fraction=1.0, max_dropped_fraction=0.25
   )
-  # Mean multiplicative error of a token's probability, trainer to sampler.
+  # Mean error factor of token probabilities between trainer and sampler.
   config.agreement = dict(  # guards.agreement
     max_prob_error=1.02, every_steps=10
   )
-  # A prompt with its completion, and rows of several, have `length` tokens.
+  # `length` limits a prompt with its completion, and a packed row, in tokens.
   config.packing = dict(length=8192, packed=True, too_long="drop")
   config.batch = dict(num_prompts=256, per_device=1)
-  config.num_epochs = 3.0  # 0: as many steps as `loop.num_steps` says.
-  # The temperature is that of both models in the divergence.
+  config.num_epochs = 3.0  # 0: use `loop.num_steps`.
+  # `temperature` divides the logits of both models.
   config.loss = dict(beta=0.5, temperature=1.0, chunk_tokens=512)
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.schedule = dict(  # train.schedule.make
@@ -75,7 +75,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
 
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
-  """Distils the small world's teacher into one that knows nothing."""
+  """Distils the small world's teacher into its untrained initial weights."""
   config.world = dict(directory=world.DIRECTORY, with_teacher=True)
   config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
   config.teacher = tiny.get_config(world.TEACHER)

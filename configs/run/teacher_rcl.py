@@ -5,8 +5,8 @@
     --workdir=results/rcl --config.model.path=results/sft/export \
     --config.data.path=questions.jsonl
 
-Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU, and
-`:dapo` or another of configs/loss takes that for its loss; `:smoke,dapo` both.
+Sized for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU,
+`:dapo` or another name in configs/loss selects the loss, `:smoke,dapo` both.
 """
 
 import ml_collections
@@ -48,7 +48,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.correction = dict(  # losses.correction.sampler_weights
     level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
   )
-  # Mean multiplicative error of a token's probability, trainer to sampler.
+  # Mean error factor of token probabilities between trainer and sampler.
   config.agreement = dict(  # guards.agreement
     max_prob_error=1.02, every_steps=1
   )
@@ -102,7 +102,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
 
 
 def _parse(variant: str) -> tuple[bool, str]:
-  """Returns whether a variant is the smoke one, and the name of its loss."""
+  """Returns whether a variant is a smoke run, and the name of its loss."""
   size, _, loss = variant.rpartition(",")
   if variant in ("full", "smoke"):
     size, loss = variant, "rcl"
@@ -124,7 +124,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.rollout.dtype = "float32"
   config.logits.chunk_tokens = 128
   config.agreement.max_prob_error = 1.0005  # In float32.
-  # Where every teaching does equally well, scaling would teach brevity alone.
+  # If all teachings do equally well, scaling would only reward brevity.
   config.advantages.scale = "none"
   config.batch.num_questions = 16
   config.batch.per_device = 0
@@ -141,7 +141,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
 
 
 def get_sampling() -> ml_collections.ConfigDict:
-  """Each is a `types.SamplingParams`, but for its seed."""
+  """Returns `types.SamplingParams` without seed for every protocol call."""
   common = dict(temperature=0.7, top_p=1.0, top_k=0)
   return ml_collections.ConfigDict(
     dict(
@@ -154,9 +154,9 @@ def get_sampling() -> ml_collections.ConfigDict:
 
 
 def get_world_sampling() -> ml_collections.ConfigDict:
-  """The same, at lengths that the small world needs."""
+  """Returns `get_sampling` with the short lengths of the small world."""
   sampling = get_sampling()
-  # The teacher explores; the student means what it says.
+  # Only the teacher needs to explore.
   sampling.teach.temperature = 1.0
   sampling.probe.max_completion_tokens = 16
   sampling.baseline.max_completion_tokens = 40

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO of a teacher that makes its student find the solution likely: R0.
+"""GRPO of a teacher, rewarded by its student's solution likelihood (R0).
 
   python -m scripts.train_grpo --config=configs/run/teacher_rlt.py \
     --workdir=results/rlt --config.model.path=results/sft/export \
     --config.data.path=questions.jsonl
 
-The solution is the column `solution`, or else the answer. All else is that of
-teacher_rcl.py. Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs
-on a CPU.
+The solution is the column `solution`, or the answer if that is missing.
+Everything else follows teacher_rcl.py. Sized for 8 GPUs with 80 GB; not run on
+them yet. `:smoke` runs on a CPU.
 """
 
 import ml_collections

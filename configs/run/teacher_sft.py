@@ -4,7 +4,7 @@
   python -m scripts.train_sft --config=configs/run/teacher_sft.py \
     --workdir=results/sft --config.data.path=my.jsonl
 
-Made for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
+Sized for 8 GPUs with 80 GB; not run on them yet. `:smoke` runs on a CPU.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     length=16384, packed=True, too_long="drop"
   )
   config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
-  config.num_epochs = 10.0  # 0: as many steps as `loop.num_steps` says.
+  config.num_epochs = 10.0  # 0: use `loop.num_steps`.
   config.loss = dict(z_loss_coef=0.0, chunk_tokens=512)
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
   config.schedule = dict(  # train.schedule.make

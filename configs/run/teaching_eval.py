@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation of a teacher: its student alone against its student taught.
+"""Evaluates a teacher: compares its student with and without teaching.
 
   python -m scripts.evaluate --config=configs/run/teaching_eval.py \
     --workdir=results/eval --config.model.path=results/rcl/export \
@@ -43,7 +43,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.batch_size = 200
   elif variant != "full":
     raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
-  # One answer each, so that every question is one pair.
+  # One baseline and one taught answer, so each question is one pair.
   config.sampling.baseline.group_size = 1
   config.sampling.teach.group_size = 1
   return config

@@ -26,7 +26,7 @@ def writer(
   config: types.Config,
   facts: Mapping[str, str],
 ) -> Callable[[decoder.Params, int | None], None]:
-  """Returns `write` for a run, as `loop.Run.on_save` and for its end."""
+  """Returns `write` for a run: for `loop.Run.on_save` and the final export."""
   return functools.partial(
     write, workdir, opened, policy, facts=facts, **config.export
   )
@@ -47,18 +47,18 @@ def write(  # noqa: PLR0913 - one argument per config key.
 ) -> None:
   """Writes a Hugging Face directory and compares its logits with the model's.
 
-  Each process writes the parts it owns; none holds all parameters. Adapters are
-  merged, and at the end of a run also written as a PEFT directory.
+  Each process writes the parts it owns; no process gathers all parameters.
+  Adapters are merged, and at the end of a run also saved as a PEFT directory.
 
   Args:
-    workdir: receives `export`, or `export-STEP`, and `adapter`, which PEFT
-      opens.
+    workdir: parent of `export` or `export-STEP`, and of the PEFT directory
+      `adapter`.
     opened: the model that was trained.
-    policy: which of its parameters were trained.
+    policy: which of the model's parameters were trained.
     trained: the trained parameters.
     step: number of completed steps; None at the end of the run.
     facts: for the model card, next to the run's last metrics.
-    enabled: whether to write `export`. The last checkpoint holds the same
+    enabled: whether to write `export`; the last checkpoint has the same
       weights.
     keep_steps: number of newest `export-STEP` to keep; 0 writes none.
     dtype: of the written weights.
@@ -125,7 +125,7 @@ def _write_adapters(
   trained: decoder.Params,
   about: card.Card,
 ) -> None:
-  """Writes a PEFT directory, if PEFT supports the model family."""
+  """Writes a PEFT directory, or warns if PEFT does not support the family."""
   if not peft_adapters.has_names(opened.model):
     logging.warning(
       "PEFT has no names for this family's adapters; exported merged only."

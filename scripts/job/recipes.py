@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of `config.recipe` and the programs that run them."""
+"""Values of `config.recipe` and the programs that run them."""
 
 PROGRAMS = {
   "sft": "scripts.train_sft",

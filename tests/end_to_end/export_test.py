@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers and PEFT load what was trained."""
+"""Tests that transformers and PEFT load exports of trained models."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests import fakes, tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Every axis divides over the eight devices.
+# Every axis divides over eight devices.
 _SHAPE = {
   "vocab_size": 304,
   "hidden_size": 32,
@@ -89,7 +89,7 @@ def test_transformers_loads_trained_models(tmp_path, family):
   base, params, mesh = _train(tmp_path, family)
   export = tmp_path / "export"
 
-  # Otherwise an export of the initial weights would pass too.
+  # Exported weights must differ from the initial ones.
   assert tiny.differing(tmp_path / "start", export)
   opened, report = transformers.AutoModelForCausalLM.from_pretrained(
     export, output_loading_info=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job that fails tells what failed first, and leaves nothing behind."""
+"""Tests that failing jobs report the first error and leave no process."""
 
 import json
 import pathlib
@@ -14,13 +14,13 @@ from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _MARK = "ATLAS_JAX_TEST"
-_LONG = 2**18  # Tokens in a row of which no machine holds all pairs.
-_MAX_KB = 256 * 2**20  # Where it would, by promising more than it has.
+_LONG = 2**18  # Row length whose attention scores fit no machine.
+_MAX_KB = 256 * 2**20  # Limits machines that overcommit memory.
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with a model, and data for both recipes."""
+  """Returns a directory with a model, and data for both recipes."""
   home = tmp_path_factory.mktemp("home")
   tiny.write_talker(
     home / "model", num_hidden_layers=1, max_position_embeddings=_LONG
@@ -48,7 +48,7 @@ def _flags(home, workdir, recipe, **settings):
 
 
 def _run(command, **environment):
-  """Runs it; gives its code, what it said, and who is left of its children."""
+  """Returns exit code, stderr and pids of surviving children."""
   mark = uuid.uuid4().hex
   child = subprocess.run(
     command,
@@ -63,19 +63,19 @@ def _run(command, **environment):
 
 
 def _marked(mark):
-  """Finds the processes that have a word in their environment."""
+  """Returns the pids of processes with `mark` in their environment."""
   found = []
   for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
     try:
       if f"{_MARK}={mark}".encode() in path.read_bytes():
         found.append(path.parent.name)
-    except OSError:  # It has ended, or is another's.
+    except OSError:  # It has exited, or belongs to another user.
       continue
   return found
 
 
-# While a function rewards in a process of its own, the next batch is sampled
-# ahead in a thread, a tracker has its thread, and a save may be under way.
+# Fails while the reward function runs in a separate process, the next batch is
+# sampled in a thread, a tracker has its thread, and a save may be in progress.
 _FAILS = """
 import os, sys
 from scripts import program, train_grpo
@@ -111,7 +111,7 @@ _FUNCTION = "--reward_fn=tests.reward_functions:count_words"
 
 
 @pytest.mark.slow
-def test_a_trainer_that_fails_is_reported_first_and_leaves_no_process(
+def test_a_training_error_is_reported_first_and_leaves_no_process(
   home, tmp_path
 ):
   flags = _flags(home, tmp_path / "run", "rlvr", **_BUSY)
@@ -119,7 +119,7 @@ def test_a_trainer_that_fails_is_reported_first_and_leaves_no_process(
   code, logged, left = _run(command)
   assert code == 70, logged
   assert left == []
-  # The trainer, and the function that rewards.
+  # The trainer and the reward function.
   assert "processes: 2" in logged
   first = logged[logged.index("Traceback") :]
   assert first.count("Traceback") == 1
@@ -128,7 +128,7 @@ def test_a_trainer_that_fails_is_reported_first_and_leaves_no_process(
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_at_its_start_leaves_no_process(home, tmp_path):
+def test_a_job_that_fails_at_startup_leaves_no_process(home, tmp_path):
   settings = {**_BUSY, "advantages.scale": "median"}
   flags = _flags(home, tmp_path / "run", "rlvr", **settings)
   command = [sys.executable, "-m", "scripts.train_grpo", *flags, _FUNCTION]
@@ -140,9 +140,7 @@ def test_a_job_that_fails_at_its_start_leaves_no_process(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
-  home, tmp_path
-):
+def test_out_of_memory_suggests_fixes_and_keeps_the_checkpoint(home, tmp_path):
   def run(num_steps, *more):
     settings = {
       "packing.packed": False,
@@ -159,7 +157,7 @@ def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
 
   code, logged, _ = run(1)
   assert code == 0, logged
-  # A score for each pair of tokens: two terabytes.
+  # Attention scores for all pairs of tokens take two terabytes.
   code, logged, left = run(
     2,
     f"--config.packing.length={_LONG}",
@@ -168,19 +166,17 @@ def test_a_job_without_memory_ends_with_advice_and_its_checkpoint(
   )
   assert code == 70, logged
   assert left == []
-  assert "Resuming from step 1" in logged
+  assert "Resuming from step=1" in logged
   assert "The device is out of memory." in logged
   assert "RESOURCE_EXHAUSTED" in logged
-  assert "Make the batch smaller" in logged
+  assert "Use a smaller batch" in logged
   assert "Traceback" not in logged
   assert checkpoint_format.damage(tmp_path / "run/checkpoints/1") == ""
 
 
 @pytest.mark.slow
-def test_who_does_not_come_where_a_cluster_reports_is_not_waited_for_for_ever(
-  home, tmp_path
-):
-  # As Slurm starts the first of three.
+def test_waiting_for_a_missing_process_of_a_cluster_times_out(home, tmp_path):
+  # The environment Slurm sets for the first of three processes.
   job = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_NODELIST": "localhost",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes sample, reward, train and evaluate as one does."""
+"""Tests that sampling and training on two processes match one process."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ _NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with two models and data."""
+  """Returns a directory with two models and data."""
   home = tmp_path_factory.mktemp("home")
   for name in ("policy", "student"):
     tiny.write_talker(home / name, num_hidden_layers=1)
@@ -39,7 +39,7 @@ def _models(home):
 
 
 def _train(home, workdir, *options, num_devices):
-  """Starts a training whose rewards differ, and take the student's devices."""
+  """Starts GRPO with distinct rewards, some computed by the student."""
   settings = {
     **_models(home),
     "held_out.path": "",
@@ -57,7 +57,11 @@ def _train(home, workdir, *options, num_devices):
     "loop.eval_every": 0,
   }
   return processes.start(
-    *("train_grpo", "teacher_rcl", settings, f"--workdir={workdir}", *options),
+    "train_grpo",
+    "teacher_rcl",
+    settings,
+    f"--workdir={workdir}",
+    *options,
     "--reward_fn=tests.reward_functions:count_words=0.1",
     num_devices=num_devices,
   )
@@ -66,22 +70,29 @@ def _train(home, workdir, *options, num_devices):
 def _check_equal(workdir, expected):
   processes.check_equal_exports(workdir, expected)
   losses = processes.check_equal_metrics(
-    *(workdir, expected, "loss", "reward", "kl", "rewards/rlt"),
-    *("completion_length", "eval/teaching/accuracy", "groups/used_fraction"),
+    workdir,
+    expected,
+    "loss",
+    "reward",
+    "kl",
+    "rewards/rlt",
+    "completion_length",
+    "eval/teaching/accuracy",
+    "groups/used_fraction",
   )
   assert len(losses) > 5 * _NUM_STEPS
 
 
 @pytest.fixture(scope="module")
 def alone(home, tmp_path_factory):
-  """Gives the workdir of a training by one process."""
+  """Returns the workdir of a run on one process."""
   workdir = tmp_path_factory.mktemp("alone")
   processes.succeed(_train(home, workdir, num_devices=4))
   return workdir
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_train_as_one(home, alone, tmp_path):
+def test_two_processes_train_like_one(home, alone, tmp_path):
   with processes.pair(functools.partial(_train, home, tmp_path)) as pair:
     for process in pair:
       processes.succeed(process)
@@ -89,7 +100,7 @@ def test_two_processes_sample_and_train_as_one(home, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_from_servers_as_one_by_itself(
+def test_two_processes_with_servers_train_like_one_without(
   home, alone, tmp_path
 ):
   servers = {
@@ -120,7 +131,7 @@ def test_two_processes_train_from_servers_as_one_by_itself(
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_there_ends_both(home, tmp_path):
+def test_a_missing_server_stops_both_processes(home, tmp_path):
   nowhere = f"('http://127.0.0.1:{processes.free_port()}',)"
   options = [
     "--config.rollout.backend=http",
@@ -138,7 +149,7 @@ def test_a_server_that_is_not_there_ends_both(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_distil_as_one(home, tmp_path):
+def test_two_processes_distil_like_one(home, tmp_path):
   def distil(workdir, *options, num_devices):
     settings = {
       "world.directory": "",
@@ -156,8 +167,11 @@ def test_two_processes_distil_as_one(home, tmp_path):
       "loop.eval_every": 0,
     }
     return processes.start(
-      *("train_gkd", "teacher_gkd", settings),
-      *(f"--workdir={tmp_path / workdir}", *options),
+      "train_gkd",
+      "teacher_gkd",
+      settings,
+      f"--workdir={tmp_path / workdir}",
+      *options,
       num_devices=num_devices,
     )
 
@@ -167,20 +181,21 @@ def test_two_processes_distil_as_one(home, tmp_path):
       processes.succeed(process)
   processes.check_equal_exports(tmp_path / "two", tmp_path / "one")
   losses = processes.check_equal_metrics(
-    *(tmp_path / "two", tmp_path / "one"), "loss", "eval/loss"
+    tmp_path / "two", tmp_path / "one", "loss", "eval/loss"
   )
   assert len(losses) == _NUM_STEPS + 1
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_and_go_on_where_it_stopped(
-  home, tmp_path
-):
+def test_two_processes_evaluate_like_one_and_resume_its_records(home, tmp_path):
   def evaluate(workdir, *options, num_devices):
     settings = {**_models(home), "batch_size": 4, "num_bootstrap": 10}
     return processes.start(
-      *("evaluate", "teaching_eval", settings),
-      *(f"--workdir={tmp_path / workdir}", *options),
+      "evaluate",
+      "teaching_eval",
+      settings,
+      f"--workdir={tmp_path / workdir}",
+      *options,
       num_devices=num_devices,
     )
 
@@ -193,7 +208,7 @@ def test_two_processes_evaluate_as_one_and_go_on_where_it_stopped(
   start = functools.partial(evaluate, "two")
   with processes.pair(start) as pair:
     first, second = map(processes.succeed, pair)
-  assert "3 of 6 questions found" in first
+  assert "Resuming evaluation: 3 of 6 questions" in first
   one, two = (
     json.loads((tmp_path / name / "summary.json").read_text())["all"]
     for name in ("one", "two")
@@ -203,8 +218,8 @@ def test_two_processes_evaluate_as_one_and_go_on_where_it_stopped(
   assert '"teaching/NDR"' not in second
 
 
-# Says things of all sizes, then fails.
-_SPEAKER = """
+# Broadcasts values of several sizes, then fails.
+_BROADCASTER = """
 import sys
 from atlas_jax import distributed, errors
 import orbax.checkpoint as ocp
@@ -216,13 +231,13 @@ distributed.initialize(
   max_silence_s=60,
 )
 from_first = distributed.FirstProcessBroadcast("test")
-long = [i * 1e-7 for i in range(500_000)]  # More than one message holds.
+long = [i * 1e-7 for i in range(500_000)]  # Exceeds one message.
 assert from_first(lambda: long) == long
 assert [from_first(lambda: int(index) + i) for i in range(3)] == [0, 1, 2]
 client = ocp.multihost.get_jax_distributed_client()
-distributed.wait("all are done")
+distributed.wait("broadcasts done")
 left = client.key_value_dir_get_bytes("test/")
-distributed.wait("all have looked")
+distributed.wait("keys read")
 try:
   from_first(lambda: 1 // int(index))
 except (ZeroDivisionError, errors.LostProcessError) as error:
@@ -231,11 +246,12 @@ except (ZeroDivisionError, errors.LostProcessError) as error:
 
 
 @pytest.mark.slow
-def test_what_the_first_makes_or_fails_at_is_told_to_all():
+def test_results_and_errors_of_the_first_process_reach_all():
   address = f"127.0.0.1:{processes.free_port()}"
   pair = [
-    processes.run_code(_SPEAKER, address, "2", str(index)) for index in range(2)
+    processes.run_code(_BROADCASTER, address, "2", str(index))
+    for index in range(2)
   ]
   first, second = map(processes.succeed, pair)
-  assert "ZeroDivisionError []" in first  # Nothing is left in its memory.
+  assert "ZeroDivisionError []" in first  # The store keeps no keys.
   assert "LostProcessError []" in second

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train as one does, and one does not outlive the other."""
+"""Tests that SFT on two processes matches one, and that both stop together."""
 
 import contextlib
 import filecmp
@@ -21,7 +21,7 @@ _NUM_STEPS = 4
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with a model and data."""
+  """Returns a directory with a model and data."""
   home = tmp_path_factory.mktemp("home")
   tiny.write_talker(home / "model", num_hidden_layers=1)
   rows = [
@@ -32,7 +32,7 @@ def home(tmp_path_factory):
 
 
 def _start(home, workdir, *options, num_devices):
-  """Starts a training on so many devices of its own."""
+  """Starts SFT on `num_devices` simulated devices."""
   settings = {
     "world.directory": "",
     "model.path": home / "model",
@@ -45,12 +45,16 @@ def _start(home, workdir, *options, num_devices):
     "loop.log_every": 1,
     "loop.eval_every": 2,
     "loop.save_every": 2,
-    # As long a run as it may be, its first steps are the same.
+    # The first steps must not depend on the number of steps.
     "schedule.schedule": "constant",
     "schedule.warmup_fraction": 0.0,
   }
   return processes.start(
-    *("train_sft", "teacher_sft", settings, f"--workdir={workdir}", *options),
+    "train_sft",
+    "teacher_sft",
+    settings,
+    f"--workdir={workdir}",
+    *options,
     num_devices=num_devices,
   )
 
@@ -66,7 +70,7 @@ def _check_equal(workdir, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
+def test_two_processes_train_and_resume_like_one(home, tmp_path):
   mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
   small = "--config.export.max_shard_bytes=20000"
 
@@ -82,7 +86,7 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
       assert code == 0, text
       written, total = re.search(r"Wrote (\d+) of (\d+) files", text).groups()
       assert 0 < int(written) < int(total)
-      assert "logits differ by" in text
+      assert "largest difference of logits" in text
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 2
 
   more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
@@ -92,7 +96,7 @@ def test_two_processes_train_as_one_does_and_resume_as_one(home, tmp_path):
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 5
 
 
-# Loads a model onto the devices of all processes, and exports it again.
+# Loads a model onto the devices of all processes and exports it.
 _EXPORTER = """
 import pathlib, sys
 from atlas_jax import distributed, sharding
@@ -133,7 +137,7 @@ with distributed.together():
 
 
 @pytest.mark.slow
-def test_no_process_holds_the_whole_of_what_they_export(tmp_path):
+def test_export_memory_per_process_is_below_half_the_model(tmp_path):
   sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
   sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
   model, params = tiny.write_talker(
@@ -142,7 +146,7 @@ def test_no_process_holds_the_whole_of_what_they_export(tmp_path):
   arguments = (tmp_path / "model", tmp_path / "many")
   address = f"127.0.0.1:{processes.free_port()}"
   pair = [
-    processes.run_code(*(_EXPORTER, *arguments, address, "2", str(index)))
+    processes.run_code(_EXPORTER, *arguments, address, "2", str(index))
     for index in range(2)
   ]
   ends = [processes.end(process) for process in pair]
@@ -170,7 +174,7 @@ def test_no_process_holds_the_whole_of_what_they_export(tmp_path):
 
 
 def _child(pid):
-  """Finds the process that trains: the child of the guard of a launcher."""
+  """Returns the pid of the trainer: the launcher's grandchild."""
   for _ in range(2):
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
     (pid,) = map(int, children.split())
@@ -179,7 +183,7 @@ def _child(pid):
 
 @contextlib.contextmanager
 def _long_run(home, workdir):
-  """Starts two processes, and lets them do a few steps."""
+  """Starts two processes and waits until they have saved step 2."""
   options = ("--config.loop.num_steps=100000", "--max_process_silence_s=10")
   with _pair(home, workdir, *options) as pair:
     deadline = time.monotonic() + processes.MAX_S
@@ -191,8 +195,8 @@ def _long_run(home, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])  # The first is where they meet.
-def test_one_process_does_not_outlive_the_other(home, tmp_path, killed):
+@pytest.mark.parametrize("killed", [0, 1])  # 0 is the coordinator.
+def test_killing_one_process_stops_the_other(home, tmp_path, killed):
   with _long_run(home, tmp_path) as pair:
     gone, left = pair[killed], pair[1 - killed]
     os.kill(_child(gone.pid), signal.SIGKILL)
@@ -200,7 +204,7 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path, killed):
     code, text = processes.end(left)
     assert code == 8, text
     assert time.monotonic() - killed_at < 60
-    # By an error of the collective, or else by an abort for its silence.
+    # Either the collective fails, or the heartbeat timeout aborts it.
     assert "at the end of the other processes' logs" in text
     code, text = processes.end(gone)
     assert code == 70
@@ -208,7 +212,7 @@ def test_one_process_does_not_outlive_the_other(home, tmp_path, killed):
 
 
 @pytest.mark.slow
-def test_both_processes_stop_at_one_step_when_one_is_asked(home, tmp_path):
+def test_a_signal_to_one_process_stops_both_at_the_same_step(home, tmp_path):
   with _long_run(home, tmp_path) as pair:
     pair[1].terminate()
     ends = [processes.end(process) for process in pair]
@@ -221,7 +225,7 @@ def test_both_processes_stop_at_one_step_when_one_is_asked(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_of_different_jobs_are_refused(home, tmp_path):
+def test_processes_with_different_configs_exit_with_code_2(home, tmp_path):
   with _pair(home, tmp_path / "run", of_second=["--config.seed=1"]) as pair:
     for process in pair:
       code, text = processes.end(process)

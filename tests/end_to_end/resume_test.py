@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whenever it is killed, a run ends bit for bit as if it were not.
+"""Tests that a killed and resumed run matches an uninterrupted one bit for bit.
 
-What is on disk when a step ends is what SIGKILL would leave there. So a run is
-copied after each step while it goes on, and copies are resumed.
+SIGKILL after a step leaves exactly the files on disk at that time. So the tests
+copy the workdir of a run after each step and resume the copies.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from scripts.job import components
 from tests import tiny
 
 _NUM_STEPS = 4
-# What depends on the machine.
+# Metrics that depend on the machine.
 _TIMES = re.compile(r".*(seconds.*|time|_s)|num_compiles|goodput|.*tflops|mfu")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with two models and data for all recipes."""
+  """Returns a directory with two models and data for all recipes."""
   home = tmp_path_factory.mktemp("home")
   for i, name in enumerate(("policy", "student")):
     tiny.write_talker(home / name, num_hidden_layers=1 + i)
@@ -46,7 +46,7 @@ def home(tmp_path_factory):
     for i in range(6)
   ]
   (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  # The resumed runs need not compile the same programs once more.
+  # Resumed runs reuse compiled programs.
   cached = {
     "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(home / "cache"),
@@ -73,14 +73,14 @@ def _shorten(config, home):
   config.loop.eval_every = 2
   config.loop.save_every = 1
   config.checkpoint.keep = 2
-  config.batch.per_device = 1  # So gradients are accumulated.
-  # Another learning rate for every update.
+  config.batch.per_device = 1  # Accumulates gradients.
+  # The learning rate changes with every update.
   config.schedule.schedule = "cosine"
   config.schedule.warmup_fraction = 0.5
 
 
 def _opened(config, workdir, should_stop):
-  """Opens what all recipes need."""
+  """Opens base model, policy, parameters and arguments all recipes share."""
   mesh = jax.make_mesh(
     (1,) * len(sharding.AXES),
     sharding.AXES,
@@ -129,14 +129,14 @@ def _train_sft(home, workdir, should_stop):
   )
 
 
-def _share_of_low_ids(records):
-  """A reward that random models differ in."""
+def _low_id_fraction(records):
+  """Rewards the fraction of ids below 128, which varies for random models."""
   ids = [np.array(r.teacher_rollout.completion.token_ids) for r in records]
   return [types.Reward(float((each < 128).mean())) for each in ids]
 
 
 def _train_grpo(home, workdir, should_stop):
-  """Trains while the next batch is sampled; a reference follows the policy."""
+  """Trains with overlapped sampling and a synced reference."""
   config = teacher_rcl.get_config("smoke")
   _shorten(config, home)
   config.student.path = str(home / "student")
@@ -166,7 +166,7 @@ def _train_grpo(home, workdir, should_stop):
       policy,
       params,
       protocol=protocol,
-      reward_fn=_share_of_low_ids,
+      reward_fn=_low_id_fraction,
       questions=questions,
       held_out=held_out,
       **common,
@@ -182,7 +182,7 @@ def _logged(workdir):
 
 
 def _digest(workdir):
-  """Digests all that the last step of a run holds."""
+  """Returns a digest of the last checkpoint of a run."""
   last = workdir / "checkpoints" / str(_NUM_STEPS)
   digest = hashlib.sha256((last / "host_state.json").read_bytes())
   state = ocp.StandardCheckpointer().restore(last.absolute() / "state")
@@ -193,7 +193,7 @@ def _digest(workdir):
 
 
 def _train_gkd(home, workdir, should_stop):
-  """Distils on completions of the policy and of the data, in turn."""
+  """Distils on completions of both the policy and the data."""
   config = teacher_gkd.get_config("smoke")
   _shorten(config, home)
   config.teacher.path = str(home / "student")
@@ -228,7 +228,7 @@ def _train_gkd(home, workdir, should_stop):
 
 
 def _copied(workdir, to):
-  """Copies a run, unless a save that goes on moves its files meanwhile."""
+  """Copies a run; returns False if a concurrent save moves its files."""
   try:
     shutil.copytree(workdir, to)
   except shutil.Error:
@@ -238,7 +238,7 @@ def _copied(workdir, to):
 
 @pytest.fixture(scope="module", params=[_train_sft, _train_grpo, _train_gkd])
 def straight(home, tmp_path_factory, request):
-  """Trains to the end; gives how, its workdir, and a copy after each step."""
+  """Trains to the end; returns recipe, workdir and a copy per step."""
   workdir, copies = tmp_path_factory.mktemp("runs") / "straight", []
 
   def copy():
@@ -253,9 +253,9 @@ def straight(home, tmp_path_factory, request):
 
 
 def _scramble():
-  """Leaves the random state of libraries as no run before has left it."""
+  """Seeds global random states differently, since runs must not use them."""
   random.seed(os.urandom(8))
-  np.random.seed(random.getrandbits(32))  # noqa: NPY002 - what others may use.
+  np.random.seed(random.getrandbits(32))  # noqa: NPY002 - the global state.
 
 
 def _check_equal(workdir, expected):
@@ -265,19 +265,18 @@ def _check_equal(workdir, expected):
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_ends_as_if_it_were_not(home, straight):
+def test_a_killed_run_resumes_bit_for_bit(home, straight):
   train, expected, copies = straight
-  for killed in copies[1::2]:  # Before the save of their last step is whole.
+  for killed in copies[1::2]:  # Copied before the step was saved.
     _scramble()
     train(home, killed, lambda: False)
     _check_equal(killed, expected)
 
 
 @pytest.mark.slow
-def test_stopped_after_every_step_it_ends_as_if_it_were_not(
+def test_a_run_stopped_after_every_step_resumes_bit_for_bit(
   home, straight, tmp_path
 ):
-  """So do schedule, moments, accumulation, and the rhythm of the reference."""
   train, expected, _ = straight
   for _ in range(_NUM_STEPS - 1):
     _scramble()

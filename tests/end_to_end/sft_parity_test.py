@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFT loss and its gradient, through the whole model, by transformers."""
+"""Compares SFT loss and gradient of whole models with transformers."""
 
 import functools
 
@@ -22,14 +22,14 @@ def _reference(directory, family):
   torch.set_num_threads(1)
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(**tiny.fields(family))
-  config._experts_implementation = "eager"  # The fused one wants even sizes.
+  config._experts_implementation = "eager"  # The fused one needs even sizes.
   reference = transformers.AutoModelForCausalLM.from_config(config)
   reference.save_pretrained(directory)
   return reference
 
 
 def _batch(vocab_size):
-  """Draws rows of several lengths, some of whose tokens are targets."""
+  """Draws rows of different lengths with a random loss mask."""
   rng = np.random.default_rng(0)
   shape = (len(_LENGTHS), max(_LENGTHS))
   real_BT = np.arange(shape[1]) < np.array(_LENGTHS)[:, None]
@@ -47,7 +47,7 @@ def _batch(vocab_size):
   ("family", "router_aux_coef"),
   [*((family, 0.0) for family in tiny.FAMILIES), ("qwen3_moe", 0.5)],
 )
-def test_loss_and_gradient_equal_those_of_transformers(
+def test_loss_and_gradient_match_transformers(
   tmp_path, family, router_aux_coef
 ):
   reference = _reference(tmp_path / "hf", family)
@@ -91,7 +91,7 @@ def test_loss_and_gradient_equal_those_of_transformers(
 
 
 def _gradient(reference, name):
-  """Finds a gradient; transformers fuses experts in memory, not in files."""
+  """Returns a gradient; transformers fuses experts in memory only."""
   if "experts" not in name:
     return reference.get_parameter(name).grad.numpy()
   module, rest = name.split("experts.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as wide as Qwen3-8B is converted both ways in bounded memory.
+"""Tests memory bounds of converting a model as wide as Qwen3-8B.
 
 It takes minutes, 4 GB of memory and three times the model on disk, so it runs
-only on request (CONTRIBUTING.md). NUM_LAYERS=6 adds layers.
+only on request (CONTRIBUTING.md). NUM_LAYERS=6 sets the number of layers.
 """
 
 import json
@@ -36,7 +36,7 @@ _FIELDS = {
   "tie_word_embeddings": False,
   "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
-_PIECES = 2**28  # Compared, hashed or written at a time.
+_PIECES = 2**28  # Bytes compared, hashed or written at a time.
 _MAKE = """
 import pathlib, sys
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation from the command line writes records and a summary."""
+"""Tests evaluation from the command line."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_records_and_summary_are_of_every_question(tmp_path):
+def test_records_and_summary_cover_every_question(tmp_path):
   tiny.write_talker(
     tmp_path / "model", num_hidden_layers=1, max_position_embeddings=512
   )
@@ -23,7 +23,9 @@ def test_records_and_summary_are_of_every_question(tmp_path):
   questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
   workdir = tmp_path / "run"
   command = [
-    *(sys.executable, "-m", "scripts.evaluate"),
+    sys.executable,
+    "-m",
+    "scripts.evaluate",
     "--config=configs/run/teaching_eval.py:smoke",
     f"--workdir={workdir}",
     "--config.world.directory=",

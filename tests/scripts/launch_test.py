@@ -62,7 +62,7 @@ def _launch(*arguments, command=_PYTHON, timeout=60):
   ],
 )
 def test_scripts_forward_their_arguments(tmp_path, script, arguments, expected):
-  """Runs them from another folder, with an existing environment."""
+  """Runs them in another directory, with an existing environment."""
   shutil.copytree(_ROOT / "scripts", tmp_path / "scripts")
   shutil.copytree(_ROOT / "requirements", tmp_path / "requirements")
   (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -97,14 +97,14 @@ def test_scripts_forward_their_arguments(tmp_path, script, arguments, expected):
     ),
   ],
 )
-def test_invalid_arguments_are_exit_code_2(arguments, message):
+def test_invalid_arguments_exit_with_code_2(arguments, message):
   result = _launch(*arguments)
   assert result.returncode == 2, result.stderr
   assert message in result.stderr
   assert "Traceback" not in result.stderr
 
 
-def test_a_taken_port_is_exit_code_2_before_anything_starts(tmp_path):
+def test_a_port_in_use_exits_with_code_2_before_starting(tmp_path):
   with socket.socket() as holder:
     holder.bind(("127.0.0.1", 0))
     holder.listen()
@@ -193,7 +193,7 @@ _IS_INSTALLED = _VLLM.exists() and (_ROOT / ".venv/installed").exists()
     ),
   ],
 )
-def test_four_steps_are_trained_next_to_servers(
+def test_training_with_servers_finishes_four_steps(
   tmp_path, engine, command, num_ports, num_of_policy
 ):
   port, run = _free_port(num_ports), tmp_path / "run"

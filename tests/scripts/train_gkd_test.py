@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GKD from the command line: adapters in, two exports out; what is refused."""
+"""Tests GKD from the command line: adapters, exports and tokenizers."""
 
 import json
 import pathlib
@@ -30,7 +30,9 @@ def home(tmp_path_factory):
 def _run(home, workdir, *more):
   return subprocess.run(
     [
-      *(sys.executable, "-m", "scripts.train_gkd"),
+      sys.executable,
+      "-m",
+      "scripts.train_gkd",
       "--config=configs/run/teacher_gkd.py:smoke",
       f"--workdir={workdir}",
       "--config.world.directory=",
@@ -54,7 +56,7 @@ def _run(home, workdir, *more):
 
 
 @pytest.mark.slow
-def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
+def test_adapters_are_exported_merged_and_separately(home, tmp_path):
   options = ("--config.lora.rank=2", "--config.lora.alpha=4.0")
   workdir = tmp_path / "run"
   done = _run(home, workdir, *options)
@@ -69,14 +71,14 @@ def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
   assert facts["Recipe"] == "GKD"
   assert facts["Teacher"] == f"{home}/teacher"
   assert re.fullmatch("[0-9a-f]{64}", facts["Data fingerprint"])
-  # The merged model is the base, but for what the adapters add.
+  # Only adapted tensors differ from the base.
   changed = tiny.differing(home / "policy", workdir / "export")
   assert changed
   assert all("proj" in name for name in changed)
   assert (workdir / "adapter/adapter_config.json").exists()
 
-  # A run may start from them, and samples with them from its first step on;
-  # what is not trained may be kept in few bits.
+  # A run that starts from the adapters samples with them from its first step,
+  # also with quantized base and teacher.
   more = _run(
     home,
     tmp_path / "more",
@@ -90,7 +92,7 @@ def test_adapters_are_exported_merged_and_by_themselves(home, tmp_path):
   assert more.returncode == 0, more.stderr
 
 
-def test_another_tokenizer_is_refused(home, tmp_path):
+def test_different_tokenizers_exit_with_code_2(home, tmp_path):
   other = tmp_path / "other"
   tiny.write_talker(other, num_hidden_layers=1)
   path = other / "tokenizer.json"

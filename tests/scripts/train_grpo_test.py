@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO from the command line: it runs, exports, and a second time does not."""
+"""Tests GRPO from the command line: training, export and adapters."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ def _run(command, workdir):
 
 
 @pytest.mark.slow
-def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
+def test_a_finished_run_has_exported_and_does_not_train_again(tmp_path):
   for name in ("policy", "student"):
     tiny.write_talker(
       tmp_path / name, num_hidden_layers=1, max_position_embeddings=512
@@ -44,7 +44,9 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
   questions = _write_questions(tmp_path)
   workdir = tmp_path / "run"
   command = [
-    *(sys.executable, "-m", "scripts.train_grpo"),
+    sys.executable,
+    "-m",
+    "scripts.train_grpo",
     "--config=configs/run/teacher_rcl.py:smoke",
     f"--workdir={workdir}",
     "--config.world.directory=",
@@ -89,11 +91,13 @@ def test_a_run_trains_exports_and_is_over_when_run_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_learns_by_itself(tmp_path):
+def test_rlvr_trains_without_a_student(tmp_path):
   tiny.write_talker(tmp_path / "policy", max_position_embeddings=512)
   questions = _write_questions(tmp_path)
   command = [
-    *(sys.executable, "-m", "scripts.train_grpo"),
+    sys.executable,
+    "-m",
+    "scripts.train_grpo",
     "--config=configs/run/rlvr.py:smoke,dapo",
     f"--workdir={tmp_path}/run",
     "--config.world.directory=",
@@ -119,7 +123,7 @@ def test_a_model_learns_by_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_policy_goes_on_from_adapters_and_is_sampled_with_them(tmp_path):
+def test_training_and_sampling_start_from_saved_adapters(tmp_path):
   tiny.write_talker(
     tmp_path / "policy", num_hidden_layers=1, max_position_embeddings=512
   )
@@ -127,7 +131,9 @@ def test_a_policy_goes_on_from_adapters_and_is_sampled_with_them(tmp_path):
 
   def run(workdir, *options):
     command = [
-      *(sys.executable, "-m", "scripts.train_grpo"),
+      sys.executable,
+      "-m",
+      "scripts.train_grpo",
       "--config=configs/run/rlvr.py:smoke",
       f"--workdir={workdir}",
       "--config.world.directory=",
@@ -149,7 +155,7 @@ def test_a_policy_goes_on_from_adapters_and_is_sampled_with_them(tmp_path):
     lines = _run(command, workdir).splitlines()
     return [json.loads(line) for line in lines]
 
-  # So far that the base alone would be another policy.
+  # A large learning rate, so sampling from the base alone would be detected.
   run(tmp_path / "first", "--config.schedule.learning_rate=0.05")
   rows = run(
     tmp_path / "more",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SFT from the command line: bad input, interruptions, and the end."""
+"""Tests SFT from the command line: bad input, signals, kills and exports."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _NUM_STEPS = 400
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-  """Gives the command, but for its workdir."""
+  """Returns the command without its workdir."""
   directory = tmp_path_factory.mktemp("sft")
   tiny.write_talker(directory / "model", num_hidden_layers=1)
   rows = [
@@ -33,7 +33,9 @@ def command(tmp_path_factory):
   path = directory / "data.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return [
-    *(sys.executable, "-m", "scripts.train_sft"),
+    sys.executable,
+    "-m",
+    "scripts.train_sft",
     "--config=configs/run/teacher_sft.py:smoke",
     "--config.world.directory=",
     f"--config.model.path={directory}/model",
@@ -69,7 +71,7 @@ def _rows(workdir):
 
 
 def _stop_after(process, workdir, num_steps, number):
-  """Sends a signal once so many steps are logged; gives what was printed."""
+  """Sends a signal once `num_steps` are logged; returns stderr."""
   deadline = time.monotonic() + 240
   path = workdir / "metrics.jsonl"
   while not path.exists() or path.read_text().count("\n") < num_steps:
@@ -82,7 +84,7 @@ def _stop_after(process, workdir, num_steps, number):
 
 
 @pytest.mark.slow
-def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
+def test_the_same_command_resumes_after_either_signal(command, tmp_path):
   workdir = tmp_path / "run"
   line = [*command, f"--workdir={workdir}"]
   logged = 0
@@ -111,7 +113,7 @@ def test_stopped_by_either_signal_the_same_line_goes_on(command, tmp_path):
 
 
 def _digest(checkpoint):
-  """Digests every array of a state: parameters, moments and counters."""
+  """Returns a digest of all arrays of a checkpoint."""
   state = ocp.StandardCheckpointer().restore(checkpoint.absolute() / "state")
   digest = hashlib.sha256()
   for path, leaf in jax.tree.leaves_with_path(state):
@@ -121,11 +123,9 @@ def _digest(checkpoint):
 
 
 @pytest.mark.slow
-def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
-  command, tmp_path
-):
-  # The 36 conversations for training fill fewer batches than there are steps,
-  # so the data begin anew, in another order, after the kill.
+def test_a_run_killed_between_saves_resumes_bit_for_bit(command, tmp_path):
+  # The 36 training conversations fill fewer than 30 batches, so a new epoch
+  # with another order begins after the kill.
   line = [
     *command,
     "--config.packing.packed=False",
@@ -144,7 +144,7 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
   assert not (killed / "checkpoints/30").exists()
   code, stderr = _finish(line, f"--workdir={killed}")
   assert code == 0, stderr
-  assert re.search(r"Resuming from step \d+, saved 0 minutes ago", stderr)
+  assert re.search(r"Resuming from step=\d+, saved 0 minutes ago", stderr)
 
   def logged(workdir):
     names = ("step", "loss", "grad_norm", "learning_rate", "eval/loss")
@@ -180,7 +180,7 @@ def test_killed_between_saves_it_ends_bit_for_bit_as_if_it_were_not(
     ("--config.model.path=configs", 5, "configs/config.json"),
   ],
 )
-def test_bad_input_is_reported_in_four_lines(
+def test_invalid_input_is_reported_in_four_lines(
   command, tmp_path, change, code, logged
 ):
   workdir = tmp_path / "run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who writes is drawn from seed and step; what cannot be used is bounded."""
+"""Tests on-policy and data completions, and limits on dropped ones."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory):
 
 @dataclasses.dataclass
 class _Made:
-  gkd_batches: gkd_batches.CompletionBatches
+  completions: gkd_batches.CompletionBatches
   sampler: fakes.FakeSampler
   train_set: pairs.PairLoader
 
@@ -66,9 +66,7 @@ def _make(tokenizer, *, text="a", **changes):
   return _Made(made, sampler, train_set)
 
 
-def test_the_policy_completes_the_prompts_with_the_weights_of_the_step(
-  tokenizer,
-):
+def test_the_policy_completes_prompts_with_current_weights(tokenizer):
   made = _make(tokenizer)
   written, metrics = made.take(5)
   ((prompts, params),) = made.sampler.calls
@@ -85,7 +83,7 @@ def test_the_policy_completes_the_prompts_with_the_weights_of_the_step(
   assert metrics["dropped_fraction"] == metrics["truncated_fraction"] == 0.0
 
 
-def test_the_data_completes_them_otherwise(tokenizer):
+def test_off_policy_steps_use_completions_of_the_data(tokenizer):
   made = _make(tokenizer, on_policy_fraction=0.0)
   written, metrics = made.take(0)
   assert made.sampler.calls == []
@@ -96,7 +94,7 @@ def test_the_data_completes_them_otherwise(tokenizer):
   assert metrics == {"on_policy": 0.0, "completion_length": 4.0}
 
 
-def test_who_writes_depends_on_seed_and_step_alone(tokenizer):
+def test_on_policy_steps_depend_only_on_seed_and_step(tokenizer):
   def drawn(seed, fraction=0.25):
     params = dataclasses.replace(_PARAMS, seed=seed)
     made = _make(tokenizer, params=params, on_policy_fraction=fraction)
@@ -104,13 +102,13 @@ def test_who_writes_depends_on_seed_and_step_alone(tokenizer):
 
   assert drawn(7) == drawn(7) != drawn(8)
   assert 70 < sum(drawn(7)) < 130
-  # A larger fraction samples the same steps, and more.
+  # A larger fraction samples a superset of the steps.
   assert all(
     more for less, more in zip(drawn(7), drawn(7, 0.5), strict=True) if less
   )
 
 
-def test_a_sampler_that_did_not_take_its_weights_is_a_fault(tokenizer):
+def test_a_sampler_that_ignores_new_weights_raises(tokenizer):
   made = _make(tokenizer)
   made.sampler.update_weights = lambda *_: None
   with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
@@ -118,12 +116,12 @@ def test_a_sampler_that_did_not_take_its_weights_is_a_fault(tokenizer):
 
 
 @pytest.mark.parametrize("reason", ["given up", "unknown tokens"])
-def test_what_is_missing_is_counted_and_bounded(tokenizer, reason):
+def test_dropped_completions_are_counted_and_bounded(tokenizer, reason):
   made = _make(tokenizer)
   first, second = (p.row_id for p in made.train_set.batch(0))
   if reason == "given up":
     made.sampler.given_up = {first}
-  else:  # The teacher's head ends before the merges of the tokenizer.
+  else:  # The teacher's vocabulary excludes the tokenizer's merges.
     assert max(tokenizer.encode("question")) >= _VOCABULARY
     made.sampler._write = lambda prompt, *_: (
       "question" if prompt.row_id == first else "a"

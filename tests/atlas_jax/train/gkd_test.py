@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GKD: both models score the very tokens that were written, and it learns."""
+"""Tests GKD: both models score the completions, and the policy learns."""
 
 import functools
 import json
@@ -24,10 +24,10 @@ _MAX_NEW = 8
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Gives a folder with a policy, a teacher and data."""
+  """Returns a directory with a policy, a teacher and data."""
   home = tmp_path_factory.mktemp("home")
   tiny.write_talker(home / "policy", num_hidden_layers=1)
-  # As checkpoints of one tokenizer do, it pads the vocabulary otherwise.
+  # Same tokenizer, but the vocabulary is padded to another size.
   wide = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320}
   tiny.write_talker(home / "teacher", family="qwen3", **wide)
   data = [
@@ -35,7 +35,7 @@ def home(tmp_path_factory):
     for i in range(30)
   ]
   (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
-  # So short runs are over before faster code would pay.
+  # These runs are too short to repay compile time.
   name = "jax_disable_most_optimizations"
   old = jax.config.read(name)
   jax.config.update(name, True)
@@ -61,30 +61,30 @@ def _config(home, **changes):
   return config
 
 
-class _Recorder(jax_sampler.JaxSampler):
-  """The sampler in this process, which remembers what it wrote."""
+class _RecordingSampler(jax_sampler.JaxSampler):
+  """An in-process sampler that records its completions."""
 
   def sample(self, prompts, params):
-    """Samples, and remembers prompts and completions by their version."""
+    """Samples, and records prompts and completions with their version."""
     groups = super().sample(prompts, params)
     self.written.append((self.version, prompts, groups))
     return groups
 
 
-class _Liar(jax_sampler.JaxSampler):
-  """Keeps its first weights, and claims to have the newest."""
+class _FalseVersionSampler(jax_sampler.JaxSampler):
+  """Keeps its first weights but reports the newest version."""
 
   def update_weights(self, params, version):
-    """Takes the first weights, and every version."""
+    """Stores the first weights and every version."""
     if version == 0:
       super().update_weights(params, version)
     self._version = version
 
 
 class _Run:
-  """One run: what it opened, and what it logged."""
+  """Opens the inputs of a run, trains, and reads its metrics."""
 
-  def __init__(self, config, workdir, *, mesh=None, kind=_Recorder):
+  def __init__(self, config, workdir, *, mesh=None, kind=_RecordingSampler):
     workdir.mkdir(exist_ok=True)
     self.config, self.workdir = config, workdir
     self.mesh = mesh or tiny.mesh()
@@ -113,7 +113,7 @@ class _Run:
     self.sampler.written = []
 
   def train(self, should_stop=lambda: False):
-    """Trains to the end; gives the trained parameters."""
+    """Trains to the end and returns the trained parameters."""
     return gkd.train(
       self.policy,
       self.params,
@@ -132,13 +132,13 @@ class _Run:
     )
 
   def logged(self):
-    """Gives the lines of metrics."""
+    """Returns the logged rows of metrics."""
     lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def _divergence(run, params, written):
-  """Computes the loss from whole logits, each sequence in a row of its own."""
+  """Returns the loss from full logits, with one sequence per row."""
   batch = rollout_packing.make_tokens(written, multiple=1)
 
   def logits(model, params):
@@ -148,21 +148,21 @@ def _divergence(run, params, written):
 
   ours = logits(run.base.model, params)
   theirs = logits(run.teacher.model, run.teacher.params)
-  each_BT = gkd_loss.generalized_jsd(
+  divergence_BT = gkd_loss.generalized_jsd(
     ours,
-    theirs[..., : ours.shape[-1]],  # The tokens that both have.
+    theirs[..., : ours.shape[-1]],  # Tokens both models have.
     beta=0.5,
     temperature=1.0,
   )
   spans = [
-    each_BT[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
+    divergence_BT[i, len(prompt) - 1 : len(prompt) + len(completion) - 1]
     for i, (prompt, completion) in enumerate(written)
   ]
   return float(jnp.concatenate(spans).mean())
 
 
 @pytest.mark.slow
-def test_what_was_sampled_is_what_both_score_till_they_agree(home, tmp_path):
+def test_both_models_score_the_sampled_tokens_and_loss_falls(home, tmp_path):
   config = _config(
     home,
     **{
@@ -176,7 +176,7 @@ def test_what_was_sampled_is_what_both_score_till_they_agree(home, tmp_path):
   start = jax.tree.map(jnp.copy, run.params)
   before = jax.device_get(run.teacher.params)
   run.train()
-  # Each step's weights reached the sampler before it sampled.
+  # Each step samples with that step's weights.
   assert [version for version, *_ in run.sampler.written] == list(range(24))
   _, prompts, groups = run.sampler.written[0]
   batch = run.train_set.batch(0)
@@ -202,9 +202,9 @@ _PLAIN = {"completions.on_policy_fraction": 0.0, "loop.num_steps": 3}
 
 @pytest.fixture(scope="module")
 def plain(home, tmp_path_factory):
-  """Trains on one device, on packed rows of the data, all at once.
+  """Trains on one device with packed rows of the data in a single batch.
 
-  Gives the run, the parameters it began with, and those that it ended with.
+  Returns the run, its initial parameters and its trained parameters.
   """
   run = _Run(_config(home, **_PLAIN), tmp_path_factory.mktemp("plain"))
   run.sampler = None
@@ -213,7 +213,7 @@ def plain(home, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_without_sampling_the_data_is_what_both_score(plain):
+def test_without_sampling_both_models_score_the_data(plain):
   run, start, _ = plain
   batch = run.train_set.batch(0)
   answer = chat.decode(run.base.tokenizer, batch[0].completion)
@@ -229,7 +229,9 @@ def test_without_sampling_the_data_is_what_both_score(plain):
 @pytest.mark.parametrize(
   "changes", [{"batch.per_device": 1, "packing.packed": False}, {}]
 )
-def test_layout_and_mesh_change_no_update(home, tmp_path, plain, changes):
+def test_layout_and_mesh_do_not_change_the_update(
+  home, tmp_path, plain, changes
+):
   mesh = None if changes else sharding.make_mesh(data=2, fsdp=2, tensor=2)
   run = _Run(_config(home, **_PLAIN, **changes), tmp_path / "run", mesh=mesh)
   trained = run.train()
@@ -238,7 +240,7 @@ def test_layout_and_mesh_change_no_update(home, tmp_path, plain, changes):
 
 
 @pytest.mark.slow
-def test_a_sampler_with_other_weights_than_it_says_ends_the_run(home, tmp_path):
+def test_a_sampler_with_stale_weights_raises(home, tmp_path):
   config = _config(
     home,
     **{
@@ -248,13 +250,13 @@ def test_a_sampler_with_other_weights_than_it_says_ends_the_run(home, tmp_path):
     },
   )
   with pytest.raises(errors.DivergedError, match="disagree"):
-    _Run(config, tmp_path / "run", kind=_Liar).train()
+    _Run(config, tmp_path / "run", kind=_FalseVersionSampler).train()
 
 
 @pytest.mark.slow
 def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
-  """Half of the steps are sampled."""
   config = _config(home, **{"lora.rank": 4, "loop.num_steps": 12})
+  # About half of the steps are sampled.
   run = _Run(config, tmp_path / "run")
   start = jax.device_get(run.params)
   trained = run.train()
@@ -274,7 +276,7 @@ def test_adapters_learn_and_resume_only_from_the_same_teacher(home, tmp_path):
   assert caught.value.exit_code == 5
 
 
-def test_balance_is_added_to_the_loss_of_a_mixture():
+def test_router_loss_is_added_for_mixture_of_experts():
   policy = tiny.build("qwen3_moe", layout=None)
   teacher = tiny.build("qwen3", hidden_size=16)
   params = gkd.with_teacher(
@@ -316,12 +318,12 @@ def test_balance_is_added_to_the_loss_of_a_mixture():
     {"num_epochs": 1.0},
   ],
 )
-def test_what_cannot_be_is_refused(home, tmp_path, changes):
+def test_invalid_settings_raise(home, tmp_path, changes):
   with pytest.raises(errors.ConfigError):
     _Run(_config(home, **changes), tmp_path / "run").train()
 
 
-def test_tokenizers_must_number_tokens_alike(home):
+def test_tokenizers_with_different_ids_raise(home):
   tokenizer = chat.load_tokenizer(home / "policy")
   gkd.check_tokenizers(tokenizer, tokenizer)
   other = chat.load_tokenizer(home / "policy")

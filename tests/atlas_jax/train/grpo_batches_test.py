@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights wrote a step's batch, and when it was sampled."""
+"""Tests which weights sample a step's batch, and when."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ def tokenizer(tmp_path):
   return fakes.write_tokenizer(tmp_path)
 
 
-def _collector(tokenizer, write=None, **changes):
-  """Makes a collector over two fakes; gives the policy's as well."""
+def _batches(tokenizer, write=None, **changes):
+  """Returns batches over two fake samplers, and the policy's sampler."""
   write = write or (lambda *_: "<teaching>add</teaching>")
   policy = fakes.FakeSampler(tokenizer, write)
   student = fakes.FakeSampler(tokenizer, lambda *_: "3")
@@ -54,14 +54,14 @@ def _collector(tokenizer, write=None, **changes):
   ), policy
 
 
-def _run(collector, steps):
-  """Steps as training does; gives each step's batch."""
+def _run(batches, steps):
+  """Steps as training does; returns each step's batch."""
   taken = {}
-  with collector:
+  with batches:
     for step in steps:
-      collector.push({}, step)
-      taken[step], _ = collector.take(step, clock.Clock())
-      collector.settle()  # Leaving the context may cancel what did not start.
+      batches.push({}, step)
+      taken[step], _ = batches.take(step, clock.Clock())
+      batches.settle()  # Leaving the context may cancel pending work.
   return taken
 
 
@@ -69,50 +69,50 @@ def _versions(records):
   return {r.teacher_rollout.completion.version for r in records}
 
 
-def _what(records):
+def _prompts(records):
   return [(r.question.row_id, r.teacher_rollout.prompt) for r in records]
 
 
-def test_without_overlap_every_batch_is_by_its_own_weights(tokenizer):
-  collector, _ = _collector(tokenizer, max_staleness=0, compare_every=1)
-  for step, records in _run(collector, range(4)).items():
+def test_without_overlap_every_batch_uses_current_weights(tokenizer):
+  batches, _ = _batches(tokenizer, max_staleness=0, compare_every=1)
+  for step, records in _run(batches, range(4)).items():
     assert _versions(records) == {step}
 
 
-def test_with_overlap_batches_are_one_step_old_but_for_compared_ones(tokenizer):
-  collector, _ = _collector(tokenizer)
-  taken = _run(collector, range(8))
+def test_with_overlap_batches_are_one_step_old_unless_compared(tokenizer):
+  batches, _ = _batches(tokenizer)
+  taken = _run(batches, range(8))
   lags = [step - min(_versions(records)) for step, records in taken.items()]
   assert lags == [0, 1, 1, 1, 0, 1, 1, 1]
 
 
 def test_overlap_changes_neither_questions_nor_seeds(tokenizer):
-  ahead, sampler = _collector(tokenizer, num_steps=4)
-  in_time, other = _collector(tokenizer, num_steps=4, max_staleness=0)
+  ahead, sampler = _batches(tokenizer, num_steps=4)
+  in_time, other = _batches(tokenizer, num_steps=4, max_staleness=0)
   taken, expected = _run(ahead, range(4)), _run(in_time, range(4))
-  assert [*map(_what, taken.values())] == [*map(_what, expected.values())]
+  assert [*map(_prompts, taken.values())] == [*map(_prompts, expected.values())]
   for each in (sampler, other):
     assert [params.seed for _, params in each.calls] == [0, 1, 2, 3]
 
 
-def test_resumed_run_samples_the_same_questions_in_time(tokenizer):
-  whole, _ = _collector(tokenizer)
-  resumed, _ = _collector(tokenizer)
+def test_resumed_run_samples_the_same_questions(tokenizer):
+  whole, _ = _batches(tokenizer)
+  resumed, _ = _batches(tokenizer)
   expected, taken = _run(whole, range(4)), _run(resumed, [2, 3])
   assert _versions(taken[2]) == {2}
-  assert _what(taken[2]) == _what(expected[2])
-  assert _what(taken[3]) == _what(expected[3])
+  assert _prompts(taken[2]) == _prompts(expected[2])
+  assert _prompts(taken[3]) == _prompts(expected[3])
 
 
-def test_resumed_run_has_the_batch_that_was_under_way(tokenizer):
-  collector, _ = _collector(tokenizer)
-  with collector:
-    collector.push({}, 1)
-    collector.take(1, clock.Clock())
-    state = json.loads(json.dumps(collector.get_state()))
-    collector.push({}, 2)
-    expected = collector.take(2, clock.Clock())
-  resumed, sampler = _collector(tokenizer)
+def test_resumed_run_restores_the_batch_sampled_ahead(tokenizer):
+  batches, _ = _batches(tokenizer)
+  with batches:
+    batches.push({}, 1)
+    batches.take(1, clock.Clock())
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.push({}, 2)
+    expected = batches.take(2, clock.Clock())
+  resumed, sampler = _batches(tokenizer)
   resumed.set_state(state)
   with resumed:
     resumed.push({}, 2)
@@ -122,75 +122,75 @@ def test_resumed_run_has_the_batch_that_was_under_way(tokenizer):
   assert [params.seed for _, params in sampler.calls] == [3]
 
 
-def test_a_batch_that_failed_is_no_part_of_the_state(tokenizer):
-  collector, policy = _collector(tokenizer, max_dropped_fraction=0.0)
-  with collector:
-    collector.push({}, 1)
-    policy.given_up = {f"{row_id}/teach" for row_id in collector.row_ids(2)}
-    collector.take(1, clock.Clock())
-    assert collector.get_state()["ahead"] == []
+def test_a_failed_batch_is_not_saved_in_the_state(tokenizer):
+  batches, policy = _batches(tokenizer, max_dropped_fraction=0.0)
+  with batches:
+    batches.push({}, 1)
+    policy.given_up = {f"{row_id}/teach" for row_id in batches.row_ids(2)}
+    batches.take(1, clock.Clock())
+    assert batches.get_state()["ahead"] == []
 
 
 def test_next_batch_is_sampled_while_this_one_trains(tokenizer):
-  sampling, go_on = threading.Event(), threading.Event()
+  sampling, resume = threading.Event(), threading.Event()
 
   def write(*_):
     if threading.current_thread() is not threading.main_thread():
       sampling.set()
-      assert go_on.wait(20)
+      assert resume.wait(20)
     return "<teaching>add</teaching>"
 
-  collector, policy = _collector(tokenizer, write)
-  with collector:
-    collector.push({}, 0)
-    collector.take(0, clock.Clock())
-    assert sampling.wait(20)  # It is under way, and this thread is free.
-    threading.Timer(0.2, go_on.set).start()
-    collector.push({}, 1)  # New weights wait for it.
+  batches, policy = _batches(tokenizer, write)
+  with batches:
+    batches.push({}, 0)
+    batches.take(0, clock.Clock())
+    assert sampling.wait(20)  # Sampling runs in its own thread.
+    threading.Timer(0.2, resume.set).start()
+    batches.push({}, 1)  # Waits for the batch in progress.
     assert policy.version == 1
-    records, _ = collector.take(1, clock.Clock())
+    records, _ = batches.take(1, clock.Clock())
     assert _versions(records) == {0}
 
 
 def test_nothing_is_sampled_past_the_last_step(tokenizer):
-  collector, sampler = _collector(tokenizer, num_steps=2)
-  _run(collector, range(2))
+  batches, sampler = _batches(tokenizer, num_steps=2)
+  _run(batches, range(2))
   assert len(sampler.calls) == 2
 
 
-def test_failure_of_a_batch_ahead_shows_at_its_step(tokenizer):
+def test_an_error_while_sampling_ahead_is_raised_at_its_step(tokenizer):
   def write(*_):
     if threading.current_thread() is not threading.main_thread():
       raise errors.RolloutError("Gone.", where="a", why="b", fix="c")
     return "<teaching>add</teaching>"
 
-  collector, _ = _collector(tokenizer, write)
-  with collector:
-    collector.push({}, 0)
-    collector.take(0, clock.Clock())
-    collector.settle()
-    collector.push({}, 1)
+  batches, _ = _batches(tokenizer, write)
+  with batches:
+    batches.push({}, 0)
+    batches.take(0, clock.Clock())
+    batches.settle()
+    batches.push({}, 1)
     with pytest.raises(errors.RolloutError, match="Gone"):
-      collector.take(1, clock.Clock())
+      batches.take(1, clock.Clock())
 
 
-def test_a_failure_of_training_hides_behind_none_of_sampling(tokenizer):
-  go_on = threading.Event()
+def test_a_training_error_is_not_masked_by_a_sampling_error(tokenizer):
+  resume = threading.Event()
 
   def write(*_):
     if threading.current_thread() is not threading.main_thread():
-      assert go_on.wait(20)
+      assert resume.wait(20)
       raise errors.RolloutError("Gone.", where="a", why="b", fix="c")
     return "<teaching>add</teaching>"
 
   before = set(threading.enumerate())
-  collector, _ = _collector(tokenizer, write)
+  batches, _ = _batches(tokenizer, write)
 
   def train():
-    with collector:
-      collector.push({}, 0)
-      collector.take(0, clock.Clock())  # The next batch is under way.
-      go_on.set()
+    with batches:
+      batches.push({}, 0)
+      batches.take(0, clock.Clock())  # Starts the next batch.
+      resume.set()
       raise ZeroDivisionError
 
   with pytest.raises(ZeroDivisionError):
@@ -210,12 +210,12 @@ def _with_versions(records, versions):
   return [at(r, v) for r, v in zip(records, versions, strict=True)]
 
 
-def test_what_is_too_old_is_dropped_and_counted(tokenizer):
-  collector, _ = _collector(tokenizer)
-  records = _run(collector, [0])[0]
+def test_stale_records_are_dropped_and_counted(tokenizer):
+  batches, _ = _batches(tokenizer)
+  records = _run(batches, [0])[0]
   records = _with_versions(records, [5, 4, 3, 5])
   rewards = [types.Reward(1.0, parts={"correctness": 1.0})] * 4
-  kept, metrics = collector.drop_stale(records, rewards, 5)
+  kept, metrics = batches.drop_stale(records, rewards, 5)
   assert [r.value for r in kept] == [1.0, 1.0, None, 1.0]
   assert kept[2].missing_reason == grpo_batches.STALE
   assert metrics["rollout/stale_dropped"] == 1
@@ -223,11 +223,11 @@ def test_what_is_too_old_is_dropped_and_counted(tokenizer):
 
 
 @pytest.mark.parametrize("versions", [[3, 3, 3, 3], [5, 5, 5, 6]])
-def test_a_sampler_of_other_weights_is_refused(tokenizer, versions):
-  collector, _ = _collector(tokenizer)
-  records = _with_versions(_run(collector, [0])[0], versions)
+def test_a_sampler_with_other_weights_raises(tokenizer, versions):
+  batches, _ = _batches(tokenizer)
+  records = _with_versions(_run(batches, [0])[0], versions)
   with pytest.raises(RuntimeError, match="does not hold the pushed weights"):
-    collector.drop_stale(records, [types.Reward(1.0)] * 4, 5)
+    batches.drop_stale(records, [types.Reward(1.0)] * 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -238,77 +238,75 @@ def test_a_sampler_of_other_weights_is_refused(tokenizer, versions):
     {"max_staleness": 0, "compare_every": 0},
   ],
 )
-def test_settings_that_would_be_ignored_are_refused(tokenizer, settings):
+def test_settings_that_would_be_ignored_raise(tokenizer, settings):
   with pytest.raises(errors.ConfigError, match="overlap"):
-    _collector(tokenizer, **settings)
+    _batches(tokenizer, **settings)
 
 
-def test_a_refill_asks_what_was_not_asked_until_nothing_is_left(tokenizer):
-  collector, _ = _collector(tokenizer, max_staleness=0, compare_every=1)
+def test_refills_sample_unused_questions_until_none_are_left(tokenizer):
+  batches, _ = _batches(tokenizer, max_staleness=0, compare_every=1)
 
   def refilled(step):
-    records, _ = collector.take(step, clock.Clock())
+    records, _ = batches.take(step, clock.Clock())
     rounds = []
     for num_questions in (1, 3, 4, 2):
-      more = collector.refill(
+      more = batches.refill(
         step, records, num_questions=num_questions, clock=clock.Clock()
       )
       rounds.append({record.question.row_id for record in more})
       records += more
     return rounds
 
-  with collector:
-    collector.push({}, 0)
+  with batches:
+    batches.push({}, 0)
     rounds = refilled(0)
-    assert rounds == refilled(0)  # A resumed run does the same.
-    # All are logged, also while the next step is under way.
-    collector.take(1, clock.Clock())
-    row_ids = collector.row_ids(0)
+    assert rounds == refilled(0)  # A resumed run repeats them.
+    # All row ids stay available while the next step is sampled.
+    batches.take(1, clock.Clock())
+    row_ids = batches.row_ids(0)
     assert set(row_ids[2:]) == set.union(*rounds)
     assert len(set(row_ids)) == 8
-  # Eight questions, of which the batch had two.
+  # The batch uses two of the eight questions.
   assert [len(ids) for ids in rounds] == [1, 3, 2, 0]
   assert len(set.union(*rounds)) == 6
 
 
-def test_a_refill_waits_for_what_is_sampled_ahead(tokenizer):
-  started, may_end = threading.Event(), threading.Event()
+def test_a_refill_waits_for_the_batch_sampled_ahead(tokenizer):
+  started, may_finish = threading.Event(), threading.Event()
 
   def write(*_):
-    if collector.is_ahead:
+    if batches.is_ahead:
       started.set()
-      assert may_end.wait(10.0)
+      assert may_finish.wait(10.0)
     return "<teaching>add</teaching>"
 
-  collector, _ = _collector(tokenizer, write)
-  collector.is_ahead = False
-  with collector:
-    collector.push({}, 0)
-    records, _ = collector.take(0, clock.Clock())
-    collector.settle()
-    collector.push({}, 1)
-    collector.is_ahead = True
-    collector.take(1, clock.Clock())  # Samples the batch of step 2 ahead.
+  batches, _ = _batches(tokenizer, write)
+  batches.is_ahead = False
+  with batches:
+    batches.push({}, 0)
+    records, _ = batches.take(0, clock.Clock())
+    batches.settle()
+    batches.push({}, 1)
+    batches.is_ahead = True
+    batches.take(1, clock.Clock())  # Samples the batch of step 2 ahead.
     assert started.wait(10.0)
-    collector.is_ahead = False
-    may_end.set()
-    more = collector.refill(1, records, num_questions=1, clock=clock.Clock())
+    batches.is_ahead = False
+    may_finish.set()
+    more = batches.refill(1, records, num_questions=1, clock=clock.Clock())
   assert _versions(more) == {1}
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_what_is_dropped_in_time_or_ahead_is_counted_and_bounded(
-  tokenizer, step
-):
+def test_dropped_groups_are_counted_and_bounded(tokenizer, step):
   def taken(*indices, **changes):
-    collector, policy = _collector(tokenizer, **changes)
-    row_ids = collector.row_ids(step)
+    batches, policy = _batches(tokenizer, **changes)
+    row_ids = batches.row_ids(step)
     policy.given_up = {f"{row_ids[i]}/teach" for i in indices}
-    with collector:
+    with batches:
       for number in range(step + 1):
-        collector.push({}, number)
-        records, metrics = collector.take(number, clock.Clock())
-        collector.settle()
+        batches.push({}, number)
+        records, metrics = batches.take(number, clock.Clock())
+        batches.settle()
     return row_ids, records, metrics["groups/dropped_fraction"]
 
   assert taken()[2] == 0.0
@@ -321,11 +319,11 @@ def test_what_is_dropped_in_time_or_ahead_is_counted_and_bounded(
     taken(0, 1)
 
 
-def test_a_refill_of_which_nothing_comes_is_none(tokenizer):
-  collector, policy = _collector(tokenizer, max_staleness=0, compare_every=1)
-  with collector:
-    collector.push({}, 0)
-    records, _ = collector.take(0, clock.Clock())
+def test_a_refill_without_completions_is_empty(tokenizer):
+  batches, policy = _batches(tokenizer, max_staleness=0, compare_every=1)
+  with batches:
+    batches.push({}, 0)
+    records, _ = batches.take(0, clock.Clock())
     policy.given_up = {f"{q.row_id}/teach" for q in _QUESTIONS}
-    refill = collector.refill(0, records, num_questions=1, clock=clock.Clock())
+    refill = batches.refill(0, records, num_questions=1, clock=clock.Clock())
   assert refill == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO: the very tokens that were sampled, by weights that are the newest."""
+"""Tests GRPO: sampling with current weights, learning and resuming."""
 
 import dataclasses
 import json
@@ -121,7 +121,7 @@ def _config(**changes):
       },
     }
   )
-  del config.lora.path  # That is for `launch`.
+  del config.lora.path  # Read only by `components.open_policy`.
   config.update_from_flattened_dict(changes)
   return config
 
@@ -133,7 +133,7 @@ class _World:
   directory: object
 
   def params(self, seed=0, *, param_dtype="float32"):
-    """Gives the parameters, read anew if they are kept in few bits."""
+    """Returns the parameters, loaded from disk if quantized."""
     if param_dtype in quantized.KINDS:
       return load.load(self.directory, self.model, param_dtype=param_dtype)
     params = tiny.params_of(self.model, seed)
@@ -164,44 +164,44 @@ def _sampling(group_size, temperature=0.9):
   )
 
 
-class _Policy(jax_sampler.JaxSampler):
-  """The sampler in this process; also writes to one prompt after each call."""
+class _RecordingSampler(jax_sampler.JaxSampler):
+  """An in-process sampler that also samples `watched` after each call."""
 
   watched: types.Prompt
 
   def sample(self, prompts, params):
-    """Samples, and remembers what the present weights say to one prompt."""
-    if not hasattr(self, "said"):
-      self.said = {}
+    """Samples, and records a completion of `watched` by version."""
+    if not hasattr(self, "recorded"):
+      self.recorded = {}
     groups = super().sample(prompts, params)
     ((watched, *_),) = super().sample([self.watched], _sampling(2))
-    self.said[self.version] = watched
+    self.recorded[self.version] = watched
     return groups
 
 
-class _Late(_Policy):
-  """Gives up on what the first question of the first batch asks."""
+class _DroppingSampler(_RecordingSampler):
+  """Drops the first prompt of every call with the initial weights."""
 
   def sample(self, prompts, params):
-    """Samples, and leaves one prompt without completions."""
+    """Samples, and returns no completions for the dropped prompt."""
     groups = super().sample(prompts, params)
     return [[], *groups[1:]] if self.version == 0 else groups
 
 
-class _Deaf(_Policy):
-  """Keeps its first weights, and says so."""
+class _StaleSampler(_RecordingSampler):
+  """Keeps its first weights and reports their version."""
 
   def update_weights(self, params, version):
-    """Takes the first weights only."""
+    """Stores the first weights only."""
     if version == 0:
       super().update_weights(params, version)
 
 
-class _Liar(_Policy):
-  """Keeps its first weights, and claims to have the newest."""
+class _FalseVersionSampler(_RecordingSampler):
+  """Keeps its first weights but reports the newest version."""
 
   def update_weights(self, params, version):
-    """Takes the first weights, and every version."""
+    """Stores the first weights and every version."""
     if version == 0:
       super().update_weights(params, version)
     self._version = version
@@ -236,8 +236,8 @@ def _protocol(world, kind, param_dtype="float32"):
   )
 
 
-def _share_of_low_ids(records):
-  """A reward that any policy can learn: tokens with an id below 128."""
+def _low_id_fraction(records):
+  """Rewards the fraction of ids below 128, which any policy can learn."""
   rewards = []
   for record in records:
     ids = np.array(record.teacher_rollout.completion.token_ids)
@@ -245,11 +245,11 @@ def _share_of_low_ids(records):
   return rewards
 
 
-def _nothing_of_q0(records):
-  """The same, but for one question, whose rewards are all equal."""
+def _equal_rewards_for_q0(records):
+  """Returns `_low_id_fraction`, but equal rewards for question q0."""
   return [
     types.Reward(0.5) if record.question.row_id == "q0" else reward
-    for record, reward in zip(records, _share_of_low_ids(records), strict=True)
+    for record, reward in zip(records, _low_id_fraction(records), strict=True)
   ]
 
 
@@ -257,10 +257,10 @@ def _train(
   world,
   workdir,
   *,
-  kind=_Policy,
+  kind=_RecordingSampler,
   stop_at=None,
   held_out=0,
-  reward_fn=_share_of_low_ids,
+  reward_fn=_low_id_fraction,
   param_dtype="float32",
   **changes,
 ):
@@ -309,64 +309,60 @@ def trained(world, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_each_step_samples_with_the_weights_of_the_step_before(trained):
+def test_each_step_samples_with_the_latest_weights(trained):
   _, sampler, _ = trained
-  assert list(sampler.said) == list(range(6))
-  said = {completion.token_ids for completion in sampler.said.values()}
-  assert len(said) == 6
-  assert all(c.version == step for step, c in sampler.said.items())
+  assert list(sampler.recorded) == list(range(6))
+  sampled = {completion.token_ids for completion in sampler.recorded.values()}
+  assert len(sampled) == 6
+  assert all(c.version == step for step, c in sampler.recorded.items())
 
 
 @pytest.mark.slow
-def test_what_is_rewarded_becomes_likelier(trained):
-  _, _, rollout_packing = trained
-  rewards = [row["reward"] for row in rollout_packing]
+def test_the_reward_increases(trained):
+  _, _, rows = trained
+  rewards = [row["reward"] for row in rows]
   assert rewards[-1] > rewards[0] + 0.2
-  # Sampler and trainer hold the same weights, and agree on them.
-  assert all(row["rollout/logprob_gap"] < 1e-4 for row in rollout_packing)
-  assert all(row["rollout/prob_error"] < 1.0001 for row in rollout_packing)
-  assert all(
-    row["rollout/policy_tokens_per_s"] > 0.0 for row in rollout_packing
-  )
-  # The first update is on policy; the reference is still the start.
-  assert rollout_packing[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-  assert rollout_packing[0]["kl"] == pytest.approx(0.0, abs=1e-6)
-  assert rollout_packing[1]["kl"] > 0.0
+  # Sampler and trainer hold the same weights, so their logprobs agree.
+  assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
+  assert all(row["rollout/policy_tokens_per_s"] > 0.0 for row in rows)
+  # The first update is on policy, and the policy equals the reference.
+  assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rows[1]["kl"] > 0.0
 
 
 @pytest.mark.slow
-def test_a_run_reports_what_the_page_says_and_where_its_time_went(
-  world, tmp_path
-):
+def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
   changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
   _train(world, tmp_path, held_out=2, **changes)
-  rollout_packing = _rows(tmp_path)
-  metric_names.check("GRPO", rollout_packing)
-  for row in rollout_packing:
+  rows = _rows(tmp_path)
+  metric_names.check("GRPO", rows)
+  for row in rows:
     if "step_s" in row:
       seconds = [s for k, s in row.items() if k.startswith("seconds/")]
       assert sum(seconds) == pytest.approx(row["step_s"])
       assert row["seconds/idle"] < 0.2 * row["step_s"]
-  # Evaluation and checkpoint of step 2 are logged with the step after it.
-  assert [row["step"] for row in rollout_packing if "seconds/eval" in row] == [
-    3
-  ]
+  # Time for the evaluation and save of step 2 is logged with step 3.
+  assert [row["step"] for row in rows if "seconds/eval" in row] == [3]
   assert (tmp_path / "completions/step-2.jsonl").exists()
   assert (tmp_path / "stored_completions/2.csv").exists()
   lessons = (tmp_path / "successful_teaching").iterdir()
   assert {path.name.split("_")[1] for path in lessons} == {
-    *("000001", "000002", "000003")
+    "000001",
+    "000002",
+    "000003",
   }
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_bit_for_bit_the_straight_one(
+def test_a_resumed_run_matches_an_uninterrupted_run_bit_for_bit(
   world, trained, tmp_path
 ):
   with pytest.raises(errors.PreemptedError):
     _train(world, tmp_path, stop_at=4)
   params, sampler = _train(world, tmp_path)
-  assert list(sampler.said) == [4, 5]
+  assert list(sampler.recorded) == [4, 5]
   jax.tree.map(np.testing.assert_array_equal, params, trained[0])
   assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
@@ -381,23 +377,22 @@ _ADAPTERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "int8"])
-def test_adapters_are_in_what_is_sampled_from(world, tmp_path, param_dtype):
+def test_sampling_uses_the_adapters(world, tmp_path, param_dtype):
   _train(world, tmp_path, param_dtype=param_dtype, **_ADAPTERS)
-  rollout_packing = _rows(tmp_path)
-  # The first update is on policy, from the base; then they move away from it.
-  assert rollout_packing[0]["kl"] == pytest.approx(0.0, abs=1e-6)
-  assert rollout_packing[-1]["kl"] > 1e-3
-  assert all(row["rollout/prob_error"] < 1.0001 for row in rollout_packing)
+  rows = _rows(tmp_path)
+  # The first update starts at the base; later ones move away from it.
+  assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rows[-1]["kl"] > 1e-3
+  assert all(row["rollout/prob_error"] < 1.0001 for row in rows)
 
 
-def test_a_base_is_no_reference_that_could_be_synced(world, tmp_path):
+def test_syncing_the_reference_of_adapters_raises(world, tmp_path):
   with pytest.raises(errors.ConfigError, match="sync_every=3"):
     _train(world, tmp_path, **{**_ADAPTERS, "reference.sync_every": 3})
 
 
 @pytest.mark.slow
-def test_offloading_changes_no_bit(world, trained, tmp_path):
-  """A reference that is synced on the way included."""
+def test_offloading_is_bitwise_equal(world, trained, tmp_path):
   offload = {"offload.optimizer": True, "offload.reference": True}
   params, _ = _train(world, tmp_path, **offload)
   jax.tree.map(np.testing.assert_array_equal, params, trained[0])
@@ -406,62 +401,54 @@ def test_offloading_changes_no_bit(world, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_groups_that_teach_nothing_are_made_up_for(world, tmp_path):
+def test_groups_of_equal_rewards_are_refilled(world, tmp_path):
   _train(
     world,
     tmp_path,
-    reward_fn=_nothing_of_q0,
+    reward_fn=_equal_rewards_for_q0,
     **{"loop.num_steps": 2, "groups.max_refills": 3},
   )
-  rollout_packing = _rows(tmp_path)
+  rows = _rows(tmp_path)
   # Two steps of two questions each ask all four, so one of them asks q0.
-  assert sorted(row["groups/refills"] for row in rollout_packing) == [0, 1]
-  used = {
-    row["groups/refills"]: row["groups/used_fraction"]
-    for row in rollout_packing
-  }
+  assert sorted(row["groups/refills"] for row in rows) == [0, 1]
+  used = {row["groups/refills"]: row["groups/used_fraction"] for row in rows}
   assert used[0] == 1.0
   assert used[1] == pytest.approx(2 / 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_refills", [0, 2])
-def test_a_dropped_group_is_missing_and_the_others_are_learnt_from(
+def test_training_uses_the_groups_that_were_not_dropped(
   world, tmp_path, max_refills
 ):
   changes = {"loop.num_steps": 2, "groups.max_refills": max_refills}
-  _train(world, tmp_path, kind=_Late, **changes)
-  rollout_packing = _rows(tmp_path)
-  assert [row["groups/dropped_fraction"] for row in rollout_packing] == [
-    0.5,
-    0.0,
-  ]
-  assert [row["rewards/unavailable"] for row in rollout_packing] == [0, 0]
-  assert [row["groups/used_fraction"] for row in rollout_packing] == [1.0, 1.0]
-  # The sampler gives up on what it is asked in its place, too.
-  assert [row["groups/refills"] for row in rollout_packing] == [0, 0]
-  assert all(row["grad_norm"] > 0.0 for row in rollout_packing)
-  assert (
-    rollout_packing[0]["num_tokens"] < 0.7 * rollout_packing[1]["num_tokens"]
-  )
+  _train(world, tmp_path, kind=_DroppingSampler, **changes)
+  rows = _rows(tmp_path)
+  assert [row["groups/dropped_fraction"] for row in rows] == [0.5, 0.0]
+  assert [row["rewards/unavailable"] for row in rows] == [0, 0]
+  assert [row["groups/used_fraction"] for row in rows] == [1.0, 1.0]
+  # The sampler drops the replacement too.
+  assert [row["groups/refills"] for row in rows] == [0, 0]
+  assert all(row["grad_norm"] > 0.0 for row in rows)
+  assert rows[0]["num_tokens"] < 0.7 * rows[1]["num_tokens"]
 
 
-def test_too_many_dropped_groups_end_the_run(world, tmp_path):
+def test_too_many_dropped_groups_raise(world, tmp_path):
   change = {"groups.max_dropped_fraction": 0.25}
   with pytest.raises(errors.RolloutError, match="1 of 2 questions"):
-    _train(world, tmp_path, kind=_Late, **change)
+    _train(world, tmp_path, kind=_DroppingSampler, **change)
 
 
 @pytest.mark.slow
-def test_a_sampler_that_takes_no_weights_ends_the_run(world, tmp_path):
+def test_a_sampler_that_ignores_new_weights_raises(world, tmp_path):
   with pytest.raises(RuntimeError, match=r"versions \[0\] at step 1"):
-    _train(world, tmp_path, kind=_Deaf)
+    _train(world, tmp_path, kind=_StaleSampler)
 
 
 @pytest.mark.slow
-def test_a_sampler_that_lies_about_its_weights_ends_the_run(world, tmp_path):
+def test_a_sampler_that_reports_a_wrong_version_raises(world, tmp_path):
   with pytest.raises(errors.DivergedError, match="step 1"):
-    _train(world, tmp_path, kind=_Liar, **{"loop.num_steps": 2})
+    _train(world, tmp_path, kind=_FalseVersionSampler, **{"loop.num_steps": 2})
   (first,) = _rows(tmp_path)
   assert first["rollout/prob_error"] < 1.0001
 
@@ -472,15 +459,13 @@ def test_a_sampler_that_lies_about_its_weights_ends_the_run(world, tmp_path):
     ({"sampling.teach.temperature": 0.0}, "temperature=0"),
     ({"sampling.teach.group_size": 1}, "group_size=1"),
     ({"groups.filter_equal": False, "groups.max_refills": 2}, "max_refills=2"),
-    ({"groups.max_dropped_fraction": 1.0}, "max_dropped_fraction=1.0"),
+    ({"groups.max_dropped_fraction": 1.0}, r"\[0, 1\), got 1.0"),
     ({"loss.ratio": "word"}, "ratio=word"),
     ({"advantages.scale": "median"}, "scale=median"),
     ({"correction.level": "group"}, "level='group'"),
   ],
 )
-def test_what_cannot_be_learnt_is_refused_before_sampling(
-  world, tmp_path, change, match
-):
+def test_invalid_settings_raise_before_sampling(world, tmp_path, change, match):
   with pytest.raises(errors.ConfigError, match=match):
     _train(world, tmp_path, **change)
 
@@ -488,8 +473,8 @@ def test_what_cannot_be_learnt_is_refused_before_sampling(
 @pytest.mark.parametrize(
   "cut", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.7, "top_k": 40}]
 )
-def test_packed_rows_score_tokens_as_they_were_sampled(world, cut):
-  sampler = _protocol(world, _Policy).policy.sampler
+def test_trainer_logprobs_match_rollout_logprobs_in_packed_rows(world, cut):
+  sampler = _protocol(world, _RecordingSampler).policy.sampler
   prompts = [
     types.Prompt(f"p{i}", "", tuple(range(5, 9 + 3 * i))) for i in range(2)
   ]
@@ -521,7 +506,6 @@ def test_packed_rows_score_tokens_as_they_were_sampled(world, cut):
       support=support,
     )
   )(world.params(), batch)
-  # What the sampler drew from is what the trainer takes for its policy.
   logprobs_BT = rollout_packing.gather_scores(
     stats.logprobs, batch["places"], num_microbatches=1
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which records an update is made of, and what it does to the reference."""
+"""Tests which records an update uses, and how it syncs the reference."""
 
 import functools
 
@@ -63,7 +63,7 @@ def _group(number, size=4, **fields):
 
 
 @functools.cache
-def _learner(changes):
+def _updater(changes):
   return grpo_update.GrpoUpdate(
     trainable.full_policy(_MODEL),
     _optimizer(),
@@ -83,10 +83,10 @@ def _start():
 
 
 def _update(records, values, *, size=4, step=0, **changes):
-  """Does the updates of one step; gives the new state and metrics."""
+  """Runs the updates of one step; returns the new state and metrics."""
   changes["sampling.teach.group_size"] = size
   state = _start()
-  state, metrics = _learner(tuple(sorted(changes.items()))).update(
+  state, metrics = _updater(tuple(sorted(changes.items()))).update(
     state._replace(step=state.step + step),
     records,
     [types.Reward(value) for value in values],
@@ -102,7 +102,7 @@ def _assert_same(left, right):
 _VALUES = [1.0, 0.0, 0.5, 0.25]
 
 
-def test_groups_without_variance_are_left_out_and_counted():
+def test_groups_of_equal_rewards_are_filtered_and_counted():
   alone, alone_metrics = _update(_group(0), _VALUES)
   both, metrics = _update(_group(0) + _group(1), [*_VALUES, 0.7, 0.7, 0.7, 0.7])
   _assert_same(both.params, alone.params)
@@ -111,14 +111,14 @@ def test_groups_without_variance_are_left_out_and_counted():
   assert metrics["num_tokens"] == alone_metrics["num_tokens"]
 
 
-def test_a_step_in_which_nothing_is_learnt_changes_nothing():
+def test_a_step_without_usable_groups_changes_nothing():
   state, metrics = _update(_group(0), [0.5] * 4)
   _assert_same(state.params, jax.device_get(tiny.params_of(_MODEL)))
   expected = {"groups/used_fraction": 0.0, "num_tokens": 0, "num_flops": 0.0}
   assert metrics == expected
 
 
-def test_a_missing_reward_is_no_reward_of_zero():
+def test_a_missing_reward_is_not_a_reward_of_zero():
   without, expected = _update(_group(0, size=3), _VALUES[:3], size=3)
   missing, metrics = _update(_group(0), [*_VALUES[:3], None])
   _assert_same(missing.params, without.params)
@@ -135,7 +135,7 @@ def test_missing_rewards_are_counted_and_never_averaged():
   assert "reward" not in none
 
 
-def test_truncated_completions_are_masked_or_kept_by_choice():
+def test_mask_truncated_masks_truncated_completions():
   def run(token, mask_truncated):
     records = _group(0)
     records[1] = _record(_QUESTIONS[0], 1, token=token, finish_reason="length")
@@ -152,7 +152,7 @@ def test_truncated_completions_are_masked_or_kept_by_choice():
     _assert_same(run(40, False)[0], kept)
 
 
-def test_the_reference_is_mixed_with_the_policy_in_its_rhythm():
+def test_the_reference_is_mixed_with_the_policy_every_sync_interval():
   reference = jax.device_get(tiny.params_of(_MODEL, 1))
   for step in (0, 1):
     state, _ = _update(_group(0), [0.5] * 4, step=step)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates: the same however a batch is split, for every loss by name."""
+"""Tests that updates do not depend on batch layout, for every loss."""
 
 import functools
 
@@ -41,7 +41,7 @@ def _config(loss, **changes):
 
 
 def _records():
-  """Groups of completions of 1 to 9 tokens, whose rewards differ."""
+  """Returns records of 1 to 9 completion tokens, and distinct rewards."""
   rng = np.random.default_rng(0)
   records, rewarded = [], []
   for i in range(_NUM_GROUPS * _SIZE):
@@ -56,7 +56,7 @@ def _records():
 
 
 def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
-  """Does one step by plain gradient descent; gives gradient and metrics."""
+  """Takes one SGD step; returns gradient, metrics and new state."""
   mesh = mesh or tiny.mesh()
   optimizer = optimizer or optax.sgd(1.0)
   params, reference = (
@@ -73,14 +73,14 @@ def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
     mesh=mesh,
     reference=reference if config.loss.kl_coef else None,
   )
-  learner = grpo_update.GrpoUpdate(
+  updater = grpo_update.GrpoUpdate(
     trainable.full_policy(model),
     optimizer,
     shardings=train_state.shardings(state),
     mesh=mesh,
     config=config,
   )
-  state, metrics = learner.update(
+  state, metrics = updater.update(
     state, *(records or _records()), is_compared=False
   )
   moved = jax.tree.map(np.subtract, before, jax.device_get(state.params))
@@ -88,7 +88,7 @@ def _update(config, *, model=_MODEL, mesh=None, optimizer=None, records=None):
 
 
 def _distance(left, right):
-  """Gives the largest difference between arrays of a tree, by their norm."""
+  """Returns the largest relative L2 distance between leaves."""
   distances = jax.tree.map(
     lambda a, b: np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-8), left, right
   )
@@ -97,17 +97,17 @@ def _distance(left, right):
 
 @functools.cache
 def _whole(loss):
-  """Does the step that others must equal."""
+  """Returns the step with the whole batch in a single microbatch."""
   return _update(_config(loss))
 
 
-# A batch fills several such rows, of up to five sequences each.
+# The batch fills several rows of up to five sequences each.
 _PACKED = {"packing.length": 32, "packing.packed": True}
 
 
 @pytest.mark.parametrize("loss", _LOSSES)
-def test_packing_changes_no_update(loss):
-  # The gradient by its name: Adam would hide a factor.
+def test_packing_does_not_change_the_update(loss):
+  # SGD, since Adam would hide a constant factor in the gradient.
   whole, metrics, _ = _whole(loss)
   metrics = dict(metrics)
   assert metrics["grad_norm"] > 1e-4
@@ -123,8 +123,8 @@ def test_packing_changes_no_update(loss):
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "rloo"])
-def test_packing_changes_no_later_pass_either(loss):
-  # The reward of rloo holds the divergence, which is scored in packed rows.
+def test_packing_does_not_change_later_iterations(loss):
+  # The reward of rloo includes the KL, which is scored in packed rows.
   changes = {
     "batch.num_iterations": 2,
     "batch.num_minibatches": 2,
@@ -142,7 +142,7 @@ def test_packing_changes_no_later_pass_either(loss):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", _LOSSES)
-def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
+def test_loss_and_gradient_do_not_depend_on_microbatches_or_mesh(loss):
   whole, metrics, _ = _whole(loss)
   assert metrics["grad_norm"] > 1e-4
   sizes = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -161,7 +161,7 @@ def test_loss_and_gradient_are_the_same_however_a_batch_is_split(loss):
     assert _distance(split, whole) < 1e-5
 
 
-def test_experts_are_balanced_by_as_much_as_is_asked_for():
+def test_router_aux_coef_scales_the_balance_loss():
   model = tiny.build("qwen3_moe", **_SHAPE)
   plain, before, _ = _update(_config("grpo"), model=model)
   config = _config("grpo", **{"experts.router_aux_coef": 0.5})
@@ -175,19 +175,19 @@ def test_experts_are_balanced_by_as_much_as_is_asked_for():
   for key in router:
     plain, moved = plain[key], moved[key]
   assert np.abs(moved - plain).max() > 1e-3
-  with pytest.raises(errors.ConfigError, match="The model has none"):
+  with pytest.raises(errors.ConfigError, match="without experts"):
     _update(config)
 
 
 @pytest.mark.parametrize("loss", _LOSSES)
-def test_every_loss_by_name_moves_the_policy(loss):
+def test_every_loss_updates_the_policy(loss):
   moved, metrics, _ = _whole(loss)
   assert np.isfinite(metrics["loss"])
   assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
 
 
-def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
+def test_later_iterations_are_off_policy_and_padding_is_never_an_update():
   config = _config(
     "grpo", **{"batch.num_iterations": 2, "batch.num_minibatches": 2}
   )
@@ -196,7 +196,7 @@ def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
   assert metrics["ratio_max"] > 1.001
   assert optax.tree.get(state, "count") == 4
 
-  # A group of one trained row, dealt out to two minibatches.
+  # Two trained rows in four minibatches: two of them are only padding.
   records, rewarded = _records()
   rewarded = [*rewarded[:2], *[types.Reward(None)] * (len(rewarded) - 2)]
   records = [records, rewarded]
@@ -206,13 +206,13 @@ def test_later_passes_see_the_ratio_move_and_never_update_on_padding():
 
 
 @pytest.mark.parametrize("loss", ["rcl", "gspo"])
-def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
+def test_a_single_update_computes_its_own_old_logprobs(loss, monkeypatch):
   config, plain = _config(loss), grpo_update.GrpoUpdate._scored
 
-  def scored(learner, state, part):
-    part = plain(learner, state, part)
+  def scored(updater, state, part):
+    part = plain(updater, state, part)
     assert "old_logprobs" not in part.batch
-    old = learner._programs.score(
+    old = updater._programs.score(
       state.params, part.batch, part.num_microbatches
     )
     return part._replace(batch={**part.batch, "old_logprobs": old})
@@ -228,28 +228,28 @@ def test_a_single_update_scores_its_old_policy_itself(loss, monkeypatch):
     )
 
 
-def _runs_away(monkeypatch):
-  """Makes the policy e^50 times likelier than it was at the step's start."""
+def _inflate_ratio(monkeypatch):
+  """Inflates the ratio of the policy to the old policy by e^50."""
   plain = grpo_update.GrpoUpdate._scored
 
-  def scored(learner, state, part):
-    part = plain(learner, state, part)
+  def scored(updater, state, part):
+    part = plain(updater, state, part)
     old = part.batch["old_logprobs"] - 50.0
     return part._replace(batch={**part.batch, "old_logprobs": old})
 
   monkeypatch.setattr(grpo_update.GrpoUpdate, "_scored", scored)
 
 
-def test_a_ratio_that_explodes_is_clipped_and_told(monkeypatch):
+def test_an_exploding_ratio_is_clipped_and_raises_an_alarm(monkeypatch):
   warnings = []
   monkeypatch.setattr(
     logging, "warning", lambda text, *args: warnings.append(text % args)
   )
   changes = {"batch.num_minibatches": 2, "loss.max_ratio": 5.0}
-  _runs_away(monkeypatch)
+  _inflate_ratio(monkeypatch)
   moved, metrics, _ = _update(_config("grpo", **changes))
   assert metrics["ratio_max"] > 1e21
-  # What both bounds leave of the ratio, completions move the policy by.
+  # Both bounds clip the ratio, so loss and gradient stay finite.
   assert abs(metrics["loss"]) < 10.0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
   (logged,) = (line for line in warnings if line.startswith("ALARM"))
@@ -258,7 +258,7 @@ def test_a_ratio_that_explodes_is_clipped_and_told(monkeypatch):
     _update(_config("grpo", **changes, **{"alarm.stop": True}))
 
 
-def test_groups_of_equal_rewards_count_or_do_not_by_choice():
+def test_filter_equal_drops_groups_of_equal_rewards():
   records, rewarded = _records()
   rewarded[:_SIZE] = [types.Reward(0.5)] * _SIZE
   num_tokens = [
@@ -272,14 +272,14 @@ def test_groups_of_equal_rewards_count_or_do_not_by_choice():
   assert num_tokens == [sum(lengths[_SIZE:]), sum(lengths)]
 
 
-def test_the_divergence_in_the_reward_is_part_of_the_advantage():
+def test_kl_in_the_reward_changes_the_advantage():
   config = _config("rloo", **{"loss.kl_coef": 0.5})
   mesh = tiny.mesh()
   params, reference = (tiny.params_of(_MODEL, seed) for seed in range(2))
   state = train_state.create(
     params, optax.sgd(1.0), mesh=mesh, reference=reference
   )
-  learner = grpo_update.GrpoUpdate(
+  updater = grpo_update.GrpoUpdate(
     trainable.full_policy(_MODEL),
     optax.sgd(1.0),
     shardings=train_state.shardings(state),
@@ -289,11 +289,11 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
   records, rewarded = _records()
   rewarded[5] = types.Reward(None)
   rewards_PC, valid_PC = grpo_update.group_rewards(rewarded, _SIZE)
-  keep = learner._kept(records, rewards_PC, valid_PC)
+  keep = updater._kept(records, rewards_PC, valid_PC)
   assert keep == [i for i in range(len(records)) if i != 5]
-  (part,) = learner._pack([records[i].teacher_rollout for i in keep])
-  part = learner._scored(state, part)
-  learner._add_advantages([part], keep, rewards_PC, valid_PC)
+  (part,) = updater._pack([records[i].teacher_rollout for i in keep])
+  part = updater._scored(state, part)
+  updater._add_advantages([part], keep, rewards_PC, valid_PC)
 
   batch, (numbers, places) = part.batch, zip(*part.members, strict=True)
   order = np.empty(len(keep), int)
@@ -321,7 +321,7 @@ def test_the_divergence_in_the_reward_is_part_of_the_advantage():
   assert np.count_nonzero(batch["advantages"]) <= len(keep)
 
 
-def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
+def test_adapters_use_their_base_as_reference_without_a_copy():
   changes = {"loss.kl_coef": 0.1, "batch.num_iterations": 2}
   mesh, config = tiny.mesh(), _config("grpo", **changes)
   policy, adapters = trainable.create(
@@ -346,7 +346,7 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
     (policy, switched),
     (trainable.full_policy(_MODEL), copied),
   ):
-    learner = grpo_update.GrpoUpdate(
+    updater = grpo_update.GrpoUpdate(
       of,
       optax.sgd(1.0),
       shardings=train_state.shardings(state),
@@ -354,8 +354,8 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
       config=config,
     )
     rollouts = [record.teacher_rollout for record in _records()[0]]
-    (part,) = learner._pack(rollouts)
-    scores.append(learner._scored(state, part).batch)
+    (part,) = updater._pack(rollouts)
+    scores.append(updater._scored(state, part).batch)
   np.testing.assert_array_equal(
     scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
   )
@@ -363,7 +363,7 @@ def test_the_reference_of_adapters_is_their_base_and_no_copy_is_kept():
   assert np.abs(moved_BT).max() > 1e-2
 
 
-def test_rewards_that_are_no_whole_groups_are_refused():
+def test_rewards_must_form_whole_groups():
   with pytest.raises(ValueError, match="do not form whole groups of 4"):
     grpo_update.group_rewards([types.Reward(1.0)] * 6, 4)
 
@@ -376,6 +376,6 @@ def test_rewards_that_are_no_whole_groups_are_refused():
     ("packing.length", -1),
   ],
 )
-def test_rows_that_cannot_be_laid_out_are_refused(name, value):
+def test_invalid_batch_layout_raises(name, value):
   with pytest.raises(errors.ConfigError, match=f"{name}={value}"):
     _update(_config("grpo", **{name: value}))

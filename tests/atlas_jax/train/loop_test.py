@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop saves, resumes, stops and gives up when it should."""
+"""Tests saving, resuming, stopping and non-finite updates of the loop."""
 
 import functools
 import hashlib
@@ -58,7 +58,7 @@ _KEPT = {
 }
 
 
-def _run(  # The loop's settings are what is left.
+def _run(  # `changes` are loop settings.
   workdir,
   *,
   stop_after=None,
@@ -70,7 +70,7 @@ def _run(  # The loop's settings are what is left.
   given=None,
   **changes,
 ):
-  """Runs on data that depend on the step; `broken` steps get NaN."""
+  """Trains on data drawn per step; steps in `broken` have NaN targets."""
   state, step_fn = _parts()
   done = []
 
@@ -139,7 +139,7 @@ def _saved(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_run_bit_for_bit(tmp_path):
   straight, _ = _run(tmp_path / "straight")
   with pytest.raises(errors.PreemptedError) as caught:
     _run(tmp_path / "resumed", stop_after=3)
@@ -155,7 +155,7 @@ def test_after_a_crash_each_step_is_reported_once(tmp_path):
   _run(tmp_path / "straight")
   with pytest.raises(_CrashError):
     _run(tmp_path / "crashed", crash_at=3)
-  # Step 3 was logged but not saved: it is done, and logged, again.
+  # Step 3 was logged but not saved, so it is repeated and logged again.
   assert [row["step"] for row in _rows(tmp_path / "crashed")] == [1, 2, 3]
   assert _saved(tmp_path / "crashed") == [2]
   _run(tmp_path / "crashed")
@@ -166,15 +166,13 @@ def test_after_a_crash_each_step_is_reported_once(tmp_path):
     assert old.get("eval/norm") == new.get("eval/norm")
 
 
-def test_a_crash_is_reported_as_it_is_and_leaves_no_thread(
-  tmp_path, monkeypatch
-):
+def test_a_crash_propagates_and_leaves_no_thread(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  _run(tmp_path / "before")  # What JAX and orbax keep for good is there.
+  _run(tmp_path / "before")  # Starts the threads JAX and orbax keep.
   before = set(threading.enumerate())
-  # Its last save fails as well, and the writer is closed.
+  # The last save fails too; the writer is still closed.
   monkeypatch.setattr(checkpoint_format, "seal", fail)
   with pytest.raises(_CrashError):
     _run(tmp_path / "run", crash_at=3, watchdog_s=60.0)
@@ -184,7 +182,7 @@ def test_a_crash_is_reported_as_it_is_and_leaves_no_thread(
   assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):
+def test_the_last_step_is_always_saved_and_evaluated(tmp_path):
   _run(tmp_path, num_steps=5, log_every=2, eval_every=3, save_every=2)
   assert _saved(tmp_path) == [2, 4, 5]
   rows = _rows(tmp_path)
@@ -192,7 +190,7 @@ def test_the_last_step_is_saved_and_evaluated_on_top_of_the_rhythm(tmp_path):
   assert [row["step"] for row in rows if "eval/norm" in row] == [3, 5]
 
 
-def test_what_is_saved_is_reported_before(tmp_path):
+def test_metrics_are_logged_before_a_save(tmp_path):
   with pytest.raises(_CrashError):
     _run(tmp_path, log_every=4, save_every=2, crash_at=3)
   assert [row["step"] for row in _rows(tmp_path)] == [2]
@@ -200,7 +198,7 @@ def test_what_is_saved_is_reported_before(tmp_path):
   assert [r["step"] for r in _rows(tmp_path) if "loss" in r] == [2, 4, 6]
 
 
-def test_a_failed_save_is_made_up_for_by_the_next_one(tmp_path, monkeypatch):
+def test_training_continues_after_a_failed_save(tmp_path, monkeypatch):
   seal = checkpoint_format.seal
 
   def fail_once(directory, *args):
@@ -214,9 +212,7 @@ def test_a_failed_save_is_made_up_for_by_the_next_one(tmp_path, monkeypatch):
   assert _saved(tmp_path) == [4, 6]
 
 
-def test_a_run_that_cannot_save_its_end_does_not_end_well(
-  tmp_path, monkeypatch
-):
+def test_failing_saves_raise_checkpoint_error(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
@@ -227,7 +223,7 @@ def test_a_run_that_cannot_save_its_end_does_not_end_well(
     _run(tmp_path, kept={"max_failed": 9})
 
 
-def test_what_the_host_keeps_is_there_before_the_first_step(tmp_path):
+def test_host_state_is_restored_before_the_first_step(tmp_path):
   given = []
   with pytest.raises(_CrashError):
     _run(tmp_path, crash_at=3, host_state={"seen": [1]}, given=given)
@@ -245,18 +241,18 @@ def test_a_finished_run_does_nothing_when_run_again(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == logged
 
 
-def test_a_request_to_stop_at_the_last_step_is_an_ordinary_end(tmp_path):
+def test_a_stop_request_at_the_last_step_finishes_normally(tmp_path):
   _, done = _run(tmp_path, stop_after=6)
   assert done[-1] == 5
 
 
-def test_a_few_updates_that_are_not_finite_are_passed_over(tmp_path):
+def test_a_few_nonfinite_updates_are_skipped(tmp_path):
   final, done = _run(tmp_path, broken={1, 2, 4})
   assert done == list(range(6))
   assert int(final.num_nonfinite) == 0
 
 
-def test_too_many_in_a_row_end_the_run_and_name_their_data(tmp_path):
+def test_too_many_nonfinite_updates_raise_and_name_their_rows(tmp_path):
   with pytest.raises(errors.DivergedError, match="3 updates in a row"):
     _run(tmp_path, broken={2, 3, 4})
   assert _saved(tmp_path) == [2, 4]
@@ -265,16 +261,14 @@ def test_too_many_in_a_row_end_the_run_and_name_their_data(tmp_path):
   assert rows == [(3, "row 2"), (4, "row 3"), (5, "row 4")]
 
 
-def test_too_many_at_the_very_end_do_so_too(tmp_path):
+def test_too_many_nonfinite_updates_at_the_last_step_raise(tmp_path):
   with pytest.raises(errors.DivergedError, match="3 updates in a row"):
     _run(tmp_path, broken={3, 4, 5})
   assert (tmp_path / "nonfinite-6.json").exists()
   assert 6 not in _saved(tmp_path)
 
 
-def test_the_best_evaluation_is_saved_and_may_be_what_a_run_ends_with(
-  tmp_path,
-):
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
   kept = {"keep": 1, "best_metric": "eval/norm", "load_best": True}
   final, done = _run(tmp_path, eval_every=1, save_every=9, kept=kept)
   norms = [r["eval/norm"] for r in _rows(tmp_path) if "eval/norm" in r]
@@ -290,25 +284,25 @@ def test_on_save_is_called_after_every_save(tmp_path):
   assert saved == [(step, {"kernel"}) for step in (2, 4, 6)]
 
 
-def test_some_steps_can_be_traced(tmp_path):
+def test_profile_steps_writes_a_trace(tmp_path):
   _run(tmp_path, profile_steps="2:3")
   (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
   assert trace.stat().st_size > 0
 
 
-def test_a_trace_ends_with_its_run(tmp_path):
+def test_a_crash_finishes_the_trace(tmp_path):
   with pytest.raises(_CrashError):
     _run(tmp_path, profile_steps="2:5", crash_at=3)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize("steps", ["0:1", "3:2", "5:7", "3", "a:b"])
-def test_a_trace_of_no_steps_is_refused(tmp_path, steps):
+def test_invalid_profile_steps_raise(tmp_path, steps):
   with pytest.raises(errors.ConfigError, match="profile_steps must be"):
     _run(tmp_path, profile_steps=steps)
 
 
 @pytest.mark.parametrize("name", ["num_steps", "log_every", "save_every"])
-def test_rhythms_of_less_than_a_step_are_refused(tmp_path, name):
+def test_intervals_below_one_step_raise(tmp_path, name):
   with pytest.raises(errors.ConfigError, match=name):
     _run(tmp_path, **{name: 0})

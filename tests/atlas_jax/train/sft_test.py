@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SFT: the right tokens count, packing changes nothing, and it learns."""
+"""Tests SFT: packing invariance, learning, resuming and adapters."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def _write(tmp_path, rows=_ROWS, name="data.jsonl"):
   return str(path)
 
 
-def test_packed_rows_have_the_loss_and_gradient_of_unpacked_ones(tokenizer):
+def test_packing_changes_neither_loss_nor_gradient(tokenizer):
   conversations = [
     [
       {"role": "user", "content": "Say " + "hello " * i},
@@ -114,7 +114,7 @@ def _config(**changes):
       },
     }
   )
-  del config.lora.path  # That is for `launch`.
+  del config.lora.path  # Read only by `components.open_policy`.
   config.update_from_flattened_dict(changes)
   return config
 
@@ -180,9 +180,7 @@ def _train(
 
 
 @pytest.mark.slow
-def test_it_learns_and_resumes_only_with_the_data_it_began_with(
-  tokenizer, tmp_path
-):
+def test_sft_learns_and_resumes_only_with_the_same_data(tokenizer, tmp_path):
   path = _write(tmp_path)
   config = _config()
   _train(tokenizer, path, tmp_path / "run", config)
@@ -203,9 +201,7 @@ def test_it_learns_and_resumes_only_with_the_data_it_began_with(
 
 
 @pytest.mark.slow
-def test_adapters_learn_alone_and_resume_bit_for_bit_on_their_base(
-  tokenizer, tmp_path
-):
+def test_only_adapters_learn_and_they_resume_bit_for_bit(tokenizer, tmp_path):
   path = _write(tmp_path)
   config = _config(**{"lora.rank": 4, "lora.alpha": 8.0})
   straight = _train(tokenizer, path, tmp_path / "straight", config)
@@ -232,7 +228,7 @@ def test_adapters_learn_alone_and_resume_bit_for_bit_on_their_base(
 
 
 @pytest.mark.slow
-def test_over_a_base_in_few_bits_adapters_learn_what_they_learn_over_floats(
+def test_adapters_learn_over_a_quantized_base_as_over_bfloat16(
   tokenizer, tmp_path
 ):
   path = _write(tmp_path)
@@ -241,7 +237,11 @@ def test_over_a_base_in_few_bits_adapters_learn_what_they_learn_over_floats(
 
   def train(param_dtype, workdir, *stop):
     return _train(
-      *(tokenizer, path, tmp_path / workdir, config, *stop),
+      tokenizer,
+      path,
+      tmp_path / workdir,
+      config,
+      *stop,
       shape=shape,
       param_dtype=param_dtype,
     )
@@ -268,9 +268,7 @@ def test_over_a_base_in_few_bits_adapters_learn_what_they_learn_over_floats(
     train("int8", "run")
 
 
-def test_offload_is_refused_where_the_host_cannot_be_reached(
-  tokenizer, tmp_path, monkeypatch
-):
+def test_offload_without_host_memory_raises(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
   config = _config(**{"offload.optimizer": True})
   with pytest.raises(errors.ConfigError, match="Offloading needs"):
@@ -278,7 +276,7 @@ def test_offload_is_refused_where_the_host_cannot_be_reached(
 
 
 @pytest.mark.parametrize(("num_epochs", "num_steps"), [(0, 0), (2, 3)])
-def test_the_length_of_a_run_is_told_in_one_way(
+def test_exactly_one_of_num_epochs_and_num_steps_is_required(
   tokenizer, tmp_path, num_epochs, num_steps
 ):
   config = _config(**{"num_epochs": num_epochs, "loop.num_steps": num_steps})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run owns its workdir, hears signals, and refuses models it cannot use."""
+"""Tests workdir locking, signals, and opening of models and adapters."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def talker(tmp_path_factory):
   return directory, model, params
 
 
-def test_a_config_without_data_is_refused_before_anything_is_written(tmp_path):
+def test_a_config_without_data_raises_before_writing(tmp_path):
   config = _config()
   config.data.path = config_dict.placeholder(str)
   with (
@@ -63,7 +63,7 @@ def test_a_config_without_data_is_refused_before_anything_is_written(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_trained_is_refused_before_anything_is_read(tmp_path):
+def test_training_a_quantized_model_raises_before_reading(tmp_path):
   config = _config()
   config.model = {**_MODEL, "path": "absent", "param_dtype": "nf4"}
   config.lora = {"rank": 0}
@@ -88,7 +88,7 @@ def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
     pass
 
 
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+def test_an_unwritable_workdir_raises(tmp_path):
   (tmp_path / "file").write_text("")
   with (
     pytest.raises(errors.ConfigError, match="not writable"),
@@ -97,7 +97,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     pass
 
 
-def test_the_config_is_on_disk_and_so_are_those_before_it(tmp_path):
+def test_current_and_previous_configs_are_saved(tmp_path):
   for seed in (1, 1, 2, 3):
     with components.start(tmp_path, _config(seed=seed)):
       pass
@@ -108,7 +108,7 @@ def test_the_config_is_on_disk_and_so_are_those_before_it(tmp_path):
   assert seeds == {"config.0.json": 1, "config.1.json": 2, "config.json": 3}
 
 
-def test_a_signal_asks_to_stop(tmp_path):
+def test_a_signal_requests_a_stop(tmp_path):
   with components.start(tmp_path, _config()) as should_stop:
     assert not should_stop()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -122,7 +122,7 @@ def test_a_signal_asks_to_stop(tmp_path):
     MemoryError("Unable to allocate 4. TiB"),
   ],
 )
-def test_no_more_memory_is_told_with_advice(tmp_path, error):
+def test_out_of_memory_errors_suggest_fixes(tmp_path, error):
   with (
     pytest.raises(errors.OutOfMemoryError, match="out of memory") as caught,
     components.start(tmp_path, _config()),
@@ -132,7 +132,7 @@ def test_no_more_memory_is_told_with_advice(tmp_path, error):
   assert str(error).partition(":")[0] in caught.value.why
 
 
-def test_another_failure_of_a_device_stays_what_it_is(tmp_path):
+def test_other_device_errors_propagate(tmp_path):
   error = jax.errors.JaxRuntimeError("INTERNAL: lost")
   with (
     pytest.raises(jax.errors.JaxRuntimeError, match="lost"),
@@ -141,7 +141,7 @@ def test_another_failure_of_a_device_stays_what_it_is(tmp_path):
     raise error
 
 
-def test_a_model_is_opened_onto_the_mesh(talker):
+def test_a_model_is_sharded_over_the_mesh(talker):
   directory, _, params = talker
   mesh = _mesh(fsdp=4, tensor=2)
   opened = components.open_model(mesh, path=str(directory), **_MODEL)
@@ -175,18 +175,16 @@ def _break_config(directory, **changes):
     ),
   ],
 )
-def test_a_model_that_cannot_be_used_is_refused(tmp_path, damage, kind, match):
+def test_an_unusable_model_raises(tmp_path, damage, kind, match):
   tiny.write_talker(tmp_path / "model", **_SHAPE)
   damage(tmp_path / "model")
   with pytest.raises(kind, match=match):
     components.open_model(_mesh(), path=str(tmp_path / "model"), **_MODEL)
 
 
-def test_a_base_in_few_bits_is_sampled_from_and_exported_as_it_is_rounded(
-  tmp_path,
-):
+def test_a_quantized_base_is_dequantized_to_sample_and_export(tmp_path):
   shape = {**tiny.blocks("qwen2"), **_SHAPE}
-  del shape["vocab_size"]  # That of the tokenizer.
+  del shape["vocab_size"]  # The tokenizer's is used.
   tiny.write_talker(tmp_path / "base", **shape)
   mesh = _mesh(data=2, fsdp=2, tensor=2)
   settings = {**_MODEL, "param_dtype": "nf4", "remat": "dots"}
@@ -235,7 +233,7 @@ def test_a_base_in_few_bits_is_sampled_from_and_exported_as_it_is_rounded(
 
 
 def _weights_published(opened, mesh):
-  """Gives what a sampler in this process holds at first."""
+  """Yields the initial parameters of an in-process sampler."""
   with sampler.open_sampler(
     "policy",
     sampler.Settings("jax", (), (), "", "float32", 1.0, 1.0, 1.0),
@@ -251,15 +249,13 @@ def _weights_published(opened, mesh):
   yield {**held, "layers": layers}
 
 
-def test_a_mesh_that_does_not_divide_is_refused(talker):
+def test_a_mesh_that_does_not_divide_the_model_raises(talker):
   mesh = _mesh(fsdp=1, tensor=8)
   with pytest.raises(errors.ConfigError, match=r"--config\.mesh\.tensor=8"):
     components.open_model(mesh, path=str(talker[0]), **_MODEL)
 
 
-def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
-  talker, monkeypatch
-):
+def test_offloading_activations_without_host_memory_raises(talker, monkeypatch):
   monkeypatch.setattr(train_state, "_HOST", "memory_of_nobody")
   with pytest.raises(errors.ConfigError, match="Offloading needs") as caught:
     components.open_model(
@@ -268,13 +264,13 @@ def test_activations_are_not_offloaded_where_the_host_is_out_of_reach(
   assert caught.value.where == "--config.model.remat=offload"
 
 
-def test_rows_of_activations_are_spread_over_the_mesh(talker):
+def test_activations_are_sharded_over_the_mesh(talker):
   mesh = _mesh()
   opened = components.open_model(mesh, path=str(talker[0]), **_MODEL)
   assert opened.model.layout == sharding.of_activations(mesh)
 
 
-def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):
+def test_a_fingerprint_depends_on_weights_not_on_their_path(talker, tmp_path):
   tiny.write_talker(tmp_path / "same", **_SHAPE)
   tiny.write_talker(tmp_path / "more", num_hidden_layers=2)
   prints = [
@@ -286,7 +282,7 @@ def test_a_fingerprint_names_the_weights_wherever_they_lie(talker, tmp_path):
   assert prints[0] == prints[1] != prints[2]
 
 
-def test_roles_share_the_seed_of_the_run(talker):
+def test_roles_use_the_seed_of_the_run(talker):
   opened = components.open_model(_mesh(), path=str(talker[0]), **_MODEL)
   draw = {
     "group_size": 1,
@@ -323,9 +319,7 @@ def test_roles_share_the_seed_of_the_run(talker):
     assert found.policy.sampler is not found.student.sampler
 
 
-def test_adapters_start_from_a_directory_and_lie_where_they_are_trained(
-  talker, tmp_path
-):
+def test_loaded_adapters_are_sharded_like_new_ones(talker, tmp_path):
   directory, model, _ = talker
   settings = {"rank": 2, "alpha": 4.0, "targets": ("attention/[qv]",)}
   abstract = lora.only(lora.adapt(model, lora.Lora(**settings)).abstract_params)
