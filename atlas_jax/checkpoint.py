@@ -30,6 +30,8 @@ _NONE = -1
 # Parts of the identity that may change between runs, with the field of the
 # state that is then reset.
 _MAY_CHANGE = {"data": "", "student": "", "optimizer": "opt_state"}
+# The fields of the state that `restore_final` restores.
+_FINAL = {"params", "step"}
 
 
 class Checkpointer:
@@ -199,13 +201,16 @@ class Checkpointer:
     return sorted(int(name) for name in names if name.isdecimal())
 
   def restore_latest(self, state: _State) -> tuple[_State, HostState]:
-    """Restores the newest undamaged step.
+    """Restores the newest undamaged step; donates `state`.
 
-    Damaged steps are skipped with a warning and renamed to `N.damaged`, so they
-    do not count as kept and step N can be saved again.
+    The arrays of `state` are deleted before the step is read, so that resuming
+    needs no more memory than training. Damaged steps are skipped with a warning
+    and renamed to `N.damaged`, so they do not count as kept and step N can be
+    saved again.
 
     Args:
-      state: a pytree with the shapes, dtypes and shardings to restore.
+      state: a pytree with the shapes, dtypes and shardings to restore; donated
+        if there are steps.
 
     Returns:
       The state and the host state; `state` itself and an empty dict if there
@@ -241,7 +246,10 @@ class Checkpointer:
     return restored, checkpoint_format.read_host_state(path)
 
   def restore_final(self, state: _State) -> _State:
-    """Returns the final state: the best step if `load_best`, else `state`.
+    """Returns the final state: with the best parameters if `load_best`.
+
+    Then only the fields `params` and `step` of `state` are replaced; their
+    arrays are donated.
 
     Raises:
       errors.CheckpointError: if the best step is damaged or missing.
@@ -259,7 +267,8 @@ class Checkpointer:
         else f"Step {best} does not match the digests written with it.",
         fix="Set --config.checkpoint.load_best=False to use the last step.",
       )
-    return self._restore(self._path(step), state, set())
+    others = _fields(state)[0].keys() - _FINAL
+    return self._restore(self._path(step), state, others)
 
   def _path(self, step: int) -> pathlib.Path:
     return self._directory / str(step)
@@ -352,12 +361,13 @@ class Checkpointer:
   def _restore(
     self, path: pathlib.Path, state: _State, reset: Collection[str]
   ) -> _State:
-    """Restores all fields of a state except those in `reset`."""
-    fields, structure = jax.tree.flatten_with_path(
-      state, is_leaf=lambda node: node is not state
-    )
-    named = {checkpoint_format.name(key): field for key, field in fields}
-    wanted = {name: field for name, field in named.items() if name not in reset}
+    """Restores all fields of a state except `reset`; donates the others."""
+    named, structure = _fields(state)
+    replaced = {k: field for k, field in named.items() if k not in reset}
+    wanted = jax.tree.map(_abstract, replaced)
+    for leaf in jax.tree.leaves(replaced):
+      if isinstance(leaf, jax.Array):
+        leaf.delete()
     restored = ocp.PyTreeCheckpointer().restore(
       path / checkpoint_format.STATE,
       args=ocp.args.PyTreeRestore(
@@ -483,6 +493,23 @@ def _rename_damaged(path: pathlib.Path) -> None:
   if damaged.exists():
     shutil.rmtree(damaged)
   path.rename(damaged)
+
+
+def _fields(state: Any) -> tuple[dict[str, Any], Any]:  # Any: a pytree.
+  """Returns the fields of a state by name, and the structure they form."""
+  fields, structure = jax.tree.flatten_with_path(
+    state, is_leaf=lambda node: node is not state
+  )
+  return {
+    checkpoint_format.name(key): field for key, field in fields
+  }, structure
+
+
+def _abstract(leaf: Any) -> Any:  # Any: an array, or a number.
+  """Returns the shape, dtype and sharding of an array."""
+  if not isinstance(leaf, jax.Array):
+    return leaf
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

@@ -255,10 +255,13 @@ class GrpoUpdate:
           state, part.batch, num_microbatches=part.num_microbatches
         )
         collected.append(metrics)
-    means = jax.tree.map(lambda *x: sum(x) / len(x), *collected)
+    combined = {
+      name: optimizer_step.combine(name, [m[name] for m in collected])
+      for name in collected[0]
+    }
     # As an int: the next update donates the array.
-    means["num_nonfinite"] = int(state.num_nonfinite)
-    return state, means
+    combined["num_nonfinite"] = int(state.num_nonfinite)
+    return state, combined
 
   def _sync_reference(
     self, state: train_state.TrainState

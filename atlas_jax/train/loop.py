@@ -15,7 +15,7 @@ import jax
 
 from atlas_jax import checkpoint, errors, types
 from atlas_jax.models import decoder
-from atlas_jax.train import train_state
+from atlas_jax.train import optimizer_step, train_state
 from atlas_jax.train.guards import nonfinite, watchdog
 from atlas_jax.train.telemetry import clock as train_clock
 from atlas_jax.train.telemetry import profile
@@ -32,8 +32,8 @@ class Task:
 
   Attributes:
     do_step: performs one step, given the number of completed steps. Its metrics
-      are averaged over the steps between two logs. It need not wait for the
-      devices.
+      are combined over the steps between two logs, by their mean or, if they
+      are maxima, by their maximum. It need not wait for the devices.
     evaluate: metrics on held-out data, given the number of completed steps.
     row_ids: the ids of the data rows that the next step uses, given the number
       of completed steps.
@@ -237,11 +237,11 @@ def _log(
 def _summarize(
   window: list[Metrics], clock: train_clock.Clock, speed: train_speed.Speed
 ) -> dict[str, float]:
-  """Averages each metric over the steps that reported it; adds times."""
+  """Combines each metric over the steps that reported it; adds times."""
   with clock.phase("train"):  # The devices may still be computing.
     window = jax.device_get(window)
   means = {}
   for name in dict.fromkeys(name for metrics in window for name in metrics):
     values = [float(m[name]) for m in window if name in m]
-    means[name] = sum(values) / len(values)
+    means[name] = optimizer_step.combine(name, values)
   return {**means, **speed.take(means, len(window))}

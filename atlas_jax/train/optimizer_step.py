@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer update: accumulate gradients over microbatches, and apply."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 from typing import Any, Protocol
 
@@ -58,7 +58,8 @@ def make_step(
 
   Returns:
     A function from state and batch to the new state and metrics. It splits the
-    rows into `num_microbatches` parts and accumulates their gradients.
+    rows into `num_microbatches` parts and accumulates their gradients. Metrics
+    are weighted means over the parts, but maxima where `is_max`.
   """
 
   def step(
@@ -138,20 +139,32 @@ def held_out(
   }
 
 
+def is_max(name: str) -> bool:
+  """Returns whether a metric is a maximum (of values >= 0): `ratio_max`."""
+  return name.endswith("_max")
+
+
+def combine(name: str, values: Sequence[Any]) -> Any:  # Any: scalars.
+  """Returns the maximum of a metric that is one, else the mean of a metric."""
+  return max(values) if is_max(name) else sum(values) / len(values)
+
+
 def _accumulate(
   grad_fn: Callable[..., Any],
   params: Any,
   batch: Batch,
   num_microbatches: int,
 ) -> tuple[Any, Metrics]:
-  """Computes the weighted mean of gradients and metrics over microbatches."""
+  """Combines gradients and metrics of microbatches, as `make_step` defines."""
 
-  def weighted(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
+  def weighted(microbatch: Batch) -> tuple[Any, jax.Array, Metrics, Metrics]:
     grads, (weight, metrics) = grad_fn(params, microbatch)
-    return grads, weight, {k: v * weight for k, v in metrics.items()}
+    means = {k: v * weight for k, v in metrics.items() if not is_max(k)}
+    maxima = {k: v for k, v in metrics.items() if is_max(k)}
+    return grads, weight, means, maxima
 
   if num_microbatches == 1:
-    grads, weight, metrics = weighted(batch)
+    grads, weight, means, maxima = weighted(batch)
   else:
     microbatches = split(batch, num_microbatches)
     zeros = jax.tree.map(
@@ -160,9 +173,12 @@ def _accumulate(
     )
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, weighted(microbatch)), None
+      *sums, maxima = total
+      *parts, highest = weighted(microbatch)
+      sums = jax.tree.map(jnp.add, sums, parts)
+      return (*sums, jax.tree.map(jnp.maximum, maxima, highest)), None
 
-    (grads, weight, metrics), _ = jax.lax.scan(add, zeros, microbatches)
+    (grads, weight, means, maxima), _ = jax.lax.scan(add, zeros, microbatches)
   weight = jnp.maximum(weight, 1)
   grads = jax.tree.map(lambda leaf: leaf / weight, grads)
-  return grads, {k: v / weight for k, v in metrics.items()}
+  return grads, {k: v / weight for k, v in means.items()} | maxima

@@ -549,3 +549,28 @@ def test_manifest_has_the_digest_of_every_file(tmp_path):
   manifest = json.loads((directory / "manifest.json").read_text())
   names = {p.relative_to(directory).as_posix() for p in _files(directory)}
   assert set(manifest) == names - {"manifest.json"}
+
+
+def test_resuming_and_loading_the_best_need_no_second_copy(tmp_path):
+  def state(value):
+    return {
+      "step": jnp.int32(value),
+      "params": jnp.full((1000, 1000), float(value)),
+      "opt_state": jnp.full((1000, 1000), float(value)),
+    }
+
+  def live_bytes():
+    return sum(leaf.nbytes for leaf in jax.live_arrays())
+
+  checkpointer = _open(tmp_path, best_metric="loss", load_best=True)
+  checkpointer.save(1, state(1), {"loss": 1.0}, {})
+  checkpointer.wait()
+  initial = state(0)  # As callers do, this test keeps it.
+  before = live_bytes()
+  resumed, _ = checkpointer.restore_latest(initial)
+  assert live_bytes() <= before + 1000
+  assert initial["params"].is_deleted()
+  final = checkpointer.restore_final(resumed)
+  assert live_bytes() <= before + 1000
+  # The best step has other parameters; the rest of the state is the last.
+  assert final["opt_state"] is resumed["opt_state"]

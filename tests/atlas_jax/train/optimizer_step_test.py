@@ -47,7 +47,8 @@ def _regression(aggregate):
       error_BT, batch["mask"], aggregate=aggregate, length=_TOKENS
     )
     weight = reduce.count(batch["mask"], aggregate=aggregate)
-    return loss, (weight, {"loss": loss})
+    worst = jnp.max(error_BT, where=batch["mask"], initial=0.0)
+    return loss, (weight, {"loss": loss, "error_max": worst})
 
   return loss_fn
 
