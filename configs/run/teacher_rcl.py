@@ -58,7 +58,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   )
   # Mean multiplicative error of a token's probability, trainer to sampler.
   config.agreement = dict(
-    max_prob_error=1.02, every=1
+    max_prob_error=1.02, every_steps=1
   )  # guards.agreement.check
   config.alarm = dict(  # guards.alarm
     max_ratio=100.0, max_kl=10.0, stop=False, min_used_fraction=0.1

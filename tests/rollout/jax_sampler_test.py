@@ -290,15 +290,20 @@ def test_no_prompts_give_no_completions():
 
 @dataclasses.dataclass(frozen=True)
 class _Spied(decoder.Model):
-  """A model that notes the shape of each traced prefill, and each step run."""
+  """A model that records each traced program, and each decoding step run.
 
-  traced: list = dataclasses.field(default_factory=list)
+  Of a prefill the shape of its tokens, of a decoding loop that of its slots.
+  """
+
+  prefills: list = dataclasses.field(default_factory=list)
+  decodes: list = dataclasses.field(default_factory=list)
   steps: list = dataclasses.field(default_factory=list)
 
   def cached(self, params, tokens_BT, *args):
     if tokens_BT.shape[1] > 1:
-      self.traced.append(tokens_BT.shape)
+      self.prefills.append(tokens_BT.shape)
     else:
+      self.decodes.append(args[2].positions_BS.shape)
       jax.debug.callback(lambda: self.steps.append("decoded"))
     return super().cached(params, tokens_BT, *args)
 
@@ -321,11 +326,45 @@ def test_few_programs_serve_all_lengths():
   for length in range(2, 64, 3):
     sampler.sample([_prompt(length)], dataclasses.replace(greedy, seed=length))
 
-  assert spied.traced == [(1, n) for n in (16, 32, 48, 64)]
-  assert sampler.num_programs == len(spied.traced)
+  assert spied.prefills == [(1, n) for n in (16, 32, 48, 64)]
+  assert spied.decodes == spied.prefills
+  assert sampler.num_programs == 8
 
 
-def test_temperature_seed_and_cut_need_no_program_of_their_own():
+def test_groups_and_limits_share_a_decode_program():
+  model, params = _world()
+  spied = _spied(model)
+  sampler = _open(spied, params)
+
+  for group_size, max_new in ((1, 8), (2, 9), (4, 10)):
+    sampler.sample(
+      [_prompt(5, str(i)) for i in range(8 // group_size)],
+      dataclasses.replace(
+        _SAMPLING, group_size=group_size, max_completion_tokens=max_new
+      ),
+    )
+
+  assert spied.prefills == [(8, 16), (4, 16), (2, 16)]
+  assert spied.decodes == [(8, 16)]
+  assert sampler.num_programs == 4
+
+
+def test_slots_of_padding_are_cut_off_without_effect():
+  model = _spied(
+    tiny.build("qwen3", **{**_EVEN, "max_position_embeddings": 256})
+  )
+  sampler = _open(model, _world()[1])
+  prompt = _prompt(131)
+
+  alone = sampler.sample([prompt], _SAMPLING)
+  together = sampler.sample([prompt, _prompt(190, "longer")], _SAMPLING)
+
+  assert model.prefills == [(1, 192), (2, 192)]
+  assert model.decodes == [(3, 160), (6, 224)]
+  assert _tokens(alone) == _tokens(together)[:1]
+
+
+def test_temperature_seed_and_cut_do_not_need_another_program():
   model, params = _world()
   spied = _spied(model)
   sampler = _open(spied, params)
@@ -334,10 +373,11 @@ def test_temperature_seed_and_cut_need_no_program_of_their_own():
     changed = {"top_k": top_k, "temperature": temperature, "seed": top_k}
     sampler.sample([_prompt(5)], dataclasses.replace(_SAMPLING, **changed))
 
-  assert len(spied.traced) == sampler.num_programs == 1
+  assert len(spied.prefills) == len(spied.decodes) == 1
+  assert sampler.num_programs == 2
 
 
-def test_nobody_waits_for_rows_that_only_fill_a_bucket():
+def test_rows_that_only_fill_a_bucket_are_not_waited_for():
   model, params = _world()
   (endless,) = _sampler().sample([_prompt(5)], _GREEDY)[0]
   spied = _spied(model)
@@ -352,7 +392,7 @@ def test_nobody_waits_for_rows_that_only_fill_a_bucket():
   jax.effects_barrier()
 
   # One row on each device; the only real one ends at once.
-  assert spied.traced == [(4, 16)]
+  assert spied.prefills == [(4, 16)]
   assert len(spied.steps) == 1
 
 
@@ -368,9 +408,8 @@ def test_no_more_rows_are_decoded_at_once_than_asked_for(sizes, max_rows, most):
 
   sampler.sample([_prompt(5, str(i)) for i in range(11)], params)
 
-  rows = [num_prompts * 3 for num_prompts, _ in spied.traced]
-  # A group on each device is the least there can be.
-  assert most / 2 < max(rows) <= most
+  # One group per device is the minimum.
+  assert most / 2 < max(rows for rows, _ in spied.decodes) <= most
 
 
 def test_the_mesh_changes_no_token():
@@ -434,4 +473,4 @@ def test_copies_lie_where_the_weights_lay():
   sampler.update_weights(jax.device_put(params, shardings), version=1)
   sampler.sample([_prompt(5)], _GREEDY)
 
-  assert len(spied.traced) == 1
+  assert len(spied.prefills) == len(spied.decodes) == 1
