@@ -354,6 +354,19 @@ class _Carry(NamedTuple):
   cache: attention.Cache
 
 
+def _start(rows: _Rows, cache: attention.Cache) -> _Carry:
+  """Returns the state before the first step; S slots limit the completions."""
+  num_rows, num_slots = cache.positions_BS.shape
+  drawn = _Drawn(
+    tokens_BS=jnp.zeros((num_rows, num_slots), jnp.int32),
+    logprobs_BS=jnp.zeros((num_rows, num_slots)),
+    model_logprobs_BS=jnp.zeros((num_rows, num_slots)),
+    lengths_B=jnp.zeros((num_rows,), jnp.int32),
+    stopped_B=~jnp.asarray(rows.real_B),
+  )
+  return _Carry(drawn, jnp.int32(0), jnp.asarray(rows.last_tokens_B), cache)
+
+
 def _decode(
   model: decoder.Model,
   params: decoder.Params,
@@ -365,24 +378,16 @@ def _decode(
 ) -> tuple[_Drawn, attention.Cache]:
   """Samples completions of B rows, until all stop or have `max_new` tokens.
 
-  Step i writes slot `first_slot` + i of every row: the last token of its
-  prompt at step 0, then the token that was drawn before.
+  Step i writes slot `first_slot` + i of every row: the last token of its prompt
+  at step 0, the token sampled before at later steps. With prompts "abc" and
+  "efghi", `first_slot` is 4, and the slots hold
 
-      prompt "a b c d":   a b c . . d x y .    first_slot = 5
-      prompt "e f g h i j": e f g h i j u v .
-
-  Args:
-    model: the decoder to sample from.
-    params: its parameters.
-    cache: keys and values of all prompt tokens but the last; updated in place.
-    rows: what distinguishes the rows.
-    settings: see `_Settings`.
-    method: how tokens are drawn.
+      a b . . c x y z
+      e f g h i u v w
 
   Returns:
-    The completions, and the cache: an output, so that its input is reused.
+    The completions, and the cache, which reuses the memory of its input.
   """
-  num_rows, num_slots = cache.positions_BS.shape
   fold_in = jax.vmap(jax.random.fold_in)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(settings.key, rows.row_ids_B)
   keys_B = fold_in(keys_B, rows.members_B)
@@ -391,43 +396,33 @@ def _decode(
     return (carry.step < settings.max_new) & ~jnp.all(carry.drawn.stopped_B)
 
   def advance(carry: _Carry) -> _Carry:
-    drawn, step, token_B, cache = carry
+    drawn, step, tokens_B, cache = carry
     hidden_B1D, cache = model.cached(
       params,
-      token_B[:, None],
+      tokens_B[:, None],
       (jnp.asarray(rows.positions_B) + step)[:, None],
-      jnp.ones_like(token_B)[:, None],
+      jnp.ones_like(tokens_B)[:, None],
       cache,
       settings.first_slot + step,
     )
-    token_B, logprob_B, model_logprob_B = _draw(
+    step_keys_B = fold_in(keys_B, jnp.full_like(tokens_B, step))
+    tokens_B, *logprobs = _draw(
       model.project(params, hidden_B1D[:, 0]),
-      jax.vmap(jax.random.uniform)(
-        fold_in(keys_B, jnp.broadcast_to(step, (num_rows,)))
-      ),
+      jax.vmap(jax.random.uniform)(step_keys_B),
       settings,
       method=method,
     )
-    write = jax.lax.dynamic_update_index_in_dim
-    drawn = _Drawn(
-      write(drawn.tokens_BS, token_B, step, axis=1),
-      write(drawn.logprobs_BS, logprob_B, step, axis=1),
-      write(drawn.model_logprobs_BS, model_logprob_B, step, axis=1),
-      drawn.lengths_B + ~drawn.stopped_B,
-      drawn.stopped_B | jnp.isin(token_B, settings.stop_token_ids),
+    write = functools.partial(
+      jax.lax.dynamic_update_index_in_dim, index=step, axis=1
     )
-    return _Carry(drawn, step + 1, token_B, cache)
+    drawn = _Drawn(
+      *map(write, drawn[:3], (tokens_B, *logprobs)),
+      lengths_B=drawn.lengths_B + ~drawn.stopped_B,
+      stopped_B=drawn.stopped_B | jnp.isin(tokens_B, settings.stop_token_ids),
+    )
+    return _Carry(drawn, step + 1, tokens_B, cache)
 
-  empty_BS = jnp.zeros((num_rows, num_slots))
-  drawn = _Drawn(
-    empty_BS.astype(jnp.int32),
-    empty_BS,
-    empty_BS,
-    jnp.zeros((num_rows,), jnp.int32),
-    ~jnp.asarray(rows.real_B),
-  )
-  start = _Carry(drawn, jnp.int32(0), jnp.asarray(rows.last_tokens_B), cache)
-  carry = jax.lax.while_loop(unfinished, advance, start)
+  carry = jax.lax.while_loop(unfinished, advance, _start(rows, cache))
   return carry.drawn, carry.cache
 
 
