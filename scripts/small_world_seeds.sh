@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The quickstart with three seeds, and docs/results/small_world.md from it.
+# Runs the quickstart with three seeds and writes docs/results/small_world.md.
 #   bash scripts/small_world_seeds.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,7 +10,7 @@ for seed in 0 1 2; do
   bash scripts/quickstart.sh --seed="$seed"
 done
 
-# list SUFFIX: the folders of all runs, separated by commas.
+# list SUFFIX: prints the directories of all runs, separated by commas.
 list() { local IFS=,; echo "${runs[*]/%//$1}"; }
 
 out=docs/results/small_world.md
@@ -22,19 +22,19 @@ cpu=$(grep -m1 '^model name' /proc/cpuinfo | cut -d: -f2-)
 cat >"$out" <<END
 # The small world, three seeds
 
-Made by \`bash scripts/small_world_seeds.sh\` at commit
+Written by \`bash scripts/small_world_seeds.sh\` at commit
 $(git rev-parse --short HEAD), on $(nproc) cores of$cpu; no accelerator.
 
-Each seed is a world of its own: problems, student, teacher. 400 held-out
-problems; the teacher writes one teaching at temperature 1.0, the student one
-answer at 0.7, with the same random numbers in every row of a seed. Intervals
-of shares are Wilson's; the last lines are a paired bootstrap. \`leaks\` is the
-share of teachings that give the answer away, \`no tag\` the share of
-completions without a teaching, \`tokens\` the mean length of a teaching, TES the
-gain in accuracy per thousand of them.
+Each seed has its own problems, student and teacher. Each row covers 400
+held-out problems; the teacher samples one teaching at temperature 1.0, the
+student one answer at 0.7, with the same random numbers in every row of a seed.
+Intervals of fractions are Wilson's; the last lines are a paired bootstrap.
+\`leaks\` is the fraction of teachings that contain the answer, \`no tag\` the
+fraction of completions without a teaching, \`tokens\` the mean length of a
+teaching, TES the gain in accuracy per thousand of these tokens.
 
 $table
 
 ![Reward and accuracy over the steps of GRPO](small_world.png)
 END
-echo "Written: $out"
+echo "Wrote $out"
