@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the small world in which every recipe's `:smoke` variant runs.
+"""Creates the small world in which every recipe's `:smoke` variant runs.
 
   python -m scripts.make_world --directory=.cache/world
 
-Word problems with checkable answers, a tokenizer, a student trained on the
-spot, and an untrained teacher, all in the formats of the real thing. With
-`--teacher`, a teacher warmed up by SFT as well.
+It has word problems with checkable answers, a tokenizer, a student trained by
+SFT and an untrained teacher, in the formats of real data and models. With
+`--teacher`, the teacher is trained by SFT too.
 """
 
 import json
@@ -19,14 +19,20 @@ from atlas_jax import errors
 from configs.data import world
 from scripts import program, small_world
 
-_DIRECTORY = flags.DEFINE_string("directory", world.DIRECTORY, "Where it goes.")
-_TEACHER = flags.DEFINE_bool("teacher", False, "Warms a teacher up as well.")
-_EPOCHS = flags.DEFINE_integer("epochs", None, "SFT epochs of each role.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides every problem and weight.")
+_DIRECTORY = flags.DEFINE_string(
+  "directory", world.DIRECTORY, "Where to write it."
+)
+_TEACHER = flags.DEFINE_bool(
+  "teacher", False, "Whether to train the teacher by SFT too."
+)
+_EPOCHS = flags.DEFINE_integer(
+  "epochs", None, "SFT epochs of each model; default: its config's."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all problems and weights.")
 
 
 def main() -> None:
-  """Makes whatever of the world is not there yet; `world.json` comes last."""
+  """Creates missing parts of the world; `world.json` is written last."""
   directory = pathlib.Path(_DIRECTORY.value)
   if not (directory / "world.json").exists():
     _make(directory)
@@ -35,7 +41,7 @@ def main() -> None:
 
 
 def _make(directory: pathlib.Path) -> None:
-  """Makes the data, the tokenizer and the student."""
+  """Writes the data and the tokenizer, and trains the student."""
   directory.mkdir(parents=True, exist_ok=True)
   texts = small_world.write_data(directory, _SEED.value)
   tokenizer = small_world.make_tokenizer(texts)
@@ -61,7 +67,7 @@ def _make(directory: pathlib.Path) -> None:
 
 
 def _train(directory: pathlib.Path, recipe: str, role: str) -> None:
-  """Trains a role by the ordinary script; its export stays in the workdir."""
+  """Trains a role with `scripts.train_sft`, which exports to its workdir."""
   workdir = directory / f"{role}_run"
   command = [sys.executable, "-m", "scripts.train_sft"]
   options = [
@@ -77,10 +83,10 @@ def _train(directory: pathlib.Path, recipe: str, role: str) -> None:
   code = subprocess.run([*command, *options], check=False).returncode
   if code:
     raise errors.ConfigError(
-      f"The {role} could not be trained.",
+      f"Training the {role} failed.",
       where=str(workdir),
-      why=f"scripts.train_sft ended with code {code}; see above.",
-      fix="Mend what it reports and run this again.",
+      why=f"scripts.train_sft exited with code {code}; its errors are above.",
+      fix="Fix the error it reports and run this command again.",
     )
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what evaluations found as one table, and plots a training run.
+"""Prints evaluation results as one table, and plots training runs.
 
   python -m scripts.report --before=results/quickstart/eval_sft \
     --after=results/quickstart/eval_grpo --metrics=results/quickstart/grpo \
     --plot=results/quickstart/training.png
 
-With several folders, separated by commas, each pair is one seed, and every
-seed gets its rows. The table is Markdown.
+With several directories, separated by commas, each pair is one seed with its
+own rows. The table is Markdown.
 """
 
 from collections.abc import Sequence
@@ -32,20 +32,26 @@ _PLOT = flags.DEFINE_string("plot", "", "A PNG of reward and accuracy.")
 
 _BOOTSTRAP = {"num_bootstrap": 2000, "seed": 0}
 _COLUMNS = (
-  *("who answers", "accuracy [95 %]", "NDR [95 %]"),
-  *("leaks", "no tag", "tokens", "TES"),
+  "who answers",
+  "accuracy [95 %]",
+  "NDR [95 %]",
+  "leaks",
+  "no tag",
+  "tokens",
+  "TES",
 )
 _WIDTHS = (24, 20, 20, 5, 6, 6, 6)
 
 
 def main() -> None:
-  """Prints the table, then draws the plot if one is asked for."""
+  """Prints the table and, with `--plot`, draws the plot."""
   if len(_BEFORE.value) != len(_AFTER.value):
     raise errors.ConfigError(
-      "The evaluations do not come in pairs.",
+      "--before and --after must have the same length, got "
+      f"{len(_BEFORE.value)} and {len(_AFTER.value)}.",
       where="--before, --after",
-      why=f"There are {len(_BEFORE.value)} and {len(_AFTER.value)} of them.",
-      fix="Give one of each per seed, in the same order.",
+      why="Each seed has one evaluation before GRPO and one after it.",
+      fix="Pass one of each per seed, in the same order.",
     )
   print(_row(*_COLUMNS))
   print(_row(*("-" * width for width in _WIDTHS)))
@@ -107,7 +113,7 @@ def _with_interval(
 
 
 def _draw(path: pathlib.Path) -> None:
-  """Draws reward and accuracies over the steps of each run."""
+  """Plots reward and accuracies over the steps of each run."""
   mpl.rcParams["svg.hashsalt"] = "fixed"
   figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
   left, right = figure.subplots(1, 2)

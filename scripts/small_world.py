@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the small world is made of: data, a tokenizer, untrained models."""
+"""Writes the small world: data, a tokenizer, untrained models."""
 
 from collections.abc import Iterable, Mapping
 import json
@@ -26,7 +26,7 @@ _CHAT_TEMPLATE = (
   "{% endfor %}"
   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Qwen's own split, which transformers applies to these model types.
+# Qwen's pre-tokenizer, which transformers applies to these model types.
 _SPLIT = tokenizers.Regex(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ _SPLIT = tokenizers.Regex(
 
 
 def write_data(directory: pathlib.Path, seed: int) -> list[str]:
-  """Writes every data file; returns texts to make a tokenizer from."""
+  """Writes all data files; returns texts to train a tokenizer on."""
   prompts = templates.Templates(**world.get_templates().to_dict())
   seen: set[str] = set()
   sets = {}
@@ -82,7 +82,7 @@ def _write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def make_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
-  """Trains a byte-level BPE whose words are mostly whole."""
+  """Trains a byte-level BPE that keeps most words whole."""
   core = tokenizers.Tokenizer(models.BPE())
   core.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -114,7 +114,7 @@ def write_model(
   width: int,
   seed: int,
 ) -> None:
-  """Writes an untrained checkpoint of four heads."""
+  """Writes a randomly initialized checkpoint with four heads."""
   source = directory.with_name(f"{directory.name}.source")
   tokenizer.save_pretrained(source)
   fields = {

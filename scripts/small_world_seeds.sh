@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The quickstart with three seeds, and docs/results/small_world.md from it.
+# Runs the quickstart with three seeds and writes docs/results/small_world.md.
 #   bash scripts/small_world_seeds.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,7 +10,7 @@ for seed in 0 1 2; do
   bash scripts/quickstart.sh --seed="$seed"
 done
 
-# list SUFFIX: the folders of all runs, separated by commas.
+# list SUFFIX: prints the directories of all runs, separated by commas.
 list() { local IFS=,; echo "${runs[*]/%//$1}"; }
 
 out=docs/results/small_world.md
@@ -38,4 +38,4 @@ $table
 
 ![Reward and accuracy over the steps of GRPO](small_world.png)
 END
-echo "Written: $out"
+echo "Wrote $out"

@@ -74,7 +74,7 @@ class HttpSampler:
       )
     self._publish, self._max_rows = publish, max_rows
     self._version = -1
-    self._tally = counters.Counters()
+    self._counters = counters.Counters()
     self._loop = asyncio.new_event_loop()
     self._fleet = fleet.Fleet(urls, channel, deadlines=deadlines, token=token)
     self._thread = threading.Thread(
@@ -117,7 +117,7 @@ class HttpSampler:
     """
     started = time.monotonic()
     groups = self._run(self._sample(prompts, params))
-    self._tally.add(
+    self._counters.add(
       tokens=sum(len(c.token_ids) for group in groups for c in group),
       sample_s=time.monotonic() - started,
     )
@@ -148,7 +148,7 @@ class HttpSampler:
     drain_s = max((reply.drain_s for reply in replies), default=0.0)
     load_s = max((reply.load_s for reply in replies), default=0.0)
     push_s = time.monotonic() - start
-    self._tally.add(
+    self._counters.add(
       push_s=push_s, publish_s=published_s, drain_s=drain_s, load_s=load_s
     )
     logging.info(
@@ -169,7 +169,7 @@ class HttpSampler:
     `queue_s` is the mean time a request waited for a free server and in the
     server's queue; the other times are sums over weight pushes.
     """
-    sums = self._tally.take()
+    sums = self._counters.take()
     requests = sums.pop("requests", 0.0)
     if requests:
       sums["queue_s"] /= requests
@@ -267,7 +267,7 @@ class HttpSampler:
     server = await self._fleet.wait_for(
       lambda: self._fleet.ready(max_requests, avoid=late)
     )
-    self._tally.add(queue_s=time.monotonic() - started)
+    self._counters.add(queue_s=time.monotonic() - started)
     return server
 
   async def _send(
@@ -286,7 +286,7 @@ class HttpSampler:
       server.num_requests -= 1
       server.num_tokens -= cost
       await self._fleet.notify()
-    self._tally.add(requests=1, queue_s=reply.queue_s)
+    self._counters.add(requests=1, queue_s=reply.queue_s)
     return _to_completions(reply)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart, shortened; in its world, every recipe's `:smoke` runs.
+"""A short quickstart, then every recipe's `:smoke` variant in its world.
 
-All of it happens in a copy of the repository.
+Everything runs in a copy of the repository.
 """
 
 import json
@@ -18,12 +18,12 @@ from tests import quick_compile
 _ROOT = pathlib.Path(__file__).parents[2]
 _ENVIRONMENT = {
   **os.environ,
-  # One device, as a user has it. What this leaves out takes long to compile,
-  # and makes no run of these shorter.
+  # One device, as users have. Optimizations of the compiler take longer than
+  # they save in runs this short.
   "XLA_FLAGS": "--xla_backend_optimization_level=1 "
   + quick_compile.NO_FUSION_EMITTERS,
 }
-# These two make the world.
+# These two recipes train the models of the world.
 _WORLD = {"world_student": "student_run", "teacher_sft": "teacher_run"}
 _GRPO = ("teacher_rcl", "teacher_rlt", "rlvr")
 _SHORT = (
@@ -34,7 +34,7 @@ _SHORT = (
 
 
 def _run(home, *command, timeout=400):
-  """Runs a command that must succeed; gives what it printed."""
+  """Runs a command that must succeed; returns its stdout."""
   result = subprocess.run(
     command,
     cwd=home,
@@ -54,10 +54,12 @@ def _quickstart(home):
 
 
 def _smoke(home, script, recipe, *options):
-  """Runs a recipe where the world lies as the recipe has it; gives a folder."""
+  """Runs a recipe in the default world; returns its workdir."""
   _run(
     home,
-    *(sys.executable, "-m", f"scripts.{script}"),
+    sys.executable,
+    "-m",
+    f"scripts.{script}",
     f"--config=configs/run/{recipe}.py:smoke",
     f"--workdir={home}/{recipe}",
     *options,
@@ -72,19 +74,19 @@ def _rows(workdir):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-  """Gives a copy of the repository after the quickstart, and what it said."""
+  """Returns a copy of the repository after the quickstart, and its stdout."""
   if not (_ROOT / ".venv/installed/trainer.txt").exists():
-    pytest.skip("needs the .venv that scripts/run_tests.sh makes")
+    pytest.skip("needs the .venv that scripts/run_tests.sh creates")
   home = tmp_path_factory.mktemp("home") / "repository"
-  left_out = shutil.ignore_patterns(".*", "results", "__pycache__")
-  shutil.copytree(_ROOT, home, ignore=left_out)
+  ignored = shutil.ignore_patterns(".*", "results", "__pycache__")
+  shutil.copytree(_ROOT, home, ignore=ignored)
   (home / ".venv").symlink_to(_ROOT / ".venv")
   return home, _quickstart(home)
 
 
 @pytest.fixture(scope="module")
 def home(quickstart):
-  """Gives a folder with a world in which both models know a little."""
+  """Returns a repository whose world has two models trained for one epoch."""
   home, _ = quickstart
   command = (sys.executable, "-m", "scripts.make_world")
   _run(home, *command, "--teacher", "--epochs=1")
@@ -95,7 +97,7 @@ def home(quickstart):
 
 
 @pytest.mark.parametrize("argument", ["--rollout=sglang", "--step=2", "x"])
-def test_an_unknown_argument_is_refused_before_anything_is_made(argument):
+def test_an_unknown_argument_is_rejected_before_any_work(argument):
   result = subprocess.run(
     ["bash", _ROOT / "scripts/quickstart.sh", argument],
     capture_output=True,
@@ -110,31 +112,31 @@ def test_an_unknown_argument_is_refused_before_anything_is_made(argument):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_quickstart_prints_its_table_and_then_reuses_what_exists(quickstart):
-  home, said = quickstart
-  assert "unknown" not in said
+def test_quickstart_prints_its_table_then_reuses_results(quickstart):
+  home, stdout = quickstart
+  assert "unknown" not in stdout
   for row in ("student alone", "taught after SFT", "taught after GRPO"):
-    assert f"| {row}" in said
+    assert f"| {row}" in stdout
   results = home / "results/quickstart"
   assert (results / "training.png").read_bytes().startswith(b"\x89PNG")
   assert _rows(results / "grpo")[-1]["step"] == 2
   export = results / "grpo/export/model.safetensors"
   written = export.stat().st_mtime_ns
 
-  said = _quickstart(home)
+  stdout = _quickstart(home)
 
   assert export.stat().st_mtime_ns == written
-  assert "taught after GRPO" in said
+  assert "taught after GRPO" in stdout
 
 
-def test_no_recipe_is_left_out():
+def test_every_recipe_is_tested():
   recipes = {path.stem for path in (_ROOT / "configs/run").glob("[!_]*.py")}
   assert recipes == {*_WORLD, *_GRPO, "teacher_gkd", "teaching_eval"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", _WORLD)
-def test_sft_learns(home, recipe):
+def test_sft_lowers_its_loss(home, recipe):
   workdir = home / ".cache/world" / _WORLD[recipe]
   first, *_, last = [row["loss"] for row in _rows(workdir) if "loss" in row]
   assert last < first
@@ -153,7 +155,7 @@ def test_grpo_takes_a_step(home, recipe):
 
 
 @pytest.mark.slow
-def test_gkd_comes_closer_to_its_teacher(home):
+def test_gkd_lowers_its_loss(home):
   workdir = _smoke(
     home,
     "train_gkd",

@@ -24,12 +24,12 @@ _GREEDY = types.SamplingParams(
 
 
 def _reference(family, directory):
-  """Writes a random transformers model whose logits are well apart."""
+  """Writes a random transformers model with well separated logits."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   fields = tiny.fields(family, initializer_range=0.4)
   config = transformers.AutoConfig.for_model(**fields)
-  config._experts_implementation = "eager"  # The fused one wants even sizes.
+  config._experts_implementation = "eager"  # The fused one needs even sizes.
   reference = transformers.AutoModelForCausalLM.from_config(config).eval()
   reference.save_pretrained(directory)
   return reference
@@ -72,9 +72,9 @@ def _sample(directory, prompts, stop_token_ids):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_greedy_completions_are_those_of_generate(tmp_path, family):
+def test_greedy_completions_match_generate(tmp_path, family):
   reference = _reference(family, tmp_path)
-  # Llama's scaling starts at 16 positions; one prompt lies far past them.
+  # Llama's scaling starts at 16 positions; one prompt is far longer.
   prompts = [
     types.Prompt(
       str(length), "", tuple(torch.randint(0, 37, (length,)).tolist())
@@ -87,6 +87,6 @@ def test_greedy_completions_are_those_of_generate(tmp_path, family):
 
   expected = [_generate(reference, p.token_ids, stops) for p in prompts]
   assert [c.token_ids for c in completions] == expected
-  # A model that repeats one token would agree too easily.
+  # A model that repeats one token would match too easily.
   assert len({token for tokens in expected for token in tokens}) > 5
   assert max(map(len, expected)) == _NUM_TOKENS > min(map(len, expected))

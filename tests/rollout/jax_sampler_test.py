@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is sampled, how likely it was, and what it does not depend on."""
+"""Tokens, log-probabilities and invariances of the JAX sampler."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def _open(model, params, *, mesh=None, stop_token_ids=(), max_rows=64):
 
 @functools.cache
 def _sampler():
-  """Opens a sampler that tests share; none of them changes its weights."""
+  """Returns a sampler shared by tests that do not change its weights."""
   return _open(*_world())
 
 
@@ -70,7 +70,7 @@ def _full_forward():
 
 
 def _logits(prompt, completion):
-  """Computes, without a cache, the logits each token was drawn from."""
+  """Computes, without a cache, the logits of each sampled token."""
   length = 64  # One shape, one program.
   tokens = (*prompt.token_ids, *completion.token_ids)
   tokens_BT = np.zeros((1, length), np.int32)
@@ -85,7 +85,7 @@ def _logits(prompt, completion):
 
 
 def _logprobs(logits_NV, *, temperature=1.0, top_k=0, top_p=1.0):
-  """Computes what a sampler should draw from, one row at a time."""
+  """Computes the distribution to sample from, one token at a time."""
   rows = []
   for logits_V in logits_NV / temperature:
     order = np.argsort(-logits_V)
@@ -93,7 +93,7 @@ def _logprobs(logits_NV, *, temperature=1.0, top_k=0, top_p=1.0):
       order = order[:top_k]
     probs = np.exp(logits_V[order] - logits_V[order[0]])
     probs /= probs.sum()
-    # The shortest head whose mass reaches top_p.
+    # The fewest tokens whose mass reaches top_p.
     size = int(np.sum(np.cumsum(probs) < top_p - 1e-9)) + 1
     kept = np.full_like(logits_V, -np.inf)
     kept[order[:size]] = np.log(probs[:size] / probs[:size].sum())
@@ -113,7 +113,7 @@ def _flat(groups):
   return [completion for group in groups for completion in group]
 
 
-def test_a_prompt_samples_alike_alone_and_in_any_batch_and_bucket():
+def test_samples_do_not_depend_on_the_batch_or_bucket():
   prompts = _prompts()
   sampler = _sampler()
 
@@ -126,7 +126,7 @@ def test_a_prompt_samples_alike_alone_and_in_any_batch_and_bucket():
   assert together == _tokens(by_twos)
 
 
-def test_a_larger_group_and_a_later_limit_only_add():
+def test_a_larger_group_and_limit_only_extend_the_samples():
   (short,) = _sampler().sample([_prompt(5)], _SAMPLING)
   larger = dataclasses.replace(
     _SAMPLING, group_size=5, max_completion_tokens=12
@@ -137,7 +137,7 @@ def test_a_larger_group_and_a_later_limit_only_add():
   assert [c.token_ids for c in short] == [c.token_ids[:8] for c in long[:3]]
 
 
-def test_seed_row_id_and_place_in_the_group_each_decide():
+def test_seed_row_id_and_group_index_each_change_the_samples():
   sampler, prompt = _sampler(), _prompt(5)
   reseeded = dataclasses.replace(_SAMPLING, seed=1)
   renamed = dataclasses.replace(prompt, row_id="another")
@@ -152,7 +152,7 @@ def test_seed_row_id_and_place_in_the_group_each_decide():
   assert drawn[0] == _tokens(sampler.sample([prompt], _SAMPLING))[0]
 
 
-def test_greedy_is_the_argmax_of_the_whole_forward_pass():
+def test_greedy_is_the_argmax_of_the_full_forward_pass():
   prompts = _prompts()
   for prompt, (completion,) in zip(
     prompts, _sampler().sample(prompts, _GREEDY), strict=True
@@ -175,7 +175,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass():
   ],
   ids=str,
 )
-def test_logprobs_are_those_of_the_distribution_drawn_from(cut):
+def test_logprobs_are_those_of_the_sampled_distribution(cut):
   prompts = _prompts()
   params = dataclasses.replace(_SAMPLING, **cut)
 
@@ -184,7 +184,7 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(cut):
   for prompt, group in zip(prompts, groups, strict=True):
     for completion in group:
       logits_NV = _logits(prompt, completion)
-      # Tokens outside the nucleus or the top k would be at minus infinity.
+      # Of tokens outside the nucleus or the top k these are minus infinity.
       expected = _of_tokens(_logprobs(logits_NV, **cut), completion)
       np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
       models = _of_tokens(_logprobs(logits_NV), completion)
@@ -205,7 +205,7 @@ def test_a_cut_to_one_token_is_greedy(cut):
 @pytest.mark.parametrize(
   "cut", [{"temperature": 1.3}, {"temperature": 1.3, "top_p": 0.7}], ids=str
 )
-def test_many_samples_are_distributed_as_the_softmax(cut):
+def test_samples_follow_the_softmax(cut):
   prompts = [_prompt(5, f"row {i}") for i in range(64)]
   params = dataclasses.replace(
     _SAMPLING, group_size=64, max_completion_tokens=1, **cut
@@ -217,12 +217,12 @@ def test_many_samples_are_distributed_as_the_softmax(cut):
   drawn = [c.token_ids[0] for group in groups for c in group]
   observed = np.bincount(drawn, minlength=38) / len(drawn)
   expected = np.exp(_logprobs(_logits(prompts[0], groups[0][0]), **cut)[0])
-  # About 0.03 is expected of 4096 draws.
+  # About 0.03 is expected for 4096 samples.
   assert np.abs(observed - expected).sum() / 2 < 0.05
   assert np.all(observed[expected == 0] == 0)
 
 
-def test_draws_of_rows_group_members_and_tokens_are_independent():
+def test_samples_of_rows_group_members_and_tokens_are_independent():
   model, params = _world()
   even = _open(model, jax.tree.map(jnp.zeros_like, params), max_rows=256)
   size = 16
@@ -232,7 +232,7 @@ def test_draws_of_rows_group_members_and_tokens_are_independent():
 
   groups = even.sample([_prompt(5, f"row {i}") for i in range(size)], params)
 
-  # All 38 tokens are as likely, whatever came before.
+  # All 38 tokens are equally likely in every context.
   drawn = np.array(_tokens(groups))
   assert drawn.shape == (size, size, size)
   for axis in range(3):
@@ -240,7 +240,7 @@ def test_draws_of_rows_group_members_and_tokens_are_independent():
     assert abs(repeated - 1 / 38) < 0.01, f"axis {axis}"
 
 
-def test_a_stop_token_ends_a_completion_and_is_its_last():
+def test_a_stop_token_ends_a_completion_and_is_its_last_token():
   prompts = _prompts()
   params = dataclasses.replace(_SAMPLING, max_completion_tokens=12)
   endless = _sampler().sample(prompts, params)
@@ -260,7 +260,7 @@ def test_a_stop_token_ends_a_completion_and_is_its_last():
   assert reasons == {"stop", "length"}
 
 
-def test_a_stop_at_the_limit_is_a_stop():
+def test_a_stop_token_at_the_limit_counts_as_a_stop():
   (endless,) = _sampler().sample([_prompt(5)], _GREEDY)[0]
   first = endless.token_ids[:1]
   params = dataclasses.replace(_GREEDY, max_completion_tokens=1)
@@ -272,33 +272,38 @@ def test_a_stop_at_the_limit_is_a_stop():
 
 
 @pytest.mark.parametrize("length", [0, 121])
-def test_a_prompt_that_does_not_fit_is_refused_by_its_row(length):
+def test_a_prompt_that_does_not_fit_is_rejected_with_its_row(length):
   prompts = [_prompt(120, "good"), _prompt(length, "question 7")]
 
   with pytest.raises(errors.ConfigError, match="row question 7"):
     _sampler().sample(prompts, _SAMPLING)
 
 
-def test_a_prompt_may_fill_the_context():
+def test_a_prompt_and_its_completion_may_fill_the_context():
   (completion,) = _sampler().sample([_prompt(120)], _GREEDY)[0]
   assert len(completion.token_ids) == 8
 
 
-def test_no_prompts_give_no_completions():
+def test_no_prompts_return_no_completions():
   assert _sampler().sample([], _SAMPLING) == []
 
 
 @dataclasses.dataclass(frozen=True)
 class _Spied(decoder.Model):
-  """A model that notes the shape of each traced prefill, and each step run."""
+  """A model that records each traced program, and each decoding step run.
 
-  traced: list = dataclasses.field(default_factory=list)
+  Of a prefill the shape of its tokens, of a decoding loop that of its slots.
+  """
+
+  prefills: list = dataclasses.field(default_factory=list)
+  decodes: list = dataclasses.field(default_factory=list)
   steps: list = dataclasses.field(default_factory=list)
 
   def cached(self, params, tokens_BT, *args):
     if tokens_BT.shape[1] > 1:
-      self.traced.append(tokens_BT.shape)
+      self.prefills.append(tokens_BT.shape)
     else:
+      self.decodes.append(args[2].positions_BS.shape)
       jax.debug.callback(lambda: self.steps.append("decoded"))
     return super().cached(params, tokens_BT, *args)
 
@@ -309,7 +314,7 @@ def _spied(model):
   )
 
 
-def test_few_programs_serve_all_lengths():
+def test_prompt_lengths_share_few_programs():
   model, params = _world()
   spied = _spied(model)
   sampler = _open(spied, params)
@@ -321,11 +326,45 @@ def test_few_programs_serve_all_lengths():
   for length in range(2, 64, 3):
     sampler.sample([_prompt(length)], dataclasses.replace(greedy, seed=length))
 
-  assert spied.traced == [(1, n) for n in (16, 32, 48, 64)]
-  assert sampler.num_programs == len(spied.traced)
+  assert spied.prefills == [(1, n) for n in (16, 32, 48, 64)]
+  assert spied.decodes == spied.prefills
+  assert sampler.num_programs == 8
 
 
-def test_temperature_seed_and_cut_need_no_program_of_their_own():
+def test_groups_and_limits_share_a_decode_program():
+  model, params = _world()
+  spied = _spied(model)
+  sampler = _open(spied, params)
+
+  for group_size, max_new in ((1, 8), (2, 9), (4, 10)):
+    sampler.sample(
+      [_prompt(5, str(i)) for i in range(8 // group_size)],
+      dataclasses.replace(
+        _SAMPLING, group_size=group_size, max_completion_tokens=max_new
+      ),
+    )
+
+  assert spied.prefills == [(8, 16), (4, 16), (2, 16)]
+  assert spied.decodes == [(8, 16)]
+  assert sampler.num_programs == 4
+
+
+def test_slots_of_padding_are_cut_off_without_effect():
+  model = _spied(
+    tiny.build("qwen3", **{**_EVEN, "max_position_embeddings": 256})
+  )
+  sampler = _open(model, _world()[1])
+  prompt = _prompt(131)
+
+  alone = sampler.sample([prompt], _SAMPLING)
+  together = sampler.sample([prompt, _prompt(190, "longer")], _SAMPLING)
+
+  assert model.prefills == [(1, 192), (2, 192)]
+  assert model.decodes == [(3, 160), (6, 224)]
+  assert _tokens(alone) == _tokens(together)[:1]
+
+
+def test_temperature_seed_and_cut_do_not_need_another_program():
   model, params = _world()
   spied = _spied(model)
   sampler = _open(spied, params)
@@ -334,10 +373,11 @@ def test_temperature_seed_and_cut_need_no_program_of_their_own():
     changed = {"top_k": top_k, "temperature": temperature, "seed": top_k}
     sampler.sample([_prompt(5)], dataclasses.replace(_SAMPLING, **changed))
 
-  assert len(spied.traced) == sampler.num_programs == 1
+  assert len(spied.prefills) == len(spied.decodes) == 1
+  assert sampler.num_programs == 2
 
 
-def test_nobody_waits_for_rows_that_only_fill_a_bucket():
+def test_rows_that_only_fill_a_bucket_are_not_waited_for():
   model, params = _world()
   (endless,) = _sampler().sample([_prompt(5)], _GREEDY)[0]
   spied = _spied(model)
@@ -351,8 +391,8 @@ def test_nobody_waits_for_rows_that_only_fill_a_bucket():
   sampler.sample([_prompt(5)], _GREEDY)
   jax.effects_barrier()
 
-  # One row on each device; the only real one ends at once.
-  assert spied.traced == [(4, 16)]
+  # One row per device; the only real one stops after one token.
+  assert spied.prefills == [(4, 16)]
   assert len(spied.steps) == 1
 
 
@@ -360,7 +400,7 @@ def test_nobody_waits_for_rows_that_only_fill_a_bucket():
   ("sizes", "max_rows", "most"),
   [({}, 17, 17), ({"data": 2}, 16, 16), ({"data": 4}, 6, 12)],
 )
-def test_no_more_rows_are_decoded_at_once_than_asked_for(sizes, max_rows, most):
+def test_at_most_max_rows_are_decoded_at_once(sizes, max_rows, most):
   model, params = _world()
   spied = _spied(model)
   sampler = _open(spied, params, mesh=tiny.mesh(**sizes), max_rows=max_rows)
@@ -368,12 +408,11 @@ def test_no_more_rows_are_decoded_at_once_than_asked_for(sizes, max_rows, most):
 
   sampler.sample([_prompt(5, str(i)) for i in range(11)], params)
 
-  rows = [num_prompts * 3 for num_prompts, _ in spied.traced]
-  # A group on each device is the least there can be.
-  assert most / 2 < max(rows) <= most
+  # One group per device is the minimum.
+  assert most / 2 < max(rows for rows, _ in spied.decodes) <= most
 
 
-def test_the_mesh_changes_no_token():
+def test_samples_do_not_depend_on_the_mesh():
   model, params = _world()
   prompts = _prompts()
   expected = _sampler().sample(prompts, _SAMPLING)
@@ -390,7 +429,7 @@ def test_the_mesh_changes_no_token():
       np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
 
 
-def test_new_weights_change_what_is_sampled_and_carry_their_version():
+def test_new_weights_change_the_samples_and_their_version():
   model, params = _world()
   others = tiny.params_of(model, seed=5)
   expected = _open(model, others).sample(_prompts(), _SAMPLING)
@@ -408,7 +447,7 @@ def test_new_weights_change_what_is_sampled_and_carry_their_version():
   assert _tokens(after) == _tokens(expected)
 
 
-def test_weights_are_copied_so_their_owner_may_donate_them():
+def test_weights_are_copied_so_the_caller_may_donate_them():
   model, params = _world()
   expected = _sampler().sample(_prompts(), _SAMPLING)
   first, second = (jax.tree.map(jnp.copy, params) for _ in range(2))
@@ -422,7 +461,7 @@ def test_weights_are_copied_so_their_owner_may_donate_them():
   assert _tokens(sampler.sample(_prompts(), _SAMPLING)) == _tokens(expected)
 
 
-def test_copies_lie_where_the_weights_lay():
+def test_copies_keep_the_sharding_of_the_weights():
   model, params = _world()
   mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   shardings = sharding.of_params(mesh, model.abstract_params)
@@ -430,8 +469,8 @@ def test_copies_lie_where_the_weights_lay():
   sampler = _open(spied, jax.device_put(params, shardings), mesh=mesh)
   sampler.sample([_prompt(5)], _GREEDY)
 
-  # Weights laid out in another way would need a second program.
+  # Weights with another sharding would need other programs.
   sampler.update_weights(jax.device_put(params, shardings), version=1)
   sampler.sample([_prompt(5)], _GREEDY)
 
-  assert len(spied.traced) == 1
+  assert len(spied.prefills) == len(spied.decodes) == 1
