@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From nothing to a trained teacher, on a CPU: a small world of word problems,
-# SFT, GRPO, evaluation of both teachers, one table. Run again, it reuses what
-# exists. A seed makes a world and a run of its own:
-#   bash scripts/quickstart.sh [--seed=0] [--steps=80] [--epochs=N]
+# Trains a teacher from scratch on a CPU: a small world of word problems, SFT,
+# GRPO, evaluation of both teachers, one table. Run again, it reuses existing
+# results. Each seed has its own world and its own results:
+#   bash scripts/quickstart.sh [--seed=0] [--steps=60] [--epochs=N]
 #     [--rollout=vllm|jax]
-# --epochs shortens every SFT, for a quick look at the machinery. With --rollout,
-# GRPO samples from servers: real vLLM, or the JAX sampler.
+# --epochs shortens every SFT, for a quick test of the pipeline. With --rollout,
+# GRPO samples from servers, which run vLLM or the JAX sampler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed=0 steps=80 epochs=() rollout=""
+seed=0 steps=60 epochs=() rollout=""
 for argument in "$@"; do
   case "$argument" in
     --seed=*) seed="${argument#*=}" ;;
@@ -18,8 +18,8 @@ for argument in "$@"; do
     --steps=*) steps="${argument#*=}" ;;
     --rollout=vllm | --rollout=jax) rollout="${argument#*=}" ;;
     *)
-      echo "Unknown argument $argument; there are --seed=, --epochs= (of SFT)," \
-        "--steps= (of GRPO) and --rollout=vllm or =jax." >&2
+      echo "Unknown argument $argument. Valid arguments: --seed=," \
+        "--epochs= (of SFT), --steps= (of GRPO), --rollout=vllm or =jax." >&2
       exit 2
       ;;
   esac
@@ -33,6 +33,8 @@ source scripts/environment.sh
 ensure_environment trainer
 python=.venv/bin/python
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" HF_HUB_OFFLINE=1
+# The stages share many programs that compile in less than the default second.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -41,7 +43,7 @@ say "1/6 The small world: problems, tokenizer, student ($world)"
   "$python" -m scripts.make_world --directory="$world" --seed="$seed" \
     "${epochs[@]/#/--epochs=}"
 
-say "2/6 SFT warm-up of the teacher, on guidance of mixed quality"
+say "2/6 SFT warm-up of the teacher, on teachings of mixed quality"
 [[ -d "$results/sft/export" ]] ||
   "$python" -m scripts.train_sft \
     --config=configs/run/teacher_sft.py:smoke --workdir="$results/sft" \
@@ -53,7 +55,7 @@ common=(
   --config.world.directory="$world" --config.world.with_teacher=False
   --config.student.path="$world/student_run/export"
 )
-say "3/6 GRPO of the teacher, rewarded by what its student then answers"
+say "3/6 GRPO of the teacher, rewarded by its student's answers"
 grpo=("$python" -m scripts.train_grpo --workdir="$results/grpo"
   --config=configs/run/teacher_rcl.py:smoke)
 if [[ -n "$rollout" ]]; then
@@ -78,13 +80,13 @@ for stage in sft grpo; do
       --config.data.path="$world/test.jsonl" >/dev/null
 done
 
-say "6/6 What came of it"
+say "6/6 Results"
 "$python" -m scripts.report --before="$results/eval_sft" \
   --after="$results/eval_grpo" --metrics="$results/grpo" \
   --plot="$results/training.png"
 cat <<END
 
 The teacher, as a Hugging Face model: $results/grpo/export
-Every held-out question and answer:   $results/eval_grpo/records.jsonl
+Held-out questions and answers:       $results/eval_grpo/records.jsonl
 Metrics of each step:                 $results/grpo/metrics.jsonl
 END

@@ -127,12 +127,14 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   # If all teachings do equally well, scaling would only reward brevity.
   config.advantages.scale = "none"
   config.batch.num_questions = 16
-  config.batch.per_device = 0
-  config.packing = dict(length=0, packed=False)
+  # Nearly always one shape: a microbatch has room for 128 samples.
+  config.batch.per_device = 48
+  config.packing = dict(length=192, packed=True)
+  config.sampler.max_rows = 128
   config.sampling.teach.group_size = 8
   config.schedule.learning_rate = 3e-4
   config.optimizer.adamw.beta2 = 0.99
-  config.loop.num_steps = 80
+  config.loop.num_steps = 60
   config.loop.log_every = 5
   config.loop.eval_every = 20
   config.loop.save_every = 20
