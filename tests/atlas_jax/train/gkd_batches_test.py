@@ -129,7 +129,7 @@ def test_dropped_completions_are_counted_and_bounded(tokenizer, reason):
   written, metrics = made.take(0)
   assert metrics["dropped_fraction"] == 0.5
   assert len(written) == 2
-  assert {w.prompt for w in written} == {
+  assert {tuple(w.prompt) for w in written} == {
     tuple(p.prompt) for p in made.train_set.batch(0) if p.row_id == second
   }
   strict = _make(tokenizer, max_dropped_fraction=0.4)
