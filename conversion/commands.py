@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands of `scripts.convert`: convert to and from Hugging Face, compare."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 import math
@@ -32,9 +32,13 @@ _MAX_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Flags of a conversion; an empty `dtype` keeps the input's precision."""
+  """Flags of a conversion; an empty `dtype` keeps the input's precision.
+
+  `ignore_fields` names fields of config.json that are treated as absent.
+  """
 
   source: str
+  ignore_fields: Collection[str]
   dtype: Literal["", "float32", "bfloat16"]
   max_shard_bytes: int
   overwrite: bool
@@ -68,7 +72,7 @@ def to_hf(origin: pathlib.Path, out: pathlib.Path, options: Options) -> None:
       fix="Set --source to the run's --config.model.path.",
     )
   source = load.resolve(options.source)
-  model = _build(source)
+  model = _build(source, options.ignore_fields)
   checkpoint_format.check(step)
   if settings := orbax_step.adapters(step):
     _adapters_to_hf(step, settings, source, model, out, options)
@@ -184,7 +188,7 @@ def merge(
       back differ.
   """
   source = load.resolve(base)
-  model = _build(source)
+  model = _build(source, options.ignore_fields)
   tensors = load.open_tensors(source, model)
   opened = peft_adapters.open_directory(adapter)
   peft_adapters.check_shapes(opened, model)
@@ -233,7 +237,7 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
       back differ.
   """
   source = load.resolve(origin)
-  model = _build(source)
+  model = _build(source, options.ignore_fields)
   names = rules.shapes(model)
   held = weights.of_directory(source)
   dtype = options.dtype or weights.dtype_of(held, source)
@@ -267,16 +271,17 @@ def from_hf(origin: str, out: pathlib.Path, options: Options) -> None:
 
 
 def verify_pair(
-  left: pathlib.Path, right: pathlib.Path, *, source: str, with_logits: bool
+  left: pathlib.Path, right: pathlib.Path, options: Options
 ) -> None:
   """Compares two models in either format and prints the differences.
 
   Raises:
     errors.CheckpointError: if they differ, or one cannot be read.
   """
-  known = [_build_if_computed(path) for path in (left, right)]
-  if source:
-    known.append(_build(load.resolve(source)))
+  ignored = options.ignore_fields
+  known = [_build_if_computed(path, ignored) for path in (left, right)]
+  if options.source:
+    known.append(_build(load.resolve(options.source), ignored))
   # The checkpoint of a run has no config, so it uses the other side's model.
   a, b = (model or next(filter(None, known), None) for model in known[:2])
   held = [_weights(left, a), _weights(right, b)]
@@ -289,7 +294,7 @@ def verify_pair(
   for line in (*changed, *verify.table(found)):
     print(line)
   shapes = [{n: w.shape for n, w in side.items()} for side in held]
-  if with_logits and a and b and shapes[0] == shapes[1]:
+  if options.with_logits and a and b and shapes[0] == shapes[1]:
     sides = (a, _params(left, a)), (b, _params(right, b))
     gap = verify.logit_gap(*sides)
     print(
@@ -300,21 +305,26 @@ def verify_pair(
   raise _different(left, right, [*changed, *(each.name for each in found)])
 
 
-def _build(directory: pathlib.Path) -> decoder.Model:
-  config, _ = load.read_config(directory)
+def _build(
+  directory: pathlib.Path, ignore_fields: Collection[str]
+) -> decoder.Model:
+  config, _ = load.read_config(directory, ignore_fields=ignore_fields)
   return decoder.build(
     config, dtype="float32", attention="xla", remat="none", unroll=1
   )
 
 
-def _build_if_computed(path: pathlib.Path) -> decoder.Model | None:
+def _build_if_computed(
+  path: pathlib.Path, ignore_fields: Collection[str]
+) -> decoder.Model | None:
   """Builds the model of a directory; None without a supported config."""
   place = orbax_step.find(path) or path
   try:
-    return _build(place) if (place / "config.json").exists() else None
+    if (place / "config.json").exists():
+      return _build(place, ignore_fields)
   except errors.CheckpointError as error:
     print(f"Comparing tensors only: {error.what} ({error.where})")
-    return None
+  return None
 
 
 def _weights(
@@ -352,7 +362,7 @@ def _is_done(
   out: pathlib.Path, model: decoder.Model, wanted: weights.Weights
 ) -> bool:
   """Returns whether the target already holds the weights to be written."""
-  there = _build_if_computed(out)
+  there = _build_if_computed(out, model.config.ignored_fields)
   if there is None or there.config != model.config:
     return False
   with progress.reporting("Compared with the target", _size(wanted)) as advance:

@@ -8,6 +8,8 @@ import pathlib
 
 import numpy as np
 
+from atlas_jax import errors
+from atlas_jax.models import decoder_config
 from conversion import load, orbax_step, shards
 
 
@@ -28,6 +30,8 @@ class Header:
 def lines(directory: pathlib.Path) -> Iterator[str]:
   """Yields the lines of a listing: config, tree of arrays, total.
 
+  A config of an unsupported model is described by what is unsupported.
+
   Args:
     directory: in Hugging Face format, or any path that `orbax_step.find`
       accepts.
@@ -46,7 +50,7 @@ def lines(directory: pathlib.Path) -> Iterator[str]:
     separator = "."
   place = step or directory
   if (place / "config.json").exists():
-    yield _config(place)
+    yield from _config(place)
   yield from _tree(headers, separator)
   total = sum(header.num_bytes for header in headers.values())
   yield f"{total:>16,}  bytes in {len(headers)} tensors"
@@ -76,8 +80,13 @@ def _place(sharding: object) -> str:
   return f"  split ({', '.join(split)})" if {*split} - {"whole"} else ""
 
 
-def _config(place: pathlib.Path) -> str:
-  config, _ = load.read_config(place)
+def _config(place: pathlib.Path) -> Iterator[str]:
+  """Yields the config in one line, and the fields that are not computed."""
+  try:
+    config, fields = load.read_config(place)
+  except errors.CheckpointError as error:
+    yield f"config.json: {error.what} {error.why}"
+    return
   parts = {
     "layers": config.num_layers,
     "width": config.width,
@@ -93,7 +102,9 @@ def _config(place: pathlib.Path) -> str:
       f"{config.experts.width} wide"
     )
   text = ", ".join(f"{name} {value}" for name, value in parts.items())
-  return f"{config.family}: {text}"
+  yield f"{config.family}: {text}"
+  if unread := decoder_config.unread(fields):
+    yield f"Fields that transformers does not read: {', '.join(unread)}"
 
 
 def _tree(headers: Mapping[str, Header], separator: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ bytes that a device needs.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple, TypeAlias
 
+from absl import logging
 import huggingface_hub
 import jax
 import jax.sharding as js
@@ -67,9 +68,15 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
 
 
 def read_config(
-  directory: pathlib.Path,
+  directory: pathlib.Path, *, ignore_fields: Collection[str] = ()
 ) -> tuple[decoder_config.DecoderConfig, dict[str, Any]]:  # Any: JSON.
   """Reads `config.json` as a `DecoderConfig`, and as raw JSON.
+
+  It logs the fields that transformers does not read either, once per file.
+
+  Args:
+    directory: in Hugging Face format.
+    ignore_fields: names of fields that are treated as absent.
 
   Raises:
     errors.CheckpointError: if the file is absent or malformed, or describes an
@@ -85,11 +92,19 @@ def read_config(
   path = directory / "config.json"
   fields = shards.read_json(path)
   try:
-    return decoder_config.from_hf(fields), fields
+    config = decoder_config.from_hf(fields, ignore_fields=ignore_fields)
   except errors.CheckpointError as error:
     raise errors.CheckpointError(
       error.what, where=str(path), why=error.why, fix=error.fix
     ) from error
+  if unread := decoder_config.unread(fields):
+    _log_unread(str(path), ", ".join(unread))
+  return config, fields
+
+
+@functools.cache  # So that a file that is read again is logged once.
+def _log_unread(path: str, names: str) -> None:
+  logging.info("Ignored fields of %s, as transformers does: %s", path, names)
 
 
 def load(

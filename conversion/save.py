@@ -294,7 +294,9 @@ def _check_source(
   source: pathlib.Path, model: decoder.Model
 ) -> dict[str, Any]:  # Any: JSON.
   """Returns the source's config; rejects another shape or no tokenizer."""
-  config, fields = load.read_config(source)
+  config, fields = load.read_config(
+    source, ignore_fields=model.config.ignored_fields
+  )
   if config != model.config:
     raise errors.CheckpointError(
       "The source's config does not match the model.",

@@ -210,7 +210,10 @@ def config_differences(left: decoder.Model, right: decoder.Model) -> list[str]:
   """Lists the config fields in which the two models differ."""
   a: Mapping[str, object] = vars(left.config)
   b: Mapping[str, object] = vars(right.config)
-  return [f"{key}: {a[key]} and {b[key]}" for key in a if a[key] != b[key]]
+  compared = [f.name for f in dataclasses.fields(left.config) if f.compare]
+  return [
+    f"{key}: {a[key]} and {b[key]}" for key in compared if a[key] != b[key]
+  ]
 
 
 def logits_equal(

@@ -25,6 +25,12 @@ from conversion import commands, listing
 # A separate set: tests import other scripts with required flags.
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string("source", "", "Model that was trained.", flag_values=_FLAGS)
+flags.DEFINE_list(
+  "ignore_fields",
+  [],
+  "Fields of config.json to treat as absent.",
+  flag_values=_FLAGS,
+)
 flags.DEFINE_string("base", "", "Model of the adapter.", flag_values=_FLAGS)
 flags.DEFINE_string(
   "adapter", "", "PEFT directory to merge into --base.", flag_values=_FLAGS
@@ -92,12 +98,7 @@ def _run(words: Sequence[str]) -> None:
       for line in listing.lines(pathlib.Path(directory)):
         print(line)
     case ["verify", left, right]:
-      commands.verify_pair(
-        pathlib.Path(left),
-        pathlib.Path(right),
-        source=_FLAGS.source,
-        with_logits=_FLAGS.logits,
-      )
+      commands.verify_pair(pathlib.Path(left), pathlib.Path(right), _options())
     case ["to_hf", origin, out]:
       commands.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
     case ["from_hf", origin, out]:
@@ -116,6 +117,7 @@ def _run(words: Sequence[str]) -> None:
 def _options() -> commands.Options:
   return commands.Options(
     source=_FLAGS.source,
+    ignore_fields=_FLAGS.ignore_fields,
     dtype=_FLAGS.dtype,
     max_shard_bytes=_FLAGS.max_shard_bytes,
     overwrite=_FLAGS.overwrite,

@@ -79,6 +79,9 @@ _ENGINE_FLAGS = {
     "max_rows": flags.DEFINE_integer(
       "max_rows", 256, "jax: maximum completions decoded at once."
     ),
+    "ignore_fields": flags.DEFINE_list(
+      "ignore_fields", [], "jax: fields of config.json to treat as absent."
+    ),
   },
 }
 _LIMITS = {

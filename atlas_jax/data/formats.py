@@ -31,18 +31,20 @@ class Format:
 
   Attributes:
     system_prompt: first turn, unless the row has one; empty for none.
-    question: the user's turn, and the question that a student is asked.
+    question: the user's turn, and the question that a student is asked. For a
+      row with a conversation, the last user turn; if turns precede it, the text
+      of all turns up to it, each after its role.
     thinking: precedes the solution; left out if its columns are empty.
     solution: the assistant's turn.
     rewrites: pairs of pattern and replacement for `re.sub`, applied to the
       assistant's turns.
     answer: the reference answer. For a row with a conversation and without
-      these columns, the last turn.
+      these columns, the assistant's turn after the last user turn.
     answer_pattern: the first group of its last match in `answer` is the final
       answer, and rows without a match are left out; empty to use all of it.
     worked: the worked solution, which reward R0 uses; may be empty. For a row
-      with a conversation and without these columns, the last turn, after the
-      thinking.
+      with a conversation and without these columns, the assistant's turn, after
+      the thinking.
     problem: identifies the problem when some are held out; empty for
       `question`, or the user's first turn of a conversation.
     keep: values of rows to keep, by column.
@@ -278,13 +280,23 @@ def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
   `difficulty` is optional.
 
   Raises:
-    errors.DataError: if a column is missing or is not text.
+    errors.DataError: if a column is missing or is not text, or a conversation
+      has no answer.
   """
   messages = _chat(row)
   if messages:
-    question = _user_turn(row, messages)
-    answer = _fill_optional(fmt.answer, row) or messages[-1].content
-    written = _rewritten(messages[-1].content, fmt).rpartition("</think>")[2]
+    question, reply = _last_exchange(row, messages, fmt)
+    answer = _fill_optional(fmt.answer, row) or reply
+    if not answer:
+      raise errors.DataError(
+        "The conversation has no answer.",
+        where=row.where,
+        why="No assistant turn follows the last user turn. Its roles are "
+        f"{', '.join(turn.role for turn in messages)}.",
+        fix="Add the answer as an assistant turn or in a column, or remove the "
+        "row.",
+      )
+    written = _without_thinking(reply, fmt)
   else:
     question, answer = _fill(fmt.question, row), _fill(fmt.answer, row)
     written = ""
@@ -301,7 +313,7 @@ def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
     question=question,
     answer=answer,
     difficulty=rows.optional_text(row, "difficulty"),
-    solution=worked or written.strip(),
+    solution=worked or written,
   )
 
 
@@ -314,7 +326,7 @@ def to_problem(row: rows.Row, fmt: Format) -> str:
   problem = _fill_optional(fmt.problem or fmt.question, row)
   messages = _chat(row)
   if not problem and messages:
-    return _user_turn(row, messages)
+    return messages[_user_turns(row, messages)[0]].content
   return problem or _fill(fmt.question, row)
 
 
@@ -367,10 +379,42 @@ def _chat(row: rows.Row) -> list[types.Message]:
   return messages
 
 
-def _user_turn(row: rows.Row, messages: Sequence[types.Message]) -> str:
-  for turn in messages:
-    if turn.role == "user":
-      return turn.content
+def _last_exchange(
+  row: rows.Row, messages: Sequence[types.Message], fmt: Format
+) -> tuple[str, str]:
+  """Returns the last user turn with its context, and the assistant's reply.
+
+  The protocol's templates take one text as a question, so turns before the last
+  user turn are part of it. The reply is empty if there is none.
+  """
+  last = _user_turns(row, messages)[-1]
+  context = [
+    f"{turn.role.capitalize()}: "
+    + (
+      _without_thinking(turn.content, fmt)
+      if turn.role == "assistant"
+      else turn.content
+    )
+    for turn in messages[:last]
+  ]
+  question = messages[last].content
+  if context:
+    question = "\n\n".join([*context, f"User: {question}"])
+  replies = [t.content for t in messages[last:] if t.role == "assistant"]
+  return question, replies[-1] if replies else ""
+
+
+def _without_thinking(text: str, fmt: Format) -> str:
+  return _rewritten(text, fmt).rpartition("</think>")[2].strip()
+
+
+def _user_turns(
+  row: rows.Row, messages: Sequence[types.Message]
+) -> Sequence[int]:
+  """Returns the indices of the user's turns, of which there must be one."""
+  found = [i for i, turn in enumerate(messages) if turn.role == "user"]
+  if found:
+    return found
   raise errors.DataError(
     "A conversation must have a user turn.",
     where=row.where,

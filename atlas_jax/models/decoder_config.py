@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder configuration, read from a Hugging Face `config.json`.
 
-Every field of the file is either read, known to have no effect on the logits,
-or required to hold the one value this decoder computes. All other fields are
-rejected by name, since ignoring one would compute a different model.
+A field that transformers reads is read here too, has no effect on the logits,
+or must hold the one value that this decoder computes; otherwise it is rejected
+by name, since ignoring it would compute a different model. A field that
+transformers does not read (see `hf_fields`) is ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 import math
 from typing import Any, Literal
 
 from atlas_jax import errors
+from atlas_jax.models import hf_fields
 from atlas_jax.models import rope as rope_lib
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -39,7 +41,8 @@ class DecoderConfig:
   outputs of attention and MLP; `zero_centered_norms` stores norm scales minus
   one. Attention scores are multiplied by `attention_scale`; a soft cap c maps x
   to c tanh(x / c). Layers marked in `local` attend to the last `window` tokens,
-  their own included, and use `local_rope`.
+  their own included, and use `local_rope`. `ignored_fields` are those that the
+  user chose to ignore.
   """
 
   family: str
@@ -69,6 +72,7 @@ class DecoderConfig:
   qk_norm: bool
   tie_embeddings: bool
   experts: Experts | None
+  ignored_fields: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self) -> None:
     """Validates head counts, the window size and the number of experts."""
@@ -187,13 +191,16 @@ _READ = {
   "partial_rotary_factor",
   *_OBJECTS,
 }
-# Fields that do not affect the logits in evaluation mode.
+# Fields that do not affect the logits in evaluation mode; those that only
+# transformers itself writes are not in `hf_fields`.
 _NO_EFFECT = {
   "architectures",
   "transformers_version",
   "torch_dtype",
   "dtype",
+  "name_or_path",
   "_name_or_path",
+  "_commit_hash",
   "use_cache",
   "return_dict",
   "id2label",
@@ -203,13 +210,18 @@ _NO_EFFECT = {
   "is_encoder_decoder",
   "chunk_size_feed_forward",
   "problem_type",
+  "num_labels",
   "max_window_layers",
   "bos_token_id",
   "eos_token_id",
   "pad_token_id",
   "attention_dropout",
   "sliding_window",
+  "attention_chunk_size",  # Only chunked_attention layers use it.
+  "attn_implementation",
+  "_attn_implementation",
   "_attn_implementation_autoset",
+  "experts_implementation",
   "resid_pdrop",
   "embd_pdrop",
   "cache_implementation",
@@ -229,24 +241,31 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {  # Any: JSON scalars.
   "mlp_bias": (False, None),
   "use_sliding_window": (False, None),
   "use_bidirectional_attention": (False, None),
+  "is_causal": (True, None),
+  "per_layer_config": (None,),
   "pretraining_tp": (1, None),
   "quantization_config": (None,),
 }
 
 
-def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
+def from_hf(
+  fields: Mapping[str, Any], *, ignore_fields: Collection[str] = ()
+) -> DecoderConfig:
   """Reads the fields of a `config.json`.
 
   Args:
     fields: the parsed file, as written by transformers 4 or 5.
+    ignore_fields: names of fields that are treated as absent.
 
   Returns:
     The decoder's shape.
 
   Raises:
     errors.CheckpointError: if the architecture is unknown, a field is missing,
-      or a field asks for something this decoder does not compute.
+      or fields ask for something this decoder does not compute.
   """
+  ignored = tuple(key for key in fields if key in ignore_fields)
+  fields = {key: fields[key] for key in fields if key not in ignored}
   name = fields.get("model_type")
   if not isinstance(name, str) or name not in _FAMILIES:
     raise _unsupported(
@@ -254,18 +273,30 @@ def from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
       fix="Use a checkpoint of a supported family.",
     )
   family = _FAMILIES[name]
-  _check_fields(fields, family)
+  if problems := list(_problems(fields, family)):
+    raise _unsupported("; ".join(problems))
   # A null field counts as absent, as in transformers.
-  fields = {key: value for key, value in fields.items() if value is not None}
-  _check_types(fields)
+  read = {
+    key: value
+    for key, value in fields.items()
+    if value is not None and key in _READ | family.reads
+  }
+  _check_types(read)
   try:
-    return _read(name, family, fields)
+    config = _read(name, family, read)
   except KeyError as missing:
     raise _unsupported(
       f"field {missing} is missing", fix="Use a complete config.json."
     ) from missing
   except ValueError as wrong:
     raise _unsupported(str(wrong)) from wrong
+  return dataclasses.replace(config, ignored_fields=ignored)
+
+
+def unread(fields: Mapping[str, Any]) -> list[str]:
+  """Returns the fields of a `config.json` that transformers does not read."""
+  known = hf_fields.READ | _READ | _NO_EFFECT | _REQUIRED.keys()
+  return sorted(fields.keys() - known)
 
 
 def _read(
@@ -309,24 +340,21 @@ def _read(
   )
 
 
-def _check_fields(fields: Mapping[str, Any], family: _Family) -> None:
-  """Rejects unknown fields, and known fields with unsupported values."""
+def _problems(fields: Mapping[str, Any], family: _Family) -> Iterator[str]:
+  """Yields the fields that would change the logits, but are not computed."""
   for key, value in fields.items():
     if key in family.reads:
       continue
     if key in _REQUIRED:
       if value not in _REQUIRED[key]:
-        raise _unsupported(
-          f"{key} must be {_REQUIRED[key][0]!r}, got {value!r}"
-        )
+        yield f"{key} must be {_REQUIRED[key][0]!r}, got {value!r}"
     elif key == "layer_types":
       kinds = value if isinstance(value, list) else [value]
       if value is not None and any(kind != "full_attention" for kind in kinds):
-        raise _unsupported(
-          f"layer_types must all be full_attention, got {value!r}"
-        )
-    elif key not in _READ | _NO_EFFECT:
-      raise _unsupported(f"unknown field {key}={value!r}")
+        yield f"layer_types must all be full_attention, got {value!r}"
+    # An empty value, such as a null soft cap or 0 experts, disables a feature.
+    elif value and key in hf_fields.READ - _READ - _NO_EFFECT:
+      yield f"{key}={value!r} is not computed for this model_type"
 
 
 def _check_types(fields: Mapping[str, Any]) -> None:  # Any: JSON.
@@ -353,13 +381,16 @@ def _ropes(
   per kind of layer); transformers 4 writes several fields.
   """
   base = {
-    "rope_theta": fields.get("rope_theta", 10_000.0),
+    "rope_theta": fields.get(
+      "rope_theta", 1_000_000.0 if family.two_ropes else 10_000.0
+    ),
     "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
   }
   scaling = fields.get("rope_scaling", {})
   newer = fields.get("rope_parameters", {})
   if not family.two_ropes:
-    rope = rope_lib.from_hf(base | scaling | newer, head_width=head_width)
+    # If both are present, transformers reads rope_scaling only.
+    rope = rope_lib.from_hf(base | (scaling or newer), head_width=head_width)
     return rope, rope
   if newer.keys() - {_GLOBAL, _LOCAL}:
     raise ValueError(
@@ -368,7 +399,7 @@ def _ropes(
   local = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
   return (
     rope_lib.from_hf(
-      base | scaling | newer.get(_GLOBAL, {}), head_width=head_width
+      base | newer.get(_GLOBAL, {}) | scaling, head_width=head_width
     ),
     rope_lib.from_hf(
       base | local | newer.get(_LOCAL, {}), head_width=head_width
@@ -436,7 +467,10 @@ def _experts(fields: Mapping[str, Any]) -> Experts:
 
 
 def _unsupported(
-  what: str, fix: str = "Use a checkpoint without it."
+  what: str,
+  fix: str = "Use a checkpoint without it. To treat a field as absent, name it "
+  "in --config.model.ignore_fields, or in --ignore_fields of scripts.convert "
+  "and scripts.serve.",
 ) -> errors.CheckpointError:
   return errors.CheckpointError(
     f"Unsupported model: {what}.",

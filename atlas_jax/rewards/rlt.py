@@ -10,7 +10,8 @@ student scores both as a completion of the question's prompt:
 
 g estimates KL(teacher || student) at each sampled token; log p_teacher is the
 sampler's log-probability. Tokens that contain part of the <teaching> tags are
-left out. If there is no teaching, the whole completion is used in its place.
+left out, as are those of thinking inside of the teaching. If there is no
+teaching, the whole completion is used in its place.
 The reward is missing if a term is not finite. Leaks are not checked: r_KL
 penalizes teachings that the student would not have written itself.
 
@@ -25,6 +26,8 @@ import re
 
 from atlas_jax import chat, errors, types
 
+# As in the extraction of teachings from completions; see teaching/templates.py.
+_THINKING = re.compile(r"<(think(?:ing)?)>.*?(?:</\1>|\Z)", re.DOTALL)
 _LAYOUT = re.compile(r"(.*)\{teaching\}(.*)\{solution\}", re.DOTALL)
 
 
@@ -155,8 +158,8 @@ def _case(
 ) -> _Case | str:
   """Builds the tokens that the student scores, or returns why it cannot."""
   completion = record.teacher_rollout.completion
-  span = _span(student.tokenizer, completion, record.teaching)
-  teaching = completion.token_ids[span]
+  kept = _kept(student.tokenizer, completion, record.teaching)
+  teaching = [completion.token_ids[i] for i in kept]
   text = record.question.solution or record.question.answer
   solution = _encode(student.tokenizer, text)
   if not teaching:
@@ -170,33 +173,59 @@ def _case(
     completion=(*before, *teaching, *between, *solution),
     teaching=slice(start, end),
     solution=slice(end + len(between), end + len(between) + len(solution)),
-    teacher_logprobs=completion.logprobs[span],
+    teacher_logprobs=tuple(completion.logprobs[i] for i in kept),
     is_closed=record.teaching is not None,
   )
 
 
-def _span(
+def _kept(
   tokenizer: chat.Tokenizer, completion: types.Completion, teaching: str | None
-) -> slice:
-  """Returns the span of tokens that contain only the teaching.
+) -> list[int]:
+  """Returns the indices of the tokens that contain only the teaching.
 
-  Without a teaching, it spans the completion up to its stop token.
+  Without a teaching, these are all tokens up to the stop token.
+
+    text    <teaching>a <think>b</think> c</teaching>
+    spans             ..                ..
   """
   token_ids = completion.token_ids
   if teaching is None:
-    return slice(0, len(token_ids) - (completion.finish_reason == "stop"))
-  text = chat.decode(tokenizer, token_ids)
-  tagged = rf"<teaching>\s*({re.escape(teaching)})\s*</teaching>"
-  # The last match: earlier ones are drafts in the thinking.
-  *_, (start, end) = (match.span(1) for match in re.finditer(tagged, text))
+    return [*range(len(token_ids) - (completion.finish_reason == "stop"))]
 
   def num_characters(num_tokens: int) -> int:
     return len(chat.decode(tokenizer, token_ids[:num_tokens]))
 
+  text = chat.decode(tokenizer, token_ids)
   indices = range(len(token_ids) + 1)
-  first = bisect.bisect_left(indices, start, key=num_characters)
-  last = bisect.bisect_right(indices, end, key=num_characters) - 1
-  return slice(first, max(first, last))
+  kept: list[int] = []
+  for start, end in _spans(text, teaching):
+    first = bisect.bisect_left(indices, start, key=num_characters)
+    last = bisect.bisect_right(indices, end, key=num_characters) - 1
+    kept += range(first, last)
+  return kept
+
+
+def _spans(text: str, teaching: str) -> list[tuple[int, int]]:
+  """Returns the spans of a teaching in a text, without thinking in between."""
+  thinking = [match.span() for match in _THINKING.finditer(text)]
+  starts = [0, *(end for _, end in thinking)]
+  ends = [*(start for start, _ in thinking), len(text)]
+  public = list(zip(starts, ends, strict=True))
+  tagged = rf"<teaching>\s*({re.escape(teaching)})\s*</teaching>"
+  joined = "".join(text[start:end] for start, end in public)
+  # The last match: earlier ones are drafts, if a chat template opens thinking.
+  matches = [match.span(1) for match in re.finditer(tagged, joined)]
+  if not matches:
+    return []
+  first, last = matches[-1]
+  spans, done = [], 0
+  for start, end in public:
+    # Part of the match in text[start:end], which begins at joined[done].
+    low, high = max(first, done), min(last, done + end - start)
+    if low < high:
+      spans.append((low - done + start, high - done + start))
+    done += end - start
+  return spans
 
 
 def _encode(tokenizer: chat.Tokenizer, text: str) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ class Policy:
     model = {
       f"model.{field.name}": str(getattr(config, field.name))
       for field in dataclasses.fields(config)
+      if field.compare
     }
     if self.adapters is None:
       return model

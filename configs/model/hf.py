@@ -8,6 +8,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(  # components.open_model
     dict(
       path=path,
+      ignore_fields=(),
       dtype="bfloat16",
       param_dtype="float32",
       attention="auto",

@@ -7,7 +7,7 @@ batch, including compilation.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import concurrent.futures
 import pathlib
 import time
@@ -34,6 +34,7 @@ class JaxEngine:
     dtype: str,
     max_model_len: int | None,
     max_rows: int,
+    ignore_fields: Collection[str] = (),
   ) -> None:
     """Loads a model onto all devices of this process.
 
@@ -42,11 +43,12 @@ class JaxEngine:
       dtype: of weights and activations.
       max_model_len: of prompt plus completion; None for the model's maximum.
       max_rows: maximum number of completions decoded at once.
+      ignore_fields: fields of config.json that are treated as absent.
 
     Raises:
       errors.AtlasError: if the model or its tokenizer cannot be loaded.
     """
-    config, _ = load.read_config(directory)
+    config, _ = load.read_config(directory, ignore_fields=ignore_fields)
     longest = config.max_positions
     if max_model_len is not None and max_model_len > longest:
       raise errors.ConfigError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a job and opens its parts: models, samplers, rewards, writers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -138,7 +138,7 @@ def ensure_world(*, directory: str, with_teacher: bool) -> None:
     )
 
 
-def open_model(
+def open_model(  # noqa: PLR0913 - the keys of a model section.
   mesh: jax.sharding.Mesh,
   *,
   path: str,
@@ -148,6 +148,7 @@ def open_model(
   remat: decoder.Remat,
   unroll: int,
   with_params: bool = True,
+  ignore_fields: Collection[str] = (),
 ) -> OpenModel:
   """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
 
@@ -161,6 +162,7 @@ def open_model(
     remat: see `decoder.build`.
     unroll: see `decoder.build`.
     with_params: whether to load parameters; a student on servers needs none.
+    ignore_fields: fields of config.json that are treated as absent.
 
   Raises:
     errors.AtlasError: if the model directory or its tokenizer is unusable.
@@ -168,7 +170,7 @@ def open_model(
   if remat == "offload":
     train_state.check_host_memory(mesh, where="--config.model.remat=offload")
   directory = load.resolve(path)
-  config, _ = load.read_config(directory)
+  config, _ = load.read_config(directory, ignore_fields=ignore_fields)
   model = decoder.build(
     config,
     dtype=dtype,

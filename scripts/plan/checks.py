@@ -76,11 +76,11 @@ class Facts:
 def run(config: types.Config) -> Facts:
   """Checks the files, data and servers of a config."""
   facts = Facts()
-  tokenizer = _check_model(facts, "model", config.model.path)
+  tokenizer = _check_model(facts, "model", config.model)
   if "student" in config:
-    _check_model(facts, "student", config.student.path)
+    _check_model(facts, "student", config.student)
   if config.recipe == "gkd":
-    theirs = _check_model(facts, "teacher", config.teacher.path)
+    theirs = _check_model(facts, "teacher", config.teacher)
     if tokenizer is not None and theirs is not None:
       with facts.checking("one tokenizer") as ok:
         gkd.check_tokenizers(tokenizer, theirs)
@@ -126,7 +126,7 @@ def gib(num_bytes: float) -> str:
 def _check_model(
   facts: Facts,
   name: str,
-  path: str,
+  section: types.Config,
 ) -> chat.Tokenizer | None:
   """Checks a model directory, in which only config.json is required.
 
@@ -135,8 +135,8 @@ def _check_model(
   """
   tokenizer = None
   with facts.checking(name) as ok:
-    directory = load.resolve(path, with_weights=False)
-    shape, _ = load.read_config(directory)
+    directory = load.resolve(section.path, with_weights=False)
+    shape, _ = load.read_config(directory, ignore_fields=section.ignore_fields)
     if name == "model":
       facts.shape = shape
     ok(

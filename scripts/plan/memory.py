@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -186,7 +185,8 @@ def with_changes(
 def _settings(section: types.Config) -> dict[str, Any]:
   """Returns the arguments of `decoder.build`, for simulated CPU devices."""
   settings = dict(section.items())
-  del settings["path"], settings["param_dtype"]
+  for key in ("path", "ignore_fields", "param_dtype"):
+    del settings[key]
   settings["attention"] = "auto"  # GPU kernels are unavailable on a CPU.
   return settings
 
@@ -299,7 +299,7 @@ def _frozen(
 ) -> decoder.Model:
   """Builds a model that is not trained."""
   directory = load.resolve(section.path, with_weights=False)
-  shape, _ = load.read_config(pathlib.Path(directory))
+  shape, _ = load.read_config(directory, ignore_fields=section.ignore_fields)
   return decoder.build(
     shape, **_settings(section), layout=sharding.of_activations(mesh)
   )

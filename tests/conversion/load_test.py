@@ -206,6 +206,18 @@ def test_unreadable_config_is_rejected_with_its_path(tmp_path):
     load.read_config(tmp_path)
 
 
+def test_fields_that_transformers_does_not_read_are_logged_once(
+  tmp_path, caplog
+):
+  tiny.write_source(tmp_path / "a", "llama", use_mrope=False, unk_token_id=0)
+  tiny.write_source(tmp_path / "b", "llama")
+  with caplog.at_level("INFO"):
+    for name in ("a", "a", "b"):
+      load.read_config(tmp_path / name)
+  (line,) = [line for line in caplog.messages if "Ignored fields" in line]
+  assert line.endswith("unk_token_id, use_mrope")
+
+
 def test_file_instead_of_a_directory_is_rejected(tmp_path):
   file = tmp_path / "model.safetensors"
   file.write_bytes(b"")

@@ -61,6 +61,52 @@ def test_inspect_lists_a_directory_as_a_tree(tmp_path, capsys):
   assert out.endswith("bytes in 27 tensors\n")
 
 
+def test_inspect_lists_an_unsupported_model(tmp_path, capsys):
+  directory, _ = _with_fields(
+    tmp_path, final_logit_softcapping=30.0, mlp_bias=True, use_mrope=False
+  )
+  assert _run("inspect", directory) == 0
+  out = capsys.readouterr().out
+  assert "Unsupported model: final_logit_softcapping=30.0" in out
+  assert "mlp_bias must be False, got True" in out
+  assert out.endswith("bytes in 27 tensors\n")
+  (directory / "config.json").write_text("{")
+  assert _run("inspect", directory) == 0
+
+
+def test_inspect_lists_fields_that_are_not_read(tmp_path, capsys):
+  directory, _ = _with_fields(tmp_path, use_mrope=False, unsloth_version="1")
+  assert _run("inspect", directory) == 0
+  out = capsys.readouterr().out
+  assert "qwen2: layers 2" in out
+  assert "does not read: unsloth_version, use_mrope\n" in out
+
+
+def test_ignored_fields_are_converted_and_kept(tmp_path, capsys):
+  directory, fields = _with_fields(tmp_path, final_logit_softcapping=30.0)
+  (directory / "tokenizer.json").write_text("{}")
+  words = ("from_hf", directory, tmp_path / "orbax")
+  assert _run(*words) == 5
+  ignore = "--ignore_fields=final_logit_softcapping"
+  assert _run(*words, ignore) == 0
+  words = ("to_hf", tmp_path / "orbax", tmp_path / "hf2")
+  assert _run(*words, f"--source={directory}") == 5
+  assert _run(*words, f"--source={directory}", ignore) == 0
+  assert json.loads((tmp_path / "hf2/config.json").read_text()) == fields
+  capsys.readouterr()
+  assert _run("verify", directory, tmp_path / "hf2", ignore) == 0
+
+
+def _with_fields(tmp_path, **changes):
+  """Writes a checkpoint with more fields; returns directory and fields."""
+  directory = tmp_path / "hf"
+  tiny.write_checkpoint(directory, "qwen2")
+  path = directory / "config.json"
+  fields = json.loads(path.read_text()) | changes
+  path.write_text(json.dumps(fields))
+  return directory, fields
+
+
 def test_inspect_lists_a_checkpoint_with_its_sharding(tmp_path, capsys):
   model = tiny.build(
     "qwen2",

@@ -122,8 +122,9 @@ def test_known_datasets_make_conversations(name, values, user, assistant):
     ("meta_math", _META, _META["query"], "4", _META["response"]),
     ("big_math", {"prompt": "1 + 1?", "solution": "2"}, "1 + 1?", "2", "2"),
     ("default", {"prompt": "1 + 1?", "ground_truth": "2"}, "1 + 1?", "2", ""),
-    ("default", {"messages": _CHAT}, "q", "a", "a"),
-    ("default", {"messages": _CHAT, "answer": "7"}, "q", "7", "a"),
+    ("default", {"messages": _CHAT[1:]}, "q", "a", "a"),
+    ("default", {"messages": _CHAT}, "System: s\n\nUser: q", "a", "a"),
+    ("default", {"messages": _CHAT[1:], "answer": "7"}, "q", "7", "a"),
     ("default", {"question": "q", "answer": 7}, "q", "7", ""),
   ],
 )
@@ -221,6 +222,38 @@ def test_conversation_without_a_user_turn_is_rejected():
   for make in (formats.to_question, formats.to_problem):
     with pytest.raises(errors.DataError, match="user turn"):
       make(row, _DEFAULT)
+
+
+def _turns(*contents):
+  roles = ("user", "assistant") * len(contents)
+  return [
+    {"role": role, "content": content}
+    for role, content in zip(roles, contents, strict=False)
+  ]
+
+
+def test_the_last_user_turn_is_the_question_with_earlier_turns_as_context():
+  turns = _turns(
+    "2+2?", "<think>\nHm.\n</think>\n\n4", "And 3+3?", "<think>t</think>6"
+  )
+  made = formats.to_question(_row(messages=turns), _DEFAULT)
+  assert made.question == "User: 2+2?\n\nAssistant: 4\n\nUser: And 3+3?"
+  assert (made.answer, made.solution) == ("<think>t</think>6", "6")
+  made = formats.to_question(_row(messages=[_CHAT[0], *turns]), _DEFAULT)
+  assert made.question.startswith("System: s\n\nUser: 2+2?\n\n")
+  # Conversations that begin alike stay on one side of the held-out split.
+  assert formats.to_problem(_row(messages=turns), _DEFAULT) == "2+2?"
+
+
+def test_a_conversation_that_ends_with_the_user_needs_an_answer_column():
+  for turns in (_turns("q"), _turns("2+2?", "4", "And 3+3?")):
+    with pytest.raises(errors.DataError, match="has no answer") as info:
+      formats.to_question(_row(messages=turns), _DEFAULT)
+    assert "user" in info.value.why
+    row = _row(messages=turns, answer="6")
+    made = formats.to_question(row, _DEFAULT)
+    assert (made.answer, made.solution) == ("6", "")
+    assert made.question.endswith(turns[-1]["content"])
 
 
 def test_question_id_and_difficulty_are_read_from_columns():

@@ -207,6 +207,19 @@ def test_invalid_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   assert info.value.exit_code == 3
 
 
+def test_conversations_without_an_answer_are_quarantined(tmp_path):
+  asked = [{"role": "user", "content": "2+2?"}]
+  answered = [*asked, {"role": "assistant", "content": "4"}]
+  rows = [{"messages": asked}, {"messages": answered}, {"messages": answered}]
+  path = _write(tmp_path, rows)
+  data = _selection(path, max_bad_rows=1)
+  found = sets.all_questions(data, workdir=tmp_path)
+  assert [(q.question, q.answer) for q in found] == [("2+2?", "4")] * 2
+  (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+  assert json.loads(line)["line"] == 1
+  assert "has no answer" in json.loads(line)["reason"]
+
+
 def test_reasons_for_left_out_rows_are_reported(tmp_path):
   rows = [{"question": "q", "answer": "So.", "level": i} for i in range(4)]
   fields = {"like": "gsm8k", "keep": {"level": (1, 2)}}

@@ -8,6 +8,7 @@ import pytest
 
 from atlas_jax import chat, errors, types
 from atlas_jax.rewards import rlt
+from atlas_jax.teaching import templates
 from tests import fakes
 
 _LAYOUT = "<think>\n{teaching}\n</think>\n\n<solution>\n{solution}"
@@ -141,11 +142,11 @@ def test_each_term_reads_its_own_tokens(tokenizer):
 def test_the_teachers_logprobs_are_those_of_the_teachings_tokens(tokenizer):
   record = _record(tokenizer)
   completion = record.teacher_rollout.completion
-  span = rlt._span(tokenizer, completion, _TEACHING)
-  text = chat.decode(tokenizer, completion.token_ids[span])
+  kept = rlt._kept(tokenizer, completion, _TEACHING)
+  text = chat.decode(tokenizer, [completion.token_ids[i] for i in kept])
   assert text.strip() == _TEACHING
   reward, _ = _reward(tokenizer, record, lambda _: -1.0)
-  gaps = [logprob + 1.0 for logprob in completion.logprobs[span]]
+  gaps = [completion.logprobs[i] + 1.0 for i in kept]
   assert reward.parts["kl_mean"] == pytest.approx(-3 * sum(gaps) / len(gaps))
   assert reward.parts["kl_max"] == pytest.approx(-0.03 * max(gaps))
 
@@ -155,10 +156,48 @@ def test_border_tokens_that_hold_the_tag_are_left_out(tokenizer, border):
   teaching = f"\u6570{_TEACHING}\u00e9"
   text = f"{border}<teaching>{teaching}</teaching>"
   completion = _record(tokenizer, text).teacher_rollout.completion
-  span = rlt._span(tokenizer, completion, teaching)
-  kept = chat.decode(tokenizer, completion.token_ids[span])
+  indices = rlt._kept(tokenizer, completion, teaching)
+  kept = chat.decode(tokenizer, [completion.token_ids[i] for i in indices])
   assert kept in teaching
   assert len(kept) >= len(teaching) - 2
+
+
+@pytest.mark.parametrize(
+  ("text", "teaching"),
+  [
+    ("<teaching>a <think>b</think> c</teaching>", "a c"),
+    ("<teaching><think>b</think> c</teaching>", "c"),
+    ("<teaching>a<thinking>b</thinking></teaching>", "a"),
+    ("<teaching>a <think>b</teaching></think>c</teaching>", "a c"),
+    (
+      "<think><teaching>a c</teaching></think><teaching>a <think>b</think> "
+      "c</teaching>",
+      "a c",
+    ),
+    ("draft <teaching>a</teaching></think><teaching>a</teaching>", "a"),
+  ],
+)
+def test_thinking_inside_of_the_teaching_is_left_out(tokenizer, text, teaching):
+  extracted = templates.extract_teaching(text)
+  assert extracted.split() == teaching.split()
+  record = _record(tokenizer, text, teaching=extracted)
+  completion = record.teacher_rollout.completion
+  kept = rlt._kept(tokenizer, completion, extracted)
+  assert [*kept] == sorted({*kept})
+  tokens = [completion.token_ids[i] for i in kept]
+  assert chat.decode(tokenizer, tokens).split() == teaching.split()
+  reward, score = _reward(tokenizer, record, lambda _: -1.0)
+  assert reward.parts["unclosed"] == 0.0
+  gaps = [completion.logprobs[i] + 1.0 for i in kept]
+  assert reward.parts["kl_mean"] == pytest.approx(-3 * sum(gaps) / len(gaps))
+  assert "b" not in chat.decode(tokenizer, score.calls[0][1][0])
+
+
+def test_a_teaching_that_is_not_in_the_completion_has_no_reward(tokenizer):
+  record = _record(tokenizer, teaching="Another text.")
+  reward, _ = _reward(tokenizer, record, lambda _: -1.0)
+  assert reward.value is None
+  assert "no token" in reward.missing_reason
 
 
 def test_without_a_teaching_the_whole_completion_is_scored(tokenizer):

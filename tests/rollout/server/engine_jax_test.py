@@ -2,6 +2,8 @@
 """The JAX engine on a server matches the JAX sampler in process."""
 
 import asyncio
+import json
+import shutil
 import threading
 
 import httpx2
@@ -229,3 +231,18 @@ def test_max_model_len_beyond_the_model_is_rejected(checkpoint):
     engine_jax.JaxEngine(
       checkpoint[0], dtype="float32", max_model_len=longest + 1, max_rows=1
     )
+
+
+def test_ignored_fields_open_an_unsupported_config(checkpoint, tmp_path):
+  directory = tmp_path / "model"
+  shutil.copytree(checkpoint[0], directory)
+  path = directory / "config.json"
+  fields = json.loads(path.read_text())
+  path.write_text(json.dumps(fields | {"final_logit_softcapping": 30.0}))
+  settings = {"dtype": "float32", "max_model_len": None, "max_rows": 1}
+  with pytest.raises(errors.CheckpointError, match="final_logit_softcapping"):
+    engine_jax.JaxEngine(directory, **settings)
+  ignored = ("final_logit_softcapping",)
+  started = engine_jax.JaxEngine(directory, **settings, ignore_fields=ignored)
+  assert started.facts.vocab_size == fields["vocab_size"]
+  started.close()

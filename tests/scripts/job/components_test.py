@@ -13,8 +13,8 @@ import pytest
 
 from atlas_jax import errors, sharding
 from atlas_jax.models import lora, quantized
-from atlas_jax.train import train_state
-from conversion import card, load, peft_adapters
+from atlas_jax.train import train_state, trainable
+from conversion import card, load, peft_adapters, save
 from rollout import sampler
 from scripts.job import components, exports
 from tests import tiny
@@ -180,6 +180,33 @@ def test_an_unusable_model_raises(tmp_path, damage, kind, match):
   damage(tmp_path / "model")
   with pytest.raises(kind, match=match):
     components.open_model(_mesh(), path=str(tmp_path / "model"), **_MODEL)
+
+
+def test_ignored_fields_open_a_model_and_stay_in_its_export(tmp_path):
+  directory = tmp_path / "model"
+  model, params = tiny.write_talker(directory, **_SHAPE)
+  _break_config(directory, final_logit_softcapping=30.0)
+  ignored = ("final_logit_softcapping",)
+  opened = components.open_model(
+    _mesh(), path=str(directory), **_MODEL, ignore_fields=ignored
+  )
+  assert opened.model.config == model.config
+  # A run can resume from a checkpoint of before the key existed.
+  identity = trainable.full_policy(opened.model).identity()
+  assert "model.ignored_fields" not in identity
+  save.save(
+    tmp_path / "export",
+    opened.params,
+    opened.model,
+    source=directory,
+    dtype="float32",
+    max_shard_bytes=10**9,
+    about=card.Card(base="test"),
+    overwrite=False,
+  )
+  written = (tmp_path / "export/config.json").read_text()
+  assert "final_logit_softcapping" in written
+  jax.tree.map(np.testing.assert_array_equal, opened.params, params)
 
 
 def test_a_quantized_base_is_dequantized_to_sample_and_export(tmp_path):

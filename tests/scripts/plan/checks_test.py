@@ -152,6 +152,23 @@ def test_invalid_files_fail_with_a_fix(files, tmp_path, damage, name):
   assert failed[0].fix
 
 
+def test_ignored_fields_are_ignored_in_checks_and_sizes(files, tmp_path):
+  shutil.copytree(files / "model", tmp_path / "model")
+  path = tmp_path / "model/config.json"
+  fields = json.loads(path.read_text()) | {"final_logit_softcapping": 30.0}
+  path.write_text(json.dumps(fields))
+  config = _gkd(files)
+  config.model.path = config.teacher.path = str(tmp_path / "model")
+  found = checks.run(config)
+  assert [_status(found)[name] for name in ("model", "teacher")] == ["FAIL"] * 2
+  for section in (config.model, config.teacher):
+    section.ignore_fields = ("final_logit_softcapping",)
+  found = checks.run(config)
+  assert "FAIL" not in _status(found).values()
+  described = memory.describe(config, found.shape, prompt_tokens=64)
+  assert memory.need(described, config, prompt_tokens=64)
+
+
 def test_a_server_that_does_not_answer_fails(files):
   with socket.socket() as server:  # The port is closed afterwards.
     server.bind(("127.0.0.1", 0))
