@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extracts final answers and detects teachings that reveal them."""
+"""Extracts final answers from texts."""
 
 import re
 
@@ -29,10 +29,6 @@ _FILLER = re.compile(
 )
 # Matches the innermost pair: an unclosed tag does not swallow the next one.
 _BLOCK = re.compile(r"<(solution|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
-_GIVEAWAY = re.compile(
-  r"(?:\b(?:is|equals)|\banswer\s*:?|=|\\boxed\s*\{|<(?:solution|answer)>)[\s*:(]*$"
-)
-_GIVEAWAY_CHARACTERS = 40
 
 
 def extract(text: str) -> str | None:
@@ -57,25 +53,6 @@ def declared(text: str) -> str | None:
     The answer as written, or None if no answer is declared.
   """
   return _boxed(text) or _solution(text) or _stated(text)
-
-
-def leaks(teaching: str, question: str, answer: str) -> bool:
-  r"""Returns whether a teaching reveals the final answer.
-
-  It does if the answer, as a number in any notation or as a whole word, occurs
-  in the teaching but not in the question. If the question also contains the
-  answer, only an announcement counts: "answer is X", "is X", "= X", \boxed{X}
-  or <solution>X.
-
-  Args:
-    teaching: text shown to the student.
-    question: the question, which the student sees in any case.
-    answer: the final answer alone, without a solution around it.
-  """
-  contexts = _occurrences(teaching, answer)
-  if not _occurrences(question, answer):
-    return bool(contexts)
-  return any(_GIVEAWAY.search(before.casefold()) for before in contexts)
 
 
 def _boxed(text: str) -> str | None:
@@ -123,26 +100,3 @@ def _last_number(text: str) -> str | None:
           break
       last = bare[match.start() : end]
   return last
-
-
-def _occurrences(text: str, answer: str) -> list[str]:
-  """Returns the text that precedes each occurrence of the answer."""
-  right_side = compare.right_side(answer)
-  number = compare.quantity(right_side)
-  if number is not None:
-    text, wanted = compare.normalized(text), {number.value}
-    if compare.PERCENT.search(right_side):
-      wanted.add(number.value * 100)
-    starts = [start for start, n in compare.numbers(text) if n in wanted]
-  elif right_side:
-    # One-letter answers are case-sensitive: "A" is a choice, "a" an article.
-    if len(right_side) == 1:
-      text = plain.text(text)
-      right_side = compare.trimmed(plain.text(answer))
-    else:
-      text = compare.normalized(text)
-    whole_word = rf"(?<!\w){re.escape(right_side)}(?!\w)"
-    starts = [match.start() for match in re.finditer(whole_word, text)]
-  else:
-    starts = []
-  return [text[max(0, at - _GIVEAWAY_CHARACTERS) : at] for at in starts]

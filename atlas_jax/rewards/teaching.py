@@ -27,7 +27,7 @@ import functools
 import math
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import answers, compare
+from atlas_jax.rewards import answers, compare, leaks
 
 # Number of tokens at which the efficiency term is one half.
 _HALF_LENGTH = 100.0
@@ -69,7 +69,9 @@ def grade(record: types.TeachingRecord) -> types.TeachingRecord:
     baseline=graded(record.baseline),
     taught=graded(record.taught),
     leaked=record.teaching is not None
-    and answers.leaks(record.teaching, record.question.question, reference),
+    and leaks.reveals_answer(
+      record.teaching, record.question.question, reference
+    ),
   )
 
 

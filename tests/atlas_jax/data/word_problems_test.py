@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.data import word_problems
-from atlas_jax.rewards import answers, compare
+from atlas_jax.rewards import answers, compare, leaks
 from atlas_jax.teaching import templates
 
 _METHOD = re.compile(r"\b(add|subtract|multiply|divide)\b", re.IGNORECASE)
@@ -145,7 +145,7 @@ def test_guidance_is_of_mixed_quality_and_worst_for_hard_problems(
       num_untagged += 1
     else:
       right[problem.difficulty].append(_named(teaching) == problem.method)
-      num_leaks += answers.leaks(teaching, problem.text, problem.answer)
+      num_leaks += leaks.reveals_answer(teaching, problem.text, problem.answer)
   easy, _, hard = (np.mean(right[name]) for name in word_problems.DIFFICULTIES)
   # Reinforcement learning needs some good guidance and some bad.
   assert 0.9 > easy > hard > 0.1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests extraction of final answers and detection of leaks."""
+"""Tests extraction of final answers."""
 
 import pytest
 
@@ -80,59 +80,3 @@ from atlas_jax.rewards import answers
 )
 def test_extract_finds_the_final_answer(text, expected):
   assert answers.extract(text) == expected
-
-
-@pytest.mark.parametrize(
-  ("teaching", "answer"),
-  [
-    ("You should get 1,500.", "1500"),
-    ("It is twelve of them.", "12"),
-    ("twenty-one, I think", "21"),
-    ("5+7=12", "12"),
-    ("add to x=12 apples", "12"),
-    ("that makes 12.0", "12"),
-    ("that makes 24/2", "12"),
-    ("it is 0.5", "1/2"),
-    (r"it is \frac{1}{2}", "0.5"),
-    ("go for 50 percent", "50%"),
-    ("the value 50", "50%"),
-    ("think of paris, the capital", "Paris"),
-    ("choose B", "B"),
-    ("seen 10,11,12", "12 apples"),
-  ],
-)
-def test_an_answer_that_is_not_in_the_question_leaks(teaching, answer):
-  assert answers.leaks(teaching, "How many are 5 and 7?", answer)
-
-
-@pytest.mark.parametrize(
-  ("teaching", "answer"),
-  [
-    ("Use all 112 of them.", "12"),
-    ("Use 12.5 and 3.12 and 1,200.", "12"),
-    ("Add 5 and 7.", "12"),
-    ("See section 3.1.42.", "2"),
-    ("Note the parisian style.", "Paris"),
-    ("Take a look.", "A"),
-    ("Add the two numbers.", ""),
-  ],
-)
-def test_other_words_and_numbers_do_not_leak(teaching, answer):
-  assert not answers.leaks(teaching, "How many are 5 and 7?", answer)
-
-
-@pytest.mark.parametrize(
-  ("teaching", "leaked"),
-  [
-    ("Compare 12 with 9 first.", False),
-    ("Start from twelve.", False),
-    ("The answer is 12.", True),
-    ("The Answer: **12**", True),
-    ("The larger one is twelve.", True),
-    ("3 * 4 = $12", True),
-    (r"\boxed{12}", True),
-    ("<solution> 12", True),
-  ],
-)
-def test_an_answer_in_the_question_leaks_only_if_announced(teaching, leaked):
-  assert answers.leaks(teaching, "Which is larger, 12 or 9?", "12") == leaked
