@@ -30,7 +30,8 @@ python="$environment/bin/python"
 
 if ! cmp -s "$pins" "$environment/installed.txt"; then
   if [[ ! -x "$environment/bin/pip" ]]; then
-    base=$(find_python) || exit 2
+    # It needs no JAX; CPU builds of torch may be missing for newer Pythons.
+    base=$(find_python 3.11 2>/dev/null) || base=$(find_python) || exit 2
     "$base" -m venv --clear "$environment"
   fi
   echo "Installing vLLM for $device into $environment; this takes minutes."
