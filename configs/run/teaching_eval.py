@@ -41,7 +41,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.rollout.dtype = "float32"
     config.sampling = teacher_rcl.get_world_sampling()
     config.batch_size = 128  # As many as teacher_rcl samples at once.
-    config.sampler.max_rows = 128
+    config.sampler = dict(max_rows=128)
   elif variant != "full":
     raise ValueError(f"Unknown variant {variant!r}; there is :smoke.")
   # One baseline and one taught answer, so each question is one pair.
