@@ -18,14 +18,15 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
-def run(
+def run(  # noqa: PLR0913 - one argument per collaborator.
   protocol: teaching_protocol.Protocol,
   questions: Sequence[types.Question],
   *,
+  grader: grading.Grader,
   batch_size: int,
   seed: int,
   weights: Mapping[str, str],
@@ -39,6 +40,7 @@ def run(
     protocol: samples the records. For a paired comparison, the seed of its
       `baseline_params` must equal `seed`.
     questions: with distinct row ids.
+    grader: grades the answers.
     batch_size: questions per pass; affects only speed and memory.
     seed: of probes, teachings and taught answers.
     weights: identifies the samplers' weights, e.g. {"policy": checkpoint}; part
@@ -85,7 +87,7 @@ def run(
     sampled = protocol.run(batch, seed)
     # Raises if a question was dropped: the next run samples this batch again.
     teaching_protocol.dropped_fraction(batch, sampled, max_fraction=0.0)
-    graded = [rewards.grade(record) for record in sampled]
+    graded = grader.grade(sampled)
     lines = [types.to_json_line(record) for record in graded]
     from_first(functools.partial(_append, path, lines))
     records += graded

@@ -3,7 +3,7 @@
 
 import re
 
-from atlas_jax.rewards import compare, plain
+from atlas_jax.rewards import compare, plain, quantities
 
 # The exponent of a power is part of the number.
 _POWER = re.compile(r"\s*\^\s*(?:\{-?\d{1,3}\}|-?\d{1,3})")
@@ -57,6 +57,11 @@ def declared(text: str) -> str | None:
     The answer as written, or None if no answer is declared.
   """
   return _boxed(text) or _solution(text) or _stated(text)
+
+
+def of_reference(text: str) -> str:
+  """Returns the answer that a reference declares, else the whole text."""
+  return declared(text) or text
 
 
 def leaks(teaching: str, question: str, answer: str) -> bool:
@@ -114,10 +119,10 @@ def _stated(text: str) -> str | None:
 def _last_number(text: str) -> str | None:
   """Returns the last number as written, with exponent, divisor or percent."""
   bare, last, end = plain.text(text), None, 0
-  for match in compare.NUMBER.finditer(bare):
+  for match in quantities.NUMBER.finditer(bare):
     if match.start() >= end:
       end = match.end()
-      for pattern in (_POWER, compare.DIVISOR, compare.PERCENT):
+      for pattern in (_POWER, quantities.DIVISOR, quantities.PERCENT):
         if tail := pattern.match(bare, match.end()):
           end = tail.end()
           break
@@ -128,19 +133,19 @@ def _last_number(text: str) -> str | None:
 def _occurrences(text: str, answer: str) -> list[str]:
   """Returns the text that precedes each occurrence of the answer."""
   right_side = compare.right_side(answer)
-  number = compare.quantity(right_side)
+  number = quantities.parse(right_side)
   if number is not None:
-    text, wanted = compare.normalized(text), {number.value}
-    if compare.PERCENT.search(right_side):
+    text, wanted = quantities.normalized(text), {number.value}
+    if quantities.PERCENT.search(right_side):
       wanted.add(number.value * 100)
-    starts = [start for start, n in compare.numbers(text) if n in wanted]
+    starts = [start for start, n in quantities.numbers(text) if n in wanted]
   elif right_side:
     # One-letter answers are case-sensitive: "A" is a choice, "a" an article.
     if len(right_side) == 1:
       text = plain.text(text)
       right_side = compare.trimmed(plain.text(answer))
     else:
-      text = compare.normalized(text)
+      text = quantities.normalized(text)
     whole_word = rf"(?<!\w){re.escape(right_side)}(?!\w)"
     starts = [match.start() for match in re.finditer(whole_word, text)]
   else:
