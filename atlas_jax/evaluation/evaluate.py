@@ -62,7 +62,7 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
   _check_distinct(questions)
   group_size = protocol.teach_params.group_size
-  header = _header(protocol, questions, seed=seed, weights=weights)
+  header = _header(protocol, questions, grader, seed=seed, weights=weights)
   found = from_first(lambda: _resume(path, header, group_size))
   records = [
     _parse(path, i, line.encode("latin-1")) for i, line in enumerate(found, 2)
@@ -129,6 +129,7 @@ def _check_distinct(questions: Sequence[types.Question]) -> None:
 def _header(
   protocol: teaching_protocol.Protocol,
   questions: Sequence[types.Question],
+  grader: grading.Grader,
   *,
   seed: int,
   weights: Mapping[str, str],
@@ -138,6 +139,7 @@ def _header(
     "questions": _digest([dataclasses.asdict(q) for q in questions]),
     "seed": seed,
     "weights": dict(weights),
+    "math_verify": grader.verify is not None,
     "versions": {
       "policy": protocol.policy.sampler.version,
       "student": protocol.student.sampler.version,

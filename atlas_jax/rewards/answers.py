@@ -134,20 +134,23 @@ def _occurrences(text: str, answer: str) -> list[str]:
   """Returns the text that precedes each occurrence of the answer."""
   right_side = compare.right_side(answer)
   number = quantities.parse(right_side)
+  # As written: `right_side` of "half" is 1/2, of "3 to 4" 3:4.
+  words = {compare.trimmed(quantities.normalized(answer))}
+  starts = []
   if number is not None:
     text, wanted = quantities.normalized(text), {number.value}
     if quantities.PERCENT.search(right_side):
       wanted.add(number.value * 100)
     starts = [start for start, n in quantities.numbers(text) if n in wanted]
-  elif right_side:
+    words = {word for word in words if re.search("[a-z]", word)}
+  elif len(right_side) == 1:
     # One-letter answers are case-sensitive: "A" is a choice, "a" an article.
-    if len(right_side) == 1:
-      text = plain.text(text)
-      right_side = compare.trimmed(plain.text(answer))
-    else:
-      text = quantities.normalized(text)
-    whole_word = rf"(?<!\w){re.escape(right_side)}(?!\w)"
-    starts = [match.start() for match in re.finditer(whole_word, text)]
+    text = plain.text(text)
+    words = {compare.trimmed(plain.text(answer))}
   else:
-    starts = []
+    text = quantities.normalized(text)
+    words.add(right_side)
+  for word in words - {""}:
+    whole_word = rf"(?<!\w){re.escape(word)}(?!\w)"
+    starts += [match.start() for match in re.finditer(whole_word, text)]
   return [text[max(0, at - _GIVEAWAY_CHARACTERS) : at] for at in starts]

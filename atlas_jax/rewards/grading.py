@@ -18,6 +18,7 @@ from atlas_jax.rewards import answers, compare, isolated, quantities, rules
 
 _TARGET = "atlas_jax.rewards.math_grader:grade"
 _MAX_CACHED = 200_000
+_MAX_MEMORY_BYTES = 4 << 30  # Of one process: sympy expands large powers.
 _ASKS_PERCENT = re.compile(
   r"\b(?:what|which|how many|as a)\s+(?:\w+\s+){0,2}?percent", re.IGNORECASE
 )
@@ -120,7 +121,7 @@ def open_grader(
     )
     yield Grader(None, from_first)
     return
-  limits = isolated.Limits(timeout_s, max_memory_bytes=0)
+  limits = isolated.Limits(timeout_s, _MAX_MEMORY_BYTES)
   with isolated.Pool(_TARGET, limits, num_workers=num_workers) as pool:
     yield Grader(pool.map, from_first)
 

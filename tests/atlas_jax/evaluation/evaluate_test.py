@@ -133,6 +133,7 @@ def test_finished_questions_are_not_sampled_again(protocol, tmp_path):
   ("overrides", "name"),
   [
     ({"seed": 1}, "seed"),
+    ({"grader": grading.Grader(lambda _: [], None)}, "math_verify"),
     ({"questions": _QUESTIONS[:4]}, "questions"),
     ({"weights": {**_WEIGHTS, "policy": "teacher-b"}}, "weights"),
   ],

@@ -99,6 +99,10 @@ def test_extract_finds_the_final_answer(text, expected):
     ("think of paris, the capital", "Paris"),
     ("choose B", "B"),
     ("seen 10,11,12", "12 apples"),
+    ("take half of it", "half"),
+    ("a ratio of 3 to 4", "3 to 4"),
+    (r"it is \pm 2", r"\pm 2"),
+    ("that is x + 1", "y = x + 1"),
   ],
 )
 def test_an_answer_that_is_not_in_the_question_leaks(teaching, answer):
