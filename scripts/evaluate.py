@@ -30,10 +30,14 @@ def main() -> None:
     student = components.open_model(
       mesh, **config.student, with_params=config.rollout.backend == "jax"
     )
-    with components.open_protocol(policy, student, mesh, config) as protocol:
+    with (
+      components.open_protocol(policy, student, mesh, config) as protocol,
+      components.open_grader(config.math_verify) as grader,
+    ):
       records = evaluate.run(
         protocol,
         questions,
+        grader=grader,
         batch_size=config.batch_size,
         seed=config.seed,
         weights={

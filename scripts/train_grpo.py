@@ -15,7 +15,7 @@ import jax
 
 from atlas_jax import sharding, types
 from atlas_jax.data import sets
-from atlas_jax.rewards import combine, custom
+from atlas_jax.rewards import combine, custom, grading
 from atlas_jax.teaching import protocol
 from atlas_jax.train import grpo, loop
 from scripts import program
@@ -69,12 +69,14 @@ def main() -> None:
     )
     with _open_rollouts(start, mesh, config, functions) as (
       rollouts,
+      grader,
       reward_fn,
     ):
       params = grpo.train(
         policy,
         params,
         protocol=rollouts,
+        grader=grader,
         reward_fn=reward_fn,
         questions=questions,
         held_out=held_out,
@@ -91,8 +93,8 @@ def _open_rollouts(
   mesh: jax.sharding.Mesh,
   config: types.Config,
   functions: custom.Functions,
-) -> Iterator[tuple[protocol.Rollouts, types.RewardFn]]:
-  """Opens what samples, with or without a student, and the reward."""
+) -> Iterator[tuple[protocol.Rollouts, grading.Grader, types.RewardFn]]:
+  """Opens the rollouts, with or without a student, grader and reward."""
   with contextlib.ExitStack() as opened:
     scorer = None
     if "student" in config:
@@ -113,10 +115,13 @@ def _open_rollouts(
       rollouts = opened.enter_context(
         components.open_single_model(policy, mesh, config)
       )
-    reward_fn = opened.enter_context(
-      components.open_reward(scorer, functions, config)
+    grader = opened.enter_context(
+      components.open_grader(config.reward.math_verify)
     )
-    yield rollouts, reward_fn
+    reward_fn = opened.enter_context(
+      components.open_reward(scorer, grader, functions, config)
+    )
+    yield rollouts, grader, reward_fn
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from atlas_jax import checkpoint, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
-from atlas_jax.rewards import combine, custom, rlt, rules
+from atlas_jax.rewards import combine, custom, grading, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import templates
 from atlas_jax.train import (
@@ -66,7 +66,8 @@ _FUNCTIONS = {
   "reward.rlt": (rlt.build, ("student",)),
   "reward.rlt.coefficients": (rlt.Coefficients, ()),
   "reward.overlong": (rules.overlong, ("max_tokens",)),
-  "reward.math_verify": (rules.open_math, ()),
+  "reward.math_verify": (grading.open_grader, ("from_first",)),
+  "math_verify": (grading.open_grader, ("from_first",)),
   "advantages": (advantages.group_advantages, ()),
   "correction": (correction.sampler_weights, ()),
   "alarm": (alarm.Alarm, ()),

@@ -18,14 +18,15 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
-def run(
+def run(  # noqa: PLR0913 - one argument per collaborator.
   protocol: teaching_protocol.Protocol,
   questions: Sequence[types.Question],
   *,
+  grader: grading.Grader,
   batch_size: int,
   seed: int,
   weights: Mapping[str, str],
@@ -39,6 +40,7 @@ def run(
     protocol: samples the records. For a paired comparison, the seed of its
       `baseline_params` must equal `seed`.
     questions: with distinct row ids.
+    grader: grades the answers.
     batch_size: questions per pass; affects only speed and memory.
     seed: of probes, teachings and taught answers.
     weights: identifies the samplers' weights, e.g. {"policy": checkpoint}; part
@@ -60,7 +62,7 @@ def run(
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
   _check_distinct(questions)
   group_size = protocol.teach_params.group_size
-  header = _header(protocol, questions, seed=seed, weights=weights)
+  header = _header(protocol, questions, grader, seed=seed, weights=weights)
   found = from_first(lambda: _resume(path, header, group_size))
   records = [
     _parse(path, i, line.encode("latin-1")) for i, line in enumerate(found, 2)
@@ -85,7 +87,7 @@ def run(
     sampled = protocol.run(batch, seed)
     # Raises if a question was dropped: the next run samples this batch again.
     teaching_protocol.dropped_fraction(batch, sampled, max_fraction=0.0)
-    graded = [rewards.grade(record) for record in sampled]
+    graded = grader.grade(sampled)
     lines = [types.to_json_line(record) for record in graded]
     from_first(functools.partial(_append, path, lines))
     records += graded
@@ -127,6 +129,7 @@ def _check_distinct(questions: Sequence[types.Question]) -> None:
 def _header(
   protocol: teaching_protocol.Protocol,
   questions: Sequence[types.Question],
+  grader: grading.Grader,
   *,
   seed: int,
   weights: Mapping[str, str],
@@ -136,6 +139,7 @@ def _header(
     "questions": _digest([dataclasses.asdict(q) for q in questions]),
     "seed": seed,
     "weights": dict(weights),
+    "math_verify": grader.verify is not None,
     "versions": {
       "policy": protocol.policy.sampler.version,
       "student": protocol.student.sampler.version,

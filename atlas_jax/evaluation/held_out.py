@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from atlas_jax import types
 from atlas_jax.evaluation import metrics
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
@@ -13,6 +13,7 @@ def evaluate(
   protocol: teaching_protocol.Rollouts,
   questions: Sequence[types.Question],
   *,
+  grader: grading.Grader,
   seed: int,
   num_bootstrap: int,
   max_dropped_fraction: float,
@@ -22,6 +23,7 @@ def evaluate(
   Args:
     protocol: samples the records.
     questions: with distinct row ids; at least one.
+    grader: grades the answers.
     seed: the same for every evaluation of a run, so two evaluations differ only
       by their weights. If it equals the baselines' seed, comparisons are
       paired.
@@ -30,17 +32,21 @@ def evaluate(
 
   Returns:
     Metrics of the answered questions, named as by `flatten` with the prefix
-    `eval/`, and `eval/dropped_fraction`.
+    `eval/`, `eval/dropped_fraction` and `eval/grading_failures`.
 
   Raises:
     errors.RolloutError: if too many questions have no completions.
   """
-  records = [rewards.grade(record) for record in protocol.run(questions, seed)]
+  records = grader.grade(protocol.run(questions, seed))
   dropped = teaching_protocol.dropped_fraction(
     questions, records, max_fraction=max_dropped_fraction
   )
   summary = metrics.of_answers(records, num_bootstrap=num_bootstrap, seed=seed)
-  numbers = {"dropped_fraction": dropped, **flatten(summary)}
+  numbers = {
+    "dropped_fraction": dropped,
+    "grading_failures": float(grader.take_num_failures()),
+    **flatten(summary),
+  }
   return {f"eval/{name}": value for name, value in numbers.items()}
 
 

@@ -3,7 +3,7 @@
 
 import re
 
-from atlas_jax.rewards import compare, plain
+from atlas_jax.rewards import plain, quantities
 
 # The exponent of a power is part of the number.
 _POWER = re.compile(r"\s*\^\s*(?:\{-?\d{1,3}\}|-?\d{1,3})")
@@ -55,6 +55,11 @@ def declared(text: str) -> str | None:
   return _boxed(text) or _solution(text) or _stated(text)
 
 
+def of_reference(text: str) -> str:
+  """Returns the answer that a reference declares, else the whole text."""
+  return declared(text) or text
+
+
 def _boxed(text: str) -> str | None:
   """Returns the contents of the last box that is closed and non-empty."""
   opened: list[int | None] = []  # Start of each box; None for other braces.
@@ -91,10 +96,10 @@ def _stated(text: str) -> str | None:
 def _last_number(text: str) -> str | None:
   """Returns the last number as written, with exponent, divisor or percent."""
   bare, last, end = plain.text(text), None, 0
-  for match in compare.NUMBER.finditer(bare):
+  for match in quantities.NUMBER.finditer(bare):
     if match.start() >= end:
       end = match.end()
-      for pattern in (_POWER, compare.DIVISOR, compare.PERCENT):
+      for pattern in (_POWER, quantities.DIVISOR, quantities.PERCENT):
         if tail := pattern.match(bare, match.end()):
           end = tail.end()
           break

@@ -41,7 +41,7 @@ def open_reward(
   teaching: Mapping[str, Any],  # Any: keyword arguments, also below.
   rlt: Mapping[str, Any],
   overlong: Mapping[str, Any],
-  math_verify: Mapping[str, Any],
+  math_verify: rules.Verify | None,
   functions: custom.Functions,
   student: rlt_reward.Student | None,
   max_tokens: int,
@@ -54,7 +54,7 @@ def open_reward(
     teaching: arguments of `teaching.build`.
     rlt: arguments of `rlt.build`.
     overlong: arguments of `rules.overlong`.
-    math_verify: arguments of `rules.open_math`.
+    math_verify: compares answers; None if math-verify is not installed.
     functions: user-defined reward functions.
     student: computes log-probabilities for `rlt`; None if not available.
     max_tokens: maximum length of a completion.
@@ -80,7 +80,7 @@ def open_reward(
         case "exact":
           return rules.exact
         case "math_verify":
-          return opened.enter_context(rules.open_math(**math_verify))
+          return rules.math_verify(_require_installed(math_verify))
       raise ValueError(f"Unknown reward {name!r}.")
 
     rewards = {
@@ -161,6 +161,18 @@ def _log_missing(rewards: Sequence[types.Reward]) -> None:
     logging.warning(
       "Missing rewards: %d of %d: %s", count, len(rewards), reason
     )
+
+
+def _require_installed(verify: rules.Verify | None) -> rules.Verify:
+  if verify is None:
+    raise errors.ConfigError(
+      "math-verify is not installed.",
+      where="--config.reward.weights.math_verify",
+      why="This reward compares answers with it.",
+      fix="Run pip install -r requirements/trainer.txt, or set the weight to "
+      "0.",
+    )
+  return verify
 
 
 def _require(student: rlt_reward.Student | None) -> rlt_reward.Student:

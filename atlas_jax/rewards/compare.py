@@ -1,208 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Compares answers exactly as numbers, tuples, sets, choices or text.
+r"""Compares answers by rules: numbers, tuples, sets, choices, times or text.
 
 Numbers are fractions, never rounded floats: 1,500 equals 1500, 1/2 equals 0.5,
-50% equals 0.5 (not 50), and 0.001 differs from 0.004. For symbolic equality see
-`rules.open_math`, which uses math-verify.
+50% equals 0.5, and 0.001 differs from 0.004. `grading` asks math-verify about
+the pairs for which these rules have no verdict.
 """
 
-from collections.abc import Hashable, Iterator
-import dataclasses
+from collections.abc import Hashable
 import fractions
 import re
 
-from atlas_jax.rewards import plain
+from atlas_jax.rewards import plain, quantities
 
-NUMERAL = (
-  r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
-  r"(?:e[-+]?\d{1,3}(?!\w))?"
-)
-# A minus after a word or a bracket is a subtraction, not a sign.
-NUMBER = re.compile(
-  rf"(?:(?<![\w.)])[-+])?(?<!\d)(?<!\d\.){NUMERAL}", re.IGNORECASE
-)
-DIVISOR = re.compile(rf"\s*/\s*({NUMERAL})", re.IGNORECASE)
-PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b)", re.IGNORECASE)
-
-_SCALES = {
-  **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6},
-  **{"billion": 10**9, "trillion": 10**12},
-}
-_QUANTITY = re.compile(
-  rf"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)\s+(?:and\s+)?(?=\d+\s*/))?"
-  rf"(?P<top>{NUMERAL})(?:\s*/\s*(?P<minus>-?)(?P<bottom>{NUMERAL})"
-  r"|\s*\^\s*\{?(?P<power>-?\d{1,3})\}?(?!\d))?"
-  rf"(?:\s*(?P<scale>{'|'.join(_SCALES)})s?\b)?"
-  rf"(?:(?P<percent>{PERCENT.pattern})|(?P<unit>\s*[a-z][a-z/^ ]*[23]?))?"
-)
-# These change a number's value, so they are not units to be dropped.
-_NOT_UNITS = re.compile(
-  r"\b(?:half|halves|thirds?|quarters?|and|or|to|not|than|pi|sqrt|sin|cos|tan|log|ln|exp|"
-  rf"mod|{'|'.join(_SCALES)})\b"
-)
-# All other words of one or two letters are read as variables, not units.
-_SHORT_UNIT = re.compile(
-  r"am|an|as|at|by|cl|cm|db|dl|ft|g|gb|h|hr|hz|in|is|j|kb|kg|km|kw|l|lb|m|mb|"
-  r"mg|mi|ml|mm|ms|mw|no|of|oz|pa|pm|s|sq|tb|v|w|yd"
-)
-_WORD = re.compile(r"[a-z]+")
-# Units that are converted. Two answers with different units differ only if both
-# units are listed here.
-_UNITS = {
-  name: (kind, fractions.Fraction(size))
-  for kind, sizes in {
-    "length": {
-      "mm millimeter millimetre": "0.001",
-      "cm centimeter centimetre": "0.01",
-      "m meter metre": "1",
-      "km kilometer kilometre": "1000",
-    },
-    "mass": {"mg milligram": "0.001", "g gram": "1", "kg kilogram": "1000"},
-    "time": {
-      "s sec second": "1",
-      "min minute": "60",
-      "h hr hour": "3600",
-      "day": "86400",
-      "week": "604800",
-    },
-    "volume": {"ml milliliter millilitre": "0.001", "l liter litre": "1"},
-  }.items()
-  for names, size in sizes.items()
-  for name in names.split()
-}
-# Longer numerals are not parsed: int() rejects strings above 4300 digits.
-_MAX_DIGITS = 1000
 # Only the last characters of longer answers are compared.
 _MAX_LENGTH = 10_000
-
-# fmt: off
-_SMALL = (
-  "zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
-  "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
-  "sixteen", "seventeen", "eighteen", "nineteen",
+_PREFIX = re.compile(
+  r"(?:approximately|approx\.?|about|roughly|exactly)\s+"
+  r"|^[a-z ]{2,40}:\s+(?=[-\d])"
 )
-_TENS = (
-  "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+# A dollar sign without its partner is not LaTeX.
+_DOLLARS = re.compile(
+  rf"\\?\$\s*(\d[\d,]*(?:\.\d+)?)(?![.,]?\d|\s*{quantities.SCALE})"
 )
-# fmt: on
-_WORDS = {word: value for value, word in enumerate(_SMALL)} | {
-  word: 10 * value for value, word in enumerate(_TENS, start=2)
-}
-_NUMBER_WORD = re.compile(
-  rf"\b(?:(?P<tens>{'|'.join(_TENS)})(?:[-\s](?P<ones>{'|'.join(_SMALL[1:10])}))?"
-  rf"|(?P<small>{'|'.join(_SMALL)}))\b"
-)
-
-_PREFIX = re.compile(r"(?:approximately|approx\.?|about|roughly|exactly)\s+")
 _NEGATIVE = re.compile(r"(?:negative|minus)\s+(?=[\d.])")
 _MEMBER = re.compile(r"[a-z]\s*(?:\\in\b|\u2208)\s*")
+# What follows rules out or explains the answer: "12 apples, not 13".
+_ASIDE = re.compile(
+  r"(?<=\w),?\s+(?:not|instead of|rather than|which|because|since)\s.*",
+  re.DOTALL,
+)
+_EXCLAMATION = re.compile(r"(?:(?<![\w)])|(?<=[^\W\d]{2}))!{1,9}\s*$")
+_MAX_EXPRESSION = 500
+_NO_UNIT = quantities.unit("")
+# Lists nested deeper than this are compared as text.
+_MAX_DEPTH = 8
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[a-zA-Z]+")
+# Also not an expression: one that lacks its last operand.
+_PROSE = re.compile(r"[a-zA-Z]{4}|\bnan\b|[-+*/^=<>_]\s*$", re.IGNORECASE)
+_EXPRESSION = re.compile(
+  r"\\[a-zA-Z]|[-+*/^_=<>|!(\[{]|\d\s*[a-zA-Z]|\b[a-zA-Z]{1,3}\b"
+)
+_EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
+_OPERATOR = re.compile(r"[-+*/^<>|]|\d[a-z(]")
+_NAME = re.compile(r"\s*([a-z])\s*=[^,]*")
+_RATIO = re.compile(r"\b(\d+)\s*(?::|\bto\b)\s*(?=\d)")
 _CHOICE = re.compile(
   r"(?:(?:option|choice)\s+)?(?P<open>\()?(?P<letter>[a-j])"
   r"(?P<close>(?(open)\)[.:]?|[).:]))?(?P<rest>\s+\S.*)?",
   re.DOTALL,
 )
 _VERDICT = re.compile(r"(yes|no|true|false)\b(?:[,.;:!].*)?", re.DOTALL)
+_CLOCK = re.compile(
+  r"(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?\s*(?P<half>[ap])\.?\s*m\.?"
+  r"|(?P<bare_hour>\d{1,2}):(?P<bare_minute>[0-5]\d)"
+)
+_HALF_DAY = 12 * 60
 _GROUP = re.compile(r"\{(\w)\}")
 _AND = re.compile(r"\s*(?:\band\b|\bor\b|;)\s*")
+_PLUS_MINUS = re.compile(r"\\pm(?![a-zA-Z])\s*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-  """A number and its unit; the unit is empty unless it is in `_UNITS`."""
-
-  value: fractions.Fraction
-  unit: str = ""
-
-
-def equal(a: str, b: str) -> bool:
-  """Returns whether two answers are equal.
+def equal(answer: str, reference: str) -> bool:
+  """Returns whether an answer equals the reference by these rules.
 
   If both parse as numbers, their values are compared: currency, LaTeX wrappers,
   thousands separators and a trailing period are dropped. Units are dropped too,
   unless both sides have a known one: 1 km equals 1000 m, 5 m differs from 5 cm.
-  Number words up to ninety-nine are parsed. Tuples and intervals are compared
-  by brackets and members, sets and lists of numbers by members in any order,
-  choices by their letters, and other answers by text, ignoring case and
-  whitespace. Only the part after the last `=` of an equation is compared. An
-  empty answer equals nothing.
+  A decimal of at least 8 digits equals a quotient that rounds to it. If the
+  reference is a percentage, the answer may omit the percent sign.
+
+  Tuples and intervals are compared by brackets and members, sets and lists by
+  members in any order, choices by their letters, times by the minute, and other
+  answers by text, ignoring case and whitespace. Of an equation, a left side
+  that only names the result is dropped. An empty answer and NaN equal nothing.
   """
-  a_text, b_text = right_side(a), right_side(b)
-  a_number, b_number = quantity(a_text), quantity(b_text)
+  # Single spaces: patterns search long runs of them in quadratic time.
+  answer, reference = (
+    " ".join(text[-_MAX_LENGTH:].split()) for text in (answer, reference)
+  )
+  a_text, b_text = right_side(answer), right_side(reference)
+  if not a_text or not b_text or "nan" in (a_text, b_text):
+    return False
+  a_name, b_name = (
+    _NAME.fullmatch(trimmed(quantities.normalized(text)))
+    for text in (answer, reference)
+  )
+  if a_name and b_name and a_name[1] != b_name[1]:
+    return False
+  a_number, b_number = quantities.parse(a_text), quantities.parse(b_text)
   if a_number is not None and b_number is not None:
-    return _same_quantity(a_number, b_number)
+    return quantities.same(a_number, b_number)
   a_letter, b_letter = _letter(a_text), _letter(b_text)
   if a_letter and b_letter and 1 in (len(a_letter), len(b_letter)):
     return a_letter[0] == b_letter[0]
-  return bool(a_text) and _key(a_text) == _key(b_text)
+  return _same_time(a_text, b_text) or _key(a_text) == _key(b_text)
 
 
-def normalized(text: str) -> str:
-  """Returns plain lower-case text with number words replaced by digits."""
+def needs_algebra(answer: str, reference: str) -> bool:
+  """Returns whether `equal` has no verdict on two answers: it takes algebra.
 
-  def digits(match: re.Match[str]) -> str:
-    return str(sum(_WORDS[word] for word in match.groups() if word))
+  At least one is an expression, the other one a number or an expression.
+  """
+  if max(len(answer), len(reference)) > _MAX_EXPRESSION:
+    return False
+  kinds = {_math_kind(answer), _math_kind(reference)}
+  units = {_text_unit(text) for text in (answer, reference)} - {_NO_UNIT}
+  return "" not in kinds and "expression" in kinds and len(units) < 2
 
-  return _NUMBER_WORD.sub(digits, plain.text(text).casefold())
+
+def is_number(text: str) -> bool:
+  """Returns whether an answer is a number, with or without a unit."""
+  return quantities.parse(right_side(text)) is not None
+
+
+def _math_kind(text: str) -> str:
+  """Returns "number", "expression", or "" for others, such as prose."""
+  if quantities.PERCENT.search(plain.text(text)) or _times(right_side(text))[0]:
+    return ""
+  if is_number(text):
+    return "number"
+  latex = plain.latex(text)
+  prose = _PROSE.search(_COMMAND.sub(" ", latex))
+  return "expression" if _EXPRESSION.search(latex) and not prose else ""
+
+
+def _text_unit(text: str) -> tuple[str, fractions.Fraction]:
+  r"""Returns the unit after an expression: 2\sqrt{3}\text{ cm}."""
+  unit = plain.UNIT.search(text)
+  return quantities.unit(plain.text(unit[0]).casefold()) if unit else _NO_UNIT
 
 
 def right_side(answer: str) -> str:
-  """Normalizes an answer and drops everything up to its last `=`."""
-  text = trimmed(normalized(answer[-_MAX_LENGTH:]))
-  sides = [part for part in _split(text) if "=" in part]
-  if len(sides) < 2:  # Of several equations, `_member` splits each one.
-    text = text.rsplit("=", maxsplit=1)[-1]
+  """Normalizes an answer and drops names of the result, as in `x = 5`."""
+  answer = answer[-_MAX_LENGTH:]
+  if answer.count("$") == 1:
+    answer = _DOLLARS.sub(r"\1 dollars", answer)
+  text = _ASIDE.sub("", trimmed(quantities.normalized(answer)), count=1)
+  text = plus_minus(text)
+  if sum("=" in part for part in split(text)) < 2:
+    text = without_name(text)  # Of several equations, `_key` splits each.
   text = _PREFIX.sub("", _MEMBER.sub("", trimmed(text), count=1), count=1)
-  return trimmed(_NEGATIVE.sub("-", text) if _NEGATIVE.match(text) else text)
+  text = trimmed(_NEGATIVE.sub("-", text) if _NEGATIVE.match(text) else text)
+  return quantities.digits_of_words(_RATIO.sub(r"\1:", text))
+
+
+def plus_minus(text: str) -> str:
+  r"""Replaces an expression with \pm by the list of its two values."""
+  if not _PLUS_MINUS.search(text) or len(split(text)) > 1:
+    return text
+  plus, minus = (_PLUS_MINUS.sub(sign, text) for sign in ("+", "-"))
+  return f"{plus.removeprefix('+')}, {without_name(minus)}"
+
+
+def without_name(text: str) -> str:
+  """Drops the left sides of an equation if they only name its right side.
+
+  These are names, words and sums of numbers: `x = 5`, `f(x) = 2x` and
+  `3 + 4 = 7`, but not `x + y = 7` or `2x = 7`.
+  """
+  *sides, right = _EQUALS.split(text)
+  is_named = all(
+    not _OPERATOR.search(side) or not re.search("[a-zA-Z]", side)
+    for side in sides
+  )
+  return right if is_named else text
 
 
 def trimmed(text: str) -> str:
-  """Strips punctuation around an answer, but keeps the point of .5."""
-  return text.rstrip(" \t\r\n.,;:!*\"'").lstrip(" \t\r\n:*\"'")
-
-
-def quantity(text: str) -> Quantity | None:
-  """Parses a whole normalized answer as a number; None if it is not one."""
-  while text.startswith("(") and text.endswith(")"):
-    text = text[1:-1].strip()
-  match = _QUANTITY.fullmatch(text)
-  if match is None or not _is_unit(match["unit"] or ""):
-    return None
-  value, divisor = fraction(match["top"]), fraction(match["bottom"] or "1")
-  whole, power = fraction(match["whole"] or "0"), int(match["power"] or "1")
-  if value is None or not divisor or whole is None:
-    return None
-  if abs(power) * len(match["top"]) > _MAX_DIGITS or (power < 0 and not value):
-    return None
-  value = whole + value**power / divisor
-  value *= _SCALES.get(match["scale"], 1)
-  if match["percent"]:
-    value /= 100
-  if (match["sign"] == "-") != (match["minus"] == "-"):
-    value = -value
-  unit = (match["unit"] or "").strip()
-  unit = unit if unit in _UNITS else unit.removesuffix("s")
-  return Quantity(value, unit if unit in _UNITS else "")
-
-
-def fraction(numeral: str) -> fractions.Fraction | None:
-  """Parses one numeral exactly; None if it is too long."""
-  if len(numeral) > _MAX_DIGITS:
-    return None
-  return fractions.Fraction(numeral.replace(",", ""))
-
-
-def _is_unit(text: str) -> bool:
-  """Returns whether the text after a number is a unit that can be dropped."""
-  return not _NOT_UNITS.search(text) and all(
-    len(word) > 2 or _SHORT_UNIT.fullmatch(word) for word in _WORD.findall(text)
-  )
-
-
-def _same_quantity(a: Quantity, b: Quantity) -> bool:
-  if a.unit and b.unit:
-    (a_kind, a_size), (b_kind, b_size) = _UNITS[a.unit], _UNITS[b.unit]
-    return a_kind == b_kind and a.value * a_size == b.value * b_size
-  return a.value == b.value
+  """Strips punctuation around an answer, but keeps .5 and the factorial 5!."""
+  text = _EXCLAMATION.sub("", text)
+  return text.rstrip(" \t\r\n.,;:*\"'").lstrip(" \t\r\n:*\"'")
 
 
 def _letter(text: str) -> str:
@@ -213,37 +180,89 @@ def _letter(text: str) -> str:
   return match["letter"] + ("*" if match["rest"] else "")
 
 
-def _key(text: str) -> Hashable:
-  """Returns a key that two normalized answers share if they are equal."""
-  if "\\cup" in text:
-    return frozenset(map(_span, text.split("\\cup")))
-  if text.startswith("{") and text.endswith("}"):
-    members = frozenset(map(_member, _split(text[1:-1])))
-    return next(iter(members)) if len(members) == 1 else members
-  members = [_member(part) for part in _split(text)]
-  if len(members) > 1 and all(
-    isinstance(member, fractions.Fraction) for member in members
-  ):
-    return frozenset(members)
-  verdict = _VERDICT.fullmatch(text)
-  return verdict[1] if verdict else _span(text)
+def _same_time(a: str, b: str) -> bool:
+  """Returns whether two times of day are equal, at least one with am or pm."""
+  (a_times, a_half), (b_times, b_half) = _times(a), _times(b)
+  return (a_half or b_half) and bool(a_times & b_times)
 
 
-def _span(text: str) -> Hashable:
-  """Parses an interval or a tuple, else a single member."""
+def _times(text: str) -> tuple[set[int], bool]:
+  """Returns the minutes of the day that a time may mean, and if it has am."""
+  text = {"noon": "12 pm", "midnight": "12 am"}.get(text, text)
+  match = _CLOCK.fullmatch(text)
+  if match is None:
+    return set(), False
+  if match["half"]:
+    hour = int(match["hour"]) % 12 + 12 * (match["half"] == "p")
+    return {hour * 60 + int(match["minute"] or 0)}, True
+  hour, minute = int(match["bare_hour"]), int(match["bare_minute"])
+  if hour > 12:
+    return {hour * 60 + minute}, False
+  start = hour % 12 * 60 + minute
+  return {start, start + _HALF_DAY}, False
+
+
+def parts(text: str) -> tuple[str, list[str]]:
+  """Splits an answer into members.
+
+  Returns:
+    The brackets and the members in order if the answer is a tuple or an
+    interval; otherwise no brackets and the members of a set, a list or a union,
+    whose order has no meaning. Any other answer is its only member. A list of
+    different names' values, x = 1, y = 2, is the tuple of the values.
+  """
   text = text.strip()
-  if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-    members = tuple(_member(part) for part in _split(text[1:-1]))
+  if "\\cup" in text:
+    return "", text.split("\\cup")
+  if _is_bracketed(text):
+    members = split(text[1:-1])
+    if text[0] == "{":
+      return "", members
     if len(members) > 1:
-      return (text[0], *members, text[-1])
-  return _member(text)
+      return text[0] + text[-1], members
+  members = split(text)
+  names = [match and match[1] for match in map(_NAME.fullmatch, members)]
+  if len(members) > 1 and all(names) and len(set(names)) == len(names):
+    named = sorted(zip(names, members, strict=True))
+    return "()", [without_name(member) for _, member in named]
+  return "", members
 
 
-def _member(text: str) -> Hashable:
-  """Parses a number, else returns the text without whitespace."""
+def _is_bracketed(text: str) -> bool:
+  """Returns whether a pair of brackets surrounds the whole text."""
+  if text[:1] not in ("(", "[", "{") or text[-1:] not in (")", "]", "}"):
+    return False
+  depth = 0
+  for i, character in enumerate(text):
+    depth += (character in "([{") - (character in ")]}")
+    if depth == 0:
+      return i == len(text) - 1
+  return False
+
+
+def _key(text: str, depth: int = 0) -> Hashable:
+  """Returns a key that two normalized answers share if they are equal."""
+  verdict = _VERDICT.fullmatch(text)
+  if verdict:
+    return verdict[1]
+  brackets, members = parts(text)
+  if brackets:
+    return (brackets, *(_member(member, depth) for member in members))
+  if members == [text]:
+    return _member(text, depth)
+  found = frozenset(_member(member, depth) for member in members)
+  return next(iter(found)) if len(found) == 1 else found
+
+
+def _member(text: str, depth: int) -> Hashable:
+  """Parses a number, a nested list, else returns the text."""
   text = right_side(text)
-  number = quantity(text)
-  return _letters(text) if number is None else number.value
+  number = quantities.parse(text)
+  if number is not None:
+    return number.value * number.size
+  if depth > _MAX_DEPTH or parts(text) == ("", [text]):
+    return _letters(text)
+  return _key(text, depth + 1)
 
 
 def _letters(text: str) -> str:
@@ -252,7 +271,7 @@ def _letters(text: str) -> str:
   return re.sub(r"(?<=[\d)])\*(?=[a-z(])", "", text)
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
   """Splits a list at separators outside of brackets.
 
   If any comma is followed by a space, commas without one belong to numbers.
@@ -267,22 +286,3 @@ def _split(text: str) -> list[str]:
   parts.append(text[start:])
   split = [piece for part in parts for piece in _AND.split(part)]
   return [piece for piece in split if piece.strip()]
-
-
-def numbers(text: str) -> Iterator[tuple[int, fractions.Fraction]]:
-  """Yields the start and value of every number in normalized text.
-
-  A quotient also yields its value, and a percentage its fraction, at the same
-  start.
-  """
-  for match in NUMBER.finditer(text):
-    value = fraction(match[0])
-    if value is None:
-      continue
-    yield match.start(), value
-    if PERCENT.match(text, match.end()):
-      yield match.start(), value / 100
-    divided = DIVISOR.match(text, match.end())
-    divisor = fraction(divided[1]) if divided else None
-    if divisor:
-      yield match.start(), value / divisor

@@ -8,13 +8,13 @@ import fractions
 import operator
 import re
 
-from atlas_jax.rewards import compare
+from atlas_jax.rewards import quantities
 
 # Longer expressions are read as separate numbers, larger powers are not
 # computed.
 _MAX_LENGTH, _MAX_POWER_BITS = 200, 10_000
 
-_NUMERAL = rf"(?:\d+\s+(?:and\s+)?\d+/\d+(?!\d)|{compare.NUMERAL}%?)"
+_NUMERAL = rf"(?:\d+\s+(?:and\s+)?\d+/\d+(?!\d)|{quantities.NUMERAL}%?)"
 _EXPRESSION = re.compile(
   rf"\(*(?:(?<![\w.)])-)?(?<![\w.]){_NUMERAL}\)*"
   rf"(?:\s*[-+*/^]\s*\(*-?{_NUMERAL}\)*)*"
@@ -118,7 +118,7 @@ def read(text: str) -> str:
   Markers of lists ("1.") are removed if a neighbour is present, and labels
   ("step 2") always.
   """
-  text = compare.normalized(text)
+  text = quantities.normalized(text)
   markers = {int(match[1]) for match in _MARKER.finditer(text)}
   text = _MARKER.sub(
     lambda m: "" if markers & {int(m[1]) - 1, int(m[1]) + 1} else m[0], text
@@ -144,7 +144,7 @@ def find(text: str) -> Iterator[Expression]:
     numerals = [
       (number, numeral)
       for numeral in re.finditer(_NUMERAL, match[0])
-      if (number := compare.quantity(numeral[0])) is not None
+      if (number := quantities.parse(numeral[0])) is not None
     ]
     operands = tuple(number.value for number, _ in numerals)
     value = _evaluate(match[0], operands)

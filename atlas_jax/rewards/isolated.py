@@ -141,17 +141,16 @@ class Worker:
 
 
 class Pool:
-  """A pool of workers that run one function."""
+  """A pool of workers that run one function, started when they are needed."""
 
   def __init__(self, target: str, limits: Limits, *, num_workers: int) -> None:
     """Stores the arguments, see `Worker`. The function takes JSON."""
     self._workers = [Worker(target, "json", limits) for _ in range(num_workers)]
-    self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
     self._threads = futures.ThreadPoolExecutor(num_workers, "isolated")
 
   def __enter__(self) -> "Pool":
-    # Only the first worker starts here, so an import error is raised once.
-    self._workers[0].__enter__()
+    # Each worker starts at its first call.
     for worker in self._workers:
       self._idle.put(worker)
     return self

@@ -26,7 +26,13 @@ import fractions
 import itertools
 import re
 
-from atlas_jax.rewards import announcements, compare, expressions, plain
+from atlas_jax.rewards import (
+  announcements,
+  compare,
+  expressions,
+  plain,
+  quantities,
+)
 
 _MAX_INCIDENTAL = 20
 _HALF = fractions.Fraction(1, 2)
@@ -82,12 +88,12 @@ def reveals_answer(teaching: str, question: str, answer: str) -> bool:
 def _reveals(teaching: str, question: str, answer: str) -> bool:
   """Returns whether a teaching reveals a number or a text."""
   side = compare.right_side(answer)
-  number = compare.quantity(side)
+  number = quantities.parse(side)
   if number is None:
     shown, asked = (plain.text(t).casefold() for t in (teaching, question))
     return _text_leaks(shown, asked, side)
   wanted = {number.value}
-  if compare.PERCENT.search(side):
+  if quantities.PERCENT.search(side):
     wanted.add(number.value * 100)
   return _number_leaks(
     expressions.read(teaching), expressions.read(question), wanted
@@ -156,7 +162,7 @@ def _given(question: str) -> set[fractions.Fraction]:
   found = list(expressions.find(question))
   given = {n for each in found for n in each.operands}
   for quotient in re.findall(r"\d+/\d+", question):
-    number = compare.quantity(quotient)
+    number = quantities.parse(quotient)
     given |= {number.value} if number else set()
   if "%" in question:
     given |= {n * 100 for n in given}
@@ -210,7 +216,7 @@ def _text_leaks(text: str, question: str, answer: str) -> bool:
 def _pattern(answer: str) -> str:
   """Returns a pattern of an answer; lists may be in any order."""
   members = re.split(r"\s*(?:,|;|\band\b)\s*", answer.strip("(){}[] "))
-  if 1 < len(members) <= 4 and all(map(compare.quantity, members)):
+  if 1 < len(members) <= 4 and all(map(quantities.parse, members)):
     orders = [members] if answer[0] in "([" else itertools.permutations(members)
     between = r"\s*(?:,|;|and|or)\s*(?:[a-z]\s*=\s*)?"
     lists = "|".join(between.join(map(re.escape, order)) for order in orders)
@@ -236,7 +242,7 @@ def _names(teaching: str, letter: str, options: dict[str, str]) -> bool:
   if any(named.search(each) and not other.search(each) for each in sentences):
     return True
   text = options.get(letter, "").casefold().strip(" .")
-  return compare.quantity(text) is None and any(
+  return quantities.parse(text) is None and any(
     text in each
     and not each.rstrip().endswith("?")
     and not any(

@@ -4,14 +4,13 @@
 Each is a `types.RewardFn` or returns one. `combine` computes a weighted sum.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 
 from atlas_jax import errors, types
 from atlas_jax.rewards import isolated
 
-_GRADER = "atlas_jax.rewards.math_grader:grade"
+# Compares pairs of a student's answer and a reference.
+Verify = Callable[[Sequence[tuple[str, str]]], list[isolated.Answer]]
 
 
 def well_formed(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
@@ -83,60 +82,39 @@ def overlong(*, soft_fraction: float, max_tokens: int) -> types.RewardFn:
   return reward_fn
 
 
-@contextlib.contextmanager
-def open_math(
-  *, timeout_s: float, num_workers: int
-) -> Iterator[types.RewardFn]:
-  """Starts processes that run math-verify, and stops them on exit.
+def math_verify(verify: Verify) -> types.RewardFn:
+  """Returns a reward function: the fraction of answers math-verify accepts.
 
-  Yields:
-    A reward function that returns the fraction of taught answers that
-    math-verify finds equal to the reference. If one answer fails or takes
-    longer than `timeout_s`, the record's reward is missing.
-
-  Raises:
-    errors.ConfigError: if math-verify is not installed.
+  If one answer fails or takes too long, or the reference cannot be parsed, the
+  record's reward is missing.
   """
-  if importlib.util.find_spec("math_verify") is None:
-    raise errors.ConfigError(
-      "math-verify is not installed.",
-      where="--config.reward.weights.math_verify",
-      why="This reward compares answers with it.",
-      fix="Run pip install -r requirements/trainer.txt, or set the weight to "
-      "0.",
+
+  def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
+    pairs = dict.fromkeys(
+      (attempt.text, record.question.answer)
+      for record in records
+      for attempt in record.taught
     )
-  limits = isolated.Limits(timeout_s, max_memory_bytes=0)
-  with isolated.Pool(_GRADER, limits, num_workers=num_workers) as pool:
+    found = dict(zip(pairs, verify(list(pairs)), strict=True))
+    return [_math(record, found) for record in records]
 
-    def verdicts(pairs: Sequence[tuple[str, str]]) -> list[isolated.Answer]:
-      return pool.map(pairs)
-
-    yield lambda records: _math(records, verdicts)
+  return reward_fn
 
 
 def _math(
-  records: Sequence[types.TeachingRecord],
-  verdicts: Callable[[Sequence[tuple[str, str]]], list[isolated.Answer]],
-) -> list[types.Reward]:
-  """Grades each distinct pair of answer and reference once."""
-  pairs = [
-    (attempt.text, record.question.answer)
-    for record in records
-    for attempt in record.taught
-  ]
-  distinct = list(dict.fromkeys(pairs))
-  found = dict(zip(distinct, verdicts(distinct), strict=True))
-  rewards = []
-  for record in records:
-    graded = [found[a.text, record.question.answer] for a in record.taught]
-    failures = [answer.failure for answer in graded if answer.failure]
-    if failures or not graded:
-      rewards.append(types.Reward(None, (failures or [_NO_ANSWER])[0]))
-    else:
-      rewards.append(types.Reward(_mean([float(a.value) for a in graded])))
-  return rewards
+  record: types.TeachingRecord,
+  found: Mapping[tuple[str, str], isolated.Answer],
+) -> types.Reward:
+  graded = [found[a.text, record.question.answer] for a in record.taught]
+  if not graded:
+    return types.Reward(None, _NO_ANSWER)
+  for answer in graded:
+    if answer.value is None:
+      return types.Reward(None, answer.failure or _NOT_PARSED)
+  return types.Reward(_mean([float(a.value) for a in graded]))
 
 
+_NOT_PARSED = "math-verify cannot parse the reference"
 _NO_ANSWER = "the student wrote no answer"
 
 

@@ -22,12 +22,11 @@ original with one answer of each.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import math
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import answers, compare, leaks
+from atlas_jax.rewards import answers
 
 # Number of tokens at which the efficiency term is one half.
 _HALF_LENGTH = 100.0
@@ -46,33 +45,6 @@ PRESETS = ("R1", "R2", "R3", "R4", "R5")
 _Pair = Callable[
   [types.TeachingRecord, types.Attempt, types.Attempt], dict[str, float]
 ]
-
-
-def grade(record: types.TeachingRecord) -> types.TeachingRecord:
-  """Returns the record with `correct` of each answer and `leaked` set.
-
-  If the reference is a solution, its declared answer is used. Truncated answers
-  are graded like others.
-  """
-  reference = _reference(record)
-
-  def graded(attempts: tuple[types.Attempt, ...]) -> tuple[types.Attempt, ...]:
-    return tuple(
-      dataclasses.replace(
-        attempt, correct=_credit(attempt.text, reference, partial=0.0) == 1.0
-      )
-      for attempt in attempts
-    )
-
-  return dataclasses.replace(
-    record,
-    baseline=graded(record.baseline),
-    taught=graded(record.taught),
-    leaked=record.teaching is not None
-    and leaks.reveals_answer(
-      record.teaching, record.question.question, reference
-    ),
-  )
 
 
 def r1(
@@ -212,9 +184,9 @@ def _pair_fn(preset: str, w: float, m: float) -> _Pair:
     record: types.TeachingRecord, taught: types.Attempt, baseline: types.Attempt
   ) -> dict[str, float]:
     def credit(attempt: types.Attempt) -> float:
-      if preset != "R1":
-        return float(bool(attempt.correct))
-      return _credit(attempt.text, _reference(record), partial=0.5)
+      if preset == "R1" and not attempt.correct:
+        return _partial_credit(record, attempt)
+      return float(bool(attempt.correct))
 
     if preset in ("R1", "R2"):
       num_tokens = len(record.teacher_rollout.completion.token_ids)
@@ -262,21 +234,18 @@ def _total(pairs: Sequence[dict[str, float]]) -> types.Reward:
   return types.Reward(sum(parts.values()), parts=parts)
 
 
-def _reference(record: types.TeachingRecord) -> str:
-  """Returns the final answer of the reference."""
-  answer = record.question.answer
-  return answers.declared(answer) or answer
-
-
-def _credit(text: str, reference: str, *, partial: float) -> float:
-  """Returns 1 for a correct answer, `partial` if one contains the other."""
-  answer = answers.extract(text)
+def _partial_credit(
+  record: types.TeachingRecord, attempt: types.Attempt
+) -> float:
+  """Returns 0.5 if one of answer and reference contains the other, else 0."""
+  answer = answers.extract(attempt.text)
   if answer is None:
     return 0.0
-  if compare.equal(answer, reference):
-    return 1.0
-  a, b = answer.casefold(), reference.casefold()
-  return partial if a in b or b in a else 0.0
+  a, b = (
+    answer.casefold(),
+    answers.of_reference(record.question.answer).casefold(),
+  )
+  return 0.5 if a in b or b in a else 0.0
 
 
 def _brevity(num_tokens: int) -> float:

@@ -22,7 +22,7 @@ from atlas_jax.data import loader
 from atlas_jax.evaluation import held_out as evaluation
 from atlas_jax.evaluation import metrics
 from atlas_jax.models import decoder
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.train import (
   grpo_batches,
@@ -46,6 +46,7 @@ class GrpoStep:
   Attributes:
     policy: the teacher model and which of its parameters are trained.
     batches: samples the records of each step.
+    grader: grades the answers.
     reward_fn: rewards graded records.
     updater: computes advantages and losses, and updates the parameters.
     samples: writes some of the sampled texts to files.
@@ -57,6 +58,7 @@ class GrpoStep:
 
   policy: trainable.Policy
   batches: grpo_batches.RolloutBatches
+  grader: grading.Grader
   reward_fn: types.RewardFn
   updater: grpo_update.GrpoUpdate
   samples: train_samples.SampleLog
@@ -83,6 +85,7 @@ class GrpoStep:
       self.samples.save(step + 1, records, rewarded)
     return state, {
       **_record_metrics(records, rewarded),
+      "rewards/grading_failures": self.grader.take_num_failures(),
       "groups/refills": num_refills,
       **updated,
       **lag,
@@ -93,7 +96,7 @@ class GrpoStep:
   def _reward(self, records: Sequence[types.TeachingRecord]) -> _Rewarded:
     """Grades the answers, then rewards the teachings."""
     with self.clock.phase("reward"):
-      graded = [rewards.grade(record) for record in records]
+      graded = self.grader.grade(records)
       return graded, self.reward_fn(graded)
 
   def _refill(
@@ -124,6 +127,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   params: decoder.Params,
   *,
   protocol: teaching_protocol.Rollouts,
+  grader: grading.Grader,
   reward_fn: types.RewardFn,
   questions: loader.QuestionLoader,
   held_out: Sequence[types.Question],
@@ -139,6 +143,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       them is the first reference.
     protocol: samples probes, teachings and answers; its policy's sampler
       receives the new weights before every step.
+    grader: grades the answers, also of held-out questions.
     reward_fn: rewards the graded records of one step.
     questions: the training questions.
     held_out: questions to evaluate on; may be empty.
@@ -172,6 +177,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       GrpoStep(
         policy,
         batches,
+        grader,
         reward_fn,
         updater,
         samples,
@@ -179,7 +185,9 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
         group_size=config.sampling.teach.group_size,
         max_refills=config.groups.max_refills,
       ),
-      functools.partial(_evaluate, policy, batches, protocol, held_out, config),
+      functools.partial(
+        _evaluate, policy, batches, protocol, grader, held_out, config
+      ),
       row_ids=batches.row_ids,
       clock=clock,
       get_host_state=batches.get_state,
@@ -258,6 +266,7 @@ def _evaluate(
   policy: trainable.Policy,
   batches: grpo_batches.RolloutBatches,
   protocol: teaching_protocol.Rollouts,
+  grader: grading.Grader,
   held_out: Sequence[types.Question],
   config: types.Config,
   state: train_state.TrainState,
@@ -270,6 +279,7 @@ def _evaluate(
   return evaluation.evaluate(
     protocol,
     held_out,
+    grader=grader,
     seed=config.seed,
     num_bootstrap=config.evaluation.num_bootstrap,
     max_dropped_fraction=config.groups.max_dropped_fraction,

@@ -40,8 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
       ),
       overlong=dict(soft_fraction=0.2),  # rewards.rules.overlong
-      math_verify=dict(
-        timeout_s=10.0, num_workers=2
-      ),  # rewards.rules.open_math
+      # rewards.grading.open_grader
+      math_verify=dict(timeout_s=10.0, num_workers=2),
     )
   )

@@ -13,6 +13,7 @@ import ml_collections
 from configs import mesh, rollout, sections
 from configs.data import prompts, selection, world
 from configs.model import frozen, tiny
+from configs.reward import teaching
 from configs.run import teacher_rcl
 
 
@@ -29,6 +30,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.rollout = rollout.get_config()
   config.templates = prompts.get_templates()
   config.sampling = teacher_rcl.get_sampling()
+  config.math_verify = teaching.get_config().math_verify
   config.batch_size = 64
   config.num_bootstrap = 2000
 

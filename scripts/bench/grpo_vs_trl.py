@@ -29,6 +29,7 @@ import numpy as np
 
 from atlas_jax import chat, sharding, types
 from atlas_jax.data import sets
+from atlas_jax.rewards import grading
 from atlas_jax.train import grpo, loop
 from configs.run import rlvr
 from scripts import program, small_world
@@ -205,6 +206,7 @@ def _ours(directory: pathlib.Path) -> None:
     grpo.train(
       *components.open_policy(policy, mesh, seed=config.seed, **config.lora),
       protocol=rollouts,
+      grader=grading.by_rules(),
       reward_fn=reward_fn,
       questions=questions,
       held_out=(),

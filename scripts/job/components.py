@@ -15,7 +15,7 @@ import jax
 
 from atlas_jax import chat, distributed, errors, sharding, types
 from atlas_jax.models import decoder, kernel_check, kernels, lora
-from atlas_jax.rewards import combine, custom, rlt, shared
+from atlas_jax.rewards import combine, custom, grading, rlt, shared
 from atlas_jax.teaching import protocol, single_model, templates
 from atlas_jax.train import score, train_state, trainable
 from atlas_jax.train.telemetry import sinks, writer
@@ -352,9 +352,19 @@ def open_writer(
   )
 
 
+def open_grader(
+  settings: types.Config,
+) -> contextlib.AbstractContextManager[grading.Grader]:
+  """Opens the grader; process 0 asks math-verify."""
+  return grading.open_grader(
+    **settings, from_first=distributed.FirstProcessBroadcast("grading")
+  )
+
+
 @contextlib.contextmanager
 def open_reward(
   reader: rlt.Student | None,
+  grader: grading.Grader,
   functions: custom.Functions,
   config: types.Config,
 ) -> Iterator[types.RewardFn]:
@@ -370,7 +380,7 @@ def open_reward(
     weights: Mapping[str, float], functions: custom.Functions
   ) -> contextlib.AbstractContextManager[types.RewardFn]:
     return combine.open_reward(
-      **{**config.reward, "weights": weights},
+      **{**config.reward, "weights": weights, "math_verify": grader.verify},
       functions=functions,
       student=reader,
       max_tokens=config.sampling.teach.max_completion_tokens,

@@ -20,6 +20,7 @@ import pytest
 
 from atlas_jax import errors, sharding, types
 from atlas_jax.data import sets
+from atlas_jax.rewards import grading
 from atlas_jax.train import gkd, grpo, loop, sft
 from atlas_jax.train.telemetry import writer
 from configs.run import teacher_gkd, teacher_rcl, teacher_sft
@@ -166,6 +167,7 @@ def _train_grpo(home, workdir, should_stop):
       policy,
       params,
       protocol=protocol,
+      grader=grading.by_rules(),
       reward_fn=_low_id_fraction,
       questions=questions,
       held_out=held_out,

@@ -8,6 +8,7 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.evaluation import evaluate
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.teaching import templates
 from configs.data import prompts
@@ -63,6 +64,7 @@ def protocol(tmp_path):
 def _run(protocol, path, **overrides):
   arguments = {
     "questions": _QUESTIONS,
+    "grader": grading.by_rules(),
     "batch_size": 2,
     "seed": 0,
     "weights": _WEIGHTS,
@@ -131,6 +133,7 @@ def test_finished_questions_are_not_sampled_again(protocol, tmp_path):
   ("overrides", "name"),
   [
     ({"seed": 1}, "seed"),
+    ({"grader": grading.Grader(lambda _: [], None)}, "math_verify"),
     ({"questions": _QUESTIONS[:4]}, "questions"),
     ({"weights": {**_WEIGHTS, "policy": "teacher-b"}}, "weights"),
   ],

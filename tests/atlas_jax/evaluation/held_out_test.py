@@ -7,6 +7,7 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.evaluation import held_out
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol, templates
 from tests import fakes
 
@@ -40,7 +41,12 @@ def _evaluate(tmp_path, *, teaching, given_up=()):
     baseline_params=params,
   )
   return held_out.evaluate(
-    made, _QUESTIONS, seed=0, num_bootstrap=50, max_dropped_fraction=0.25
+    made,
+    _QUESTIONS,
+    grader=grading.by_rules(),
+    seed=0,
+    num_bootstrap=50,
+    max_dropped_fraction=0.25,
   )
 
 

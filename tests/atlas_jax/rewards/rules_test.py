@@ -4,7 +4,7 @@
 import pytest
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import rules, teaching
+from atlas_jax.rewards import grading, rules
 
 
 def _record(*taught, teaching="Add.", num_tokens=3, finish="stop", answer="42"):
@@ -30,8 +30,8 @@ def test_only_a_finished_teaching_is_well_formed():
 
 
 def test_exact_is_the_fraction_of_correct_answers():
-  record = teaching.grade(_record("it is 42", "41", "42.0", "no idea"))
-  assert rules.exact([record]) == [types.Reward(0.5)]
+  record = _record("it is 42", "41", "42.0", "no idea")
+  assert rules.exact(grading.by_rules().grade([record])) == [types.Reward(0.5)]
 
 
 def test_exact_requires_graded_answers():
@@ -58,10 +58,16 @@ def test_overlong_requires_a_valid_soft_fraction(soft_fraction):
   assert "soft_fraction" in caught.value.where
 
 
+def _open_grader(timeout_s):
+  return grading.open_grader(
+    timeout_s=timeout_s, num_workers=1, from_first=lambda make: make()
+  )
+
+
 @pytest.fixture(scope="module")
 def math_fn():
-  with rules.open_math(timeout_s=20.0, num_workers=1) as reward_fn:
-    yield reward_fn
+  with _open_grader(timeout_s=20.0) as grader:
+    yield rules.math_verify(grader.verify)
 
 
 @pytest.mark.slow
@@ -95,8 +101,10 @@ def test_a_reference_that_cannot_be_parsed_is_missing(math_fn):
 def test_an_answer_that_takes_too_long_is_missing():
   # sympy would compute all its digits.
   tower = r"\boxed{9^{9^{9^{9}}}}"
-  with rules.open_math(timeout_s=3.0, num_workers=1) as reward_fn:
-    hung, right = reward_fn([_record(tower), _record("42")])
+  with _open_grader(timeout_s=3.0) as grader:
+    hung, right = rules.math_verify(grader.verify)(
+      [_record(tower), _record("42")]
+    )
   assert hung.value is None
   assert "3 s" in hung.missing_reason
   assert right.value == 1.0

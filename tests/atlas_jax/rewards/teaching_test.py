@@ -7,7 +7,7 @@ import math
 import pytest
 
 from atlas_jax import errors, types
-from atlas_jax.rewards import teaching
+from atlas_jax.rewards import grading, teaching
 
 _WEIGHTS = {
   "R1": {"efficiency_weight": 1.0, "degradation_penalty_multiplier": 2.0},
@@ -41,12 +41,17 @@ def _record(
   )
 
 
+def _grade(record):
+  (graded,) = grading.by_rules().grade([record])
+  return graded
+
+
 def _reward(preset, record, **overrides):
   settings = {"leak_penalty": 1.0, "no_teaching_reward": -0.25}
   reward_fn = teaching.build(
     preset, **{**settings, **_WEIGHTS[preset], **overrides}
   )
-  (reward,) = reward_fn([teaching.grade(record)])
+  (reward,) = reward_fn([_grade(record)])
   return reward
 
 
@@ -171,11 +176,11 @@ def test_grade_sets_correct_and_leaked():
     [_attempt("I do not know.")],
     hint="Say 42.",
   )
-  graded = teaching.grade(record)
+  graded = _grade(record)
   assert [a.correct for a in graded.taught] == [True, True]
   assert [a.correct for a in graded.baseline] == [False]
   assert graded.leaked is True
-  assert teaching.grade(_record([], [], hint=None)).leaked is False
+  assert _grade(_record([], [], hint=None)).leaked is False
 
 
 def test_the_answer_is_extracted_from_a_solution():
@@ -183,7 +188,7 @@ def test_the_answer_is_extracted_from_a_solution():
   question = dataclasses.replace(
     record.question, answer="12 + 30 = 42, so #### 42"
   )
-  graded = teaching.grade(dataclasses.replace(record, question=question))
+  graded = _grade(dataclasses.replace(record, question=question))
   assert graded.taught[0].correct
   assert not graded.baseline[0].correct
 

@@ -5,8 +5,7 @@ import dataclasses
 
 from atlas_jax import types
 from atlas_jax.evaluation import metrics
-from atlas_jax.rewards import rules
-from atlas_jax.rewards import teaching as rewards
+from atlas_jax.rewards import grading, rules
 from atlas_jax.teaching import protocol, single_model
 from tests import fakes
 
@@ -55,7 +54,7 @@ def test_correct_answers_are_rewarded_and_counted(tmp_path):
     return f"<solution>{2 + index}</solution>"
 
   _, records = _run(tmp_path, write)
-  records = [rewards.grade(record) for record in records]
+  records = grading.by_rules().grade(records)
 
   values = [reward.value for reward in rules.exact(records)]
 

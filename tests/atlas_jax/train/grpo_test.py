@@ -13,6 +13,7 @@ from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
 from atlas_jax.models import lora, quantized
+from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol, templates
 from atlas_jax.train import grpo, loop, rollout_packing, score, trainable
 from atlas_jax.train.telemetry import writer as train_writer
@@ -278,6 +279,7 @@ def _train(
     policy,
     params,
     protocol=policy_protocol,
+    grader=grading.by_rules(),
     reward_fn=reward_fn,
     questions=loader.QuestionLoader(
       _QUESTIONS,
