@@ -2,8 +2,8 @@
 """Fields of config.json that transformers reads for the supported families.
 
 Importing transformers' config classes takes seconds, so their fields are listed
-here. `tests/atlas_jax/models/hf_fields_test.py` derives the list again from the
-installed transformers and compares.
+here. `hf_fields_parity_test.py` derives the list again from the installed
+transformers and compares.
 """
 
 # Of all supported families: a field that only another family reads may mean

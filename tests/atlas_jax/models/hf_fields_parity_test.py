@@ -7,12 +7,15 @@ import inspect
 import pathlib
 import textwrap
 
-import transformers
-from transformers import masking_utils, modeling_rope_utils
-from transformers.models.auto import configuration_auto
+import pytest
 
 from atlas_jax.models import hf_fields
 from tests import tiny
+
+pytest.importorskip("torch")
+import transformers
+from transformers import masking_utils, modeling_rope_utils
+from transformers.models.auto import configuration_auto
 
 _MODELS = pathlib.Path(transformers.__file__).parent / "models"
 _CONFIGS = ("config", "self.config")
