@@ -289,10 +289,10 @@ best = {"best_metric": "loss", "load_best": True}
 
 def state(step):
   make = jax.jit(lambda: jnp.arange(16.0) + step, out_shardings=rows)
-  return {"w": make()}
+  return {"params": make()}
 
 def check(found, step):
-  for shard in found["w"].addressable_shards:
+  for shard in found["params"].addressable_shards:
     assert (shard.data == jnp.arange(16.0)[shard.index] + step).all()
 
 def open_saver():
