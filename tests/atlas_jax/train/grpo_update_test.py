@@ -36,6 +36,7 @@ def _config(loss, **changes):
   config.correction.max_ratio = 1e3
   config.batch.mask_truncated = False
   config.packing = {"length": 0, "packed": False}
+  config.batch.per_device = 0
   config.update_from_flattened_dict(changes)
   return ml_collections.FrozenConfigDict(config)
 
