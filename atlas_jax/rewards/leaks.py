@@ -180,8 +180,8 @@ def _is_setup(
   """Returns whether an expression only combines numbers of the question.
 
   Constants may be combined with them, and so may 2 as a factor or an exponent,
-  1 as a summand
-  unless announced, and the number of numbers as a divisor, for a mean.
+  1 as a summand unless announced, and the number of numbers as a divisor, for a
+  mean.
   """
   operands = set(expression.operands)
   shared = given | constants
