@@ -3,10 +3,13 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
+from typing import Any
 
 import jinja2
 import transformers
@@ -15,16 +18,29 @@ from atlas_jax import errors, types
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
+_OPEN = r"<(think(?:ing)?)>"
+_THINKING = re.compile(rf"{_OPEN}.*?(?:</\1>|\Z)", re.DOTALL)
+_THINKING_END = re.compile(r"</think(?:ing)?>")
+_OPENED = re.compile(rf"{_OPEN}\s*\Z")
+_THINKING_TAGS = {"<think>", "</think>", "<thinking>", "</thinking>"}
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+
+def load_tokenizer(
+  directory: str | os.PathLike[str], *, template_kwargs: str = ""
+) -> Tokenizer:
   """Loads a tokenizer that can render conversations and pad batches.
 
   Args:
     directory: a local checkpoint, or a Hub id.
+    template_kwargs: defaults of variables of the chat template, as a JSON
+      object, e.g. '{"enable_thinking": false}'; empty for none. They become
+      part of the template, so exports and fingerprints include them.
 
   Raises:
-    errors.ConfigError: if the tokenizer cannot be loaded, or it has no chat
-      template, pad token or end-of-sequence token.
+    errors.ConfigError: if the tokenizer cannot be loaded, it has no chat
+      template, pad token or end-of-sequence token, or `template_kwargs` is not
+      a JSON object of variables.
   """
   where = os.fspath(directory)
   try:
@@ -58,7 +74,40 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         fix=f'Set "{name}" in tokenizer_config.json to a special token of the '
         "vocabulary.",
       )
+  if template_kwargs:
+    defaults, template = _defaults(template_kwargs), tokenizer.chat_template
+    tokenizer.chat_template = (
+      {name: defaults + text for name, text in template.items()}
+      if isinstance(template, dict)
+      else defaults + template
+    )
   return tokenizer
+
+
+def _defaults(template_kwargs: str) -> str:
+  """Returns Jinja statements that set variables which are not defined."""
+  try:
+    values = json.loads(template_kwargs)
+  except ValueError:
+    values = None
+  if not isinstance(values, dict) or not all(map(_VARIABLE.fullmatch, values)):
+    raise errors.ConfigError(
+      "chat_template_kwargs must be a JSON object of template variables, got "
+      f"{template_kwargs!r}.",
+      where="chat_template_kwargs",
+      why="Its keys are variables of the chat template.",
+      fix="Set it to '{\"enable_thinking\": false}', for example, or to ''.",
+    )
+  return "".join(
+    f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}"
+    "{%- endif %}"
+    for name, value in values.items()
+  )
+
+
+def _literal(value: Any) -> str:  # Any: JSON.
+  """Returns a JSON value as a Jinja literal, where null is `none`."""
+  return "none" if value is None else json.dumps(value)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -174,13 +223,62 @@ def stop_token_ids(
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-  """Returns the text of `token_ids`, without special tokens."""
+  """Returns the text of `token_ids`, without special tokens.
+
+  The tags of thinking are kept, which are special tokens of some models.
+  """
+  hidden = _hidden_ids(tokenizer)
   texts = tokenizer.batch_decode(
-    [list(token_ids)],
-    skip_special_tokens=True,
+    [[token_id for token_id in token_ids if token_id not in hidden]],
+    skip_special_tokens=False,
     clean_up_tokenization_spaces=False,
   )
   return texts[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
+  """Returns the ids that `decode` leaves out."""
+  return frozenset(
+    token_id
+    for token_id, token in tokenizer.added_tokens_decoder.items()
+    if token.special and token.content not in _THINKING_TAGS
+  )
+
+
+def opens_thinking(rendered: str) -> bool:
+  """Returns whether a rendered prompt ends with an open thinking tag."""
+  return _OPENED.search(rendered) is not None
+
+
+def is_thinking(text: str, *, is_open: bool) -> bool:
+  """Returns whether a text ends inside of the thinking.
+
+  Args:
+    text: of a completion.
+    is_open: whether the prompt has opened the thinking.
+  """
+  matches = list(_THINKING.finditer(_opened(text, is_open)))
+  return bool(matches) and not _THINKING_END.search(matches[-1][0])
+
+
+def without_thinking(text: str, *, is_open: bool) -> str:
+  """Returns the stripped text outside of the thinking.
+
+      <think> t t t </think> a a a      a a a
+      t t t </think> a a a              a a a, also if not `is_open`
+      <think> t t t                     nothing
+
+  Args:
+    text: of a completion.
+    is_open: whether the prompt has opened the thinking.
+  """
+  outside = _THINKING.sub("", _opened(text, is_open))
+  return _THINKING_END.split(outside)[-1].strip()
+
+
+def _opened(text: str, is_open: bool) -> str:
+  return f"<think>{text}" if is_open else text
 
 
 def _written_spans(

@@ -108,12 +108,17 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-  """An answer written by the student. `correct` is None until graded."""
+  """An answer written by the student.
+
+  `text` has no thinking, which `num_tokens` includes. `correct` is None until
+  graded, and `answer` is the final answer that was graded.
+  """
 
   text: str
   num_tokens: int
   finish_reason: FinishReason
   correct: bool | None = None
+  answer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +161,16 @@ class Sampler(Protocol):
   @property
   def version(self) -> int:
     """The step of the current weights."""
+    ...
+
+  @property
+  def context_length(self) -> int:
+    """Maximum tokens of a prompt together with its completion."""
+    ...
+
+  @property
+  def is_concurrent(self) -> bool:
+    """Whether calls of `sample` from several threads run at the same time."""
     ...
 
   def sample(

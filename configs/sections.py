@@ -10,6 +10,15 @@ def get_world() -> ml_collections.ConfigDict:
   )
 
 
+def get_roles() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    dict(  # teaching.roles.Role
+      policy=dict(max_prompt_tokens=0),
+      student=dict(max_prompt_tokens=0, max_thinking_tokens=0),
+    )
+  )
+
+
 def get_loop() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(  # train.loop.Settings

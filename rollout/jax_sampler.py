@@ -129,6 +129,16 @@ class JaxSampler:
     return self._version
 
   @property
+  def context_length(self) -> int:
+    """The model's max_position_embeddings."""
+    return self._model.config.max_positions
+
+  @property
+  def is_concurrent(self) -> bool:
+    """False: the devices run one program at a time."""
+    return False
+
+  @property
   def num_programs(self) -> int:
     """Number of prefill and decode programs compiled so far."""
     return len(self._programs)
@@ -152,7 +162,7 @@ class JaxSampler:
     context_length.check(
       prompts,
       params.max_completion_tokens,
-      self._model.config.max_positions,
+      self.context_length,
       limit_name="The model's max_position_embeddings",
     )
     started = time.monotonic()

@@ -54,13 +54,13 @@ def main() -> None:
     distributed.agree(
       {"data": train_set.fingerprint(), "held out": eval_set.fingerprint()}
     )
-    role = None
+    sampler = None
     if max_new_tokens:
       start = components.policy_at_start(
         base, policy, params, adapters_path=config.lora.path
       )
-      role = opened.enter_context(
-        components.open_role("policy", start, mesh, config)
+      sampler = opened.enter_context(
+        components.open_sampler("policy", start, mesh, config)
       )
     export = exports.writer(
       workdir,
@@ -79,7 +79,7 @@ def main() -> None:
       params,
       teacher=gkd.Teacher(teacher.model, teacher.params),
       tokenizer=base.tokenizer,
-      sampler=role and role.sampler,
+      sampler=sampler,
       train_set=train_set,
       eval_set=eval_set,
       mesh=mesh,

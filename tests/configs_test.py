@@ -16,7 +16,7 @@ from atlas_jax.data import sets
 from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, grading, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
-from atlas_jax.teaching import templates
+from atlas_jax.teaching import roles, templates
 from atlas_jax.train import (
   gkd,
   gkd_batches,
@@ -60,6 +60,8 @@ _FUNCTIONS = {
   "sampling.baseline": (types.SamplingParams, ("seed",)),
   "sampling.teach": (types.SamplingParams, ("seed",)),
   "sampling.solve": (types.SamplingParams, ("seed",)),
+  "roles.policy": (roles.Role, ("sampler", "tokenizer", "max_thinking_tokens")),
+  "roles.student": (roles.Role, ("sampler", "tokenizer")),
   "reward": (combine.open_reward, ("functions", "student", "max_tokens")),
   "reward.weights": (combine.Weights, ()),
   "reward.teaching": (teaching_reward.build, ()),

@@ -79,7 +79,8 @@ class FakeSampler:
     tokenizer: transformers.PreTrainedTokenizerBase,
     write: Callable[[types.Prompt, types.SamplingParams, int], str],
   ) -> None:
-    self.version = 0
+    self.version, self.context_length = 0, 2**20
+    self.is_concurrent = False
     self.calls: list[tuple[list[types.Prompt], types.SamplingParams]] = []
     self.given_up: set[str] = set()
     self._tokenizer, self._write = tokenizer, write

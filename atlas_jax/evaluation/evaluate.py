@@ -19,6 +19,7 @@ from absl import logging
 
 from atlas_jax import errors, types
 from atlas_jax.rewards import grading
+from atlas_jax.teaching import missing
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
@@ -86,7 +87,7 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
     batch = questions[start : start + batch_size]
     sampled = protocol.run(batch, seed)
     # Raises if a question was dropped: the next run samples this batch again.
-    teaching_protocol.dropped_fraction(batch, sampled, max_fraction=0.0)
+    missing.fraction(batch, sampled, max_fraction=0.0)
     graded = grader.grade(sampled)
     lines = [types.to_json_line(record) for record in graded]
     from_first(functools.partial(_append, path, lines))

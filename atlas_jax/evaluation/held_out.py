@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from atlas_jax import types
 from atlas_jax.evaluation import metrics
 from atlas_jax.rewards import grading
+from atlas_jax.teaching import missing
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
@@ -28,7 +29,7 @@ def evaluate(
       by their weights. If it equals the baselines' seed, comparisons are
       paired.
     num_bootstrap: see `metrics.summarize`.
-    max_dropped_fraction: of the questions; see `protocol.dropped_fraction`.
+    max_dropped_fraction: of the questions; see `missing.fraction`.
 
   Returns:
     Metrics of the answered questions, named as by `flatten` with the prefix
@@ -38,7 +39,7 @@ def evaluate(
     errors.RolloutError: if too many questions have no completions.
   """
   records = grader.grade(protocol.run(questions, seed))
-  dropped = teaching_protocol.dropped_fraction(
+  dropped = missing.fraction(
     questions, records, max_fraction=max_dropped_fraction
   )
   summary = metrics.of_answers(records, num_bootstrap=num_bootstrap, seed=seed)

@@ -52,11 +52,12 @@ class Grader:
   def grade(
     self, records: Sequence[types.TeachingRecord]
   ) -> list[types.TeachingRecord]:
-    """Returns the records with `correct` and `leaked` set.
+    """Returns the records with `correct`, `answer` and `leaked` set.
 
-    If the reference is a solution, its declared answer is used. Truncated
-    answers are graded like others. An answer on which math-verify fails, or
-    does not finish in time, is not correct.
+    If the reference is a solution, its declared answer is used. A truncated
+    answer is correct only if it declares the answer. An answer on which
+    math-verify fails, or does not finish in time, is not correct. Answers that
+    are graded already are kept.
     """
     pairs = [pair for record in records for pair in _pairs(record)]
     equal = dict(zip(pairs, self.equal(pairs), strict=True))
@@ -151,7 +152,13 @@ def _graded(
   def graded(attempts: tuple[types.Attempt, ...]) -> tuple[types.Attempt, ...]:
     found = ((attempt, _pair(record, attempt)) for attempt in attempts)
     return tuple(
-      dataclasses.replace(attempt, correct=pair is not None and is_equal(pair))
+      attempt
+      if attempt.correct is not None
+      else dataclasses.replace(
+        attempt,
+        correct=pair is not None and is_equal(pair),
+        answer=pair and pair[0],
+      )
       for attempt, pair in found
     )
 
@@ -170,11 +177,14 @@ def _graded(
 def _pair(
   record: types.TeachingRecord, attempt: types.Attempt
 ) -> tuple[str, str] | None:
-  """Returns the answer and what it must equal; None without an answer.
+  """Returns the answer and what it must equal; None if there is none to grade.
 
   If the question asks for a percentage, the reference is one: 60 is 60%.
   """
-  answer = answers.extract(attempt.text)
+  if attempt.correct is not None:
+    return None
+  is_cut = attempt.finish_reason == "length"
+  answer = (answers.declared if is_cut else answers.extract)(attempt.text)
   if answer is None:
     return None
   reference = answers.of_reference(record.question.answer)

@@ -238,11 +238,10 @@ def _partial_credit(
   record: types.TeachingRecord, attempt: types.Attempt
 ) -> float:
   """Returns 0.5 if one of answer and reference contains the other, else 0."""
-  answer = answers.extract(attempt.text)
-  if answer is None:
+  if attempt.answer is None:
     return 0.0
   a, b = (
-    answer.casefold(),
+    attempt.answer.casefold(),
     answers.of_reference(record.question.answer).casefold(),
   )
   return 0.5 if a in b or b in a else 0.0

@@ -7,29 +7,37 @@ answers without a teaching, the baselines, are sampled once and cached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
+import hashlib
 import time
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
-from atlas_jax import chat, errors, types
+from atlas_jax import errors, types
+from atlas_jax.teaching import roles
 from atlas_jax.teaching import templates as teaching_templates
 
-_MAX_NAMED = 8  # Rows listed in an error.
+_MAX_ANSWER = 200  # Characters of a final answer that are cached.
 
 # Returns a context manager that is entered around the phase of that name.
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
+# A version of the student's weights, a row id and a digest of its question.
+_Key = tuple[int, str, str]
+_Baselines = dict[types.Question, tuple[types.Attempt, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Role:
-  """A sampler and the tokenizer of its weights."""
+class _Taught(NamedTuple):
+  """A rollout of the policy, and what the student made of it."""
 
-  sampler: types.Sampler
-  tokenizer: chat.Tokenizer
+  question: types.Question
+  probe: str
+  teacher_rollout: types.Rollout
+  teaching: str | None
+  taught: tuple[types.Attempt, ...]
 
 
 class Rollouts(typing.Protocol):
@@ -38,10 +46,10 @@ class Rollouts(typing.Protocol):
   Implemented by `Protocol` and `SingleModelRollouts`.
   """
 
-  policy: Role
+  policy: roles.Role
 
   @property
-  def roles(self) -> Mapping[str, Role]:
+  def roles(self) -> Mapping[str, roles.Role]:
     """All roles by name."""
     ...
 
@@ -53,8 +61,13 @@ class Rollouts(typing.Protocol):
   ) -> list[types.TeachingRecord]:
     """Returns ungraded records, a group of the same size for each question.
 
-    A question has no records if a sampler dropped one of its prompts.
+    A question has no records if its own prompts were dropped; a record has no
+    `taught` answers if theirs was.
     """
+    ...
+
+  def keep_baselines(self, records: Sequence[types.TeachingRecord]) -> None:
+    """Replaces cached baseline answers by their grades, which are smaller."""
     ...
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
@@ -75,8 +88,8 @@ class Protocol:
 
   def __init__(
     self,
-    policy: Role,
-    student: Role,
+    policy: roles.Role,
+    student: roles.Role,
     templates: teaching_templates.Templates,
     *,
     probe_params: types.SamplingParams,
@@ -110,10 +123,10 @@ class Protocol:
     self.policy, self.student, self.templates = policy, student, templates
     self.probe_params, self.teach_params = probe_params, teach_params
     self.solve_params, self.baseline_params = solve_params, baseline_params
-    self._baselines: dict[tuple[int, str, str], tuple[types.Attempt, ...]] = {}
+    self._baselines: dict[_Key, tuple[types.Attempt, ...]] = {}
 
   @property
-  def roles(self) -> Mapping[str, Role]:
+  def roles(self) -> Mapping[str, roles.Role]:
     """The policy and the student."""
     return {"policy": self.policy, "student": self.student}
 
@@ -123,10 +136,12 @@ class Protocol:
     seed: int,
     phase: Phase = contextlib.nullcontext,
   ) -> list[types.TeachingRecord]:
-    """Runs every phase once over all questions.
+    """Runs every phase once for all questions.
 
-    This takes at most four sampler calls: baselines (skipped if all are
-    cached), probes, teachings, taught answers.
+    If both samplers are concurrent, each question proceeds to its next phase by
+    itself, so that policy and student sample at the same time. Otherwise this
+    takes at most four sampler calls: baselines (skipped if all are cached),
+    probes, teachings, taught answers. The records are the same.
 
     If `seed` equals `baseline_params.seed`, the answers to the first teaching
     and the baseline answers use the same random numbers: a paired comparison.
@@ -137,44 +152,55 @@ class Protocol:
       questions: with distinct row ids.
       seed: of probes, teachings and taught answers.
       phase: entered around each phase, with its name: `baseline`, `probe`,
-        `teach` and `solve`.
+        `teach` and `solve`, or `rollout` for all of them together.
 
     Returns:
-      Ungraded records, `teach_params.group_size` for each question in order. A
-      question has no records if a sampler dropped one of its prompts.
+      Ungraded records, `teach_params.group_size` for each question in order;
+      see `Rollouts.run` for prompts that were dropped.
     """
     if not questions:
       return []
-    with phase("baseline"):
-      baselines = self._baseline_answers(questions)
-    questions = [q for q in questions if q in baselines]
     started = time.monotonic()
-    with phase("probe"):
-      probes = self._probes(questions, seed)
-    questions = [q for q in questions if q in probes]
-    with phase("teach"):
-      groups = self._teachings(questions, probes, seed)
-    questions = [q for q in questions if q in groups]
-    rollouts = [rollout for q in questions for rollout in groups[q]]
-    texts = [
-      chat.decode(self.policy.tokenizer, rollout.completion.token_ids)
-      for rollout in rollouts
+    if all(role.sampler.is_concurrent for role in self.roles.values()):
+      with phase("rollout"):
+        baselines, rows = self._sample_each(questions, seed)
+    else:
+      with phase("baseline"):
+        baselines = self._baseline_answers(questions)
+      questions = [q for q in questions if q in baselines]
+      started = time.monotonic()
+      rows = self._teach(questions, seed, phase)
+    seconds = (time.monotonic() - started) / max(1, len(rows))
+    return [
+      types.TeachingRecord(
+        num_teaching_tokens=self._num_tokens(row.teaching),
+        baseline=baselines[row.question],
+        seconds=seconds,
+        **row._asdict(),
+      )
+      for row in rows
+      if row.question in baselines
     ]
-    teachings = [teaching_templates.extract_teaching(text) for text in texts]
-    with phase("solve"):
-      taught = self._taught_answers(questions, teachings, seed)
-    seconds = (time.monotonic() - started) / max(1, len(rollouts))
-    per_rollout = [q for q in questions for _ in groups[q]]
-    rows = zip(per_rollout, rollouts, teachings, taught, strict=True)
-    return self._records(list(rows), probes, baselines, seconds)
+
+  def keep_baselines(self, records: Sequence[types.TeachingRecord]) -> None:
+    """Replaces cached baseline answers by their grades; see `Rollouts`."""
+    for record in records:
+      key = self._key(record.question)
+      if key in self._baselines:
+        self._baselines[key] = tuple(map(_without_text, record.baseline))
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
-    """Returns the cached baseline answers and their sampling settings."""
+    """Returns the graded baseline answers and their sampling settings.
+
+    Answers that are not graded yet belong to a batch that was sampled ahead:
+    they are sampled again if needed.
+    """
     return {
       "asked": self._baseline_settings(),
       "baselines": [
-        [*key, [dataclasses.asdict(answer) for answer in answers]]
-        for key, answers in self._baselines.items()
+        [*key, [dataclasses.astuple(_without_text(a))[1:] for a in drawn]]
+        for key, drawn in self._baselines.items()
+        if all(a.correct is not None for a in drawn)
       ],
     }
 
@@ -185,24 +211,42 @@ class Protocol:
         "Baseline prompt or sampling changed; resampling baselines."
       )
       return
-    for version, row_id, question, answers in state["baselines"]:
-      drawn = tuple(types.Attempt(**answer) for answer in answers)
-      self._baselines[version, row_id, question] = drawn
+    for version, row_id, digest, drawn in state["baselines"]:
+      self._baselines[version, row_id, digest] = tuple(
+        types.Attempt("", *fields) for fields in drawn
+      )
 
   def _baseline_settings(self) -> list[Any]:  # Any: JSON.
     params = dataclasses.asdict(self.baseline_params)
-    return [self.templates.baseline, params]
+    thinking = self.student.max_thinking_tokens
+    return [self.templates.baseline, params, thinking]
 
   def baseline_prompt(self, question: types.Question) -> types.Prompt:
     """Returns the student's prompt for a question without a teaching."""
     return self._solve_prompt(question, None, 0)
 
+  def _key(self, question: types.Question) -> _Key:
+    digest = hashlib.sha256(question.question.encode()).hexdigest()[:16]
+    return self.student.sampler.version, question.row_id, digest
+
+  def _sample_each(
+    self, questions: Sequence[types.Question], seed: int
+  ) -> tuple[_Baselines, list[_Taught]]:
+    """Samples every question in threads of its own; see `_teach`."""
+    with futures.ThreadPoolExecutor(2 * len(questions), "question") as pool:
+      alone = [pool.submit(self._baseline_answers, [q]) for q in questions]
+      taught = [pool.submit(self._teach, [q], seed) for q in questions]
+      try:
+        baselines = {q: a for f in alone for q, a in f.result().items()}
+        return baselines, [row for f in taught for row in f.result()]
+      finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
   def _baseline_answers(
     self, questions: Sequence[types.Question]
-  ) -> dict[types.Question, tuple[types.Attempt, ...]]:
+  ) -> _Baselines:
     """Returns answers without a teaching; samples those not cached."""
-    version = self.student.sampler.version
-    keys = {q: (version, q.row_id, q.question) for q in questions}
+    keys = {q: self._key(q) for q in questions}
     unknown = {
       key: question
       for question, key in keys.items()
@@ -210,7 +254,7 @@ class Protocol:
     }
     if unknown:
       prompts = [self._solve_prompt(q, None, 0) for q in unknown.values()]
-      answers = self._answers(prompts, self.baseline_params)
+      answers = self.student.write(prompts, self.baseline_params)
       known = zip(unknown, answers, strict=True)
       # Dropped prompts are not cached, so the next run samples them again.
       self._baselines.update((key, drawn) for key, drawn in known if drawn)
@@ -220,24 +264,52 @@ class Protocol:
       if key in self._baselines
     }
 
+  def _teach(
+    self,
+    questions: Sequence[types.Question],
+    seed: int,
+    phase: Phase = contextlib.nullcontext,
+  ) -> list[_Taught]:
+    """Runs the phases after the baseline; leaves out dropped questions."""
+    with phase("probe"):
+      probes = self._probes(questions, seed)
+    questions = [q for q in questions if q in probes]
+    with phase("teach"):
+      groups = self._teachings(questions, probes, seed)
+    rollouts = [(q, rollout) for q in questions for rollout in groups[q]]
+    teachings = [
+      teaching_templates.extract_teaching(
+        self.policy.read(rollout.prompt, rollout.completion.token_ids)
+      )
+      for _, rollout in rollouts
+    ]
+    with phase("solve"):
+      taught = self._taught_answers(
+        [question for question, _ in rollouts], teachings, seed
+      )
+    rows = zip(rollouts, teachings, taught, strict=True)
+    return [
+      _Taught(question, probes[question], rollout, teaching, answers)
+      for (question, rollout), teaching, answers in rows
+    ]
+
   def _probes(
     self, questions: Sequence[types.Question], seed: int
   ) -> dict[types.Question, str]:
     """Samples one probe per question; omits dropped prompts."""
     prompts = [
-      make_prompt(
-        self.student,
+      self.student.prompt(
         f"{q.row_id}/probe",
         teaching_templates.fill(self.templates.probe, question=q.question),
       )
       for q in questions
     ]
     params = dataclasses.replace(self.probe_params, seed=seed)
-    groups = self.student.sampler.sample(prompts, params)
+    groups = self.student.write(prompts, params)
     return {
-      q: chat.decode(self.student.tokenizer, completion.token_ids).strip()
+      q: probe.text
       for q, group in zip(questions, groups, strict=True)
-      for completion in group
+      for probe in group
     }
 
   def _teachings(
@@ -246,10 +318,9 @@ class Protocol:
     probes: Mapping[types.Question, str],
     seed: int,
   ) -> dict[types.Question, list[types.Rollout]]:
-    """Samples a group of rollouts per question; omits dropped prompts."""
+    """Samples a group of rollouts per question, empty if it was dropped."""
     prompts = [
-      make_prompt(
-        self.policy,
+      self.policy.prompt(
         f"{q.row_id}/teach",
         teaching_templates.fill(
           self.templates.teach, question=q.question, probe=probes[q]
@@ -258,11 +329,10 @@ class Protocol:
       for q in questions
     ]
     params = dataclasses.replace(self.teach_params, seed=seed)
-    groups = self.policy.sampler.sample(prompts, params)
+    groups = self.policy.sample(prompts, params)
     return {
       q: [types.Rollout(prompt, completion) for completion in group]
       for q, prompt, group in zip(questions, prompts, groups, strict=True)
-      if group
     }
 
   def _taught_answers(
@@ -271,17 +341,19 @@ class Protocol:
     teachings: Sequence[str | None],
     seed: int,
   ) -> list[tuple[types.Attempt, ...]]:
-    """Samples `solve_params.group_size` answers per teaching.
+    """Samples `solve_params.group_size` answers per teaching of a question.
 
     A dropped prompt has an empty tuple.
     """
     size = self.teach_params.group_size
     prompts = [
-      self._solve_prompt(questions[i // size], teaching, i % size)
-      for i, teaching in enumerate(teachings)
+      self._solve_prompt(question, teaching, i % size)
+      for i, (question, teaching) in enumerate(
+        zip(questions, teachings, strict=True)
+      )
     ]
     params = dataclasses.replace(self.solve_params, seed=seed)
-    return self._answers(prompts, params)
+    return self.student.write(prompts, params)
 
   def _solve_prompt(
     self, question: types.Question, teaching: str | None, index: int
@@ -295,54 +367,7 @@ class Protocol:
       text = teaching_templates.fill(
         self.templates.taught, question=question.question, teaching=teaching
       )
-    return make_prompt(self.student, f"{question.row_id}/solve/{index}", text)
-
-  def _answers(
-    self, prompts: Sequence[types.Prompt], params: types.SamplingParams
-  ) -> list[tuple[types.Attempt, ...]]:
-    """Samples the student's answers."""
-    return [
-      tuple(
-        types.Attempt(
-          text=chat.decode(self.student.tokenizer, completion.token_ids),
-          num_tokens=len(completion.token_ids),
-          finish_reason=completion.finish_reason,
-        )
-        for completion in group
-      )
-      for group in self.student.sampler.sample(prompts, params)
-    ]
-
-  def _records(
-    self,
-    rows: Sequence[
-      tuple[
-        types.Question, types.Rollout, str | None, tuple[types.Attempt, ...]
-      ]
-    ],
-    probes: Mapping[types.Question, str],
-    baselines: Mapping[types.Question, tuple[types.Attempt, ...]],
-    seconds: float,
-  ) -> list[types.TeachingRecord]:
-    """Builds a record per row of question, rollout, teaching and answers.
-
-    A row without answers drops all rows of its question.
-    """
-    dropped = {question for question, *_, taught in rows if not taught}
-    return [
-      types.TeachingRecord(
-        question=question,
-        probe=probes[question],
-        teacher_rollout=rollout,
-        teaching=teaching,
-        num_teaching_tokens=self._num_tokens(teaching),
-        baseline=baselines[question],
-        taught=taught,
-        seconds=seconds,
-      )
-      for question, rollout, teaching, taught in rows
-      if question not in dropped
-    ]
+    return self.student.prompt(f"{question.row_id}/solve/{index}", text)
 
   def _num_tokens(self, teaching: str | None) -> int:
     """Returns the length of a teaching in tokens of the policy's tokenizer."""
@@ -350,40 +375,7 @@ class Protocol:
     return len(encode(teaching or "", add_special_tokens=False))
 
 
-def dropped_fraction(
-  questions: Sequence[types.Question],
-  records: Sequence[types.TeachingRecord],
-  *,
-  max_fraction: float,
-) -> float:
-  """Returns the fraction of questions without records.
-
-  Args:
-    questions: passed to `Rollouts.run`; at least one.
-    records: returned by it.
-    max_fraction: largest fraction allowed, below 1.
-
-  Raises:
-    errors.RolloutError: if the fraction is larger.
-  """
-  kept = {record.question for record in records}
-  dropped = [q.row_id for q in questions if q not in kept]
-  fraction = len(dropped) / len(questions)
-  if fraction > max_fraction:
-    raise errors.RolloutError(
-      f"{len(dropped)} of {len(questions)} questions have no completions; the "
-      f"allowed fraction is {max_fraction:g}.",
-      where=f"rows {', '.join(dropped[:_MAX_NAMED])}",
-      why="Their requests timed out on every server they were sent to.",
-      fix="Check the servers' logs, or raise the time limit of a request, "
-      "--config.rollout.generate_s; then run the same command again.",
-    )
-  return fraction
-
-
-def make_prompt(role: Role, row_id: str, text: str) -> types.Prompt:
-  """Renders one user turn with the chat template of a role."""
-  rendered, token_ids = chat.render(
-    role.tokenizer, [types.Message("user", text)]
-  )
-  return types.Prompt(row_id=row_id, text=rendered, token_ids=token_ids)
+def _without_text(attempt: types.Attempt) -> types.Attempt:
+  """Returns a graded attempt in bounded size."""
+  answer = attempt.answer and attempt.answer[:_MAX_ANSWER]
+  return dataclasses.replace(attempt, text="", answer=answer)

@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from atlas_jax import chat, types
-from atlas_jax.teaching import protocol
+from atlas_jax import types
+from atlas_jax.teaching import protocol, roles
 from atlas_jax.teaching import templates as teaching_templates
 
 
@@ -21,7 +21,7 @@ class SingleModelRollouts:
 
   def __init__(
     self,
-    policy: protocol.Role,
+    policy: roles.Role,
     template: str,
     *,
     answer_params: types.SamplingParams,
@@ -37,7 +37,7 @@ class SingleModelRollouts:
     self._answer_params = answer_params
 
   @property
-  def roles(self) -> Mapping[str, protocol.Role]:
+  def roles(self) -> Mapping[str, roles.Role]:
     """The policy alone."""
     return {"policy": self.policy}
 
@@ -57,11 +57,10 @@ class SingleModelRollouts:
     Returns:
       Ungraded records, a group for each question in order. The answer is both
       `teacher_rollout` and the only `taught` attempt; `baseline` is empty. A
-      question that the sampler dropped has no records.
+      question whose prompt was dropped has no records.
     """
     prompts = [
-      protocol.make_prompt(
-        self.policy,
+      self.policy.prompt(
         f"{q.row_id}/answer",
         teaching_templates.fill(self._template, question=q.question),
       )
@@ -69,7 +68,7 @@ class SingleModelRollouts:
     ]
     params = dataclasses.replace(self._answer_params, seed=seed)
     with phase("solve"):
-      groups = self.policy.sampler.sample(prompts, params)
+      groups = self.policy.sample(prompts, params)
     return [
       self._record(question, types.Rollout(prompt, completion))
       for question, prompt, group in zip(
@@ -77,6 +76,9 @@ class SingleModelRollouts:
       )
       for completion in group
     ]
+
+  def keep_baselines(self, records: Sequence[types.TeachingRecord]) -> None:
+    """Does nothing: there are no baselines."""
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
     """Returns an empty state; see `protocol.Rollouts`."""
@@ -90,7 +92,7 @@ class SingleModelRollouts:
   ) -> types.TeachingRecord:
     completion = rollout.completion
     answer = types.Attempt(
-      text=chat.decode(self.policy.tokenizer, completion.token_ids),
+      text=self.policy.read(rollout.prompt, completion.token_ids),
       num_tokens=len(completion.token_ids),
       finish_reason=completion.finish_reason,
     )

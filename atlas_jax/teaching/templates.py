@@ -7,8 +7,6 @@ import re
 from atlas_jax import errors
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-_PRIVATE = re.compile(r"<(think(?:ing)?)>.*?(?:</\1>|\Z)", re.DOTALL)
-_PRIVATE_END = re.compile(r"</think(?:ing)?>")
 # Matches the innermost pair: an unclosed tag does not swallow the next one.
 _TEACHING = re.compile(
   r"<teaching>((?:(?!<teaching>).)*?)</teaching>", re.DOTALL
@@ -68,14 +66,11 @@ def fill(template: str, **fields: str) -> str:
 
 
 def extract_teaching(text: str) -> str | None:
-  """Returns the first teaching outside of the thinking.
+  """Returns the first teaching of a text without thinking.
 
   Returns:
     The stripped text between the tags, or None if there is no pair of tags or
-    no text between them. Tags inside of the thinking, or after an unclosed
-    thinking tag, are ignored.
+    no text between them.
   """
-  # A chat template may open the thinking, so the text may have only its end.
-  public = _PRIVATE_END.split(_PRIVATE.sub("", text))[-1]
-  match = _TEACHING.search(public)
+  match = _TEACHING.search(text)
   return (match[1].strip() or None) if match else None

@@ -97,6 +97,7 @@ class GrpoStep:
     """Grades the answers, then rewards the teachings."""
     with self.clock.phase("reward"):
       graded = self.grader.grade(records)
+      self.batches.keep_baselines(graded)
       return graded, self.reward_fn(graded)
 
   def _refill(

@@ -16,6 +16,7 @@ import numpy as np
 from atlas_jax import checkpoint, errors, types
 from atlas_jax.data import loader
 from atlas_jax.models import decoder
+from atlas_jax.teaching import missing
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.train.telemetry import clock as train_clock
 
@@ -55,7 +56,7 @@ class RolloutBatches:
       max_staleness: 0 or 1, steps between the weights that sample and the
         weights that train.
       compare_every: steps between comparisons of trainer and sampler.
-      max_dropped_fraction: of a batch's questions; in [0, 1).
+      max_dropped_fraction: of a batch's answers; in [0, 1).
 
     Raises:
       errors.ConfigError: if the settings contradict each other.
@@ -226,6 +227,10 @@ class RolloutBatches:
       "rollout/stale_dropped": float(len(lags) - len(used)),
     }
 
+  def keep_baselines(self, graded: Sequence[types.TeachingRecord]) -> None:
+    """Caches the grades of baseline answers; see `protocol.Rollouts`."""
+    self._protocol.keep_baselines(graded)
+
   def take_metrics(self) -> dict[str, float]:
     """Returns the samplers' metrics since the last call, by role."""
     return {
@@ -251,7 +256,7 @@ class RolloutBatches:
     records = self._protocol.run(
       questions, seed=self._seed + step, phase=clock.phase
     )
-    dropped = teaching_protocol.dropped_fraction(
+    dropped = missing.fraction(
       questions, records, max_fraction=self._max_dropped_fraction
     )
     return records, {"groups/dropped_fraction": dropped}

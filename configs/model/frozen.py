@@ -6,8 +6,10 @@ import ml_collections
 from configs.model import hf
 
 
-def get_config(path: str) -> ml_collections.ConfigDict:
-  config = hf.get_config(path)
+def get_config(
+  path: str, chat_template_kwargs: str = ""
+) -> ml_collections.ConfigDict:
+  config = hf.get_config(path, chat_template_kwargs)
   config.param_dtype = "bfloat16"
   config.remat = "none"
   return config

@@ -3,12 +3,17 @@
 
 import ml_collections
 
+NO_THINKING = '{"enable_thinking": false}'
 
-def get_config(path: str) -> ml_collections.ConfigDict:
+
+def get_config(
+  path: str, chat_template_kwargs: str = ""
+) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(  # components.open_model
     dict(
       path=path,
       ignore_fields=(),
+      chat_template_kwargs=chat_template_kwargs,
       dtype="bfloat16",
       param_dtype="float32",
       attention="auto",

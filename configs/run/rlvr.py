@@ -18,12 +18,13 @@ from configs.run import teacher_rcl
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = teacher_rcl.get_config(variant)
-  del config.student
+  del config.student, config.roles.student
   del config.templates
   config.template = prompts.get_templates().baseline
   for phase in ("probe", "baseline", "solve"):
     del config.sampling[phase]
   config.sampling.teach.temperature = 1.0
+  config.sampling.teach.max_completion_tokens = 2048
   config.reward.weights.teaching = 0.0
   config.reward.weights.exact = 1.0
   if config.world.directory:

@@ -34,14 +34,18 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.recipe = "grpo"
   config.seed = 42
   config.world = sections.get_world()
-  config.model = hf.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
-  config.student = frozen.get_config("Qwen/Qwen3-4B")
+  # The lengths of `get_sampling` are for models that do not think first.
+  config.model = hf.get_config(
+    "Arc-Intelligence/ATLAS-8B-Instruct", hf.NO_THINKING
+  )
+  config.student = frozen.get_config("Qwen/Qwen3-4B", hf.NO_THINKING)
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.held_out = dict(path="", fraction=0.0)  # data.sets.HeldOut
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
   config.rollout = rollout.get_config()
+  config.roles = sections.get_roles()
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()

@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import mesh, rollout, sections
 from configs.data import prompts, selection, world
-from configs.model import frozen, tiny
+from configs.model import frozen, hf, tiny
 from configs.reward import teaching
 from configs.run import teacher_rcl
 
@@ -22,12 +22,15 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.recipe = "evaluation"
   config.seed = 7
   config.world = sections.get_world()
-  config.model = frozen.get_config("Arc-Intelligence/ATLAS-8B-Instruct")
-  config.student = frozen.get_config("Qwen/Qwen3-4B")
+  config.model = frozen.get_config(
+    "Arc-Intelligence/ATLAS-8B-Instruct", hf.NO_THINKING
+  )
+  config.student = frozen.get_config("Qwen/Qwen3-4B", hf.NO_THINKING)
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
   config.rollout = rollout.get_config()
+  config.roles = sections.get_roles()
   config.templates = prompts.get_templates()
   config.sampling = teacher_rcl.get_sampling()
   config.math_verify = teaching.get_config().math_verify

@@ -53,7 +53,7 @@ class Server:
   loaded: wire.UpdateRequest | None = None  # The last push that it loaded.
   max_model_len: int = 0
   failure: str = "not reached yet"
-  num_requests: int = 0
+  num_rows: int = 0  # Outstanding completions.
   num_tokens: int = 0
   # Request id of the probe it must answer after a failure; "" if none.
   probe_id: str = ""
@@ -158,7 +158,7 @@ class Fleet:
     return [r for r in replies if isinstance(r, wire.UpdateResponse)]
 
   def ready(
-    self, max_requests: float, avoid: Sequence[Server] = ()
+    self, max_rows: float, avoid: Sequence[Server] = ()
   ) -> Server | None:
     """Returns the ready server with the fewest outstanding tokens, or None.
 
@@ -167,7 +167,7 @@ class Fleet:
     ready = [
       server
       for server in self.servers
-      if server.state == "ready" and server.num_requests < max_requests
+      if server.state == "ready" and server.num_rows < max_rows
     ]
     others = [server for server in ready if server not in avoid]
     return min(

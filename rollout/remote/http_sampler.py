@@ -27,7 +27,8 @@ _Result = TypeVar("_Result")
 # digest of the manifest.
 Publish = Callable[[Mapping[str, Any], int], str]  # Any: see types.
 
-# Requests per server. Others wait here, where any server can still take them.
+# Requests of `max_rows` completions per server. Others wait here, where any
+# server can still take them.
 _MAX_REQUESTS = 8
 # After this many failures the request itself is assumed to be the cause.
 _MAX_MOVES = 8
@@ -100,6 +101,16 @@ class HttpSampler:
   def version(self) -> int:
     """The step of the loaded weights; -1 before the policy's first update."""
     return self._version
+
+  @property
+  def context_length(self) -> int:
+    """The smallest max_model_len of the servers."""
+    return min(server.max_model_len for server in self._fleet.servers)
+
+  @property
+  def is_concurrent(self) -> bool:
+    """True: requests of several threads are sent at the same time."""
+    return True
 
   def sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
@@ -201,7 +212,7 @@ class HttpSampler:
     context_length.check(
       prompts,
       params.max_completion_tokens,
-      min(server.max_model_len for server in self._fleet.servers),
+      self.context_length,
       limit_name="The servers' max_model_len",
     )
     size = min(
@@ -263,9 +274,9 @@ class HttpSampler:
     started = time.monotonic()
     # The last attempt is a single prompt and does not wait for capacity.
     is_last = len(late) == _MAX_LATE - 1
-    max_requests = math.inf if is_last else _MAX_REQUESTS
+    max_rows = math.inf if is_last else _MAX_REQUESTS * self._max_rows
     server = await self._fleet.wait_for(
-      lambda: self._fleet.ready(max_requests, avoid=late)
+      lambda: self._fleet.ready(max_rows, avoid=late)
     )
     self._counters.add(queue_s=time.monotonic() - started)
     return server
@@ -278,12 +289,13 @@ class HttpSampler:
       len(prompt.token_ids or ()) + request.n * request.max_tokens
       for prompt in request.prompts
     )
-    server.num_requests += 1
+    num_rows = len(request.prompts) * request.n
+    server.num_rows += num_rows
     server.num_tokens += cost
     try:
       reply = await _unless_lost(server, request)
     finally:
-      server.num_requests -= 1
+      server.num_rows -= num_rows
       server.num_tokens -= cost
       await self._fleet.notify()
     self._counters.add(requests=1, queue_s=reply.queue_s)

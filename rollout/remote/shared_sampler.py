@@ -31,12 +31,24 @@ class SharedSampler:
     """
     self._inner, self._from_first = inner, from_first
     self._update_weights = update_weights
-    self._version: int = from_first(lambda: self._leader().version)
+    self._version, self._context_length = from_first(
+      lambda: [self._leader().version, self._leader().context_length]
+    )
 
   @property
   def version(self) -> int:
     """The step of the weights that the servers hold."""
     return self._version
+
+  @property
+  def context_length(self) -> int:
+    """The smallest max_model_len of the servers."""
+    return self._context_length
+
+  @property
+  def is_concurrent(self) -> bool:
+    """False: processes take part in every call, in the same order."""
+    return False
 
   def sample(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams

@@ -16,7 +16,7 @@ import jax
 from atlas_jax import chat, distributed, errors, sharding, types
 from atlas_jax.models import decoder, kernel_check, kernels, lora
 from atlas_jax.rewards import combine, custom, grading, rlt, shared
-from atlas_jax.teaching import protocol, single_model, templates
+from atlas_jax.teaching import protocol, roles, single_model, templates
 from atlas_jax.train import score, train_state, trainable
 from atlas_jax.train.telemetry import sinks, writer
 from conversion import load, peft_adapters, process_group
@@ -149,6 +149,7 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
   unroll: int,
   with_params: bool = True,
   ignore_fields: Collection[str] = (),
+  chat_template_kwargs: str = "",
 ) -> OpenModel:
   """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
 
@@ -163,6 +164,7 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
     unroll: see `decoder.build`.
     with_params: whether to load parameters; a student on servers needs none.
     ignore_fields: fields of config.json that are treated as absent.
+    chat_template_kwargs: see `chat.load_tokenizer`.
 
   Raises:
     errors.AtlasError: if the model directory or its tokenizer is unusable.
@@ -179,7 +181,9 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
     unroll=unroll,
     layout=sharding.of_activations(mesh),
   )
-  tokenizer = chat.load_tokenizer(directory)
+  tokenizer = chat.load_tokenizer(
+    directory, template_kwargs=chat_template_kwargs
+  )
   chat.check_vocabulary(tokenizer, config.vocab_size, directory)
   if not with_params:
     return OpenModel(path, directory, model, {}, tokenizer)
@@ -258,8 +262,8 @@ def open_protocol(
 ) -> Iterator[protocol.Protocol]:
   """Opens the teaching protocol between a policy and a student.
 
-  It reads the sections `rollout`, `sampler`, `templates` and `sampling`, and
-  `seed` for the baseline answers.
+  It reads the sections `rollout`, `sampler`, `roles`, `templates` and
+  `sampling`, and `seed` for the baseline answers.
 
   Raises:
     errors.AtlasError: if the rollout servers are unusable.
@@ -269,12 +273,12 @@ def open_protocol(
     for name, section in config.sampling.items()
   }
   with (
-    open_role("policy", policy, mesh, config) as policy_role,
-    open_role("student", student, mesh, config) as student_role,
+    open_sampler("policy", policy, mesh, config) as of_policy,
+    open_sampler("student", student, mesh, config) as of_student,
   ):
     yield protocol.Protocol(
-      policy_role,
-      student_role,
+      roles.Role(of_policy, policy.tokenizer, **config.roles.policy),
+      roles.Role(of_student, student.tokenizer, **config.roles.student),
       templates.Templates(**config.templates),
       **params,
     )
@@ -288,32 +292,33 @@ def open_single_model(
 ) -> Iterator[single_model.SingleModelRollouts]:
   """Opens rollouts of a policy that answers questions by itself.
 
-  It reads the sections `rollout`, `sampler` and `sampling`, and the prompt
-  `template`.
+  It reads the sections `rollout`, `sampler`, `roles` and `sampling`, and the
+  prompt `template`.
 
   Raises:
     errors.AtlasError: if the rollout servers are unusable.
   """
   params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
-  with open_role("policy", policy, mesh, config) as role:
+  with open_sampler("policy", policy, mesh, config) as of_policy:
     yield single_model.SingleModelRollouts(
-      role, config.template, answer_params=params
+      roles.Role(of_policy, policy.tokenizer, **config.roles.policy),
+      config.template,
+      answer_params=params,
     )
 
 
-@contextlib.contextmanager
-def open_role(
+def open_sampler(
   role: wire.Role,
   opened: OpenModel,
   mesh: jax.sharding.Mesh,
   config: types.Config,
-) -> Iterator[protocol.Role]:
+) -> contextlib.AbstractContextManager[types.Sampler]:
   """Opens a model's sampler from the sections `rollout` and `sampler`.
 
   Raises:
     errors.AtlasError: if the rollout servers are unusable.
   """
-  with sampler.open_sampler(
+  return sampler.open_sampler(
     role,
     sampler.Settings(**config.rollout),
     directory=opened.directory,
@@ -324,8 +329,7 @@ def open_role(
     share=share(),
     from_first=distributed.FirstProcessBroadcast(role),
     **config.sampler,
-  ) as its_sampler:
-    yield protocol.Role(its_sampler, opened.tokenizer)
+  )
 
 
 def share() -> process_group.ProcessShare:

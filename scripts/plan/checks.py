@@ -153,7 +153,9 @@ def _check_model(
       facts.absent(f"weights of the {name}", "not found")
     if any(directory.glob("tokenizer*")):
       with facts.checking(f"tokenizer of the {name}") as ok:
-        tokenizer = chat.load_tokenizer(directory)
+        tokenizer = chat.load_tokenizer(
+          directory, template_kwargs=section.chat_template_kwargs
+        )
         chat.check_vocabulary(tokenizer, shape.vocab_size, directory)
         ok(f"{len(tokenizer):,} tokens, with a chat template")
     else:

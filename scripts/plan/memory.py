@@ -185,7 +185,7 @@ def with_changes(
 def _settings(section: types.Config) -> dict[str, Any]:
   """Returns the arguments of `decoder.build`, for simulated CPU devices."""
   settings = dict(section.items())
-  for key in ("path", "ignore_fields", "param_dtype"):
+  for key in ("path", "ignore_fields", "chat_template_kwargs", "param_dtype"):
     del settings[key]
   settings["attention"] = "auto"  # GPU kernels are unavailable on a CPU.
   return settings

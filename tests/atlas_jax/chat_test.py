@@ -313,3 +313,72 @@ def test_tokenizer_without_pad_or_eos_is_rejected(tmp_path, name):
   path.write_text(json.dumps(config))
   with pytest.raises(errors.ConfigError, match=f"no {name}"):
     chat.load_tokenizer(tmp_path)
+
+
+# Like Qwen3's: thinking is on unless it is switched off.
+_SWITCHED = fakes.CHATML.replace(
+  "assistant\n{% endif %}",
+  "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+  "{% endif %}{% endif %}",
+)
+
+
+def test_template_variables_get_defaults(tokenizer, tmp_path):
+  tokenizer.chat_template = _SWITCHED
+  tokenizer.save_pretrained(tmp_path)
+  off = chat.load_tokenizer(
+    tmp_path, template_kwargs='{"enable_thinking": false, "other": null}'
+  )
+  text, _ = chat.render(off, _messages("Hi"))
+  assert text.endswith("<think>\n\n</think>\n\n")
+  assert chat.render(tokenizer, _messages("Hi"))[0] == text.partition("<th")[0]
+  # A value that is passed replaces the default.
+  passed = off.apply_chat_template(
+    [{"role": "user", "content": "Hi"}],
+    tokenize=False,
+    add_generation_prompt=True,
+    enable_thinking=True,
+  )
+  assert "<think>" not in passed
+  assert chat.fingerprint(off) != chat.fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("kwargs", ["{", "[1]", '{"a b": 1}', '{"": 1}'])
+def test_template_variables_must_be_a_json_object(tokenizer, tmp_path, kwargs):
+  del tokenizer
+  with pytest.raises(errors.ConfigError, match="JSON object"):
+    chat.load_tokenizer(tmp_path, template_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+  ("text", "is_open", "outside", "is_thinking"),
+  [
+    ("a <think>t</think> b", False, "a  b", False),
+    ("t</think> b", True, "b", False),
+    ("t</think> b", False, "b", False),
+    ("<think>t</think>b", True, "b", False),
+    ("<think>t", False, "", True),
+    ("t", True, "", True),
+    ("", True, "", True),
+    ("a", False, "a", False),
+    ("<think>t</think>b<think>u", False, "b", True),
+    ("<thinking>t</think> u</thinking>b", False, "b", False),
+  ],
+)
+def test_thinking_is_left_out(text, is_open, outside, is_thinking):
+  assert chat.without_thinking(text, is_open=is_open) == outside
+  assert chat.is_thinking(text, is_open=is_open) == is_thinking
+
+
+def test_a_prompt_that_opens_the_thinking_is_recognized():
+  assert chat.opens_thinking("<|assistant|>\n<think>\n")
+  assert not chat.opens_thinking("What does <think> mean?<|assistant|>\n")
+
+
+def test_thinking_tags_that_are_special_tokens_are_decoded(tokenizer):
+  tokenizer.add_special_tokens(
+    {"extra_special_tokens": ["<think>", "</think>"]}
+  )
+  text = "<think>t</think>b"
+  token_ids = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
+  assert chat.decode(tokenizer, token_ids) == text

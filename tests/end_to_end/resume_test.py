@@ -216,13 +216,13 @@ def _train_gkd(home, workdir, should_stop):
     workdir=workdir,
   )
   teacher = components.open_model(mesh, **config.teacher)
-  with components.open_role("policy", base, mesh, config) as role:
+  with components.open_sampler("policy", base, mesh, config) as sampler:
     gkd.train(
       policy,
       params,
       teacher=gkd.Teacher(teacher.model, teacher.params),
       tokenizer=base.tokenizer,
-      sampler=role.sampler,
+      sampler=sampler,
       train_set=train_set,
       eval_set=eval_set,
       **common,

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from atlas_jax import chat, errors, types
-from atlas_jax.rewards import answers
 from atlas_jax.train.telemetry import writer as train_writer
 
 _CSV_COLUMNS = ("step", "prompt", "completion", "reward")
@@ -162,23 +161,22 @@ class SampleLog:
     self, record: types.TeachingRecord, reward: types.Reward
   ) -> dict[str, Any]:  # Any: JSON.
     """Returns a record under ATLAS's field names, with an empty history."""
-    taught = _first(record.taught).text
-    baseline = _first(record.baseline).text
+    taught, baseline = _first(record.taught), _first(record.baseline)
     return {
       "prompt": record.question.question,
       "student_approach": record.probe,
       "teaching_content": record.teaching,
       "full_teacher_response": self._text(record),
-      "student_solution": answers.extract(taught),
-      "baseline_solution": answers.extract(baseline),
+      "student_solution": taught.answer,
+      "baseline_solution": baseline.answer,
       "ground_truth": record.question.answer,
       "reward": reward.value,
       "prior_reward": None,
       "reward_breakdown": dict(reward.parts),
       "guidance_history": [],
       "step_context": None,
-      "student_full_response": taught,
-      "baseline_full_response": baseline,
+      "student_full_response": taught.text,
+      "baseline_full_response": baseline.text,
     }
 
   def _text(self, record: types.TeachingRecord) -> str:

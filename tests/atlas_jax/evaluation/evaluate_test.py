@@ -10,7 +10,7 @@ from atlas_jax import errors, types
 from atlas_jax.evaluation import evaluate
 from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
-from atlas_jax.teaching import templates
+from atlas_jax.teaching import roles, templates
 from configs.data import prompts
 from tests import fakes
 
@@ -47,12 +47,8 @@ def _policy_writes(prompt, params, index):
 def protocol(tmp_path):
   tokenizer = fakes.write_tokenizer(tmp_path / "tokenizer")
   return teaching_protocol.Protocol(
-    teaching_protocol.Role(
-      fakes.FakeSampler(tokenizer, _policy_writes), tokenizer
-    ),
-    teaching_protocol.Role(
-      fakes.FakeSampler(tokenizer, _student_writes), tokenizer
-    ),
+    roles.Role(fakes.FakeSampler(tokenizer, _policy_writes), tokenizer),
+    roles.Role(fakes.FakeSampler(tokenizer, _student_writes), tokenizer),
     templates.Templates(**prompts.get_templates()),
     probe_params=_params(1),
     teach_params=_params(2),

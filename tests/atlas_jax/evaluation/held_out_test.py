@@ -8,7 +8,7 @@ import pytest
 from atlas_jax import errors, types
 from atlas_jax.evaluation import held_out
 from atlas_jax.rewards import grading
-from atlas_jax.teaching import protocol, templates
+from atlas_jax.teaching import protocol, roles, templates
 from tests import fakes
 
 _QUESTIONS = [
@@ -30,8 +30,8 @@ def _evaluate(tmp_path, *, teaching, given_up=()):
   policy = fakes.FakeSampler(tokenizer, lambda *_: teaching)
   policy.given_up = set(given_up)
   made = protocol.Protocol(
-    protocol.Role(policy, tokenizer),
-    protocol.Role(fakes.FakeSampler(tokenizer, answer), tokenizer),
+    roles.Role(policy, tokenizer),
+    roles.Role(fakes.FakeSampler(tokenizer, answer), tokenizer),
     templates.Templates(
       "{question}", "{question}{probe}", "{question}{teaching}", "{question}"
     ),

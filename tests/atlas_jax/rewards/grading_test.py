@@ -147,6 +147,10 @@ def test_the_question_may_ask_for_a_percentage(
   (graded,) = grading.by_rules().grade([record])
   assert graded == dataclasses.replace(
     record,
-    taught=(dataclasses.replace(record.taught[0], correct=correct),),
+    taught=(
+      dataclasses.replace(
+        record.taught[0], correct=correct, answer=taught.split()[-1][:-1]
+      ),
+    ),
     leaked=False,
   )

@@ -178,7 +178,9 @@ def test_border_tokens_that_hold_the_tag_are_left_out(tokenizer, border):
   ],
 )
 def test_thinking_inside_of_the_teaching_is_left_out(tokenizer, text, teaching):
-  extracted = templates.extract_teaching(text)
+  extracted = templates.extract_teaching(
+    chat.without_thinking(text, is_open=False)
+  )
   assert extracted.split() == teaching.split()
   record = _record(tokenizer, text, teaching=extracted)
   completion = record.teacher_rollout.completion

@@ -6,7 +6,7 @@ import dataclasses
 from atlas_jax import types
 from atlas_jax.evaluation import metrics
 from atlas_jax.rewards import grading, rules
-from atlas_jax.teaching import protocol, single_model
+from atlas_jax.teaching import roles, single_model
 from tests import fakes
 
 _QUESTIONS = [
@@ -27,7 +27,7 @@ def _run(tmp_path, write):
   tokenizer = fakes.write_tokenizer(tmp_path)
   sampler = fakes.FakeSampler(tokenizer, write)
   asked = single_model.SingleModelRollouts(
-    protocol.Role(sampler, tokenizer), "Q {question}", answer_params=_PARAMS
+    roles.Role(sampler, tokenizer), "Q {question}", answer_params=_PARAMS
   )
   return sampler, asked.run(_QUESTIONS, seed=4)
 
@@ -69,7 +69,7 @@ def test_a_dropped_question_has_no_records(tmp_path):
   sampler = fakes.FakeSampler(tokenizer, lambda *_: "4")
   sampler.given_up = {"a/answer"}
   asked = single_model.SingleModelRollouts(
-    protocol.Role(sampler, tokenizer), "Q {question}", answer_params=_PARAMS
+    roles.Role(sampler, tokenizer), "Q {question}", answer_params=_PARAMS
   )
   records = asked.run(_QUESTIONS, seed=4)
   assert [r.question.row_id for r in records] == ["b"] * 3

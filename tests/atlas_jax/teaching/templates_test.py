@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from atlas_jax import errors
+from atlas_jax import chat, errors
 from atlas_jax.teaching import templates
 from configs.data import prompts
 
@@ -75,4 +75,5 @@ def test_a_template_with_other_placeholders_is_rejected(name, text):
   ],
 )
 def test_the_teaching_is_extracted_from_outside_the_thinking(text, expected):
-  assert templates.extract_teaching(text) == expected
+  outside = chat.without_thinking(text, is_open=False)
+  assert templates.extract_teaching(outside) == expected

@@ -9,7 +9,7 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.data import loader
-from atlas_jax.teaching import protocol, templates
+from atlas_jax.teaching import protocol, roles, templates
 from atlas_jax.train import grpo_batches
 from atlas_jax.train.telemetry import clock
 from tests import fakes
@@ -33,9 +33,9 @@ def _batches(tokenizer, write=None, **changes):
   policy = fakes.FakeSampler(tokenizer, write)
   student = fakes.FakeSampler(tokenizer, lambda *_: "3")
   params = types.SamplingParams(1, 64, 1.0, 1.0, 0, 0)
-  roles = (protocol.Role(s, tokenizer) for s in (policy, student))
+  both = (roles.Role(s, tokenizer) for s in (policy, student))
   made = protocol.Protocol(
-    *roles,
+    *both,
     templates.Templates(
       "{question}", "{question}{probe}", "{question}{teaching}", "{question}"
     ),

@@ -14,7 +14,7 @@ from atlas_jax.data import loader
 from atlas_jax.losses import logprobs
 from atlas_jax.models import lora, quantized
 from atlas_jax.rewards import grading
-from atlas_jax.teaching import protocol, templates
+from atlas_jax.teaching import protocol, roles, templates
 from atlas_jax.train import grpo, loop, rollout_packing, score, trainable
 from atlas_jax.train.telemetry import writer as train_writer
 from configs import lora as adapters
@@ -222,8 +222,8 @@ def _protocol(world, kind, param_dtype="float32"):
   sampler.watched = types.Prompt("watched", text, token_ids)
   student = fakes.FakeSampler(world.tokenizer, lambda *_: "4")
   return protocol.Protocol(
-    protocol.Role(sampler, world.tokenizer),
-    protocol.Role(student, world.tokenizer),
+    roles.Role(sampler, world.tokenizer),
+    roles.Role(student, world.tokenizer),
     templates.Templates(
       probe="Plan: {question}",
       teach="Teach: {question} {probe}",

@@ -15,7 +15,7 @@ _PROMPTS = [types.Prompt("a", "x", (1,)), types.Prompt("b", "y", (2, 3))]
 class _Asked:
   """A sampler that counts its calls and drops the second prompt."""
 
-  version = -1
+  version, context_length, is_concurrent = -1, 99, True
 
   def __init__(self):
     self.num_calls = 0
@@ -69,6 +69,7 @@ def test_the_first_process_samples_once_and_all_get_the_same(pair):
 def test_all_processes_publish_weights(pair):
   leader, follower, asked, taken = pair
   assert leader.version == follower.version == -1
+  assert leader.context_length == follower.context_length == 99
   for each in (leader, follower):
     each.update_weights({}, 7)
   assert asked.version == leader.version == follower.version == 7

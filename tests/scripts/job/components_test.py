@@ -332,6 +332,10 @@ def test_roles_use_the_seed_of_the_run(talker):
         "generate_s": 1.0,
         "update_s": 1.0,
       },
+      "roles": {
+        "policy": {"max_prompt_tokens": 0},
+        "student": {"max_prompt_tokens": 9, "max_thinking_tokens": 7},
+      },
       "templates": {
         "probe": "{question}",
         "teach": "{question}{probe}",
@@ -344,6 +348,9 @@ def test_roles_use_the_seed_of_the_run(talker):
   with components.open_protocol(opened, opened, _mesh(), config) as found:
     assert found.baseline_params.seed == found.teach_params.seed == 11
     assert found.policy.sampler is not found.student.sampler
+    assert found.policy.max_prompt_tokens == 0
+    assert found.student.max_prompt_tokens == 9
+    assert found.student.max_thinking_tokens == 7
 
 
 def test_loaded_adapters_are_sharded_like_new_ones(talker, tmp_path):

@@ -50,7 +50,11 @@ def _record(tokenizer, i):
     teaching=f'Say "{i}",\n\\ and stop.',
     num_teaching_tokens=len(token_ids),
     baseline=(types.Attempt("Dunno.", 1, "stop", correct=False),),
-    taught=(types.Attempt(f"The answer is {i}.", 4, "stop", correct=True),),
+    taught=(
+      types.Attempt(
+        f"The answer is {i}.", 4, "stop", correct=True, answer=str(i)
+      ),
+    ),
     leaked=False,
   )
 
