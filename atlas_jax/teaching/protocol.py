@@ -82,8 +82,8 @@ class Rollouts(typing.Protocol):
 class Protocol:
   """Runs the teaching protocol and caches each question's baseline answers.
 
-  Cached answers are reused only for the same student weights, so the student is
-  normally frozen. `policy` and `student` may share a sampler.
+  Cached answers are reused only for the same student weights, which must not
+  change while records are sampled.
   """
 
   def __init__(
@@ -185,21 +185,23 @@ class Protocol:
   def keep_baselines(self, records: Sequence[types.TeachingRecord]) -> None:
     """Replaces cached baseline answers by their grades; see `Rollouts`."""
     for record in records:
-      key = self._key(record.question)
-      if key in self._baselines:
-        self._baselines[key] = tuple(map(_without_text, record.baseline))
+      drawn = tuple(map(_without_text, record.baseline))
+      self._baselines[self._key(record.question)] = drawn
 
   def get_state(self) -> dict[str, Any]:  # Any: JSON.
     """Returns the graded baseline answers and their sampling settings.
 
-    Answers that are not graded yet belong to a batch that was sampled ahead:
-    they are sampled again if needed.
+    Answers that are not graded yet are in the records of a batch that was
+    sampled ahead.
     """
     return {
       "asked": self._baseline_settings(),
       "baselines": [
-        [*key, [dataclasses.astuple(_without_text(a))[1:] for a in drawn]]
-        for key, drawn in self._baselines.items()
+        [
+          *key,
+          [(a.num_tokens, a.finish_reason, a.correct, a.answer) for a in drawn],
+        ]
+        for key, drawn in sorted(self._baselines.items())
         if all(a.correct is not None for a in drawn)
       ],
     }

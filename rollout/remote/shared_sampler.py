@@ -36,6 +36,11 @@ class SharedSampler:
     )
 
   @property
+  def inner(self) -> types.Sampler | None:
+    """The sampler of the first process; None in the others."""
+    return self._inner
+
+  @property
   def version(self) -> int:
     """The step of the weights that the servers hold."""
     return self._version

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -17,10 +18,12 @@ from atlas_jax import chat, distributed, errors, sharding, types
 from atlas_jax.models import decoder, kernel_check, kernels, lora
 from atlas_jax.rewards import combine, custom, grading, rlt, shared
 from atlas_jax.teaching import protocol, roles, single_model, templates
+from atlas_jax.teaching import shared as shared_protocol
 from atlas_jax.train import score, train_state, trainable
 from atlas_jax.train.telemetry import sinks, writer
 from conversion import load, peft_adapters, process_group
 from rollout import sampler, wire
+from rollout.remote import shared_sampler
 from scripts.job import preemption, workdirs
 
 
@@ -276,7 +279,17 @@ def open_protocol(
     open_sampler("policy", policy, mesh, config) as of_policy,
     open_sampler("student", student, mesh, config) as of_student,
   ):
-    yield protocol.Protocol(
+    create = protocol.Protocol
+    if isinstance(of_policy, shared_sampler.SharedSampler) and isinstance(
+      of_student, shared_sampler.SharedSampler
+    ):
+      inner = (of_policy.inner, of_student.inner)
+      create = functools.partial(
+        shared_protocol.SharedProtocol,
+        samplers=inner if all(inner) else None,
+        from_first=distributed.FirstProcessBroadcast("protocol"),
+      )
+    yield create(
       roles.Role(of_policy, policy.tokenizer, **config.roles.policy),
       roles.Role(of_student, student.tokenizer, **config.roles.student),
       templates.Templates(**config.templates),
