@@ -96,7 +96,9 @@ class Rollout:
 class Question:
   """A problem with its reference answer.
 
-  `difficulty` and `solution`, a worked solution, may be empty.
+  `difficulty` and `solution`, a worked solution, may be empty. `paraphrase`
+  asks for the same method in other words or with other numbers; it may be
+  empty. Its answer is `paraphrase_answer`, or `answer` if that is empty.
   """
 
   row_id: str
@@ -104,6 +106,15 @@ class Question:
   answer: str
   difficulty: str = ""
   solution: str = ""
+  paraphrase: str = ""
+  paraphrase_answer: str = ""
+
+  def rephrased(self) -> "Question | None":
+    """Returns the paraphrase as a question; None if there is none."""
+    if not self.paraphrase:
+      return None
+    answer = self.paraphrase_answer or self.answer
+    return Question(self.row_id, self.paraphrase, answer, self.difficulty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +149,8 @@ class TeachingRecord:
   """One pass of the protocol: probe, teaching, baseline and taught answers.
 
   `teaching` is None if the completion has no teaching tags, and
-  `num_teaching_tokens` is the length of `teaching` alone. `leaked` and the
+  `num_teaching_tokens` is the length of `teaching` alone. `paraphrased` are
+  answers to the question's paraphrase with the same teaching. `leaked` and the
   attempts' `correct` are None until graded. `seconds` is the wall time of the
   taught pass, divided by the number of records in the batch.
   """
@@ -153,6 +165,7 @@ class TeachingRecord:
   leaked: bool | None = None
   reward: Reward | None = None
   seconds: float = 0.0
+  paraphrased: tuple[Attempt, ...] = ()
 
 
 class Sampler(Protocol):
@@ -237,6 +250,8 @@ def teaching_record(
 ) -> TeachingRecord:
   """Builds a `TeachingRecord` from the parsed output of `to_json_line`.
 
+  Fields that earlier versions did not write get their defaults.
+
   Raises:
     KeyError, TypeError or ValueError: if the fields are invalid.
   """
@@ -250,6 +265,9 @@ def teaching_record(
     ),
     "baseline": tuple(Attempt(**attempt) for attempt in fields["baseline"]),
     "taught": tuple(Attempt(**attempt) for attempt in fields["taught"]),
+    "paraphrased": tuple(
+      Attempt(**attempt) for attempt in fields.get("paraphrased", ())
+    ),
     "reward": None if reward is None else Reward(**reward),
   }
   return TeachingRecord(**{**fields, **nested})

@@ -39,7 +39,8 @@ def main() -> None:
         questions,
         grader=grader,
         batch_size=config.batch_size,
-        seed=config.seed,
+        # The baselines have the seed `config.seed`.
+        seed=config.seed + 1,
         weights={
           name: from_first(functools.partial(components.fingerprint, opened))
           for name, opened in (("policy", policy), ("student", student))

@@ -55,7 +55,7 @@ def main() -> None:
     )
   print(_row(*_COLUMNS))
   print(_row(*("-" * width for width in _WIDTHS)))
-  differences = []
+  pairs = []
   for i, folders in enumerate(zip(_BEFORE.value, _AFTER.value, strict=True)):
     before, after = (
       evaluate.read(pathlib.Path(folder) / "records.jsonl")
@@ -65,14 +65,17 @@ def main() -> None:
     print(_alone_row(f"student alone{seed}", before))
     print(_taught_row(f"taught after SFT{seed}", before))
     print(_taught_row(f"taught after GRPO{seed}", after))
-    differences.append(metrics.compare(before, after, **_BOOTSTRAP))
+    pairs.append((before, after))
   print()
-  for difference in differences:
+  for pair in pairs:
+    difference = metrics.compare(*pair, **_BOOTSTRAP)
     print(
       "GRPO minus SFT, taught accuracy on the same "
       f"{difference['teaching/num_questions']} questions: "
       + _with_interval(difference, "accuracy_difference", sign="+")
     )
+  for before, after in pairs:
+    _print_echo_proof(before, after)
   if _PLOT.value:
     _draw(pathlib.Path(_PLOT.value))
 
@@ -94,6 +97,19 @@ def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
     f"{summary['teaching/num_teaching_tokens']:.1f}",
     f"{summary['teaching/TES']:.1f}",
   )
+
+
+def _print_echo_proof(*evaluations: Sequence[types.TeachingRecord]) -> None:
+  """Prints the taught accuracies on paraphrases, if the data has any."""
+  if not all(any(r.paraphrased for r in records) for records in evaluations):
+    return
+  before, after = (
+    _with_interval(
+      metrics.summarize(records, **_BOOTSTRAP), "echo_proof_accuracy"
+    )
+    for records in evaluations
+  )
+  print(f"Echo-proof accuracy: {before} after SFT, {after} after GRPO")
 
 
 def _row(*cells: str) -> str:

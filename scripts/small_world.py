@@ -41,9 +41,17 @@ def write_data(directory: pathlib.Path, seed: int) -> list[str]:
   for i, (name, count) in enumerate((SIZES | HELD_OUT).items()):
     sets[name] = word_problems.problems(count, 100 * seed + i, excluded=seen)
     seen |= {problem.text for problem in sets[name]}
-  for name in ("questions", *HELD_OUT):
-    questions = [problem.question() for problem in sets[name]]
-    _write_lines(directory / f"{name}.jsonl", map(vars, questions))
+  questions = {"questions": [p.question() for p in sets["questions"]]}
+  for i, name in enumerate(HELD_OUT):
+    others = word_problems.paraphrases(
+      sets[name], 100 * seed + i, excluded=seen
+    )
+    questions[name] = [
+      problem.question(other)
+      for problem, other in zip(sets[name], others, strict=True)
+    ]
+  for name, asked in questions.items():
+    _write_lines(directory / f"{name}.jsonl", map(vars, asked))
 
   student = [
     _chat(_ask_student(prompts, row), row["reply"])

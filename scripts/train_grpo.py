@@ -16,7 +16,7 @@ import jax
 from atlas_jax import sharding, types
 from atlas_jax.data import sets
 from atlas_jax.rewards import combine, custom, grading
-from atlas_jax.teaching import protocol
+from atlas_jax.teaching import protocol, single_model
 from atlas_jax.train import grpo, loop
 from scripts import program
 from scripts.job import (
@@ -80,6 +80,7 @@ def main() -> None:
         reward_fn=reward_fn,
         questions=questions,
         held_out=held_out,
+        evaluation=components.evaluation_rollouts(rollouts, config),
         mesh=mesh,
         config=config,
         run=loop.Run(workdir, writer, export, should_stop),
@@ -93,7 +94,13 @@ def _open_rollouts(
   mesh: jax.sharding.Mesh,
   config: types.Config,
   functions: custom.Functions,
-) -> Iterator[tuple[protocol.Rollouts, grading.Grader, types.RewardFn]]:
+) -> Iterator[
+  tuple[
+    protocol.Protocol | single_model.SingleModelRollouts,
+    grading.Grader,
+    types.RewardFn,
+  ]
+]:
   """Opens the rollouts, with or without a student, grader and reward."""
   with contextlib.ExitStack() as opened:
     scorer = None

@@ -161,6 +161,21 @@ def batch(model, batch_size=2, num_tokens=9, seed=1):
   return tokens, positions, jnp.ones(shape, jnp.int32)
 
 
+def record_rows(monkeypatch, recipe):
+  """Returns a list of the rows of each batch that `packed_loss` is traced on.
+
+  `recipe` is the module of SFT or GKD.
+  """
+  found, packed_loss = [], recipe.packed_loss
+
+  def recorded(*args, **kwargs):
+    found.append(len(args[-1]["token_ids"]))
+    return packed_loss(*args, **kwargs)
+
+  monkeypatch.setattr(recipe, "packed_loss", recorded)
+  return found
+
+
 def write_source(directory: pathlib.Path, family, **changes):
   """Writes the files an export copies: config and tokenizer."""
   directory.mkdir(parents=True)

@@ -45,6 +45,9 @@ class Format:
     worked: the worked solution, which reward R0 uses; may be empty. For a row
       with a conversation and without these columns, the assistant's turn, after
       the thinking.
+    paraphrase: another wording of the question, or other numbers in it; used by
+      evaluation only, and may be empty.
+    paraphrase_answer: the final answer to the paraphrase; empty for `answer`.
     problem: identifies the problem when some are held out; empty for
       `question`, or the user's first turn of a conversation.
     keep: values of rows to keep, by column.
@@ -62,6 +65,8 @@ class Format:
   answer: str
   answer_pattern: str
   worked: str
+  paraphrase: str
+  paraphrase_answer: str
   problem: str
   keep: Mapping[str, Sequence[str]]
   need_messages: bool
@@ -80,6 +85,8 @@ _DEFAULT = Format(
   answer="{answer|ground_truth|solution}",
   answer_pattern="",
   worked="{solution}",
+  paraphrase="{paraphrase}",
+  paraphrase_answer="{paraphrase_answer}",
   problem="",
   keep={},
   need_messages=False,
@@ -314,6 +321,8 @@ def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
     answer=answer,
     difficulty=rows.optional_text(row, "difficulty"),
     solution=worked or written,
+    paraphrase=_fill_optional(fmt.paraphrase, row),
+    paraphrase_answer=_fill_optional(fmt.paraphrase_answer, row),
   )
 
 

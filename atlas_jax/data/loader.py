@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from typing import Literal
 
@@ -221,11 +222,21 @@ class QuestionLoader:
     return [self.questions[i] for i in rows]
 
   def fingerprint(self) -> str:
-    """Returns a digest of all batches; see `Loader.fingerprint`."""
+    """Returns a digest of all batches; see `Loader.fingerprint`.
+
+    It excludes paraphrases, which training does not read.
+    """
     settings = (self._mix, self._batch_size)
-    lines = map(types.to_json_line, self.questions)
+    lines = map(_trained_fields, self.questions)
     text = "\n".join((repr(settings), *lines))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trained_fields(question: types.Question) -> str:
+  """Returns a question as JSON, without its paraphrase."""
+  fields = dataclasses.asdict(question)
+  del fields["paraphrase"], fields["paraphrase_answer"]
+  return json.dumps(fields, ensure_ascii=False, allow_nan=False)
 
 
 @functools.lru_cache(maxsize=4)

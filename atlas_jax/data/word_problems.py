@@ -111,23 +111,36 @@ Method = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A word problem with its method and numbers."""
+  """A word problem: a wording of a method, with a name, things and numbers."""
 
   row_id: str
-  text: str
   difficulty: str
   method: Method
+  name: str
+  thing: str
   numbers: tuple[int, ...]
+
+  @property
+  def text(self) -> str:
+    """The question."""
+    wording = _WORDINGS[self.method][DIFFICULTIES.index(self.difficulty)]
+    numbers = dict(zip("abc", self.numbers, strict=False))
+    return wording.format(n=self.name, o=self.thing, **numbers)
 
   @property
   def answer(self) -> str:
     """The result of the right method."""
     return str(_compute(self.method, self.numbers)[1])
 
-  def question(self) -> types.Question:
+  def question(self, paraphrase: "Problem | None" = None) -> types.Question:
     """Returns the problem as a question with its reference answer."""
     return types.Question(
-      self.row_id, self.text, self.answer, difficulty=self.difficulty
+      self.row_id,
+      self.text,
+      self.answer,
+      difficulty=self.difficulty,
+      paraphrase=paraphrase.text if paraphrase else "",
+      paraphrase_answer=paraphrase.answer if paraphrase else "",
     )
 
 
@@ -140,6 +153,24 @@ def problems(count: int, seed: int, *, excluded: set[str]) -> list[Problem]:
     if problem.text not in excluded and problem.text not in drawn:
       drawn[problem.text] = problem
   return list(drawn.values())
+
+
+def paraphrases(
+  problems: list[Problem], seed: int, *, excluded: set[str]
+) -> list[Problem]:
+  """Draws each problem again with other numbers, and so another answer.
+
+  The texts are not in `excluded`.
+  """
+  rng = np.random.default_rng((seed, 1))  # Not the numbers of `problems`.
+  drawn = []
+  for problem in problems:
+    other = problem
+    while other.answer == problem.answer or other.text in excluded:
+      numbers = _draw_numbers(rng, problem.method)
+      other = dataclasses.replace(problem, numbers=numbers)
+    drawn.append(other)
+  return drawn
 
 
 def student_rows(
@@ -216,6 +247,13 @@ def _draw(rng: np.random.Generator, row_id: str) -> Problem:
   """Draws one problem."""
   method = list(_WORDINGS)[rng.integers(len(_WORDINGS))]
   level = int(rng.integers(len(DIFFICULTIES)))
+  numbers = _draw_numbers(rng, method)
+  name, thing = str(rng.choice(_NAMES)), str(rng.choice(_OBJECTS))
+  return Problem(row_id, DIFFICULTIES[level], method, name, thing, numbers)
+
+
+def _draw_numbers(rng: np.random.Generator, method: Method) -> tuple[int, ...]:
+  """Draws the numbers of a problem."""
   largest = 7 if len(method) == 1 else 4
   a, b, c = (int(n) for n in rng.integers(2, largest + 1, size=3))
   # Wrong methods, too, must have results that the student can write.
@@ -226,10 +264,7 @@ def _draw(rng: np.random.Generator, row_id: str) -> Problem:
   elif method == ("divide",):
     a *= b
   c = min(c, a * b - 1)
-  name, thing = str(rng.choice(_NAMES)), str(rng.choice(_OBJECTS))
-  text = _WORDINGS[method][level].format(n=name, o=thing, a=a, b=b, c=c)
-  numbers = (a, b) if len(method) == 1 else (a, b, c)
-  return Problem(row_id, text, DIFFICULTIES[level], method, numbers)
+  return (a, b) if len(method) == 1 else (a, b, c)
 
 
 def _compute(method: Method, numbers: tuple[int, ...]) -> tuple[str, int]:

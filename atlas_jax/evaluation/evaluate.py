@@ -18,6 +18,7 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import errors, types
+from atlas_jax.evaluation import sampling
 from atlas_jax.rewards import grading
 from atlas_jax.teaching import missing
 from atlas_jax.teaching import protocol as teaching_protocol
@@ -38,12 +39,11 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
   """Runs the protocol on every question and writes the graded records.
 
   Args:
-    protocol: samples the records. For a paired comparison, the seed of its
-      `baseline_params` must equal `seed`.
-    questions: with distinct row ids.
+    protocol: samples the records.
+    questions: with distinct row ids; their paraphrases are answered too.
     grader: grades the answers.
     batch_size: questions per pass; affects only speed and memory.
-    seed: of probes, teachings and taught answers.
+    seed: of probes, teachings and taught answers; see `sampling.sample`.
     weights: identifies the samplers' weights, e.g. {"policy": checkpoint}; part
       of the settings, so different teachers cannot share a file.
     path: the JSONL file. Missing folders are created.
@@ -85,7 +85,7 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
         fix="Run the same command again to continue with the next question.",
       )
     batch = questions[start : start + batch_size]
-    sampled = protocol.run(batch, seed)
+    sampled = sampling.sample(protocol, batch, seed)
     # Raises if a question was dropped: the next run samples this batch again.
     missing.fraction(batch, sampled, max_fraction=0.0)
     graded = grader.grade(sampled)
@@ -144,6 +144,15 @@ def _header(
     "versions": {
       "policy": protocol.policy.sampler.version,
       "student": protocol.student.sampler.version,
+    },
+    # An example shows the arguments of the chat template, such as thinking.
+    "roles": {
+      name: [
+        role.max_prompt_tokens,
+        role.max_thinking_tokens,
+        role.prompt("", "Example").text,
+      ]
+      for name, role in protocol.roles.items()
     },
     "templates": dataclasses.asdict(protocol.templates),
     "probe": dataclasses.asdict(protocol.probe_params),

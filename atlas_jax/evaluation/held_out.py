@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 
 from atlas_jax import types
-from atlas_jax.evaluation import metrics
+from atlas_jax.evaluation import metrics, sampling
 from atlas_jax.rewards import grading
 from atlas_jax.teaching import missing
 from atlas_jax.teaching import protocol as teaching_protocol
@@ -26,8 +26,7 @@ def evaluate(
     questions: with distinct row ids; at least one.
     grader: grades the answers.
     seed: the same for every evaluation of a run, so two evaluations differ only
-      by their weights. If it equals the baselines' seed, comparisons are
-      paired.
+      by their weights; see `sampling.sample`.
     num_bootstrap: see `metrics.summarize`.
     max_dropped_fraction: of the questions; see `missing.fraction`.
 
@@ -37,8 +36,10 @@ def evaluate(
 
   Raises:
     errors.RolloutError: if too many questions have no completions.
+    ValueError: see `sampling.sample`.
   """
-  records = grader.grade(protocol.run(questions, seed))
+  records = grader.grade(sampling.sample(protocol, questions, seed))
+  protocol.keep_baselines(records)
   dropped = missing.fraction(
     questions, records, max_fraction=max_dropped_fraction
   )

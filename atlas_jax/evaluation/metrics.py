@@ -3,16 +3,28 @@
 
 The ATLAS documents name these metrics without units, and without a formula for
 APG and LR; this module defines them. Let t and b be the shares of correct
-answers with and without a teaching:
+answers to a question with and without a teaching; means are over questions:
 
   APG (performance gain)      mean(t - b)
-  NDR (non-degradation rate)  share of teachings with t - b >= 0
+  NDR (non-degradation rate)  mean(1 - (1 - t) b)
   TES (teaching efficiency)   APG * completion rate
                               / (mean teaching tokens / 1000)
   LR  (gain per interaction)  APG / teachings per question
+  echo-proof accuracy         mean(p), over questions with a paraphrase, where p
+                              is the share of correct answers to it with the
+                              teachings of the question
 
 Gains are fractions, not percentage points. The completion rate is the share of
 taught answers that finish within the token limit.
+
+NDR is the probability that a taught and a baseline answer, drawn independently,
+are not wrong and right, in this order. t and b are independent and unbiased, so
+the expectation of the estimate is the same for any number of samples. The
+original is the share of items with t - b >= 0, from one answer of each kind,
+which has the same expectation; with b the mean of several answers it would be a
+stricter criterion. A teaching without effect on a question that the student
+answers correctly with probability q has an NDR of 1 - q (1 - q), at least 0.75,
+and of 1 if the student is always right or always wrong.
 
 Sources: the README of ATLAS (APG, NDR), docs/benchmarks/evaluation-
 methodology.mdx (NDR, TES), its glossary (LR).
@@ -63,7 +75,9 @@ def summarize(
 
   Returns:
     The metrics. TES is None if there are no teachings; its interval is None if
-    a resample has none.
+    a resample has none. If there are answers to paraphrases,
+    `teaching/echo_proof_accuracy` is their accuracy and
+    `teaching/num_paraphrases` the number of questions with one.
 
   Raises:
     ValueError: if there are no records, or some are not graded.
@@ -81,6 +95,7 @@ def summarize(
     summary[f"teaching/{name}_interval"] = wilson(means[name], num_questions)
   for name in _MEANS:
     summary[f"teaching/{name}"] = means[name]
+  summary |= _echo_proof(records)
   statistic: dict[str, Callable[[Mapping[str, float]], float]] = {
     "APG": performance_gain,
     "TES": teaching_efficiency,
@@ -252,6 +267,22 @@ def _per_question(
   }
 
 
+def _echo_proof(records: Sequence[types.TeachingRecord]) -> Summary:
+  """Computes the accuracy on paraphrases; empty if there are none."""
+  groups = _groups([record for record in records if record.paraphrased])
+  if not groups:
+    return {}
+  accuracy = statistics.fmean(
+    statistics.fmean(_accuracy(record.paraphrased) for record in group)
+    for group in groups.values()
+  )
+  return {
+    "teaching/num_paraphrases": len(groups),
+    "teaching/echo_proof_accuracy": accuracy,
+    "teaching/echo_proof_accuracy_interval": wilson(accuracy, len(groups)),
+  }
+
+
 def _groups(
   records: Sequence[types.TeachingRecord],
 ) -> dict[str, list[types.TeachingRecord]]:
@@ -271,7 +302,7 @@ def _measures(record: types.TeachingRecord) -> dict[str, float]:
   return {
     "accuracy": taught,
     "baseline_accuracy": baseline,
-    "NDR": float(taught >= baseline),
+    "NDR": 1.0 - (1.0 - taught) * baseline,
     "completion_rate": statistics.fmean(finished),
     "leak_rate": float(record.leaked),
     "no_teaching_rate": float(record.teaching is None),

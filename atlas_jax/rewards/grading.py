@@ -140,7 +140,10 @@ def _is_installed() -> bool:
 
 def _pairs(record: types.TeachingRecord) -> list[tuple[str, str]]:
   """Returns each final answer of the student with the reference's."""
-  found = (_pair(record, a) for a in (*record.baseline, *record.taught))
+  question = record.question
+  found = [_pair(question, a) for a in (*record.baseline, *record.taught)]
+  rephrased = question.rephrased() or question
+  found += [_pair(rephrased, a) for a in record.paraphrased]
   return [pair for pair in found if pair is not None]
 
 
@@ -149,8 +152,10 @@ def _graded(
 ) -> types.TeachingRecord:
   """Returns the record with `correct` and `leaked` set."""
 
-  def graded(attempts: tuple[types.Attempt, ...]) -> tuple[types.Attempt, ...]:
-    found = ((attempt, _pair(record, attempt)) for attempt in attempts)
+  def graded(
+    question: types.Question, attempts: tuple[types.Attempt, ...]
+  ) -> tuple[types.Attempt, ...]:
+    found = ((attempt, _pair(question, attempt)) for attempt in attempts)
     return tuple(
       attempt
       if attempt.correct is not None
@@ -162,20 +167,24 @@ def _graded(
       for attempt, pair in found
     )
 
-  question, reference = record.question.question, record.question.answer
+  question = record.question
+  rephrased = question.rephrased() or question
   return dataclasses.replace(
     record,
-    baseline=graded(record.baseline),
-    taught=graded(record.taught),
+    baseline=graded(question, record.baseline),
+    taught=graded(question, record.taught),
+    paraphrased=graded(rephrased, record.paraphrased),
     leaked=record.teaching is not None
     and leaks.reveals_answer(
-      record.teaching, question, answers.of_reference(reference)
+      record.teaching,
+      question.question,
+      answers.of_reference(question.answer),
     ),
   )
 
 
 def _pair(
-  record: types.TeachingRecord, attempt: types.Attempt
+  question: types.Question, attempt: types.Attempt
 ) -> tuple[str, str] | None:
   """Returns the answer and what it must equal; None if there is none to grade.
 
@@ -187,8 +196,8 @@ def _pair(
   answer = (answers.declared if is_cut else answers.extract)(attempt.text)
   if answer is None:
     return None
-  reference = answers.of_reference(record.question.answer)
-  if _ASKS_PERCENT.search(record.question.question):
+  reference = answers.of_reference(question.answer)
+  if _ASKS_PERCENT.search(question.question):
     number = _NUMERAL.fullmatch(reference.strip())
     value = quantities.fraction(number[0]) if number else None
     # A number up to 1 may be the fraction.

@@ -23,6 +23,7 @@ from atlas_jax.losses import gkd, reduce
 from atlas_jax.models import decoder, lora
 from atlas_jax.train import (
   gkd_batches,
+  held_out_loss,
   loop,
   optimizer_step,
   rollout_packing,
@@ -212,7 +213,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     policy, teacher, completions, pack, update, jax.jit(rate), clock
   )
   evaluate = functools.partial(
-    _evaluate, jax.jit(loss_fn), policy, teacher, eval_set, pack
+    _evaluate, held_out_loss.make(loss_fn), policy, teacher, eval_set, pack
   )
   state = loop.train(
     state,
@@ -269,7 +270,7 @@ def _pack(
 
 
 def _evaluate(
-  loss_fn: optimizer_step.LossFn,
+  held_out: held_out_loss.HeldOutLoss,
   policy: trainable.Policy,
   teacher: Teacher,
   eval_set: pairs.PairLoader,
@@ -281,10 +282,8 @@ def _evaluate(
   del step
   params = with_teacher(policy.all_params(state.params), teacher)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
-  return optimizer_step.held_out(
-    loss_fn,
-    params,
-    (pack(gkd_batches.of_data(batch))[0] for batch in batches),
+  return held_out(
+    params, (pack(gkd_batches.of_data(batch)) for batch in batches)
   )
 
 

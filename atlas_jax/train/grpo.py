@@ -19,7 +19,7 @@ import optax
 
 from atlas_jax import chat, errors, types
 from atlas_jax.data import loader
-from atlas_jax.evaluation import held_out as evaluation
+from atlas_jax.evaluation import held_out as held_out_evaluation
 from atlas_jax.evaluation import metrics
 from atlas_jax.models import decoder
 from atlas_jax.rewards import grading
@@ -132,6 +132,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   reward_fn: types.RewardFn,
   questions: loader.QuestionLoader,
   held_out: Sequence[types.Question],
+  evaluation: teaching_protocol.Rollouts,
   mesh: jax.sharding.Mesh,
   config: types.Config,
   run: loop.Run,
@@ -148,6 +149,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     reward_fn: rewards the graded records of one step.
     questions: the training questions.
     held_out: questions to evaluate on; may be empty.
+    evaluation: samples their records, with the samplers of `protocol`.
     mesh: see `sharding.make_mesh`.
     config: sections `optimizer`, `schedule`, `offload`, `loop`, `checkpoint`,
       `rollout` and `overlap`, those of `grpo_update.GrpoUpdate`, and `seed`.
@@ -187,7 +189,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
         max_refills=config.groups.max_refills,
       ),
       functools.partial(
-        _evaluate, policy, batches, protocol, grader, held_out, config
+        _evaluate, policy, batches, evaluation, grader, held_out, config
       ),
       row_ids=batches.row_ids,
       clock=clock,
@@ -266,7 +268,7 @@ def _open_batches(
 def _evaluate(
   policy: trainable.Policy,
   batches: grpo_batches.RolloutBatches,
-  protocol: teaching_protocol.Rollouts,
+  evaluation: teaching_protocol.Rollouts,
   grader: grading.Grader,
   held_out: Sequence[types.Question],
   config: types.Config,
@@ -277,11 +279,11 @@ def _evaluate(
   if not held_out:
     return {}
   batches.push(policy.merged_params(state.params), step)
-  return evaluation.evaluate(
-    protocol,
+  return held_out_evaluation.evaluate(
+    evaluation,
     held_out,
     grader=grader,
-    seed=config.seed,
+    seed=config.seed + 1,  # The baselines have the seed `config.seed`.
     num_bootstrap=config.evaluation.num_bootstrap,
     max_dropped_fraction=config.groups.max_dropped_fraction,
   )

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer update: accumulate gradients over microbatches, and apply."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from atlas_jax.models import lora
@@ -115,28 +114,6 @@ def split(batch: Batch, num_microbatches: int) -> Batch:
     return jnp.moveaxis(x, 1, 0)
 
   return {name: split_rows(x) for name, x in batch.items()}
-
-
-def held_out(
-  loss_fn: LossFn, params: Any, batches: Iterable[Batch]
-) -> dict[str, float]:
-  """Computes the weighted mean of a loss's metrics over held-out batches.
-
-  Args:
-    loss_fn: the loss, jitted.
-    params: all parameters.
-    batches: the held-out data.
-
-  Returns:
-    The means, with names prefixed by `eval/`.
-  """
-  queued = [loss_fn(params, batch)[1] for batch in batches]
-  weights, means = zip(*jax.device_get(queued), strict=True)
-  total = max(float(sum(weights)), 1.0)
-  return {
-    f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
-    for name in means[0]
-  }
 
 
 def is_max(name: str) -> bool:

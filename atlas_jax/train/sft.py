@@ -15,6 +15,7 @@ from atlas_jax.data import loader
 from atlas_jax.losses import reduce, sft
 from atlas_jax.models import decoder
 from atlas_jax.train import (
+  held_out_loss,
   loop,
   optimizer_step,
   schedule,
@@ -146,7 +147,12 @@ def train(
     clock,
   )
   evaluate = functools.partial(
-    _evaluate, jax.jit(loss_fn), policy, eval_set, rows
+    _evaluate,
+    held_out_loss.make(loss_fn),
+    policy,
+    eval_set,
+    rows,
+    num_microbatches,
   )
   state = loop.train(
     state,
@@ -164,10 +170,11 @@ def train(
 
 
 def _evaluate(
-  loss_fn: optimizer_step.LossFn,
+  held_out: held_out_loss.HeldOutLoss,
   policy: trainable.Policy,
   eval_set: loader.Loader,
   rows: jax.sharding.Sharding,
+  num_microbatches: int,
   state: train_state.TrainState,
   step: int,
 ) -> loop.Metrics:
@@ -175,8 +182,8 @@ def _evaluate(
   del step
   params = policy.all_params(state.params)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
-  return optimizer_step.held_out(
-    loss_fn, params, (_on_mesh(rows, batch) for batch in batches)
+  return held_out(
+    params, ((_on_mesh(rows, batch), num_microbatches) for batch in batches)
   )
 
 

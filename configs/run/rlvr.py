@@ -23,6 +23,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.template = prompts.get_templates().baseline
   for phase in ("probe", "baseline", "solve"):
     del config.sampling[phase]
+  for key in ("num_baselines", "num_teachings"):
+    del config.evaluation[key]
   config.sampling.teach.temperature = 1.0
   config.sampling.teach.max_completion_tokens = 2048
   config.reward.weights.teaching = 0.0

@@ -88,7 +88,13 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.optimizer = optimizer.get_config()
   config.loop = sections.get_loop()
   config.loop.update(num_steps=250, eval_every=10, save_every=10)
-  config.evaluation = dict(num_questions=64, num_bootstrap=1000)
+  config.evaluation = dict(  # Of held-out questions, every `loop.eval_every`.
+    num_questions=64,
+    num_bootstrap=1000,
+    num_baselines=4,  # Per question; sampled once.
+    num_teachings=1,  # Per question.
+    num_answers=1,  # Per teaching.
+  )
   config.report = sections.get_report()
   config.samples = dict(  # telemetry.samples.SampleLog
     log_completions_every=10,

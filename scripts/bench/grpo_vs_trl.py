@@ -210,6 +210,7 @@ def _ours(directory: pathlib.Path) -> None:
       reward_fn=reward_fn,
       questions=questions,
       held_out=(),
+      evaluation=rollouts,
       mesh=mesh,
       config=config,
       run=loop.Run(

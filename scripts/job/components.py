@@ -320,6 +320,43 @@ def open_single_model(
     )
 
 
+def evaluation_rollouts(
+  training: protocol.Protocol | single_model.SingleModelRollouts,
+  config: types.Config,
+) -> protocol.Rollouts:
+  """Returns rollouts with the group sizes of the section `evaluation`.
+
+  They use the samplers of training. Their baseline answers are cached, but not
+  in checkpoints: a resumed run samples the same ones, since they depend only on
+  the seed, the question and the student's weights.
+  """
+
+  def sized(
+    params: types.SamplingParams, group_size: int
+  ) -> types.SamplingParams:
+    return dataclasses.replace(params, group_size=group_size)
+
+  num_answers = config.evaluation.num_answers
+  if isinstance(training, single_model.SingleModelRollouts):
+    params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
+    return single_model.SingleModelRollouts(
+      training.policy,
+      config.template,
+      answer_params=sized(params, num_answers),
+    )
+  return protocol.Protocol(
+    training.policy,
+    training.student,
+    training.templates,
+    probe_params=training.probe_params,
+    teach_params=sized(training.teach_params, config.evaluation.num_teachings),
+    solve_params=sized(training.solve_params, num_answers),
+    baseline_params=sized(
+      training.baseline_params, config.evaluation.num_baselines
+    ),
+  )
+
+
 def open_sampler(
   role: wire.Role,
   opened: OpenModel,

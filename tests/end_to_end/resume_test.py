@@ -171,6 +171,7 @@ def _train_grpo(home, workdir, should_stop):
       reward_fn=_low_id_fraction,
       questions=questions,
       held_out=held_out,
+      evaluation=components.evaluation_rollouts(protocol, config),
       **common,
     )
 

@@ -135,6 +135,23 @@ def test_known_datasets_make_questions(
   assert made == types.Question("train:1", question, answer, solution=solution)
 
 
+@pytest.mark.parametrize(
+  ("values", "paraphrase", "answer"),
+  [
+    ({}, "", ""),
+    ({"paraphrase": "Two and two?"}, "Two and two?", ""),
+    ({"paraphrase": "3 + 3?", "paraphrase_answer": 6}, "3 + 3?", "6"),
+  ],
+)
+def test_paraphrases_are_optional_columns(values, paraphrase, answer):
+  row = _row(question="2 + 2?", answer="4", **values)
+  made = formats.to_question(row, _DEFAULT)
+  assert (made.paraphrase, made.paraphrase_answer) == (paraphrase, answer)
+  own = dataclasses.replace(_DEFAULT, paraphrase="{other}")
+  made = formats.to_question(_row(other="x", **row.values), own)
+  assert made.paraphrase == "x"
+
+
 def test_nested_boxes_are_matched():
   values = {"question": "q", "answer": r"\boxed{1} \boxed{\frac{\sqrt{3}}{2}}"}
   fmt = dataclasses.replace(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch is a function of its step; an epoch sees each row once."""
 
+import dataclasses
+
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -202,6 +204,12 @@ def test_too_few_questions_are_rejected():
 def test_fingerprint_of_questions_depends_on_contents_and_order():
   questions = _questions(3)
   other = types.Question("2", "2?", "3")
+  rephrased = dataclasses.replace(questions[0], paraphrase="Zero?")
+  changed = [rephrased, *questions[1:]]  # Read by evaluation only.
+  assert (
+    _question_loader(changed).fingerprint()
+    == _question_loader(questions).fingerprint()
+  )
   digests = [
     _question_loader(changed, **settings).fingerprint()
     for changed, settings in (

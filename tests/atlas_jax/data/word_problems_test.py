@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic word problems, and a student who acts as described."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -51,6 +52,26 @@ def test_generation_depends_only_on_the_seed(problems, student, teacher):
   assert word_problems.problems(600, seed=4, excluded=set()) != problems
   assert list(word_problems.student_rows(again, seed=6)) != student
   assert list(word_problems.teacher_rows(again, seed=6)) != teacher
+
+
+def test_problems_of_a_seed_are_those_of_earlier_versions(problems):
+  # Results name a seed, so its problems must not change.
+  text = "\n".join(f"{p.row_id} {p.text} {p.answer}" for p in problems)
+  assert hashlib.sha256(text.encode()).hexdigest()[:16] == "652b763dd380955b"
+
+
+def test_paraphrases_have_other_numbers_and_another_answer(problems):
+  texts = {problem.text for problem in problems}
+  others = word_problems.paraphrases(problems, seed=3, excluded=texts)
+  assert others == word_problems.paraphrases(problems, seed=3, excluded=texts)
+  assert not texts & {other.text for other in others}
+  for problem, other in zip(problems, others, strict=True):
+    assert re.sub(r"\d+", "", other.text) == re.sub(r"\d+", "", problem.text)
+    assert other.method == problem.method
+    assert other.answer != problem.answer
+    question = problem.question(other)
+    assert question.rephrased() == other.question()
+    assert question.question == problem.text
 
 
 def test_problems_are_distinct_and_none_is_excluded(problems):

@@ -15,7 +15,13 @@ from configs.data import prompts
 from tests import fakes
 
 _QUESTIONS = [
-  types.Question(f"q{i}", f"What is {i} + 40?", str(i + 40)) for i in range(5)
+  types.Question(
+    f"q{i}",
+    f"What is {i} + 40?",
+    str(i + 40),
+    paraphrase=f"Add {i} to 40." if i % 2 else "",
+  )
+  for i in range(5)
 ]
 _WEIGHTS = {"policy": "teacher-a", "student": "student"}
 
@@ -62,7 +68,7 @@ def _run(protocol, path, **overrides):
     "questions": _QUESTIONS,
     "grader": grading.by_rules(),
     "batch_size": 2,
-    "seed": 0,
+    "seed": 1,
     "weights": _WEIGHTS,
     "should_stop": lambda: False,
     "from_first": lambda make: make(),
@@ -83,6 +89,26 @@ def test_records_are_graded_and_read_back_unchanged(protocol, tmp_path):
   ]
   assert [r.taught[0].correct for r in records] == [False, True] * 5
   assert not any(r.leaked for r in records)
+  paraphrased = [[a.correct for a in r.paraphrased] for r in records]
+  assert paraphrased == ([[], [], [False], [True]] * 3)[:10]
+  assert evaluate.read(path) == records
+
+
+def test_records_without_paraphrases_of_older_files_are_read(
+  protocol, tmp_path
+):
+  path = tmp_path / "records.jsonl"
+  questions = [_QUESTIONS[0]]
+  records = _run(protocol, path, questions=questions)
+  header, *lines = path.read_text().splitlines()
+  old = [json.loads(line) for line in lines]
+  for fields in old:
+    del fields["paraphrased"]
+    del (
+      fields["question"]["paraphrase"],
+      fields["question"]["paraphrase_answer"],
+    )
+  path.write_text("\n".join([header, *map(json.dumps, old)]))
   assert evaluate.read(path) == records
 
 
@@ -128,7 +154,7 @@ def test_finished_questions_are_not_sampled_again(protocol, tmp_path):
 @pytest.mark.parametrize(
   ("overrides", "name"),
   [
-    ({"seed": 1}, "seed"),
+    ({"seed": 2}, "seed"),
     ({"grader": grading.Grader(lambda _: [], None)}, "math_verify"),
     ({"questions": _QUESTIONS[:4]}, "questions"),
     ({"weights": {**_WEIGHTS, "policy": "teacher-b"}}, "weights"),

@@ -12,7 +12,10 @@ from atlas_jax.teaching import protocol, roles, templates
 from tests import fakes
 
 _QUESTIONS = [
-  types.Question(f"q{i}", f"What is {i} + 1?", str(i + 1)) for i in range(4)
+  types.Question(
+    f"q{i}", f"What is {i} + 1?", str(i + 1), paraphrase=f"{i} plus 1?"
+  )
+  for i in range(4)
 ]
 
 
@@ -44,7 +47,7 @@ def _evaluate(tmp_path, *, teaching, given_up=()):
     made,
     _QUESTIONS,
     grader=grading.by_rules(),
-    seed=0,
+    seed=1,
     num_bootstrap=50,
     max_dropped_fraction=0.25,
   )
@@ -59,7 +62,9 @@ def test_success_and_its_interval_are_measured(tmp_path):
   assert numbers["eval/teaching/NDR"] == 1.0
   assert numbers["eval/teaching/completion_rate"] == 1.0
   assert numbers["eval/teaching/TES"] > 0.0
-  for name in ("accuracy", "NDR", "APG", "TES", "LR"):
+  assert numbers["eval/teaching/num_paraphrases"] == 4
+  assert numbers["eval/teaching/echo_proof_accuracy"] == 1.0
+  for name in ("accuracy", "NDR", "echo_proof_accuracy", "APG", "TES", "LR"):
     low, value, high = (
       numbers[f"eval/teaching/{name}{end}"] for end in ("_low", "", "_high")
     )
@@ -69,6 +74,7 @@ def test_success_and_its_interval_are_measured(tmp_path):
 def test_undefined_metrics_are_left_out(tmp_path):
   numbers = _evaluate(tmp_path, teaching="no tag")
   assert numbers["eval/teaching/APG"] == 0.0
+  assert numbers["eval/teaching/echo_proof_accuracy"] == 0.25
   assert numbers["eval/teaching/no_teaching_rate"] == 1.0
   assert not [name for name in numbers if "TES" in name]
 

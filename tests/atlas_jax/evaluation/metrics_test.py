@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests metrics against their definitions on hand-written records."""
 
+import dataclasses
 import json
 import math
 
@@ -92,9 +93,51 @@ def test_the_gain_is_shared_among_several_teachings_of_a_question():
   assert summary["teaching/LR"] == pytest.approx(0.25)
 
 
-def test_partly_correct_baselines_degrade_by_share():
-  records = [_record("a", [0, 1], [0]), _record("b", [0, 1], [0, 1])]
-  assert metrics.summarize(records, **_SETTINGS)["teaching/NDR"] == 0.5
+def test_non_degradation_rate_is_the_share_of_pairs_of_answers():
+  records = [_record("a", [0, 1], [0]), _record("b", [1, 1, 0], [0, 1])]
+  summary = metrics.summarize(records, **_SETTINGS)
+  assert summary["teaching/NDR"] == pytest.approx((1 / 2 + 4 / 6) / 2)
+
+
+@pytest.mark.parametrize(
+  ("baseline", "taught", "expected"),
+  # The first two teachings have no effect.
+  [(0.5, 0.5, 0.75), (0.9, 0.9, 0.91), (0.4, 0.8, 0.92)],
+)
+@pytest.mark.parametrize(
+  ("num_baselines", "num_teachings", "num_answers"),
+  [(1, 1, 1), (4, 1, 1), (1, 4, 1), (8, 2, 3)],
+)
+def test_non_degradation_rate_does_not_depend_on_numbers_of_answers(
+  baseline, taught, expected, num_baselines, num_teachings, num_answers
+):
+  rng = np.random.default_rng(0)
+  records = []
+  for i in range(2000):
+    drawn = rng.random(num_baselines) < baseline
+    records += [
+      _record(str(i), drawn, rng.random(num_answers) < taught)
+      for _ in range(num_teachings)
+    ]
+  summary = metrics.summarize(records, num_bootstrap=0, seed=0)
+  # At most four standard errors of a share of 2000.
+  assert summary["teaching/NDR"] == pytest.approx(expected, abs=0.039)
+
+
+def test_echo_proof_accuracy_is_over_questions_with_a_paraphrase():
+  records = [*_records(), _record("d", [1], [1])]
+  summary = metrics.summarize(records, **_SETTINGS)
+  assert not [name for name in summary if "echo" in name or "phrase" in name]
+  answers = {0: [1], 3: [0, 0], 4: [1, 0]}  # Records of "a", "d" and "d".
+  for i, correct in answers.items():
+    attempts = tuple(types.Attempt("", 6, "stop", bool(c)) for c in correct)
+    records[i] = dataclasses.replace(records[i], paraphrased=attempts)
+  summary = metrics.summarize(records, **_SETTINGS)
+  assert summary["teaching/num_paraphrases"] == 2
+  assert summary["teaching/echo_proof_accuracy"] == (1 + (0 + 0.5) / 2) / 2
+  assert summary["teaching/echo_proof_accuracy_interval"] == metrics.wilson(
+    0.625, 2
+  )
 
 
 def test_the_order_of_records_changes_no_metric():

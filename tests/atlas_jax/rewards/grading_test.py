@@ -154,3 +154,22 @@ def test_the_question_may_ask_for_a_percentage(
     ),
     leaked=False,
   )
+
+
+def test_paraphrases_are_graded_against_their_own_answer():
+  record = _record("12", answer="12")
+  (attempt,) = record.taught
+  other = dataclasses.replace(attempt, text="15")
+  for answer, correct in (("15", [False, True]), ("", [True, False])):
+    question = dataclasses.replace(
+      record.question, paraphrase="And then?", paraphrase_answer=answer
+    )
+    (graded,) = grading.by_rules().grade(
+      [
+        dataclasses.replace(
+          record, question=question, paraphrased=(attempt, other)
+        )
+      ]
+    )
+    assert [a.correct for a in graded.paraphrased] == correct
+    assert graded.taught[0].correct

@@ -230,13 +230,16 @@ def test_without_sampling_both_models_score_the_data(plain):
   "changes", [{"batch.per_device": 1, "packing.packed": False}, {}]
 )
 def test_layout_and_mesh_do_not_change_the_update(
-  home, tmp_path, plain, changes
+  home, tmp_path, plain, changes, monkeypatch
 ):
+  rows_of_programs = tiny.record_rows(monkeypatch, gkd)
   mesh = None if changes else sharding.make_mesh(data=2, fsdp=2, tensor=2)
   run = _Run(_config(home, **_PLAIN, **changes), tmp_path / "run", mesh=mesh)
   trained = run.train()
   for got, want in zip(*map(jax.tree.leaves, (trained, plain[2])), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5)
+  if changes:  # Evaluation, too, has one row per microbatch.
+    assert set(rows_of_programs) == {1}
 
 
 @pytest.mark.slow

@@ -237,6 +237,21 @@ def _protocol(world, kind, param_dtype="float32"):
   )
 
 
+def _evaluation(training):
+  """Returns a protocol with one teaching and a student of its own."""
+  tokenizer = training.student.tokenizer
+  student = fakes.FakeSampler(tokenizer, lambda *_: "4")
+  return protocol.Protocol(
+    training.policy,
+    roles.Role(student, tokenizer),
+    training.templates,
+    probe_params=_sampling(1),
+    teach_params=_sampling(1),
+    solve_params=_sampling(2),
+    baseline_params=_sampling(3),
+  )
+
+
 def _low_id_fraction(records):
   """Rewards the fraction of ids below 128, which any policy can learn."""
   rewards = []
@@ -268,6 +283,8 @@ def _train(
   config = _config(**changes)
   policy_protocol = _protocol(world, kind, param_dtype)
   sampler = policy_protocol.policy.sampler
+  evaluation = _evaluation(policy_protocol)
+  sampler.evaluated = evaluation.student.sampler.calls
   policy, params = trainable.create(
     world.model,
     world.params(param_dtype=param_dtype),
@@ -287,6 +304,7 @@ def _train(
       batch_size=config.batch.num_questions,
     ),
     held_out=_QUESTIONS[:held_out],
+    evaluation=evaluation,
     mesh=tiny.mesh(),
     config=config,
     run=loop.Run(
@@ -337,7 +355,7 @@ def test_the_reward_increases(trained):
 @pytest.mark.slow
 def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
   changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
-  _train(world, tmp_path, held_out=2, **changes)
+  _, sampler = _train(world, tmp_path, held_out=2, **changes)
   rows = _rows(tmp_path)
   metric_names.check("GRPO", rows)
   for row in rows:
@@ -347,6 +365,9 @@ def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
       assert row["seconds/idle"] < 0.2 * row["step_s"]
   # Time for the evaluation and save of step 2 is logged with step 3.
   assert [row["step"] for row in rows if "seconds/eval" in row] == [3]
+  # Two evaluations: baselines in the first, then probes and taught answers.
+  sizes = [(len(p), params.group_size) for p, params in sampler.evaluated]
+  assert sizes == [(2, 3), (2, 1), (2, 2), (2, 1), (2, 2)]
   assert (tmp_path / "completions/step-2.jsonl").exists()
   assert (tmp_path / "stored_completions/2.csv").exists()
   lessons = (tmp_path / "successful_teaching").iterdir()

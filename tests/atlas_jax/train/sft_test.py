@@ -180,7 +180,10 @@ def _train(
 
 
 @pytest.mark.slow
-def test_sft_learns_and_resumes_only_with_the_same_data(tokenizer, tmp_path):
+def test_sft_learns_and_resumes_only_with_the_same_data(
+  tokenizer, tmp_path, monkeypatch
+):
+  rows_of_programs = tiny.record_rows(monkeypatch, sft)
   path = _write(tmp_path)
   config = _config()
   _train(tokenizer, path, tmp_path / "run", config)
@@ -193,6 +196,8 @@ def test_sft_learns_and_resumes_only_with_the_same_data(tokenizer, tmp_path):
   assert evaluated[1] < evaluated[0]
   assert rows[0]["learning_rate"] == pytest.approx(0.02)
   metric_names.check("SFT", rows)
+  # Evaluation and training have one row per device: four of the mesh's rows.
+  assert set(rows_of_programs) == {4}
 
   other = _write(tmp_path, _ROWS[:-1], "other.jsonl")
   with pytest.raises(errors.CheckpointError, match="another data") as caught:

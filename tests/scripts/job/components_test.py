@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests workdir locking, signals, and opening of models and adapters."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -309,7 +310,7 @@ def test_a_fingerprint_depends_on_weights_not_on_their_path(talker, tmp_path):
   assert prints[0] == prints[1] != prints[2]
 
 
-def test_roles_use_the_seed_of_the_run(talker):
+def test_roles_use_the_seed_and_evaluation_its_own_group_sizes(talker):
   opened = components.open_model(_mesh(), path=str(talker[0]), **_MODEL)
   draw = {
     "group_size": 1,
@@ -343,6 +344,7 @@ def test_roles_use_the_seed_of_the_run(talker):
         "baseline": "{question}",
       },
       "sampling": dict.fromkeys(("probe", "baseline", "teach", "solve"), draw),
+      "evaluation": {"num_baselines": 3, "num_teachings": 1, "num_answers": 2},
     }
   )
   with components.open_protocol(opened, opened, _mesh(), config) as found:
@@ -351,6 +353,14 @@ def test_roles_use_the_seed_of_the_run(talker):
     assert found.policy.max_prompt_tokens == 0
     assert found.student.max_prompt_tokens == 9
     assert found.student.max_thinking_tokens == 7
+    evaluation = components.evaluation_rollouts(found, config)
+  assert evaluation.roles == found.roles
+  assert evaluation.probe_params == found.probe_params
+  for phase, group_size in (("baseline", 3), ("teach", 1), ("solve", 2)):
+    params, trained = (
+      getattr(each, f"{phase}_params") for each in (evaluation, found)
+    )
+    assert params == dataclasses.replace(trained, group_size=group_size)
 
 
 def test_loaded_adapters_are_sharded_like_new_ones(talker, tmp_path):
