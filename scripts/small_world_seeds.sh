@@ -28,8 +28,8 @@ $(git rev-parse --short HEAD), on $(nproc) cores of$cpu; no accelerator.
 
 Each seed has its own problems, student and teacher. There are 400 held-out
 problems; the teacher writes one teaching at temperature 1.0, the student one
-answer at 0.7, with the same random numbers in every row of a seed. Intervals of
-shares are Wilson's; the last lines are a paired bootstrap. \`leaks\` is the
+answer at 0.7, with the same random numbers for both teachers of a seed. Intervals
+of shares are Wilson's; the difference is a paired bootstrap. \`leaks\` is the
 share of teachings that contain the answer, \`no tag\` the share of completions
 without a teaching, \`tokens\` the mean length of a teaching, TES the gain in
 accuracy per thousand of them.
