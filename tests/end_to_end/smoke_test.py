@@ -179,5 +179,6 @@ def test_evaluation_answers_every_question(home):
   workdir = _smoke(home, "evaluate", "teaching_eval")
   summary = json.loads((workdir / "summary.json").read_text())
   assert "teaching/NDR" in summary["all"]
+  assert summary["all"]["teaching/num_paraphrases"] == 40
   records = (workdir / "records.jsonl").read_text().splitlines()
   assert len(records) == 1 + 40

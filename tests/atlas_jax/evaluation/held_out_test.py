@@ -2,6 +2,7 @@
 """Tests metrics of held-out questions."""
 
 import dataclasses
+import zlib
 
 import pytest
 
@@ -19,20 +20,27 @@ _QUESTIONS = [
 ]
 
 
-def _evaluate(tmp_path, *, teaching, given_up=()):
-  """Evaluates a student that knows one answer, and the others if taught."""
+def _knows_one(prompt, params, index):
+  """Knows one answer, and the others if taught."""
+  del params, index
+  number = int(prompt.row_id[1])
+  is_known = "hint" in prompt.text or number == 0
+  return f"The answer is {number + 1 if is_known else 99}."
+
+
+def _guesses(prompt, params, index):
+  """Is right half of the time; random by row id, seed and index."""
+  name = f"{prompt.row_id} {params.seed} {index}"
+  is_right = zlib.crc32(name.encode()) % 2
+  return f"The answer is {int(prompt.row_id[1]) + 1 if is_right else 99}."
+
+
+def _protocol(tmp_path, *, teaching, given_up=(), answer=_knows_one):
   tokenizer = fakes.write_tokenizer(tmp_path)
-
-  def answer(prompt, params, index):
-    del params, index
-    number = int(prompt.row_id[1])
-    is_known = "hint" in prompt.text or number == 0
-    return f"The answer is {number + 1 if is_known else 99}."
-
   params = types.SamplingParams(1, 64, 1.0, 1.0, 0, 0)
   policy = fakes.FakeSampler(tokenizer, lambda *_: teaching)
   policy.given_up = set(given_up)
-  made = protocol.Protocol(
+  return protocol.Protocol(
     roles.Role(policy, tokenizer),
     roles.Role(fakes.FakeSampler(tokenizer, answer), tokenizer),
     templates.Templates(
@@ -41,8 +49,15 @@ def _evaluate(tmp_path, *, teaching, given_up=()):
     probe_params=params,
     teach_params=dataclasses.replace(params, group_size=2),
     solve_params=params,
-    baseline_params=params,
+    baseline_params=dataclasses.replace(params, group_size=3),
   )
+
+
+def _evaluate(tmp_path, **settings):
+  return _run(_protocol(tmp_path, **settings))
+
+
+def _run(made):
   return held_out.evaluate(
     made,
     _QUESTIONS,
@@ -69,6 +84,16 @@ def test_success_and_its_interval_are_measured(tmp_path):
       numbers[f"eval/teaching/{name}{end}"] for end in ("_low", "", "_high")
     )
     assert low <= value <= high
+
+
+def test_a_resumed_run_evaluates_as_one_that_kept_its_baselines(tmp_path):
+  settings = {"teaching": "<teaching>x</teaching>", "answer": _guesses}
+  kept = _protocol(tmp_path, **settings)
+  found = [_run(kept), _run(kept), _evaluate(tmp_path, **settings)]
+  for numbers in found:
+    del numbers["eval/teaching/seconds"]
+  assert 0.0 < found[0]["eval/teaching/baseline_accuracy"] < 1.0
+  assert found[0] == found[1] == found[2]
 
 
 def test_undefined_metrics_are_left_out(tmp_path):
