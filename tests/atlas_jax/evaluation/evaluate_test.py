@@ -171,7 +171,7 @@ def test_records_of_other_settings_are_rejected_and_kept(
   assert path.read_bytes() == raw
 
 
-def test_records_of_another_version_or_template_are_rejected(
+def test_records_of_another_version_role_or_template_are_rejected(
   protocol, tmp_path
 ):
   path = tmp_path / "records.jsonl"
@@ -180,7 +180,8 @@ def test_records_of_another_version_or_template_are_rejected(
   protocol.templates = dataclasses.replace(
     protocol.templates, baseline="{question}"
   )
-  with pytest.raises(errors.ConfigError, match="templates, versions"):
+  protocol.student = dataclasses.replace(protocol.student, max_prompt_tokens=99)
+  with pytest.raises(errors.ConfigError, match="roles, templates, versions"):
     _run(protocol, path)
 
 
