@@ -336,24 +336,22 @@ def evaluation_rollouts(
   ) -> types.SamplingParams:
     return dataclasses.replace(params, group_size=group_size)
 
-  num_answers = config.evaluation.num_answers
+  evaluation = config.evaluation
   if isinstance(training, single_model.SingleModelRollouts):
     params = types.SamplingParams(**config.sampling.teach, seed=config.seed)
     return single_model.SingleModelRollouts(
       training.policy,
       config.template,
-      answer_params=sized(params, num_answers),
+      answer_params=sized(params, evaluation.num_answers),
     )
   return protocol.Protocol(
     training.policy,
     training.student,
     training.templates,
     probe_params=training.probe_params,
-    teach_params=sized(training.teach_params, config.evaluation.num_teachings),
-    solve_params=sized(training.solve_params, num_answers),
-    baseline_params=sized(
-      training.baseline_params, config.evaluation.num_baselines
-    ),
+    teach_params=sized(training.teach_params, evaluation.num_teachings),
+    solve_params=sized(training.solve_params, evaluation.num_answers),
+    baseline_params=sized(training.baseline_params, evaluation.num_baselines),
   )
 
 
