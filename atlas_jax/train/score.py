@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes log-probabilities of given tokens under a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
-from atlas_jax.train import optimizer_step, rollout_packing
+from atlas_jax.train import rollout_packing
 
 
 def token_stats(
@@ -69,24 +69,6 @@ def token_stats_and_balance(
     soft_cap=model.config.logit_soft_cap,
   )
   return stats, balance
-
-
-def by_microbatches(
-  stats_fn: Callable[
-    [decoder.Params, Mapping[str, jax.Array]], logprobs.TokenStats
-  ],
-  params: decoder.Params,
-  batch: Mapping[str, jax.Array],
-  num_microbatches: int,
-) -> jax.Array:
-  """Computes log-probabilities [B, T - 1], one microbatch at a time.
-
-  So peak memory is below that of an update.
-  """
-  names = ("token_ids", "positions", "segment_ids")
-  parts = optimizer_step.split({n: batch[n] for n in names}, num_microbatches)
-  scores_XBT = jax.lax.map(lambda part: stats_fn(params, part).logprobs, parts)
-  return scores_XBT.swapaxes(0, 1).reshape(-1, scores_XBT.shape[-1])
 
 
 def add_balance(

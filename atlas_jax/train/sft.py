@@ -176,7 +176,7 @@ def _evaluate(
   params = policy.all_params(state.params)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
   return optimizer_step.held_out(
-    loss_fn, params, (_on_mesh(rows, batch) for batch in batches)
+    loss_fn(params, _on_mesh(rows, batch)) for batch in batches
   )
 
 
