@@ -378,6 +378,9 @@ def _programs(
     stats_fn,
     objective=objective,
     correct=correct,
+    weights_over=reduce.over_tokens
+    if config.correction.level == "token"
+    else reduce.over_sequences,
     **config.experts,
   )
   step = optimizer_step.make_step(
@@ -463,12 +466,13 @@ def _loss(
   *,
   objective: grpo.Objective,
   correct: Callable[..., jax.Array],
+  weights_over: Callable[..., reduce.Mean],
   router_aux_coef: float,
 ) -> tuple[jax.Array, tuple[jax.Array, optimizer_step.Metrics]]:
   """Computes the surrogate of a microbatch; see `optimizer_step.LossFn`.
 
-  Old or reference log-probabilities missing from the batch are the policy's
-  own, without a gradient.
+  Old log-probabilities missing from the batch are the policy's own, without a
+  gradient.
   """
   packed, balance = stats_fn(params, batch)
   completions = batch["completions"]
@@ -483,7 +487,7 @@ def _loss(
   loss, metrics = grpo.surrogate(
     logprobs_BT,
     old_BT,
-    completions.get("ref_logprobs", old_BT),
+    completions.get("ref_logprobs"),
     entropy_BT,
     completions["advantages"],
     mask_BT,
@@ -491,7 +495,7 @@ def _loss(
     objective=objective,
   )
   metrics |= agreement.measure(old_BT, rollout_BT, mask_BT)
-  metrics["rollout/weight"] = reduce.token_mean(weights_BT, mask_BT)
+  metrics["rollout/weight"] = weights_over(weights_BT, mask_BT)
   loss, metrics = score.add_balance(
     model, loss, metrics, balance, router_aux_coef=router_aux_coef
   )

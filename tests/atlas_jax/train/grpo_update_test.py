@@ -35,6 +35,7 @@ def _config(loss, **changes):
   config.sampling.teach.group_size = _SIZE
   config.logits.chunk_tokens = 8
   config.correction.max_ratio = 1e3
+  config.correction.level = "sequence" if loss == "gspo" else "token"
   config.batch.mask_truncated = False
   config.packing = {"length": 0, "packed": False}
   config.batch.per_device = 0
@@ -104,11 +105,11 @@ def _whole(loss):
   return _update(_config(loss))
 
 
-# Rows of up to five sequences; the first of three microbatches holds all 16.
+# Rows of up to five sequences; three of eight microbatches hold all 16.
 _PACKED = {
   "packing.length": 32,
   "packing.packed": True,
-  "batch.per_device": 6,
+  "batch.per_device": 2,
 }
 
 
