@@ -16,20 +16,20 @@ Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 class Mean(NamedTuple):
-  """A mean as `total` / `count`, so that the means of parts can be added up.
+  """A mean as `total` / `weight`, so that the means of parts can be added up.
 
   Attributes:
     total: sum of what is averaged, over the counted tokens or sequences.
-    count: number of counted tokens or sequences.
+    weight: number of counted tokens or sequences.
   """
 
   total: jax.Array
-  count: jax.Array
+  weight: jax.Array
 
   @property
   def mean(self) -> jax.Array:
     """The mean; 0 if nothing is counted."""
-    return self.total / jnp.maximum(self.count, 1)
+    return self.total / jnp.maximum(self.weight, 1)
 
 
 def over_tokens(x_BT: jax.Array, mask_BT: jax.Array) -> Mean:

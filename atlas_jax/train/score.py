@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,11 +75,11 @@ def token_stats_and_balance(
 def add_balance(
   model: decoder.Model,
   loss: jax.Array,
-  metrics: dict[str, jax.Array],
+  metrics: dict[str, Any],  # Any: see `optimizer_step.Metrics`.
   balance: jax.Array,
   *,
   router_aux_coef: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, Any]]:
   """Adds the weighted balance loss of the experts to a loss and its metrics.
 
   Both are returned unchanged for a model without experts.
