@@ -448,10 +448,10 @@ def _logprobs(
 
   def of_microbatch(part: optimizer_step.Batch) -> tuple[jax.Array, int, dict]:
     scores_RT = stats_fn(params, part)[0].logprobs
-    scores_BC, is_here_BC = rollout_packing.gather_scores(
+    scores_BC, _ = rollout_packing.gather_scores(
       scores_RT, places_BC, part["index"]
     )
-    return jnp.where(is_here_BC, scores_BC, 0.0), 0, {}
+    return scores_BC, 0, {}
 
   return optimizer_step.accumulate(
     of_microbatch, batch, num_used, num_microbatches=num_microbatches

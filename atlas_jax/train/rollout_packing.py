@@ -114,11 +114,16 @@ def gather_scores(
 
   Returns:
     The scores [B, C], and a mask bool[B, C] of the tokens in the microbatch;
-    the scores of other tokens are arbitrary.
+    the scores of other tokens are 0.
   """
-  places_BC = places_BC - microbatch * scores_RT.size
-  is_here_BC = (places_BC >= 0) & (places_BC < scores_RT.size)
-  return scores_RT.ravel()[jnp.where(is_here_BC, places_BC, 0)], is_here_BC
+  size = scores_RT.size
+  places_BC = places_BC - microbatch * size
+  is_here_BC = (places_BC >= 0) & (places_BC < size)
+  # Places out of bounds get no gradient. At a place within, all those of other
+  # microbatches would be added up one after the other.
+  places_BC = jnp.where(is_here_BC, places_BC, size)
+  flat = scores_RT.ravel()
+  return flat.at[places_BC].get(mode="fill", fill_value=0), is_here_BC
 
 
 def make_tokens(

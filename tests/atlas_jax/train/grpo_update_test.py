@@ -192,6 +192,10 @@ def test_every_loss_updates_the_policy(loss):
   moved, metrics, _ = _whole(loss)
   assert np.isfinite(metrics["loss"])
   assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  has_reference = _config(loss).loss.kl_coef > 0
+  assert {"kl", "kl_old"} & metrics.keys() == (
+    {"kl"} if has_reference else {"kl_old"}
+  )
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
 
 

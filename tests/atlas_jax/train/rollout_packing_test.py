@@ -3,6 +3,7 @@
 
 import hypothesis
 from hypothesis import strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,10 +67,11 @@ def _gathered(part):
   found_BC = np.zeros_like(places_BC)
   for microbatch in range(part.num_microbatches):
     scores, is_here = rollout_packing.gather_scores(
-      rows[:, microbatch, 1:], places_BC, microbatch
+      jnp.asarray(rows[:, microbatch, 1:]), places_BC, microbatch
     )
-    assert not (found_BC[is_here]).any()  # In one microbatch only.
-    found_BC += np.where(is_here, scores, 0)
+    assert not found_BC[is_here].any()  # In one microbatch only.
+    assert not scores[~is_here].any()
+    found_BC += scores
   return found_BC
 
 
