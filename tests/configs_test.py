@@ -18,11 +18,11 @@ from atlas_jax.rewards import combine, custom, grading, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
 from atlas_jax.teaching import roles, templates
 from atlas_jax.train import (
+  batch_shapes,
   gkd,
   gkd_batches,
   loop,
   optimizer,
-  rollout_packing,
   schedule,
   score,
   train_state,
@@ -97,8 +97,14 @@ _SFT = _FUNCTIONS | {
 _GRPO = _FUNCTIONS | {
   "loss": (grpo.Objective, ("max_tokens",)),
   "packing": (
-    rollout_packing.lay_out,
-    ("num_minibatches", "num_shards", "max_completion_tokens", "per_device"),
+    batch_shapes.Layout,
+    (
+      "per_device",
+      "num_minibatches",
+      "num_shards",
+      "max_sequences",
+      "max_length",
+    ),
   ),
 }
 _GKD = _FUNCTIONS | {

@@ -110,14 +110,14 @@ class Objective:
 def surrogate(
   logprobs_BT: jax.Array,
   old_logprobs_BT: jax.Array,
-  ref_logprobs_BT: jax.Array,
+  ref_logprobs_BT: jax.Array | None,
   entropy_BT: jax.Array,
   advantages_B: jax.Array,
   loss_mask_BT: jax.Array,
   *,
   rollout_weights_BT: jax.Array,
   objective: Objective,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, jax.Array | reduce.Mean]]:
   """Computes the loss of a batch of completions.
 
   With r the ratio, w the sampler correction, A the advantage, H the entropy and
@@ -138,8 +138,8 @@ def surrogate(
       the entropy have gradients.
     old_logprobs_BT: by the policy at the start of this step, as computed by the
       trainer.
-    ref_logprobs_BT: by the reference. With kl_coef = 0.0 they only affect
-      metrics, and `old_logprobs_BT` can be passed instead.
+    ref_logprobs_BT: by the reference; None to measure the KL from the old
+      policy instead, if kl_coef = 0.0.
     entropy_BT: of the policy at each token.
     advantages_B: one per completion.
     loss_mask_BT: bool; the tokens that count. Where False, the other arrays may
@@ -148,8 +148,11 @@ def surrogate(
     objective: the objective's settings.
 
   Returns:
-    The loss, and metrics over the counted tokens; see `_metrics`.
+    The loss, and metrics over what counts; see `_metrics`.
   """
+  kl_name = "kl_old" if ref_logprobs_BT is None else "kl"
+  if ref_logprobs_BT is None:
+    ref_logprobs_BT = old_logprobs_BT
   fixed = (old_logprobs_BT, ref_logprobs_BT, advantages_B, rollout_weights_BT)
   old_logprobs_BT, ref_logprobs_BT, advantages_B, rollout_weights_BT = (
     jax.lax.stop_gradient(fixed)
@@ -182,8 +185,15 @@ def surrogate(
     aggregate=objective.aggregate,
     length=objective.max_tokens,
   )
-  metrics = _metrics(ratio_BT, kl_BT, entropy_BT, is_clipped_BT, loss_mask_BT)
-  return loss, {"loss": loss, **metrics}
+  metrics = _metrics(
+    ratio_BT, is_clipped_BT, loss_mask_BT, level=objective.ratio
+  )
+  return loss, {
+    "loss": loss,
+    kl_name: reduce.over_tokens(kl_BT, loss_mask_BT),
+    "entropy": reduce.over_tokens(entropy_BT, loss_mask_BT),
+    **metrics,
+  }
 
 
 def _of_level(
@@ -229,26 +239,21 @@ def _gain(
 
 def _metrics(
   ratio_BT: jax.Array,
-  kl_BT: jax.Array,
-  entropy_BT: jax.Array,
   is_clipped_BT: jax.Array,
   loss_mask_BT: jax.Array,
-) -> dict[str, jax.Array]:
-  """Computes means over the counted tokens, and the largest ratio.
+  *,
+  level: Ratio,
+) -> dict[str, jax.Array | reduce.Mean]:
+  """Computes metrics of the ratio: over tokens, or sequences if it is of them.
 
-  `clip_low_fraction` and `clip_high_fraction` are the fractions of tokens that
-  were clipped with a ratio below and above 1.
+  `clip_low_fraction` and `clip_high_fraction` are the fractions that were
+  clipped with a ratio below and above 1.
   """
   low_BT, high_BT = ratio_BT < 1.0, ratio_BT > 1.0
+  over = reduce.over_tokens if level == "token" else reduce.over_sequences
   return {
-    "kl": reduce.token_mean(kl_BT, loss_mask_BT),
-    "entropy": reduce.token_mean(entropy_BT, loss_mask_BT),
-    "ratio_mean": reduce.token_mean(ratio_BT, loss_mask_BT),
+    "ratio_mean": over(ratio_BT, loss_mask_BT),
     "ratio_max": jnp.max(ratio_BT, where=loss_mask_BT, initial=0.0),
-    "clip_low_fraction": reduce.token_mean(
-      is_clipped_BT & low_BT, loss_mask_BT
-    ),
-    "clip_high_fraction": reduce.token_mean(
-      is_clipped_BT & high_BT, loss_mask_BT
-    ),
+    "clip_low_fraction": over(is_clipped_BT & low_BT, loss_mask_BT),
+    "clip_high_fraction": over(is_clipped_BT & high_BT, loss_mask_BT),
   }

@@ -5,7 +5,7 @@ Masked values may be anything, NaN included. With everything masked, the mean
 and its gradient are 0.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,31 @@ AGGREGATES = ("token_mean", "sequence_mean", "constant_length")
 Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
-def token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """Computes sum x / number of tokens, over all counted tokens."""
+class Mean(NamedTuple):
+  """A mean as `total` / `weight`, so that the means of parts can be added up.
+
+  Attributes:
+    total: sum of what is averaged, over the counted tokens or sequences.
+    weight: number of counted tokens or sequences.
+  """
+
+  total: jax.Array
+  weight: jax.Array
+
+  @property
+  def mean(self) -> jax.Array:
+    """The mean; 0 if nothing is counted."""
+    return self.total / jnp.maximum(self.weight, 1)
+
+
+def over_tokens(x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
+  """Averages over all counted tokens."""
   total = jnp.sum(x_BT, where=mask_BT, dtype=jnp.float32)
-  return total / jnp.maximum(jnp.sum(mask_BT), 1)
+  return Mean(total, jnp.sum(mask_BT))
 
 
-def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """Computes the mean over sequences of each one's mean over counted tokens.
+def over_sequences(x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
+  """Averages over sequences each one's mean over counted tokens.
 
   Each row is one sequence; rows must not be packed. Rows without counted tokens
   are excluded from the mean.
@@ -30,7 +47,17 @@ def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
   total_B = jnp.sum(x_BT, axis=1, where=mask_BT, dtype=jnp.float32)
   num_tokens_B = jnp.sum(mask_BT, axis=1)
   means_B = total_B / jnp.maximum(num_tokens_B, 1)
-  return jnp.sum(means_B) / jnp.maximum(jnp.sum(num_tokens_B > 0), 1)
+  return Mean(jnp.sum(means_B), jnp.sum(num_tokens_B > 0))
+
+
+def token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+  """Computes the mean of `over_tokens`."""
+  return over_tokens(x_BT, mask_BT).mean
+
+
+def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+  """Computes the mean of `over_sequences`."""
+  return over_sequences(x_BT, mask_BT).mean
 
 
 def constant_length(
@@ -39,7 +66,7 @@ def constant_length(
   """Computes the mean over sequences of each one's sum / `length`.
 
   A token thus has the same weight in a long sequence as in a short one. Rows
-  are as in `sequence_mean`.
+  are as in `over_sequences`.
 
   Source: Liu et al., arXiv:2503.20783, section 3.2.
   """

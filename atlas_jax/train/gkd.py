@@ -22,6 +22,7 @@ from atlas_jax.data import pairs
 from atlas_jax.losses import gkd, reduce
 from atlas_jax.models import decoder, lora
 from atlas_jax.train import (
+  batch_shapes,
   gkd_batches,
   held_out_loss,
   loop,
@@ -39,11 +40,8 @@ from atlas_jax.train.telemetry import flops
 # The key of the teacher's parameters beside the policy's.
 _TEACHER = "teacher"
 
-# Packs completions and shards them over the mesh; returns the batch and its
-# number of microbatches.
-_Pack = Callable[
-  [Sequence[rollout_packing.Written]], tuple[dict[str, jax.Array], int]
-]
+# Packs completions and shards them over the mesh.
+_Pack = Callable[[Sequence[rollout_packing.Written]], rollout_packing.Part]
 
 
 class Teacher(NamedTuple):
@@ -71,13 +69,11 @@ class GkdStep:
     """Gets completions and enqueues an update on them."""
     written, sampled = self.completions.take(state.params, step, self.clock)
     with self.clock.phase("data"):
-      batch, num_microbatches = self.pack(written)
+      part = self.pack(written)
     with self.clock.phase("train"):
-      checked = self.completions.compare(
-        state.params, batch, num_microbatches, step
-      )
+      checked = self.completions.compare(state.params, part, step)
       state, metrics = self.update(
-        state, batch, num_microbatches=num_microbatches
+        state, part.batch, part.num_used, num_microbatches=part.num_microbatches
       )
     lengths = [len(w.prompt) + len(w.completion) for w in written]
     update_flops = flops.of_update(
@@ -90,7 +86,7 @@ class GkdStep:
       **metrics,
       "num_tokens": sum(lengths),
       "num_flops": update_flops + teacher_flops,
-      "padding_fraction": 1.0 - sum(lengths) / batch["token_ids"].size,
+      "padding_fraction": 1.0 - sum(lengths) / part.num_computed,
       "learning_rate": jnp.asarray(self.rate(step)),
       **sampled,
       **checked,
@@ -206,7 +202,9 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     frozen=with_teacher(policy.frozen, teacher),
     shardings=train_state.shardings(state),
   )
-  pack = functools.partial(_pack, mesh, config)
+  shapes = layout(config, mesh)
+  shapes.log()
+  pack = functools.partial(_pack, mesh, shapes)
   completions = _open_completions(policy, teacher, sampler, train_set, config)
   clock = train_clock.Clock()
   do_step = GkdStep(
@@ -253,20 +251,31 @@ def _open_completions(
   )
 
 
-def _pack(
-  mesh: jax.sharding.Mesh,
-  config: types.Config,
-  written: Sequence[rollout_packing.Written],
-) -> tuple[dict[str, jax.Array], int]:
-  """Packs completions into rows and shards the rows over the mesh."""
-  batch, num_microbatches = rollout_packing.pack_rows(
-    written,
-    num_shards=sharding.num_row_shards(mesh),
+def layout(
+  config: types.Config, mesh: jax.sharding.Mesh
+) -> batch_shapes.Layout:
+  """Returns the shapes of the batches; no sequence exceeds `packing.length`."""
+  return batch_shapes.Layout(
     length=config.packing.length,
     packed=config.packing.packed,
     per_device=config.batch.per_device,
+    num_minibatches=1,
+    num_shards=sharding.num_row_shards(mesh),
+    max_sequences=config.batch.num_prompts
+    * config.sampling.complete.group_size,
+    max_length=config.packing.length,
   )
-  return sharding.put(batch, sharding.of_batch(mesh)), num_microbatches
+
+
+def _pack(
+  mesh: jax.sharding.Mesh,
+  shapes: batch_shapes.Layout,
+  written: Sequence[rollout_packing.Written],
+) -> rollout_packing.Part:
+  """Packs completions into rows and shards the rows over the mesh."""
+  part = rollout_packing.pack_rows(written, shapes)
+  batch = sharding.put(part.batch, sharding.of_batch(mesh))
+  return part._replace(batch=batch)
 
 
 def _evaluate(
@@ -282,8 +291,9 @@ def _evaluate(
   del step
   params = with_teacher(policy.all_params(state.params), teacher)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
+  parts = (pack(gkd_batches.of_data(batch)) for batch in batches)
   return held_out(
-    params, (pack(gkd_batches.of_data(batch)) for batch in batches)
+    params, ((p.batch, p.num_used, p.num_microbatches) for p in parts)
   )
 
 

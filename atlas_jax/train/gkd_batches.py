@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax import errors, types
@@ -74,7 +75,7 @@ class CompletionBatches:
         chunk_tokens=chunk_tokens,
         support=logprobs.Support(params.top_p, params.top_k) if cut else None,
       ),
-      static_argnums=2,
+      static_argnums=3,
     )
 
   def is_sampled(self, step: int) -> bool:
@@ -116,16 +117,14 @@ class CompletionBatches:
   def compare(
     self,
     trained: decoder.Params,
-    batch: optimizer_step.Batch,
-    num_microbatches: int,
+    part: rollout_packing.Part,
     step: int,
   ) -> dict[str, float]:
     """Compares the log-probabilities of sampler and trainer, if it is due.
 
     Args:
       trained: the trained parameters that sampled the batch.
-      batch: packed completions, on the mesh.
-      num_microbatches: of the batch.
+      part: packed completions, on the mesh.
       step: the number of completed steps.
 
     Raises:
@@ -137,7 +136,9 @@ class CompletionBatches:
       return {}
     self._is_new = False
     params = self._policy.all_params(trained)
-    found = self._measure(params, batch, num_microbatches)
+    found = self._measure(
+      params, part.batch, part.num_used, part.num_microbatches
+    )
     measured = {name: float(value) for name, value in found.items()}
     agreement.check(
       measured["rollout/prob_error"],
@@ -217,6 +218,7 @@ def _measure(
   model: decoder.Model,
   params: decoder.Params,
   batch: optimizer_step.Batch,
+  num_used: jax.Array,
   num_microbatches: int,
   *,
   temperature: float,
@@ -224,21 +226,26 @@ def _measure(
   support: logprobs.Support | None,
 ) -> dict[str, jax.Array]:
   """Scores a batch as its sampler did and measures the difference."""
-  logprobs_BT = score.by_microbatches(
-    functools.partial(
-      score.token_stats,
+
+  def of_microbatch(
+    batch: optimizer_step.Batch,
+  ) -> tuple[tuple[()], jax.Array, optimizer_step.Metrics]:
+    stats = score.token_stats(
       model,
+      params,
+      batch,
       temperature=temperature,
       chunk_tokens=chunk_tokens,
       support=support,
-    ),
-    params,
-    batch,
-    num_microbatches,
-  )
-  return agreement.measure(
-    logprobs_BT, batch["rollout_logprobs"][:, 1:], batch["loss_mask"][:, 1:]
-  )
+    )
+    rollout_BT = batch["rollout_logprobs"][:, 1:]
+    mask_BT = batch["loss_mask"][:, 1:]
+    measured = agreement.measure(stats.logprobs, rollout_BT, mask_BT)
+    return (), jnp.sum(mask_BT), measured
+
+  return optimizer_step.accumulate(
+    of_microbatch, batch, num_used, num_microbatches=num_microbatches
+  )[2]
 
 
 def _check(

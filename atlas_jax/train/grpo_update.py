@@ -18,14 +18,15 @@ import optax
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import advantages, correction, grpo, kl, logprobs, reduce
 from atlas_jax.models import decoder
-from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import (
+  batch_shapes,
   optimizer_step,
   rollout_packing,
   score,
   train_state,
   trainable,
 )
+from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train.guards import agreement, alarm
 from atlas_jax.train.telemetry import flops
 
@@ -76,7 +77,6 @@ class GrpoUpdate:
     """
     sampling = config.sampling.teach
     _check_sampling(sampling)
-    _check_rows(config)
     score.check_balance(policy.model, **config.experts)
     self._policy, self._config = policy, config
     self._objective = grpo.Objective(
@@ -87,13 +87,13 @@ class GrpoUpdate:
     )
     self._alarm = alarm.Alarm(**config.alarm)
     self._rows = sharding.of_batch(mesh)
+    max_length = policy.model.config.max_positions
+    shapes = layout(config, mesh, max_length=max_length)
+    shapes.log()
     self._pack = functools.partial(
       rollout_packing.lay_out,
-      num_minibatches=config.batch.num_minibatches,
-      num_shards=sharding.num_row_shards(mesh),
+      layout=shapes,
       max_completion_tokens=sampling.max_completion_tokens,
-      per_device=config.batch.per_device,
-      **config.packing,
     )
     self._programs = _programs(
       policy,
@@ -146,8 +146,8 @@ class GrpoUpdate:
     }
     if keep:
       parts = [self._scored(state, part) for part in self._pack(rollouts)]
-      num_places = sum(part.batch["token_ids"].size for part in parts)
-      metrics["padding_fraction"] = 1.0 - sum(lengths) / num_places
+      num_computed = sum(part.num_computed for part in parts)
+      metrics["padding_fraction"] = 1.0 - sum(lengths) / num_computed
       self._add_advantages(parts, keep, rewards_PC, valid_PC)
       versions = {rollout.completion.version for rollout in rollouts}
       state, updated = self._fit(state, parts)
@@ -199,18 +199,20 @@ class GrpoUpdate:
     """
     config, programs = self._config, self._programs
     batch, reference = sharding.put(part.batch, self._rows), state.reference
+    scores = {}
     num_updates = config.batch.num_minibatches * config.batch.num_iterations
+    counts = part.num_used, part.num_microbatches
     if num_updates > 1 or self._penalizes_reward:
       params = self._policy.all_params(state.params)
-      batch["old_logprobs"] = programs.score(
-        params, batch, part.num_microbatches
-      )
+      scores["old_logprobs"] = programs.score(params, batch, *counts)
     if self._policy.frozen and self._objective.kl_coef:
       reference = self._policy.frozen  # The model without its adapters.
     if reference is not None:
-      batch["ref_logprobs"] = programs.score_reference(
-        reference, batch, part.num_microbatches
+      scores["ref_logprobs"] = programs.score_reference(
+        reference, batch, *counts
       )
+    # Added last: other arrays in the batch would compile another program.
+    batch["completions"] |= scores
     return part._replace(batch=batch)
 
   def _add_advantages(
@@ -220,7 +222,7 @@ class GrpoUpdate:
     rewards_PC: jax.Array,
     valid_PC: jax.Array,
   ) -> None:
-    """Adds `advantages` to scored batches; padding rows get 0.
+    """Adds `advantages` to scored completions; padding rows get 0.
 
     If the KL is part of the reward, records that are not trained on have none
     measured and count as 0.
@@ -228,21 +230,23 @@ class GrpoUpdate:
     if self._penalizes_reward:
       penalty_PC = np.zeros_like(rewards_PC)
       for part in parts:
+        completions = part.batch["completions"]
         penalty_B = self._programs.divergences(
-          part.batch["old_logprobs"],
-          part.batch["ref_logprobs"],
-          part.batch["loss_mask"],
+          completions["old_logprobs"],
+          completions["ref_logprobs"],
+          completions["places"],
         )
-        rollouts, places = zip(*part.members, strict=True)
-        penalty_PC.flat[np.take(keep, rollouts)] = np.take(penalty_B, places)
+        kept = np.take(keep, part.indices)
+        penalty_PC.flat[kept] = np.asarray(penalty_B)[: len(kept)]
       rewards_PC = rewards_PC - self._objective.kl_coef * penalty_PC
     advantages_PC = np.asarray(self._programs.advantages(rewards_PC, valid_PC))
     for part in parts:
-      # Rollout i of the part is record keep[i], and row `place` of its batch.
-      rollouts, places = zip(*part.members, strict=True)
-      advantages_B = np.zeros(len(part.batch["places"]), np.float32)
-      advantages_B[list(places)] = advantages_PC.flat[np.take(keep, rollouts)]
-      part.batch["advantages"] = sharding.put(advantages_B, self._rows)
+      completions = part.batch["completions"]
+      advantages_B = np.zeros(len(completions["places"]), np.float32)
+      # Rollout i of the step is record keep[i].
+      kept = np.take(keep, part.indices)
+      advantages_B[: len(kept)] = advantages_PC.flat[kept]
+      completions["advantages"] = sharding.put(advantages_B, self._rows)
 
   def _fit(
     self, state: train_state.TrainState, parts: Sequence[rollout_packing.Part]
@@ -252,7 +256,10 @@ class GrpoUpdate:
     for _ in range(self._config.batch.num_iterations):
       for part in parts:
         state, metrics = self._programs.step(
-          state, part.batch, num_microbatches=part.num_microbatches
+          state,
+          part.batch,
+          part.num_used,
+          num_microbatches=part.num_microbatches,
         )
         collected.append(metrics)
     combined = {
@@ -302,26 +309,31 @@ def group_rewards(
   )
 
 
+def layout(
+  config: types.Config, mesh: jax.sharding.Mesh, *, max_length: int
+) -> batch_shapes.Layout:
+  """Returns the shapes of the batches; refills replace, so they add nothing.
+
+  Args:
+    config: sections `batch`, `packing` and `sampling`.
+    mesh: see `sharding.make_mesh`.
+    max_length: the most tokens of a prompt with its completion.
+  """
+  batch = config.batch
+  return batch_shapes.Layout(
+    **config.packing,
+    per_device=batch.per_device,
+    num_minibatches=batch.num_minibatches,
+    num_shards=sharding.num_row_shards(mesh),
+    max_sequences=batch.num_questions * config.sampling.teach.group_size,
+    max_length=max_length,
+  )
+
+
 def count_varied(rewarded: Sequence[types.Reward], group_size: int) -> int:
   """Returns the number of groups whose rewards differ."""
   varied_P1 = advantages.has_variance(*group_rewards(rewarded, group_size))
   return int(varied_P1.sum())
-
-
-def _check_rows(config: types.Config) -> None:
-  """Validates the sizes of rows and minibatches."""
-  for name, value, least in (
-    ("batch.per_device", config.batch.per_device, 0),
-    ("batch.num_minibatches", config.batch.num_minibatches, 1),
-    ("packing.length", config.packing.length, 0),
-  ):
-    if value < least:
-      raise errors.ConfigError(
-        f"Invalid batch layout: {name} must be >= {least}, got {value}.",
-        where=f"--config.{name}={value}",
-        why="It is a count.",
-        fix=f"Set it to {least} or more.",
-      )
 
 
 def _check_sampling(sampling: types.Config) -> None:
@@ -355,9 +367,10 @@ def _programs(
   """Defines the jitted functions and traces those that validate settings."""
   token_stats = _token_stats(config)
   stats_fn = functools.partial(token_stats, policy.model)
-  score_policy = score_reference = _scorer(stats_fn)
+  score_policy = score_reference = _scorer(stats_fn, mesh)
   if policy.frozen:
-    score_reference = _scorer(functools.partial(token_stats, policy.base))
+    base_fn = functools.partial(token_stats, policy.base)
+    score_reference = _scorer(base_fn, mesh)
   correct = functools.partial(correction.sampler_weights, **config.correction)
   loss_fn = functools.partial(
     _loss,
@@ -365,6 +378,9 @@ def _programs(
     stats_fn,
     objective=objective,
     correct=correct,
+    weights_over=reduce.over_tokens
+    if config.correction.level == "token"
+    else reduce.over_sequences,
     **config.experts,
   )
   step = optimizer_step.make_step(
@@ -377,7 +393,9 @@ def _programs(
     functools.partial(advantages.group_advantages, **config.advantages)
   )
   divergences = jax.jit(
-    functools.partial(kl.of_sequences, estimator=objective.kl_estimator),
+    lambda old_BT, ref_BT, places_BT: kl.of_sequences(
+      old_BT, ref_BT, places_BT >= 0, estimator=objective.kl_estimator
+    ),
     out_shardings=sharding.replicated(mesh),
   )
   # Invalid settings raise here instead of after the first batch is sampled.
@@ -403,15 +421,22 @@ def _token_stats(
   )
 
 
-def _scorer(stats_fn: _StatsFn) -> Callable[..., jax.Array]:
-  """Jits `_logprobs`, once per number of microbatches."""
-  return jax.jit(functools.partial(_logprobs, stats_fn), static_argnums=2)
+def _scorer(
+  stats_fn: _StatsFn, mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+  """Jits `_logprobs`; its result is sharded like the batch."""
+  return jax.jit(
+    functools.partial(_logprobs, stats_fn),
+    static_argnums=3,
+    out_shardings=sharding.of_batch(mesh),
+  )
 
 
 def _logprobs(
   stats_fn: _StatsFn,
   params: decoder.Params,
   batch: optimizer_step.Batch,
+  num_used: jax.Array,
   num_microbatches: int,
 ) -> jax.Array:
   """Returns the log-probabilities of completions, float32[B, C].
@@ -419,15 +444,18 @@ def _logprobs(
   It scores one microbatch at a time, to use less memory than an update.
   """
   params = train_state.on_device(params)  # A reference may be offloaded.
-  scores_RT = score.by_microbatches(
-    lambda params, part: stats_fn(params, part)[0],
-    params,
-    batch,
-    num_microbatches,
-  )
-  return rollout_packing.gather_scores(
-    scores_RT, batch["places"], num_microbatches=num_microbatches
-  )
+  places_BC = batch["completions"]["places"]
+
+  def of_microbatch(part: optimizer_step.Batch) -> tuple[jax.Array, int, dict]:
+    scores_RT = stats_fn(params, part)[0].logprobs
+    scores_BC, _ = rollout_packing.gather_scores(
+      scores_RT, places_BC, part["index"]
+    )
+    return scores_BC, 0, {}
+
+  return optimizer_step.accumulate(
+    of_microbatch, batch, num_used, num_microbatches=num_microbatches
+  )[0]
 
 
 def _loss(
@@ -438,33 +466,36 @@ def _loss(
   *,
   objective: grpo.Objective,
   correct: Callable[..., jax.Array],
+  weights_over: Callable[..., reduce.Mean],
   router_aux_coef: float,
 ) -> tuple[jax.Array, tuple[jax.Array, optimizer_step.Metrics]]:
   """Computes the surrogate of a microbatch; see `optimizer_step.LossFn`.
 
-  Old or reference log-probabilities missing from the batch are the policy's
-  own, without a gradient.
+  Old log-probabilities missing from the batch are the policy's own, without a
+  gradient.
   """
   packed, balance = stats_fn(params, batch)
-  logprobs_BT, entropy_BT = (
-    rollout_packing.gather_scores(scores, batch["places"], num_microbatches=1)
+  completions = batch["completions"]
+  (logprobs_BT, mask_BT), (entropy_BT, _) = (
+    rollout_packing.gather_scores(scores, completions["places"], batch["index"])
     for scores in (packed.logprobs, packed.entropy)
   )
-  old_BT = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs_BT))
-  rollout_BT, mask_BT = batch["rollout_logprobs"], batch["loss_mask"]
+  own_BT = jax.lax.stop_gradient(logprobs_BT)
+  old_BT = completions.get("old_logprobs", own_BT)
+  rollout_BT = completions["rollout_logprobs"]
   weights_BT = correct(old_BT, rollout_BT, mask_BT)
   loss, metrics = grpo.surrogate(
     logprobs_BT,
     old_BT,
-    batch.get("ref_logprobs", old_BT),
+    completions.get("ref_logprobs"),
     entropy_BT,
-    batch["advantages"],
+    completions["advantages"],
     mask_BT,
     rollout_weights_BT=weights_BT,
     objective=objective,
   )
   metrics |= agreement.measure(old_BT, rollout_BT, mask_BT)
-  metrics["rollout/weight"] = reduce.token_mean(weights_BT, mask_BT)
+  metrics["rollout/weight"] = weights_over(weights_BT, mask_BT)
   loss, metrics = score.add_balance(
     model, loss, metrics, balance, router_aux_coef=router_aux_coef
   )

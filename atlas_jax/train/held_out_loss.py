@@ -10,11 +10,12 @@ import numpy as np
 
 from atlas_jax.train import optimizer_step
 
-# From all parameters and held-out batches, each with its number of
-# microbatches, to the means of the loss's metrics, named `eval/...`.
-HeldOutLoss = Callable[
-  [Any, Iterable[tuple[optimizer_step.Batch, int]]], dict[str, float]
-]
+# A batch, how many of its microbatches to compute (None for all), and how many
+# it has; see `optimizer_step.accumulate`.
+_Part = tuple[optimizer_step.Batch, int | None, int]
+# From all parameters and held-out batches to the means of the loss's metrics,
+# named `eval/...`.
+HeldOutLoss = Callable[[Any, Iterable[_Part]], dict[str, float]]
 
 
 def make(loss_fn: optimizer_step.LossFn) -> HeldOutLoss:
@@ -27,30 +28,35 @@ def make(loss_fn: optimizer_step.LossFn) -> HeldOutLoss:
 
   @functools.partial(jax.jit, static_argnames="num_microbatches")
   def of_batch(
-    params: Any, batch: optimizer_step.Batch, *, num_microbatches: int
+    params: Any,
+    batch: optimizer_step.Batch,
+    num_used: jax.Array | int | None,
+    *,
+    num_microbatches: int,
   ) -> tuple[jax.Array, optimizer_step.Metrics]:
-    """Returns weights [M] and metrics [M] of the microbatches."""
-    return jax.lax.map(
-      lambda microbatch: loss_fn(params, microbatch)[1],
-      optimizer_step.split(batch, num_microbatches),
-    )
+    """Returns the weight and the metrics of a batch."""
 
-  def held_out_loss(
-    params: Any, batches: Iterable[tuple[optimizer_step.Batch, int]]
-  ) -> dict[str, float]:
+    def of_microbatch(
+      microbatch: optimizer_step.Batch,
+    ) -> tuple[Any, jax.Array, optimizer_step.Metrics]:
+      _, (weight, metrics) = loss_fn(params, microbatch)
+      return (), weight, metrics
+
+    _, weight, metrics = optimizer_step.accumulate(
+      of_microbatch, batch, num_used, num_microbatches=num_microbatches
+    )
+    return weight, metrics
+
+  def held_out_loss(params: Any, parts: Iterable[_Part]) -> dict[str, float]:
     queued = [
-      of_batch(params, batch, num_microbatches=num_microbatches)
-      for batch, num_microbatches in batches
+      of_batch(params, batch, num_used, num_microbatches=num_microbatches)
+      for batch, num_used, num_microbatches in parts
     ]
-    weights, metrics = zip(*jax.device_get(queued), strict=True)
-    weights_M = np.concatenate(weights)
-    total = max(float(weights_M.sum()), 1.0)
+    weights, means = zip(*jax.device_get(queued), strict=True)
+    total = max(float(sum(weights)), 1.0)
     return {
-      f"eval/{name}": float(
-        np.concatenate([each[name] for each in metrics]) @ weights_M
-      )
-      / total
-      for name in metrics[0]
+      f"eval/{name}": float(np.dot([m[name] for m in means], weights)) / total
+      for name in means[0]
     }
 
   return held_out_loss

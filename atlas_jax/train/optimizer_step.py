@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from atlas_jax.losses import reduce
 from atlas_jax.models import lora
 from atlas_jax.train import train_state
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
-# From all parameters and a batch to the mean loss, its weight (the number of
-# tokens or sequences averaged over) and metrics, means of the same weight.
+# Arrays of rows; and under `completions` arrays of completions, or nothing.
+Batch = Mapping[str, Any]  # Any: arrays, or a dict of them.
+# Means of the same weight as the loss, or `reduce.Mean`s of their own weight.
+Metrics = dict[str, Any]
+# From all parameters and a microbatch to the mean loss, its weight (the number
+# of tokens or sequences averaged over) and metrics.
 LossFn = Callable[[Any, Batch], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 
 
@@ -26,6 +29,7 @@ class Step(Protocol):
     self,
     state: train_state.TrainState,
     batch: Batch,
+    num_used: int | None = None,
     *,
     num_microbatches: int = 1,
   ) -> tuple[train_state.TrainState, Metrics]:
@@ -56,15 +60,16 @@ def make_step(
       run would compile a different program.
 
   Returns:
-    A function from state and batch to the new state and metrics. It splits the
-    rows into `num_microbatches` parts and accumulates their gradients. Metrics
-    are weighted means over the parts, but maxima where `is_max`.
+    A function from state and batch to the new state and metrics. Gradients and
+    metrics are accumulated as in `accumulate`. One program is compiled for all
+    values of `num_used`.
   """
 
   def step(
     frozen: Mapping[str, Any],
     state: train_state.TrainState,
     batch: Batch,
+    num_used: jax.Array | None = None,
     *,
     num_microbatches: int = 1,
   ) -> tuple[train_state.TrainState, Metrics]:
@@ -72,9 +77,15 @@ def make_step(
       loss, (weight, metrics) = loss_fn(lora.join(frozen, params), batch)
       return loss * weight, (weight, metrics)
 
-    grads, metrics = _accumulate(
-      jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
+    def of_microbatch(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
+      grad_fn = jax.grad(weighted, has_aux=True)
+      grads, (weight, metrics) = grad_fn(state.params, microbatch)
+      return grads, weight, metrics
+
+    grads, weight, metrics = accumulate(
+      of_microbatch, batch, num_used, num_microbatches=num_microbatches
     )
+    grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     old_opt_state = train_state.on_device(state.opt_state)
@@ -102,18 +113,58 @@ def make_step(
   return functools.partial(jitted, frozen)
 
 
-def split(batch: Batch, num_microbatches: int) -> Batch:
-  """Splits rows into microbatches, along a new first axis.
+def accumulate(
+  fn: Callable[[Batch], tuple[Any, jax.Array | int, Metrics]],
+  batch: Batch,
+  num_used: jax.Array | int | None = None,
+  *,
+  num_microbatches: int,
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+  """Adds up the results of microbatches, computed one after the other.
 
-  Row i goes to microbatch i % n, so that no row moves to another device: rows
-  are sharded in contiguous blocks.
+  Args:
+    fn: from a microbatch to a tree of sums, a weight and metrics. Row r of the
+      batch is in microbatch r % num_microbatches, so that no row moves to
+      another device: rows are sharded in contiguous blocks. Completions are in
+      all microbatches, and `index` is the number of the microbatch.
+    batch: with rows for every microbatch.
+    num_used: how many microbatches to compute, from the first; None for all.
+    num_microbatches: see above.
+
+  Returns:
+    The sums, the sum of the weights, and metrics: weighted means over the
+    microbatches, but maxima where `is_max`.
   """
 
-  def split_rows(x: jax.Array) -> jax.Array:
+  def take(index: jax.Array | int, x: jax.Array) -> jax.Array:
     x = x.reshape(-1, num_microbatches, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0)
+    return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
-  return {name: split_rows(x) for name, x in batch.items()}
+  def compute(index: jax.Array | int) -> tuple[Any, Metrics]:
+    rows = {k: take(index, x) for k, x in batch.items() if k != "completions"}
+    sums, weight, metrics = fn({**batch, **rows, "index": index})
+    maxima = {k: v for k, v in metrics.items() if is_max(k)}
+    means = {
+      k: v if isinstance(v, reduce.Mean) else reduce.Mean(v * weight, weight)
+      for k, v in metrics.items()
+      if k not in maxima
+    }
+    return (sums, weight, means), maxima
+
+  def add(index: jax.Array, total: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
+    sums, maxima = compute(index)
+    sums = jax.tree.map(jnp.add, total[0], sums)
+    return sums, jax.tree.map(jnp.maximum, total[1], maxima)
+
+  if num_microbatches == 1:
+    total = compute(0)
+  else:
+    last = num_microbatches if num_used is None else num_used
+    shapes = jax.eval_shape(compute, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total = jax.lax.fori_loop(0, last, add, zeros)
+  (sums, weight, means), maxima = total
+  return sums, weight, {k: v.mean for k, v in means.items()} | maxima
 
 
 def is_max(name: str) -> bool:
@@ -124,38 +175,3 @@ def is_max(name: str) -> bool:
 def combine(name: str, values: Sequence[Any]) -> Any:  # Any: scalars.
   """Returns the maximum of a metric that is one, else the mean of a metric."""
   return max(values) if is_max(name) else sum(values) / len(values)
-
-
-def _accumulate(
-  grad_fn: Callable[..., Any],
-  params: Any,
-  batch: Batch,
-  num_microbatches: int,
-) -> tuple[Any, Metrics]:
-  """Combines gradients and metrics of microbatches, as `make_step` defines."""
-
-  def weighted(microbatch: Batch) -> tuple[Any, jax.Array, Metrics, Metrics]:
-    grads, (weight, metrics) = grad_fn(params, microbatch)
-    means = {k: v * weight for k, v in metrics.items() if not is_max(k)}
-    maxima = {k: v for k, v in metrics.items() if is_max(k)}
-    return grads, weight, means, maxima
-
-  if num_microbatches == 1:
-    grads, weight, means, maxima = weighted(batch)
-  else:
-    microbatches = split(batch, num_microbatches)
-    zeros = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      jax.eval_shape(weighted, {k: v[0] for k, v in microbatches.items()}),
-    )
-
-    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-      *sums, maxima = total
-      *parts, highest = weighted(microbatch)
-      sums = jax.tree.map(jnp.add, sums, parts)
-      return (*sums, jax.tree.map(jnp.maximum, maxima, highest)), None
-
-    (grads, weight, means, maxima), _ = jax.lax.scan(add, zeros, microbatches)
-  weight = jnp.maximum(weight, 1)
-  grads = jax.tree.map(lambda leaf: leaf / weight, grads)
-  return grads, {k: v / weight for k, v in means.items()} | maxima

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs rollouts into token batches, exactly as they were sampled.
 
-R rows of T tokens hold B completions of up to C tokens, in M microbatches. Row
-r is row r // M of microbatch r % M; completion b is in microbatch b % M. The
-scores [R / M, T - 1] of a microbatch are flattened, and `places` int32[B, C]
-holds the flat index of each completion token's score. A row's first token has
-no score, so token t is in column t - 1. For token c of a completion after
-`num_prompt` prompt tokens, in a sequence that starts at token `start` of row r:
+A batch has M microbatches of R rows of T tokens, a shape of `batch_shapes`. Its
+B completions have up to C tokens. Only the first `num_used` microbatches have
+tokens, and only these are computed.
 
-  places[b, c] = (r // M) * (T - 1) + (start + num_prompt + c) - 1
+Row r is row r // M of microbatch r % M. The scores [R, T - 1] of all
+microbatches are numbered in order, and `places` int32[B, C] holds the number of
+each completion token's score. A row's first token has no score, so token t is
+in column t - 1. For token c of a completion after `num_prompt` prompt tokens,
+in a sequence that starts at token `start` of row r:
 
-With M = 2, R = 4, T = 6 (p prompt, c completion, . padding):
+  places[b, c] = (r % M R + r // M) (T - 1) + (start + num_prompt + c) - 1
 
-  row 0  p p c c p c   microbatch 0, row 0 of 2
-  row 1  p c c p p c   microbatch 1, row 0 of 2
-  row 2  p p p c c .   microbatch 0, row 1 of 2
-  row 3  p c . . . .   microbatch 1, row 1 of 2
+With M = 3, R = 2, T = 6 and num_used = 2 (p prompt, c completion, . padding):
 
-  scores of microbatch 0     p c c p c | p p c c .
-  flat index                 0 1 2 3 4 | 5 6 7 8 9
-  places[[0, 2, 4]], C = 2   [1 2] [4 -] [7 8]
+  row 0  p p c c p c   microbatch 0, row 0      scores 0 to 4
+  row 1  p c c p p c   microbatch 1, row 0      scores 10 to 14
+  row 2  . . . . . .   microbatch 2, not used
+  row 3  p p p c c .   microbatch 0, row 1      scores 5 to 9
+  row 4  p c . . . .   microbatch 1, row 1      scores 15 to 19
+  row 5  . . . . . .   microbatch 2, not used
+
+  completions of row 0: places [1, 2] and [4, -]; of row 3: [7, 8]
 """
 
 from collections.abc import Sequence
@@ -27,115 +30,100 @@ import heapq
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax import types
+from atlas_jax.train import batch_shapes
 
-# A number of tokens, and the index of the sequence that needs them.
-_Sized = tuple[int, int]
-
-_LENGTH_MULTIPLE = 32
 _NO_PLACE = -1
 
 
 class Part(NamedTuple):
-  """The rollouts of one update, in the layout described above.
+  """The sequences of one update, in the layout described above.
 
   Attributes:
-    batch: `token_ids`, `positions` and `segment_ids` int32[R, T], as in
-      `data.packing`; per completion, `places` int32[B, C], -1 without a token,
-      `loss_mask` bool[B, C], True for tokens that have a score, and
-      `rollout_logprobs` float32[B, C].
-    members: pairs (rollout, b) of an index into the rollouts and the row of its
-      completion in `places`. The other rows of `places` are padding.
+    batch: `token_ids`, `positions` and `segment_ids` int32[M R, T], as in
+      `data.packing`; and, from `lay_out`, `completions`: `places` int32[B, C],
+      -1 without a score, and `rollout_logprobs` float32[B, C].
+    indices: of its sequences among those of the step; the first is in row 0 of
+      `places`. Rows of `places` beyond them are padding.
     num_microbatches: M.
+    num_used: the number of leading microbatches with tokens.
   """
 
   batch: dict[str, Any]  # Any: arrays of NumPy or of JAX.
-  members: list[tuple[int, int]]
+  indices: range
   num_microbatches: int
+  num_used: int
+
+  @property
+  def num_computed(self) -> int:
+    """The number of tokens, with padding, of the used microbatches."""
+    size = self.batch["token_ids"].size
+    return size // self.num_microbatches * self.num_used
+
+
+class Written(NamedTuple):
+  """A prompt, and its completion with log-probabilities."""
+
+  prompt: Sequence[int] | np.ndarray
+  completion: Sequence[int] | np.ndarray
+  logprobs: Sequence[float] | np.ndarray
 
 
 def lay_out(
   rollouts: Sequence[types.Rollout],
+  layout: batch_shapes.Layout,
   *,
-  num_minibatches: int,
-  num_shards: int,
   max_completion_tokens: int,
-  length: int,
-  packed: bool,
-  per_device: int,
 ) -> list[Part]:
-  """Packs rollouts into parts of the same shape, one per update.
+  """Packs the rollouts of a step into parts, one per update.
 
   Rollout i goes to part i % num_minibatches. Within a part, rollouts are placed
   longest first, each in the row with the fewest tokens, so that rows, devices
-  and microbatches have similar token counts. The number of rows is the smallest
-  that fits, rounded up by at most a quarter to limit the compiled shapes.
+  and microbatches have similar token counts, in the fewest microbatches.
 
   Args:
     rollouts: at least one.
-    num_minibatches: number of updates; at most one per rollout.
-    num_shards: number of devices with different rows.
+    layout: the shapes.
     max_completion_tokens: C.
-    length: minimum T; raised to the longest sequence, then to a multiple of 32.
-    packed: whether a row may hold several sequences.
-    per_device: rows per device and microbatch; 0 for a single microbatch.
   """
-  sizes = [_num_tokens(rollout) for rollout in rollouts]
-  length = _round_up_length(max(length, *sizes))
-  parts = [
-    [
-      (sizes[i] if packed else length, i)
-      for i in range(first, len(rollouts), num_minibatches)
-    ]
-    for first in range(min(num_minibatches, len(rollouts)))
+  written = [
+    Written(r.prompt.token_ids, r.completion.token_ids, r.completion.logprobs)
+    for r in rollouts
   ]
-  packed_parts, factor = _pack_parts(
-    parts, length, num_shards * max(per_device, 1)
-  )
-  num_microbatches = factor if per_device else 1
-  max_completions = max(
-    sum(map(len, rows[m::num_microbatches]))
-    for rows in packed_parts
-    for m in range(num_microbatches)
-  )
-  num_places = num_microbatches * _round_up_count(max_completions, num_shards)
+  num_parts = min(layout.num_minibatches, len(written))
   return [
-    _write_part(
-      rollouts,
-      rows,
-      length=length,
-      num_microbatches=num_microbatches,
-      shape=(num_places, max_completion_tokens),
+    _lay_out_part(
+      written, range(i, len(written), num_parts), layout, max_completion_tokens
     )
-    for rows in packed_parts
+    for i in range(num_parts)
   ]
 
 
 def gather_scores(
-  scores_RT: jax.Array, places_BC: jax.Array, *, num_microbatches: int
-) -> jax.Array:
+  scores_RT: jax.Array, places_BC: jax.Array, microbatch: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
   """Gathers the scores of completions from those of packed rows.
 
   Args:
     scores_RT: scores [R, T - 1] of all tokens but the first of each row.
     places_BC: see `Part`.
-    num_microbatches: M; 1 for the rows of a single microbatch.
+    microbatch: the number of the microbatch that the rows are of.
 
   Returns:
-    The scores [B, C]; arbitrary values at positions without a token.
+    The scores [B, C], and a mask bool[B, C] of the tokens in the microbatch;
+    the scores of other tokens are 0.
   """
-
-  def split(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, num_microbatches, x.shape[1]).swapaxes(0, 1)
-
-  # [M, R / M * (T - 1)] indexed by [M, B / M, C].
-  flat = split(scores_RT).reshape(num_microbatches, -1)
-  gathered = jax.vmap(lambda scores, places: scores[places])(
-    flat, split(places_BC)
-  )
-  return gathered.swapaxes(0, 1).reshape(places_BC.shape)
+  size = scores_RT.size
+  places_BC = places_BC - microbatch * size
+  is_here_BC = (places_BC >= 0) & (places_BC < size)
+  # Places out of bounds get no gradient. At a place within, all those of other
+  # microbatches would be added up one after the other.
+  places_BC = jnp.where(is_here_BC, places_BC, size)
+  flat = scores_RT.ravel()
+  return flat.at[places_BC].get(mode="fill", fill_value=0), is_here_BC
 
 
 def make_tokens(
@@ -154,165 +142,129 @@ def make_tokens(
     `token_ids`, `positions` and `segment_ids` int32[B, T].
   """
   longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-  batch = _zeros(
-    _round_up_count(len(pairs), multiple), _round_up_length(longest)
-  )
+  num_rows = multiple
+  while num_rows < len(pairs):
+    num_rows *= 2
+  batch = _zeros(num_rows, batch_shapes.round_length(longest))
   for row, (prompt, completion) in enumerate(pairs):
     _write_sequence(batch, row, 0, 1, prompt, completion)
   return batch
 
 
-class Written(NamedTuple):
-  """A prompt, and its completion with log-probabilities."""
-
-  prompt: Sequence[int] | np.ndarray
-  completion: Sequence[int] | np.ndarray
-  logprobs: Sequence[float] | np.ndarray
-
-
-def pack_rows(
-  written: Sequence[Written],
-  *,
-  num_shards: int,
-  length: int,
-  packed: bool,
-  per_device: int,
-) -> tuple[dict[str, np.ndarray], int]:
+def pack_rows(written: Sequence[Written], layout: batch_shapes.Layout) -> Part:
   """Packs completions as `lay_out` does, with per-token arrays over rows.
 
   Args:
     written: at least one.
-    num_shards: see `lay_out`.
-    length: see `lay_out`.
-    packed: see `lay_out`.
-    per_device: see `lay_out`.
+    layout: the shapes, for a single minibatch.
 
   Returns:
-    A batch as in `data.packing`, whose `loss_mask` is True on completions, with
-    their `rollout_logprobs` float32[R, T]; and the number of microbatches M,
-    where row r is in microbatch r % M.
+    A part whose batch is as in `data.packing`, with a `loss_mask` that is True
+    on completions, and their `rollout_logprobs` float32[M R, T].
+  """
+  batch, starts, shape, num_used = _pack(written, layout)
+  size = batch["token_ids"].shape
+  batch["loss_mask"] = np.zeros(size, bool)
+  batch["rollout_logprobs"] = np.zeros(size, np.float32)
+  for (prompt, completion, logprobs), (row, start) in zip(
+    written, starts, strict=True
+  ):
+    first = start + len(prompt)
+    span = slice(first, first + len(completion))
+    batch["loss_mask"][row, span] = True
+    batch["rollout_logprobs"][row, span] = logprobs
+    # No token predicts the first token of a sequence.
+    batch["loss_mask"][row, start] = False
+  return Part(batch, range(len(written)), shape.num_microbatches, num_used)
+
+
+def _lay_out_part(
+  written: Sequence[Written],
+  indices: range,
+  layout: batch_shapes.Layout,
+  max_completion_tokens: int,
+) -> Part:
+  """Packs the sequences of one update."""
+  chosen = [written[i] for i in indices]
+  batch, starts, shape, num_used = _pack(chosen, layout)
+  size = (layout.num_completions, max_completion_tokens)
+  places = np.full(size, _NO_PLACE, np.int32)
+  rollout_logprobs = np.zeros(size, np.float32)
+  for b, (row, start) in enumerate(starts):
+    prompt, completion, logprobs = chosen[b]
+    # No token predicts the first token of a sequence.
+    span = np.arange(0 if len(prompt) else 1, len(completion))
+    # (r % M R + r // M) (T - 1) + (start + num_prompt + c) - 1, as at the top.
+    column, number = divmod(row, shape.num_microbatches)
+    offset = (number * shape.num_rows + column) * (shape.length - 1)
+    places[b, span] = offset + start + len(prompt) + span - 1
+    rollout_logprobs[b, span] = np.asarray(logprobs)[span]
+  batch["completions"] = {
+    "places": places,
+    "rollout_logprobs": rollout_logprobs,
+  }
+  return Part(batch, indices, shape.num_microbatches, num_used)
+
+
+def _pack(
+  written: Sequence[Written], layout: batch_shapes.Layout
+) -> tuple[dict[str, Any], list[tuple[int, int]], batch_shapes.Shape, int]:
+  """Writes sequences to the rows of the smallest sufficient shape.
+
+  Returns:
+    The batch, the row and first token of each sequence, the shape, and the
+    number of used microbatches.
   """
   sizes = [len(w.prompt) + len(w.completion) for w in written]
-  length = _round_up_length(max(length, *sizes))
-  part = [(size if packed else length, i) for i, size in enumerate(sizes)]
-  (rows,), factor = _pack_parts([part], length, num_shards * max(per_device, 1))
-  batch = _zeros(len(rows), length)
-  batch["loss_mask"] = np.zeros((len(rows), length), bool)
-  batch["rollout_logprobs"] = np.zeros((len(rows), length), np.float32)
-  for row, indices in enumerate(rows):
-    end = 0
+  fitting = [s for s in layout.menu if s.length >= max(sizes)]
+  if not fitting or len(sizes) > layout.num_completions:
+    raise ValueError(
+      f"{len(sizes)} sequences of up to {max(sizes)} tokens exceed {layout}."
+    )
+  shape = fitting[0]
+  needed = sizes if layout.packed else [shape.length] * len(sizes)
+  rows, num_used = _assign(needed, shape)
+  batch = _zeros(shape.num_rows * shape.num_microbatches, shape.length)
+  starts = [(0, 0)] * len(sizes)
+  for number, indices in enumerate(rows):
+    column, microbatch = divmod(number, num_used)
+    row, start = column * shape.num_microbatches + microbatch, 0
     for segment, i in enumerate(indices, start=1):
-      prompt, completion, logprobs = written[i]
-      _write_sequence(batch, row, end, segment, prompt, completion)
-      start, end = end, end + sizes[i]
-      batch["loss_mask"][row, start + len(prompt) : end] = True
-      batch["rollout_logprobs"][row, start + len(prompt) : end] = logprobs
-      # No token predicts the first token of a sequence.
-      batch["loss_mask"][row, start] = False
-  return batch, factor if per_device else 1
+      _write_sequence(
+        batch, row, start, segment, written[i].prompt, written[i].completion
+      )
+      starts[i] = row, start
+      start += sizes[i]
+  return batch, starts, shape, num_used
 
 
-def _pack_parts(
-  parts: Sequence[Sequence[_Sized]], length: int, multiple: int
-) -> tuple[list[list[list[int]]], int]:
-  """Packs every part into the same, smallest sufficient number of rows.
-
-  Returns:
-    The indices in each row of each part, and the number of rows divided by
-    `multiple`.
-  """
-  packed_parts, factor = None, 0
-  while packed_parts is None:
-    factor = _next_factor(factor)
-    packed_parts = _pack_into(parts, multiple * factor, length)
-  return packed_parts, factor
+def _assign(
+  sizes: Sequence[int], shape: batch_shapes.Shape
+) -> tuple[list[list[int]], int]:
+  """Returns the sequences of each row of the fewest sufficient microbatches."""
+  rows, num_used = None, -(-sum(sizes) // (shape.num_rows * shape.length)) - 1
+  while rows is None:
+    num_used += 1
+    rows = _fill(sizes, num_used * shape.num_rows, shape.length)
+  return rows, num_used
 
 
-def _pack_into(
-  parts: Sequence[Sequence[_Sized]], num_rows: int, length: int
-) -> list[list[list[int]]] | None:
-  """Packs every part into `num_rows` rows; None if one does not fit."""
-  packed_parts = []
-  for part in parts:
-    rows = _pack_part(part, num_rows, length)
-    if rows is None:
-      return None
-    packed_parts.append(rows)
-  return packed_parts
-
-
-def _pack_part(
-  part: Sequence[_Sized], num_rows: int, length: int
+def _fill(
+  sizes: Sequence[int], num_rows: int, length: int
 ) -> list[list[int]] | None:
   """Packs longest first, into the emptiest row; None if one does not fit."""
   rows: list[list[int]] = [[] for _ in range(num_rows)]
   used = [(0, row) for row in range(num_rows)]  # A heap.
-  for size, i in sorted(part, key=lambda sized: -sized[0]):
+  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
     num_used, row = used[0]
-    if num_used + size > length:
+    if num_used + sizes[i] > length:
       return None
-    heapq.heapreplace(used, (num_used + size, row))
+    heapq.heapreplace(used, (num_used + sizes[i], row))
     rows[row].append(i)
   return rows
 
 
-def _next_factor(factor: int) -> int:
-  """Returns the next integer of the form k 2^n with k < 8: 7, 8, 10, 12, 14."""
-  return factor + max(1, (1 << factor.bit_length()) // 8)
-
-
-def _round_up_length(length: int) -> int:
-  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-
-
-def _round_up_count(count: int, multiple: int) -> int:
-  """Rounds up to `multiple` times a power of two."""
-  rounded = multiple
-  while rounded < count:
-    rounded *= 2
-  return rounded
-
-
-def _write_part(
-  rollouts: Sequence[types.Rollout],
-  rows: Sequence[Sequence[int]],
-  *,
-  length: int,
-  num_microbatches: int,
-  shape: tuple[int, int],
-) -> Part:
-  """Builds a part from the rollouts of each row; `shape` is (B, C)."""
-  batch = _zeros(len(rows), length)
-  batch["places"] = np.full(shape, _NO_PLACE, np.int32)
-  batch["loss_mask"] = np.zeros(shape, bool)
-  batch["rollout_logprobs"] = np.zeros(shape, np.float32)
-  members = []
-  num_written = [0] * num_microbatches
-  for row, indices in enumerate(rows):
-    microbatch, start = row % num_microbatches, 0
-    for segment, i in enumerate(indices, start=1):
-      prompt, completion = rollouts[i].prompt, rollouts[i].completion
-      _write_sequence(
-        batch, row, start, segment, prompt.token_ids, completion.token_ids
-      )
-      # The k-th completion of microbatch m is in row b = k M + m.
-      b = num_written[microbatch] * num_microbatches + microbatch
-      num_written[microbatch] += 1
-      members.append((i, b))
-      # No token predicts the first token of a sequence.
-      first = 0 if prompt.token_ids else 1
-      span = slice(first, len(completion.token_ids))
-      # (r // M) * (T - 1) + (start + num_prompt + c) - 1, as at the top.
-      row_offset = (row // num_microbatches) * (length - 1)
-      offset = row_offset + start + len(prompt.token_ids) - 1
-      batch["places"][b, span] = offset + np.arange(span.start, span.stop)
-      batch["loss_mask"][b, span] = True
-      batch["rollout_logprobs"][b, span] = completion.logprobs[span]
-      start += _num_tokens(rollouts[i])
-  return Part(batch, members, num_microbatches)
-
-
-def _zeros(num_rows: int, length: int) -> dict[str, np.ndarray]:
+def _zeros(num_rows: int, length: int) -> dict[str, Any]:  # Any: NumPy arrays.
   names = ("token_ids", "positions", "segment_ids")
   return {name: np.zeros((num_rows, length), np.int32) for name in names}
 
@@ -331,7 +283,3 @@ def _write_sequence(
   batch["token_ids"][row, span] = (*prompt, *completion)
   batch["positions"][row, span] = np.arange(size)
   batch["segment_ids"][row, span] = segment
-
-
-def _num_tokens(rollout: types.Rollout) -> int:
-  return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes log-probabilities of given tokens under a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from atlas_jax import errors, sharding, types
 from atlas_jax.losses import logprobs
 from atlas_jax.models import decoder
-from atlas_jax.train import optimizer_step, rollout_packing
+from atlas_jax.train import rollout_packing
 
 
 def token_stats(
@@ -71,32 +72,14 @@ def token_stats_and_balance(
   return stats, balance
 
 
-def by_microbatches(
-  stats_fn: Callable[
-    [decoder.Params, Mapping[str, jax.Array]], logprobs.TokenStats
-  ],
-  params: decoder.Params,
-  batch: Mapping[str, jax.Array],
-  num_microbatches: int,
-) -> jax.Array:
-  """Computes log-probabilities [B, T - 1], one microbatch at a time.
-
-  So peak memory is below that of an update.
-  """
-  names = ("token_ids", "positions", "segment_ids")
-  parts = optimizer_step.split({n: batch[n] for n in names}, num_microbatches)
-  scores_XBT = jax.lax.map(lambda part: stats_fn(params, part).logprobs, parts)
-  return scores_XBT.swapaxes(0, 1).reshape(-1, scores_XBT.shape[-1])
-
-
 def add_balance(
   model: decoder.Model,
   loss: jax.Array,
-  metrics: dict[str, jax.Array],
+  metrics: dict[str, Any],  # Any: see `optimizer_step.Metrics`.
   balance: jax.Array,
   *,
   router_aux_coef: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, Any]]:
   """Adds the weighted balance loss of the experts to a loss and its metrics.
 
   Both are returned unchanged for a model without experts.

@@ -183,7 +183,8 @@ def _evaluate(
   params = policy.all_params(state.params)
   batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
   return held_out(
-    params, ((_on_mesh(rows, batch), num_microbatches) for batch in batches)
+    params,
+    ((_on_mesh(rows, batch), None, num_microbatches) for batch in batches),
   )
 
 

@@ -137,7 +137,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   # If all teachings do equally well, scaling would only reward brevity.
   config.advantages.scale = "none"
   config.batch.num_questions = 16
-  # Nearly always one shape: a microbatch has room for 128 samples.
+  # The 128 samples of a step fit into one microbatch.
   config.batch.per_device = 48
   config.packing = dict(length=192, packed=True)
   config.sampler.max_rows = 128

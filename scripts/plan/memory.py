@@ -8,7 +8,6 @@ the functions that training uses, on as many simulated devices as the run has.
 from collections.abc import Mapping
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,14 @@ import optax
 
 from atlas_jax import sharding, types
 from atlas_jax.models import decoder, decoder_config, lora, quantized
-from atlas_jax.train import gkd, gkd_batches, grpo, train_state, trainable
+from atlas_jax.train import (
+  gkd,
+  gkd_batches,
+  grpo,
+  grpo_update,
+  train_state,
+  trainable,
+)
 from atlas_jax.train import optimizer as train_optimizer
 from conversion import load
 from scripts.plan import update_bytes
@@ -95,7 +101,7 @@ def describe(
     state,
     optimizer,
     functools.partial(decoder.build, **settings),
-    _rows(config, mesh, prompt_tokens),
+    _rows(config, mesh, shape, prompt_tokens),
     mesh,
     _teacher(mesh, config) if config.recipe == "gkd" else None,
   )
@@ -205,30 +211,29 @@ def _cast(model: decoder.Model, described: RunShapes, dtype: str) -> int:
 def _rows(
   config: types.Config,
   mesh: jax.sharding.Mesh,
+  shape: decoder_config.DecoderConfig,
   prompt_tokens: int,
 ) -> update_bytes.Rows:
-  """Counts the rows of an update."""
+  """Returns the rows of the largest update up to the longest sequence."""
   if config.recipe == "gkd":
-    return _packed_rows(
-      config,
-      mesh,
-      longest_row(config, prompt_tokens),
-      num_sequences=config.batch.num_prompts
-      * config.sampling.complete.group_size,
-      chunk_tokens=config.loss.chunk_tokens,
-    )
-  if config.recipe == "grpo":
-    batch, teach = config.batch, config.sampling.teach
-    return _packed_rows(
-      config,
-      mesh,
-      longest_row(config, prompt_tokens),
-      num_sequences=batch.num_questions
-      * teach.group_size
-      / batch.num_minibatches,
-      chunk_tokens=config.logits.chunk_tokens,
-    )
-  return _sft_rows(config, mesh)
+    layout, chunk_tokens = gkd.layout(config, mesh), config.loss.chunk_tokens
+  elif config.recipe == "grpo":
+    layout = grpo_update.layout(config, mesh, max_length=shape.max_positions)
+    chunk_tokens = config.logits.chunk_tokens
+  else:
+    return _sft_rows(config, mesh)
+  longest = longest_row(config, prompt_tokens)
+  num_shorter = sum(found.length < longest for found in layout.menu)
+  largest = max(
+    layout.menu[: num_shorter + 1],
+    key=lambda found: (found.length * found.num_rows, found.length),
+  )
+  return update_bytes.Rows(
+    largest.num_rows // layout.num_shards,
+    largest.num_microbatches,
+    largest.length,
+    chunk_tokens,
+  )
 
 
 def _sft_rows(
@@ -247,25 +252,6 @@ def _sft_rows(
     num_microbatches,
     config.packing.length,
     config.loss.chunk_tokens,
-  )
-
-
-def _packed_rows(
-  config: types.Config,
-  mesh: jax.sharding.Mesh,
-  longest: int,
-  *,
-  num_sequences: float,
-  chunk_tokens: int,
-) -> update_bytes.Rows:
-  """Counts the rows of an update if all sequences had the longest length."""
-  per_device = config.batch.per_device
-  length = max(config.packing.length, longest)
-  in_row = length // longest if config.packing.packed else 1
-  at_once = sharding.num_row_shards(mesh) * max(per_device, 1)
-  times = math.ceil(math.ceil(num_sequences / in_row) / at_once)
-  return update_bytes.Rows(
-    per_device or times, times if per_device else 1, length, chunk_tokens
   )
 
 

@@ -214,8 +214,8 @@ def _print_run(
   sizes = (f"{axis}={n}" for axis, n in described.mesh.shape.items())
   print(f"{devices.number} devices: {', '.join(sizes)}")
   print(
-    f"A step: up to {tokens:,} tokens, {rows.num_microbatches} microbatches of "
-    f"{rows.per_device} rows of {rows.length:,} tokens on each device"
+    f"A step: up to {tokens:,} tokens in {rows.num_microbatches} microbatches "
+    f"of {rows.per_device} rows of {rows.length:,} tokens on each device"
   )
   state = update_bytes.num_global_bytes(described.state)
   print(f"Steps: {steps or 'unknown without data'}", end="; ")

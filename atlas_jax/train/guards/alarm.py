@@ -21,8 +21,9 @@ class Alarm:
   Attributes:
     max_ratio: upper bound on `ratio_max`, a token's probability divided by its
       probability at the start of the step; 0.0 for no bound.
-    max_kl: upper bound on `kl`, from the reference, in nats per token; 0.0 for
-      no bound.
+    max_kl: upper bound on `kl`, from the reference, or, without a KL in the
+      loss, on `kl_old`, from the policy at the start of the step; in nats per
+      token; 0.0 for no bound.
     stop: whether to stop the run if one of these two is exceeded, instead of
       only warning.
     min_used_fraction: lower bound on `groups/used_fraction`, the fraction of
@@ -61,8 +62,8 @@ class Alarm:
   ) -> None:
     """Checks the metrics after `step` steps; NaN is not out of bounds.
 
-    `ratio_max` and `kl` may be missing: a step without any used group makes no
-    update.
+    `ratio_max`, `kl` and `kl_old` may be missing: a step without any used group
+    makes no update.
 
     Raises:
       errors.DivergedError: if `stop` is set and a bound is exceeded.
@@ -81,6 +82,7 @@ class Alarm:
     for name, key, bound in (
       ("ratio_max", "max_ratio", self.max_ratio),
       ("kl", "max_kl", self.max_kl),
+      ("kl_old", "max_kl", self.max_kl),
     ):
       value = float(metrics.get(name, 0.0))
       if not bound or not value > bound:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import errors
-from atlas_jax.losses import grpo
+from atlas_jax.losses import grpo, reduce
 
 _B, _T = 6, 9
 _LENGTH = 11
@@ -134,7 +134,15 @@ def _loss_and_grad(batch, weights_BT, **changes):
       objective=_objective(**changes),
     )
 
-  return jax.value_and_grad(loss, has_aux=True)(batch[0])
+  (value, metrics), grad_BT = jax.value_and_grad(loss, has_aux=True)(batch[0])
+  return (value, _means(metrics)), grad_BT
+
+
+def _means(metrics):
+  return {
+    name: value.mean if isinstance(value, reduce.Mean) else value
+    for name, value in metrics.items()
+  }
 
 
 # Sequence ratios are closer to 1.
@@ -252,6 +260,52 @@ def test_only_the_policy_gets_a_gradient(changes):
   arrays = (batch[1], batch[2], batch[4], weights_BT)
   for grad in jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays):
     np.testing.assert_array_equal(grad, 0.0)
+
+
+@pytest.mark.parametrize("aggregate", reduce.AGGREGATES)
+@pytest.mark.parametrize("ratio", ["token", "sequence", "product"])
+def test_metrics_of_unequal_parts_add_up(aggregate, ratio):
+  batch, weights_BT = _batch(), _weights()
+  objective = _objective(aggregate=aggregate, ratio=ratio, **_NARROW)
+
+  def metrics(rows):
+    _, found = grpo.surrogate(
+      *(x[rows] for x in batch),
+      rollout_weights_BT=weights_BT[rows],
+      objective=objective,
+    )
+    del found["loss"]  # Weighted by the caller.
+    return found
+
+  parts = [metrics(slice(*ends)) for ends in ((0, 1), (1, 3), (3, 6))]
+  highest = max(part.pop("ratio_max") for part in parts)
+  total = _means(jax.tree.map(lambda *x: sum(x), *parts))
+  total["ratio_max"] = highest
+  whole = _means(metrics(slice(None)))
+  assert whole["clip_low_fraction"] + whole["clip_high_fraction"] > 0.0
+  for name, value in whole.items():
+    np.testing.assert_allclose(total[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_metrics_of_sequence_ratios_are_means_over_sequences():
+  batch, ones_BT = _batch(), jnp.ones((_B, _T))
+  (_, metrics), _ = _loss_and_grad(batch, ones_BT, ratio="product")
+  logprobs_BT, old_BT, *_, mask_BT = batch
+  ratio_B = jnp.exp(jnp.sum(logprobs_BT - old_BT, axis=1, where=mask_BT))
+  want = jnp.mean(ratio_B, where=mask_BT.any(axis=1))
+  np.testing.assert_allclose(metrics["ratio_mean"], want, rtol=1e-5)
+
+
+def test_without_a_reference_the_kl_is_from_the_old_policy():
+  batch, weights_BT = _batch(), _weights()
+  batch[2] = batch[1]
+  (loss, other), _ = _loss_and_grad(batch, weights_BT, kl_coef=0.0)
+  batch[2] = None
+  (same, metrics), _ = _loss_and_grad(batch, weights_BT, kl_coef=0.0)
+  assert loss == same
+  assert metrics["kl_old"] == other["kl"] > 0.0
+  assert "kl" not in metrics
+  assert "kl_old" not in other
 
 
 def _on_policy():

@@ -15,7 +15,14 @@ from atlas_jax.losses import logprobs
 from atlas_jax.models import lora, quantized
 from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol, roles, templates
-from atlas_jax.train import grpo, loop, rollout_packing, score, trainable
+from atlas_jax.train import (
+  batch_shapes,
+  grpo,
+  loop,
+  rollout_packing,
+  score,
+  trainable,
+)
 from atlas_jax.train.telemetry import writer as train_writer
 from configs import lora as adapters
 from configs import optimizer as optimizers
@@ -510,12 +517,16 @@ def test_trainer_logprobs_match_rollout_logprobs_in_packed_rows(world, cut):
   ]
   (part,) = rollout_packing.lay_out(
     rollouts,
-    num_minibatches=1,
-    num_shards=1,
+    batch_shapes.Layout(
+      length=64,
+      packed=True,
+      per_device=0,
+      num_minibatches=1,
+      num_shards=1,
+      max_sequences=len(rollouts),
+      max_length=64,
+    ),
     max_completion_tokens=params.max_completion_tokens,
-    length=64,
-    packed=True,
-    per_device=0,
   )
   batch = part.batch
   support = logprobs.Support(params.top_p, params.top_k) if cut else None
@@ -529,11 +540,11 @@ def test_trainer_logprobs_match_rollout_logprobs_in_packed_rows(world, cut):
       support=support,
     )
   )(world.params(), batch)
-  logprobs_BT = rollout_packing.gather_scores(
-    stats.logprobs, batch["places"], num_microbatches=1
+  completions = batch["completions"]
+  logprobs_BT, mask_BT = rollout_packing.gather_scores(
+    stats.logprobs, completions["places"], 0
   )
-  mask_BT = batch["loss_mask"]
   assert mask_BT.sum() == sum(len(r.completion.token_ids) for r in rollouts)
   np.testing.assert_allclose(
-    logprobs_BT[mask_BT], batch["rollout_logprobs"][mask_BT], atol=1e-4
+    logprobs_BT[mask_BT], completions["rollout_logprobs"][mask_BT], atol=1e-4
   )

@@ -5,15 +5,16 @@ import functools
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 import pytest
 
 from atlas_jax import errors, sharding, types
-from atlas_jax.losses import kl
+from atlas_jax.losses import kl, logprobs
 from atlas_jax.models import lora
-from atlas_jax.train import grpo_update, train_state, trainable
+from atlas_jax.train import grpo_update, score, train_state, trainable
 from configs.run import teacher_rcl
 from tests import tiny
 
@@ -34,20 +35,22 @@ def _config(loss, **changes):
   config.sampling.teach.group_size = _SIZE
   config.logits.chunk_tokens = 8
   config.correction.max_ratio = 1e3
+  config.correction.level = "sequence" if loss == "gspo" else "token"
   config.batch.mask_truncated = False
   config.packing = {"length": 0, "packed": False}
   config.batch.per_device = 0
+  config.batch.num_questions = _NUM_GROUPS
   config.update_from_flattened_dict(changes)
   return ml_collections.FrozenConfigDict(config)
 
 
-def _records():
-  """Returns records of 1 to 9 completion tokens, and distinct rewards."""
-  rng = np.random.default_rng(0)
+def _records(rng=None, most=9):
+  """Returns records of 1 to `most` completion tokens, and distinct rewards."""
+  rng = rng or np.random.default_rng(0)
   records, rewarded = [], []
   for i in range(_NUM_GROUPS * _SIZE):
     question = types.Question(f"q{i // _SIZE}", "?", "1")
-    ids = tuple(rng.integers(3, 36, rng.integers(1, 10)).tolist())
+    ids = tuple(rng.integers(3, 36, rng.integers(1, most + 1)).tolist())
     logprobs = tuple((-3.5 + 0.2 * rng.normal(size=len(ids))).tolist())
     completion = types.Completion(ids, logprobs, logprobs, "stop", 0)
     rollout = types.Rollout(types.Prompt("", "", (5, 6, 7)), completion)
@@ -102,8 +105,12 @@ def _whole(loss):
   return _update(_config(loss))
 
 
-# The batch fills several rows of up to five sequences each.
-_PACKED = {"packing.length": 32, "packing.packed": True}
+# Rows of up to five sequences; three of eight microbatches hold all 16.
+_PACKED = {
+  "packing.length": 32,
+  "packing.packed": True,
+  "batch.per_device": 2,
+}
 
 
 @pytest.mark.parametrize("loss", _LOSSES)
@@ -153,7 +160,7 @@ def test_loss_and_gradient_do_not_depend_on_microbatches_or_mesh(loss):
     (2, {}, tiny.mesh(**sizes)),
     (1, _PACKED, tiny.mesh(**sizes)),
   ]:
-    config = _config(loss, **{"batch.per_device": per_device, **packing})
+    config = _config(loss, **{**packing, "batch.per_device": per_device})
     split, split_metrics, _ = _update(config, mesh=mesh)
     for name in ("loss", "grad_norm"):
       np.testing.assert_allclose(
@@ -185,6 +192,10 @@ def test_every_loss_updates_the_policy(loss):
   moved, metrics, _ = _whole(loss)
   assert np.isfinite(metrics["loss"])
   assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  has_reference = _config(loss).loss.kl_coef > 0
+  assert {"kl", "kl_old"} & metrics.keys() == (
+    {"kl"} if has_reference else {"kl_old"}
+  )
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
 
 
@@ -212,11 +223,12 @@ def test_a_single_update_computes_its_own_old_logprobs(loss, monkeypatch):
 
   def scored(updater, state, part):
     part = plain(updater, state, part)
-    assert "old_logprobs" not in part.batch
-    old = updater._programs.score(
-      state.params, part.batch, part.num_microbatches
+    completions = part.batch["completions"]
+    assert "old_logprobs" not in completions
+    completions["old_logprobs"] = updater._programs.score(
+      state.params, part.batch, part.num_used, part.num_microbatches
     )
-    return part._replace(batch={**part.batch, "old_logprobs": old})
+    return part
 
   alone, metrics, _ = _update(config)
   monkeypatch.setattr(grpo_update.GrpoUpdate, "_scored", scored)
@@ -235,8 +247,8 @@ def _inflate_ratio(monkeypatch):
 
   def scored(updater, state, part):
     part = plain(updater, state, part)
-    old = part.batch["old_logprobs"] - 50.0
-    return part._replace(batch={**part.batch, "old_logprobs": old})
+    part.batch["completions"]["old_logprobs"] -= 50.0
+    return part
 
   monkeypatch.setattr(grpo_update.GrpoUpdate, "_scored", scored)
 
@@ -296,16 +308,14 @@ def test_kl_in_the_reward_changes_the_advantage():
   part = updater._scored(state, part)
   updater._add_advantages([part], keep, rewards_PC, valid_PC)
 
-  batch, (numbers, places) = part.batch, zip(*part.members, strict=True)
-  order = np.empty(len(keep), int)
-  order[list(numbers)] = places
+  completions = part.batch["completions"]
   penalty_B = kl.of_sequences(
-    batch["old_logprobs"],
-    batch["ref_logprobs"],
-    batch["loss_mask"],
+    completions["old_logprobs"],
+    completions["ref_logprobs"],
+    completions["places"] >= 0,
     estimator="k1",
-  )[order]
-  advantages_B = batch["advantages"][order]
+  )[: len(keep)]
+  advantages_B = completions["advantages"][: len(keep)]
   total_B = np.full(len(records), np.nan)
   total_B[keep] = [rewarded[i].value for i in keep]
   total_B[keep] -= 0.5 * np.asarray(penalty_B)
@@ -319,7 +329,7 @@ def test_kl_in_the_reward_changes_the_advantage():
     np.testing.assert_allclose(
       advantage, total_B[i] - np.mean(others), atol=1e-5
     )
-  assert np.count_nonzero(batch["advantages"]) <= len(keep)
+  assert not completions["advantages"][len(keep) :].any()
 
 
 def test_adapters_use_their_base_as_reference_without_a_copy():
@@ -356,7 +366,7 @@ def test_adapters_use_their_base_as_reference_without_a_copy():
     )
     rollouts = [record.teacher_rollout for record in _records()[0]]
     (part,) = updater._pack(rollouts)
-    scores.append(updater._scored(state, part).batch)
+    scores.append(updater._scored(state, part).batch["completions"])
   np.testing.assert_array_equal(
     scores[0]["ref_logprobs"], scores[1]["ref_logprobs"]
   )
@@ -369,14 +379,50 @@ def test_rewards_must_form_whole_groups():
     grpo_update.group_rewards([types.Reward(1.0)] * 6, 4)
 
 
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    ("batch.per_device", -1),
-    ("batch.num_minibatches", 0),
-    ("packing.length", -1),
-  ],
-)
-def test_invalid_batch_layout_raises(name, value):
-  with pytest.raises(errors.ConfigError, match=f"{name}={value}"):
-    _update(_config("grpo", **{name: value}))
+def _trivial_stats(model, params, batch, **settings):
+  """Stands for the decoder, which takes seconds to compile."""
+  del model, settings
+  logprobs_BT = jnp.sin(batch["token_ids"][:, 1:] * params["weight"])
+  stats = logprobs.TokenStats(*[logprobs_BT] * 4)
+  return stats, jnp.zeros(())
+
+
+def test_random_lengths_compile_no_more_programs_than_the_menu(monkeypatch):
+  monkeypatch.setattr(score, "token_stats_and_balance", _trivial_stats)
+  config = _config(
+    "grpo",
+    **{
+      "loss.kl_coef": 0.1,
+      "batch.num_iterations": 2,
+      "batch.num_minibatches": 2,
+      "batch.per_device": 2,
+      "packing.packed": True,
+      "sampling.teach.max_completion_tokens": 100,
+      "agreement.max_prob_error": 1e9,
+    },
+  )
+  mesh = tiny.mesh(fsdp=2)
+
+  def params():  # New arrays at every call, since updates donate them.
+    return {"weight": jax.device_put(0.1, sharding.replicated(mesh))}
+
+  state = train_state.create(
+    params(), optax.sgd(0.1), mesh=mesh, reference=params()
+  )
+  updater = grpo_update.GrpoUpdate(
+    trainable.full_policy(_MODEL),
+    optax.sgd(0.1),
+    shardings=train_state.shardings(state),
+    mesh=mesh,
+    config=config,
+  )
+  rng = np.random.default_rng(0)
+  shapes = updater._pack.keywords["layout"].menu
+  assert [shape.length for shape in shapes] == [32, 64, 128]
+  for most in (5, 25, 50, 90, 5, 25, 50, 90):
+    records, rewarded = _records(rng, most)
+    state, metrics = updater.update(state, records, rewarded, is_compared=False)
+    assert np.isfinite(metrics["loss"])
+  programs = updater._programs
+  for program in (programs.step.func, programs.score, programs.score_reference):
+    assert program._cache_size() == len(shapes)

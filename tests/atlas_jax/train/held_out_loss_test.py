@@ -35,7 +35,9 @@ def test_microbatches_have_the_mean_of_all_tokens(num_microbatches):
   batches = [_batch(seed) for seed in (0, 1)]
   held_out = held_out_loss.make(loss_fn)
   for _ in range(2):  # The second evaluation compiles nothing.
-    found = held_out(2.0, ((batch, num_microbatches) for batch in batches))
+    found = held_out(
+      2.0, ((batch, None, num_microbatches) for batch in batches)
+    )
   x, mask = (np.stack([b[name] for b in batches]) for name in ("x", "mask"))
   assert found == {
     "eval/loss": pytest.approx(np.mean((2.0 * x[mask]) ** 2), rel=1e-6)
@@ -48,4 +50,4 @@ def test_batches_without_tokens_have_a_loss_of_zero():
     lambda params, batch: (params, (jnp.sum(batch["mask"]), {"loss": params}))
   )
   batch = {"mask": jnp.zeros((_ROWS, _TOKENS), bool)}
-  assert held_out(3.0, [(batch, 2)]) == {"eval/loss": 0.0}
+  assert held_out(3.0, [(batch, None, 2)]) == {"eval/loss": 0.0}

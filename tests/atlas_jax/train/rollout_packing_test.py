@@ -3,11 +3,12 @@
 
 import hypothesis
 from hypothesis import strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from atlas_jax import types
-from atlas_jax.train import rollout_packing
+from atlas_jax.train import batch_shapes, rollout_packing
 
 _LENGTH = 32
 _SIZES = st.lists(
@@ -30,16 +31,48 @@ def _rollouts(sizes):
   return rollouts
 
 
-def _lay_out(rollouts, **changes):
+def _layout(**changes):
   settings = {
-    "num_minibatches": 1,
-    "num_shards": 1,
-    "max_completion_tokens": 12,
     "length": _LENGTH,
     "packed": True,
     "per_device": 0,
+    "num_minibatches": 1,
+    "num_shards": 1,
+    "max_sequences": 40,
+    "max_length": 3 * _LENGTH,
   }
-  return rollout_packing.lay_out(rollouts, **{**settings, **changes})
+  return batch_shapes.Layout(**{**settings, **changes})
+
+
+def _lay_out(rollouts, **changes):
+  return rollout_packing.lay_out(
+    rollouts, _layout(**changes), max_completion_tokens=12
+  )
+
+
+def _written(rollouts):
+  return [
+    rollout_packing.Written(
+      r.prompt.token_ids, r.completion.token_ids, r.completion.logprobs
+    )
+    for r in rollouts
+  ]
+
+
+def _gathered(part):
+  """Gathers token ids as if they were scores; 0 without a score."""
+  places_BC, shape = part.batch["completions"]["places"], part.num_microbatches
+  rows = part.batch["token_ids"]
+  rows = rows.reshape(-1, shape, rows.shape[1])
+  found_BC = np.zeros_like(places_BC)
+  for microbatch in range(part.num_microbatches):
+    scores, is_here = rollout_packing.gather_scores(
+      jnp.asarray(rows[:, microbatch, 1:]), places_BC, microbatch
+    )
+    assert not found_BC[is_here].any()  # In one microbatch only.
+    assert not scores[~is_here].any()
+    found_BC += scores
+  return found_BC
 
 
 @hypothesis.given(
@@ -62,34 +95,33 @@ def test_every_token_is_packed_once_and_found_by_its_place(
     per_device=per_device,
   )
   assert len(parts) == min(num_minibatches, len(rollouts))
-  assert len({part.batch["token_ids"].shape for part in parts}) == 1
   seen = []
   for number, part in enumerate(parts):
-    batch, ids = part.batch, part.batch["token_ids"]
-    assert len(ids) % (num_shards * part.num_microbatches) == 0
-    assert len(batch["places"]) % (num_shards * part.num_microbatches) == 0
-    if per_device:
-      assert len(ids) == num_shards * per_device * part.num_microbatches
-    seen += ids[ids > 0].tolist()
-    np.testing.assert_array_equal(batch["segment_ids"] > 0, ids > 0)
-    if not packed:
-      assert batch["segment_ids"].max() == 1
-
-    # With token ids as scores, the gathered scores are the completions.
-    found = rollout_packing.gather_scores(
-      ids[:, 1:], batch["places"], num_microbatches=part.num_microbatches
+    ids, places_BC = (
+      part.batch["token_ids"],
+      part.batch["completions"]["places"],
     )
-    for i, b in part.members:
-      assert i % num_minibatches == number
-      completion = rollouts[i].completion
-      mask = batch["loss_mask"][b]
-      assert tuple(np.asarray(found)[b][mask]) == completion.token_ids
+    assert len(ids) % (num_shards * part.num_microbatches) == 0
+    assert len(places_BC) % num_shards == 0
+    seen += ids[ids > 0].tolist()
+    np.testing.assert_array_equal(part.batch["segment_ids"] > 0, ids > 0)
+    if not packed:
+      assert part.batch["segment_ids"].max() == 1
+    unused = ids.reshape(-1, part.num_microbatches, ids.shape[1])
+    assert not unused[:, part.num_used :].any()
+
+    found_BC = _gathered(part)
+    assert part.indices == range(number, len(rollouts), len(parts))
+    for b, i in enumerate(part.indices):
+      completion, mask = rollouts[i].completion, places_BC[b] >= 0
+      assert tuple(found_BC[b][mask]) == completion.token_ids
       np.testing.assert_allclose(
-        batch["rollout_logprobs"][b][mask], completion.logprobs, rtol=1e-6
+        part.batch["completions"]["rollout_logprobs"][b][mask],
+        completion.logprobs,
+        rtol=1e-6,
       )
-    empty = set(range(len(batch["places"]))) - {b for _, b in part.members}
-    assert not batch["loss_mask"][list(empty)].any()
-    _check_segments(batch)
+    assert (places_BC[len(part.indices) :] == -1).all()
+    _check_segments(part.batch)
   assert sorted(seen) == list(range(1, sum(map(sum, sizes)) + 1))
 
 
@@ -108,38 +140,43 @@ def _check_segments(batch):
       np.testing.assert_array_equal(positions[where], np.arange(len(where)))
 
 
-def test_devices_and_microbatches_have_similar_token_counts():
-  sizes = np.random.default_rng(1).integers(1, 12, (200, 2)).tolist()
-  (part,) = _lay_out(_rollouts(sizes), num_shards=4, per_device=1, length=128)
+_MANY = np.random.default_rng(1).integers(1, 12, (200, 2)).tolist()
+
+
+def test_devices_and_used_microbatches_have_similar_token_counts():
+  (part,) = _lay_out(
+    _rollouts(_MANY), num_shards=4, per_device=1, length=128, max_sequences=200
+  )
   num_tokens = (part.batch["segment_ids"] > 0).sum(axis=1)
-  assert part.num_microbatches > 2
-  assert num_tokens.min() > 0.9 * num_tokens.max()
   # Devices have contiguous rows; row r is in microbatch r % M.
-  split = num_tokens.reshape(4, -1, part.num_microbatches)
-  assert split.shape[1] == 1
+  num_tokens = num_tokens.reshape(4, part.num_microbatches)[:, : part.num_used]
+  assert part.num_used > 2
+  assert num_tokens.min() > 0.9 * num_tokens.max()
 
 
-def test_the_number_of_rows_is_within_a_quarter_of_the_minimum():
-  sizes = np.random.default_rng(1).integers(1, 12, (200, 2)).tolist()
+def test_few_microbatches_are_used():
   packed, apart = (
-    _lay_out(_rollouts(sizes), length=length, packed=packed)[0]
+    _lay_out(
+      _rollouts(_MANY),
+      length=length,
+      packed=packed,
+      per_device=4,
+      max_sequences=200,
+    )[0]
     for length, packed in ((128, True), (0, False))
   )
-  total = sum(map(sum, sizes))
-  assert packed.batch["token_ids"].size < 1.25 * (total + 128)
-  assert apart.batch["token_ids"].size > 2.5 * total
+  total = sum(map(sum, _MANY))
+  assert packed.num_computed < 1.25 * (total + 4 * 128)
+  assert apart.num_computed == 200 * 32
 
 
-def test_a_longer_sequence_extends_the_rows():
-  (part,) = _lay_out(_rollouts([(30, 12), (3, 3)]))
-  assert part.batch["token_ids"].shape == (1, 64)
-
-
-def test_without_a_prompt_the_first_token_is_not_scored():
-  (part,) = _lay_out(_rollouts([(0, 3), (0, 3)]))
-  np.testing.assert_array_equal(
-    part.batch["loss_mask"][:, :4], [[False, True, True, False]] * 2
-  )
+def test_the_layout_at_the_top_of_the_file():
+  # With rows of 32 tokens, instead of 6.
+  sizes = [(20, 12), (12, 8), (14, 6), (1, 11), (2, 10)]
+  (part,) = _lay_out(_rollouts(sizes), per_device=2, max_sequences=6)
+  assert (part.num_microbatches, part.num_used) == (3, 2)
+  num_tokens = (part.batch["segment_ids"] > 0).sum(axis=1)
+  assert num_tokens.tolist() == [32, 20, 0, 20, 24, 0]
 
 
 def test_the_number_of_rows_of_a_score_batch_is_rounded_up():
@@ -150,9 +187,11 @@ def test_the_number_of_rows_of_a_score_batch_is_rounded_up():
   assert batch["token_ids"][1].tolist()[:3] == [8, 9, 0]
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, 1), (7, 8), (8, 10)])
-def test_row_factors_have_three_significant_bits(count, expected):
-  assert rollout_packing._next_factor(count) == expected
+def test_sequences_beyond_the_menu_raise():
+  with pytest.raises(ValueError, match="1 sequences of up to 97 tokens exceed"):
+    _lay_out(_rollouts([(90, 7)]))
+  with pytest.raises(ValueError, match="3 sequences of up to 3 tokens exceed"):
+    _lay_out(_rollouts([(2, 1)] * 3), max_sequences=2)
 
 
 @hypothesis.given(
@@ -163,22 +202,14 @@ def test_pack_rows_masks_in_every_completion_once(
   sizes, num_shards, packed, per_device
 ):
   rollouts = _rollouts(sizes)
-  batch, num_microbatches = rollout_packing.pack_rows(
-    [
-      rollout_packing.Written(
-        r.prompt.token_ids, r.completion.token_ids, r.completion.logprobs
-      )
-      for r in rollouts
-    ],
-    num_shards=num_shards,
-    length=_LENGTH,
-    packed=packed,
-    per_device=per_device,
-  )
+  layout = {
+    "num_shards": num_shards,
+    "packed": packed,
+    "per_device": per_device,
+  }
+  part = rollout_packing.pack_rows(_written(rollouts), _layout(**layout))
+  batch = part.batch
   ids, mask = batch["token_ids"], batch["loss_mask"]
-  assert len(ids) % (num_shards * num_microbatches) == 0
-  if per_device:
-    assert len(ids) == num_shards * per_device * num_microbatches
   written = [t for r in rollouts for t in r.completion.token_ids]
   assert sorted(ids[mask].tolist()) == sorted(written)
   prompts = [t for r in rollouts for t in r.prompt.token_ids]
@@ -194,19 +225,20 @@ def test_pack_rows_masks_in_every_completion_once(
     batch["rollout_logprobs"][mask], [logprobs[t] for t in ids[mask].tolist()]
   )
   # The rows match those of `lay_out`.
-  (part,) = _lay_out(
-    rollouts, num_shards=num_shards, packed=packed, per_device=per_device
-  )
+  (same,) = _lay_out(rollouts, **layout)
   for name in ("token_ids", "positions", "segment_ids"):
-    np.testing.assert_array_equal(batch[name], part.batch[name])
+    np.testing.assert_array_equal(batch[name], same.batch[name])
+  assert part[1:] == same[1:]
 
 
-def test_pack_rows_masks_out_a_first_token_without_a_prompt():
-  batch, _ = rollout_packing.pack_rows(
-    [rollout_packing.Written((), (5, 6, 7), (0.0, 0.0, 0.0))],
-    num_shards=1,
-    length=_LENGTH,
-    packed=True,
-    per_device=0,
+def test_without_a_prompt_the_first_token_is_not_scored():
+  rollouts = _rollouts([(0, 3), (0, 3)])
+  (part,) = _lay_out(rollouts, per_device=1, max_sequences=2)
+  np.testing.assert_array_equal(
+    part.batch["completions"]["places"][:, :4], [[-1, 0, 1, -1], [-1, 3, 4, -1]]
   )
-  assert batch["loss_mask"][0, :4].tolist() == [False, True, True, False]
+  layout = _layout(per_device=1, max_sequences=2)
+  batch = rollout_packing.pack_rows(_written(rollouts), layout).batch
+  np.testing.assert_array_equal(
+    batch["loss_mask"][0, :7], [False, True, True, False, True, True, False]
+  )
