@@ -131,11 +131,10 @@ class GrpoUpdate:
     group_size = config.sampling.teach.group_size
     rewards_PC, valid_PC = group_rewards(rewarded, group_size)
     keep = self._kept(records, rewards_PC, valid_PC)
-    varied_P1 = advantages.has_variance(rewards_PC, valid_PC)
     rollouts = [records[i].teacher_rollout for i in keep]
     lengths = [*map(_num_tokens, rollouts)]
     metrics: dict[str, Any] = {
-      "groups/used_fraction": float(jnp.mean(varied_P1)),
+      **_group_metrics(keep, rewards_PC, valid_PC),
       "num_tokens": sum(lengths),
       "num_flops": config.batch.num_iterations
       * flops.of_update(
@@ -328,6 +327,22 @@ def layout(
     max_sequences=batch.num_questions * config.sampling.teach.group_size,
     max_length=max_length,
   )
+
+
+def _group_metrics(
+  keep: Sequence[int], rewards_PC: jax.Array, valid_PC: jax.Array
+) -> dict[str, float]:
+  """Returns the fractions of groups with a learning signal, and without.
+
+  A group is used if its rewards differ and one of its records is trained on.
+  """
+  varied_P = np.ravel(advantages.has_variance(rewards_PC, valid_PC))
+  kept_P = np.isin(np.arange(rewards_PC.size), keep).reshape(valid_PC.shape)
+  used_P = varied_P & kept_P.any(axis=1)
+  return {
+    "groups/used_fraction": float(used_P.mean()),
+    "groups/truncated_fraction": float((varied_P & ~used_P).mean()),
+  }
 
 
 def count_varied(rewarded: Sequence[types.Reward], group_size: int) -> int:

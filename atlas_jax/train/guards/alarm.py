@@ -27,8 +27,9 @@ class Alarm:
     stop: whether to stop the run if one of these two is exceeded, instead of
       only warning.
     min_used_fraction: lower bound on `groups/used_fraction`, the fraction of
-      groups whose rewards differ; 0.0 for no bound. It only warns: a policy
-      that answers every question correctly has no such groups.
+      groups with a learning signal; 0.0 for no bound. It only warns: a policy
+      that answers every question correctly has no such groups. A step without
+      any token to train on warns in any case.
   """
 
   max_ratio: float
@@ -69,15 +70,21 @@ class Alarm:
       errors.DivergedError: if `stop` is set and a bound is exceeded.
     """
     used = float(metrics["groups/used_fraction"])
-    if used < self.min_used_fraction:
+    if used < self.min_used_fraction or not metrics["num_tokens"]:
+      truncated = float(metrics["groups/truncated_fraction"])
       logging.warning(
-        "ALARM at step %d: groups/used_fraction is %.4g, below "
-        "--config.alarm.min_used_fraction=%g. In the other groups all rewards "
-        "are equal or missing: the questions are too easy or too hard, or the "
-        "reward fails.",
+        "ALARM at step %d: groups/used_fraction is %.4g%s. In %.0f %% of the "
+        "groups all rewards are equal or missing: the questions are too easy "
+        "or too hard, or the reward fails. In %.0f %% every completion was "
+        "truncated and --config.batch.mask_truncated leaves it out: raise "
+        "--config.sampling.teach.max_completion_tokens.",
         step,
         used,
-        self.min_used_fraction,
+        f", below --config.alarm.min_used_fraction={self.min_used_fraction:g}"
+        if metrics["num_tokens"]
+        else ", and the step trained on no token",
+        100 * (1.0 - used - truncated),
+        100 * truncated,
       )
     for name, key, bound in (
       ("ratio_max", "max_ratio", self.max_ratio),

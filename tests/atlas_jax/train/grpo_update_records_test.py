@@ -114,7 +114,12 @@ def test_groups_of_equal_rewards_are_filtered_and_counted():
 def test_a_step_without_usable_groups_changes_nothing():
   state, metrics = _update(_group(0), [0.5] * 4)
   _assert_same(state.params, jax.device_get(tiny.params_of(_MODEL)))
-  expected = {"groups/used_fraction": 0.0, "num_tokens": 0, "num_flops": 0.0}
+  expected = {
+    "groups/used_fraction": 0.0,
+    "groups/truncated_fraction": 0.0,
+    "num_tokens": 0,
+    "num_flops": 0.0,
+  }
   assert metrics == expected
 
 
@@ -150,6 +155,18 @@ def test_mask_truncated_masks_truncated_completions():
   assert num_kept - num_masked == 3 + 5
   with pytest.raises(AssertionError):
     _assert_same(run(40, False)[0], kept)
+
+
+def test_a_group_whose_completions_are_all_masked_is_not_used():
+  records = [
+    _record(_QUESTIONS[0], i, finish_reason="length")
+    for i in range(len(_VALUES))
+  ]
+  state, metrics = _update(records, _VALUES, **{"batch.mask_truncated": True})
+  _assert_same(state.params, jax.device_get(tiny.params_of(_MODEL)))
+  assert metrics["groups/used_fraction"] == 0.0
+  assert metrics["groups/truncated_fraction"] == 1.0
+  assert metrics["num_tokens"] == 0
 
 
 def test_the_reference_is_mixed_with_the_policy_every_sync_interval():

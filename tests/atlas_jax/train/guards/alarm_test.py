@@ -10,6 +10,8 @@ from atlas_jax.train.guards import alarm
 
 _NORMAL = {
   "groups/used_fraction": 0.1,
+  "groups/truncated_fraction": 0.0,
+  "num_tokens": 100,
   "ratio_max": jnp.float32(1.5),
   "kl": jnp.float32(0.1),
 }
@@ -70,13 +72,27 @@ def test_metrics_within_bounds_and_nan_are_not_logged(warnings):
 
 def test_a_low_used_fraction_is_logged_and_never_stops_a_run(warnings):
   """Even if no group is used, and the step makes no update."""
-  _alarm(stop=True).check({"groups/used_fraction": 0.0}, step=3)
+  unused = {**_NORMAL, "groups/used_fraction": 0.0}
+  _alarm(stop=True).check(unused, step=3)
   assert len(warnings) == 1
   assert warnings[0].startswith(
     "ALARM at step 3: groups/used_fraction is 0, below"
   )
-  _alarm(min_used_fraction=0.0).check({"groups/used_fraction": 0.0}, step=4)
+  assert "In 100 % of the groups all rewards are equal" in warnings[0]
+  _alarm(min_used_fraction=0.0).check(unused, step=4)
   assert len(warnings) == 1
+
+
+def test_a_step_without_a_token_is_logged_with_its_reason(warnings):
+  metrics = {
+    **_NORMAL,
+    "groups/used_fraction": 0.0,
+    "groups/truncated_fraction": 0.75,
+    "num_tokens": 0,
+  }
+  _alarm(min_used_fraction=0.0).check(metrics, step=4)
+  assert "the step trained on no token" in warnings[0]
+  assert "In 75 % every completion was truncated" in warnings[0]
 
 
 @pytest.mark.parametrize(
