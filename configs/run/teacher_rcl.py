@@ -125,7 +125,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.logits.chunk_tokens = 128
   config.agreement.max_prob_error = 1.0005  # In float32.
   # If all teachings do equally well, scaling would only reward brevity.
-  config.advantages.scale = "none"
+  config.advantages.update(scale="none", min_std=0.0)
   config.batch.num_questions = 16
   # Nearly always one shape: a microbatch has room for 128 samples.
   config.batch.per_device = 48
