@@ -49,7 +49,8 @@ def make_step(
 
   Args:
     loss_fn: the mean loss of a batch, with its weight.
-    optimizer: the optimizer, including clipping.
+    optimizer: the optimizer, including clipping. Its `update` gets the number
+      of steps done, `step`, if it takes extra arguments.
     frozen: parameters outside the state; they have no gradients and no
       optimizer state. `loss_fn` receives `lora.join(frozen, state.params)`.
     shardings: the state's shardings, from `train_state.shardings`. Without them
@@ -61,6 +62,7 @@ def make_step(
     rows into `num_microbatches` parts and accumulates their gradients. Metrics
     are weighted means over the parts, but maxima where `is_max`.
   """
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def step(
     frozen: Mapping[str, Any],
@@ -73,15 +75,20 @@ def make_step(
       loss, (weight, metrics) = loss_fn(lora.join(frozen, params), batch)
       return loss * weight, (weight, metrics)
 
-    grads, metrics = _accumulate(
-      jax.grad(weighted, has_aux=True), state.params, batch, num_microbatches
-    )
+    def grad_fn(params: Any, batch: Batch) -> tuple[Any, Any]:
+      grads, aux = jax.grad(weighted, has_aux=True)(params, batch)
+      # Those of bfloat16 parameters are too, and would be summed as such.
+      return optax.tree.cast(grads, jnp.float32), aux
+
+    grads, metrics = _accumulate(grad_fn, state.params, batch, num_microbatches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     old_opt_state = train_state.on_device(state.opt_state)
 
     def apply() -> tuple[Any, Any]:
-      updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
+      updates, opt_state = optimizer.update(
+        grads, old_opt_state, state.params, step=state.step
+      )
       return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(

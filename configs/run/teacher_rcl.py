@@ -58,7 +58,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.overlap = dict(max_staleness=0)  # train.grpo_batches.RolloutBatches
   config.logits = dict(chunk_tokens=512)  # train.score.token_stats
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
-  config.reference = dict(sync_every=64, mix=0.6)
+  config.reference = dict(sync_every=64, mix=0.6, dtype="")
   config.offload = dict(  # train.train_state.Offload
     optimizer=False, reference=False
   )
@@ -78,7 +78,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     learning_rate=1e-6,
     schedule="constant",
     warmup_fraction=0.03,
-    warmup_updates=0,
+    warmup_steps=0,
     decay_fraction=0.0,
   )
   config.optimizer = optimizer.get_config()

@@ -82,12 +82,15 @@ def describe(
   optimizer = train_optimizer.make_optimizer(
     optax.constant_schedule(0.0), **config.optimizer
   )
-  reference = config.recipe == "grpo" and grpo.needs_copy(policy, config)
+  reference = None
+  if config.recipe == "grpo" and grpo.needs_copy(policy, config):
+    copy = functools.partial(train_state.copied, dtype=config.reference.dtype)
+    reference = _place(mesh, jax.eval_shape(copy, trained))
   state = train_state.describe(
     trained,
     optimizer,
     mesh=mesh,
-    reference=trained if reference else None,
+    reference=reference,
     offload=train_state.Offload(**config.offload),
   )
   return RunShapes(
