@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group-relative advantages of completions."""
 
-import math
 from typing import Literal
 
 import jax
@@ -58,7 +57,8 @@ def group_advantages(
   """
   if baseline not in ("mean", "leave_one_out"):
     raise _unknown("baseline", baseline, "mean or leave_one_out")
-  _check_min_std(min_std, scale)
+  if not min_std >= 0.0 or (min_std and scale == "none"):
+    raise _unknown("min_std", min_std, ">= 0, and 0 with scale=none")
   rewards_PC = jnp.asarray(rewards_PC, jnp.float32)
   count_P1 = jnp.sum(valid_PC, axis=1, keepdims=True)
   total_P1 = jnp.sum(rewards_PC, axis=1, keepdims=True, where=valid_PC)
@@ -103,23 +103,6 @@ def _std(
   """Computes the sample standard deviation from differences to the mean."""
   squares = jnp.sum(jnp.square(distances_PC), axis=axis, keepdims=True)
   return jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-
-
-def _check_min_std(min_std: float, scale: Scale) -> None:
-  """Rejects a limit that is invalid or would be ignored."""
-  if not (math.isfinite(min_std) and min_std >= 0.0):
-    rule = "be >= 0"
-  elif min_std and scale == "none":
-    rule = "be 0 with advantages.scale=none"
-  else:
-    return
-  raise errors.ConfigError(
-    f"advantages.min_std must {rule}, got {min_std}.",
-    where=f"--config.advantages.min_std={min_std}",
-    why="Advantages are divided by the standard deviation of rewards, or by "
-    "min_std if that is larger.",
-    fix="Set it to 0.0.",
-  )
 
 
 def _unknown(name: str, value: object, known: str) -> errors.ConfigError:

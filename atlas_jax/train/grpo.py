@@ -326,17 +326,9 @@ def _check_sampling(config: types.Config, mesh: jax.sharding.Mesh) -> None:
 def _check_reference(policy: trainable.Policy, config: types.Config) -> None:
   """Rejects settings of a reference that is the frozen base, or missing."""
   dtype = config.reference.dtype
-  if dtype not in ("", "bfloat16"):
+  if dtype and (dtype != "bfloat16" or not needs_copy(policy, config)):
     raise errors.ConfigError(
-      f"reference.dtype must be '' or bfloat16, got {dtype!r}.",
-      where=f"--config.reference.dtype={dtype}",
-      why="It is the dtype in which the reference is stored; '' is that of the "
-      "parameters.",
-      fix="Set one of them.",
-    )
-  if dtype and not needs_copy(policy, config):
-    raise errors.ConfigError(
-      "reference.dtype requires a reference that is a copy.",
+      "reference.dtype must be '' or bfloat16, and '' without a copy.",
       where=f"--config.reference.dtype={dtype}",
       why="With adapters the reference is the base model, and with "
       "loss.kl_coef=0 there is none.",

@@ -139,8 +139,8 @@ def check_rounding(rounding: str, dtypes: Collection[str]) -> None:
     raise errors.ConfigError(
       "Parameters stored in bfloat16 cannot be trained with rounding=nearest.",
       where="--config.model.param_dtype=bfloat16",
-      why="Rounded to the nearest bfloat16, nearly all updates are lost: at a "
-      "learning rate of 1e-6 about 98 %.",
+      why="Rounded to the nearest bfloat16, nearly all updates are lost, for "
+      "example 98 % at a learning rate of 1e-5.",
       fix="Set --config.model.param_dtype=float32, or "
       "--config.optimizer.rounding=stochastic, or train adapters over the "
       "bfloat16 parameters: --config.lora.rank=16.",

@@ -152,15 +152,10 @@ def test_min_std_does_not_change_groups_of_larger_deviation():
 
 
 @pytest.mark.parametrize(
-  ("scale", "min_std", "message"),
-  [
-    ("group", -0.1, "must be >= 0"),
-    ("group", float("nan"), "must be >= 0"),
-    ("none", 0.5, "must be 0 with advantages.scale=none"),
-  ],
+  ("scale", "min_std"), [("group", -0.1), ("group", np.nan), ("none", 0.5)]
 )
-def test_an_invalid_or_unused_min_std_is_rejected(scale, min_std, message):
-  with pytest.raises(errors.ConfigError, match=message):
+def test_an_invalid_or_unused_min_std_is_rejected(scale, min_std):
+  with pytest.raises(errors.ConfigError, match=f"min_std={min_std}"):
     advantages.group_advantages(
       np.zeros((1, 2)),
       np.ones((1, 2), bool),

@@ -465,7 +465,7 @@ def test_a_sampler_that_reports_a_wrong_version_raises(world, tmp_path):
     ({"loss.ratio": "word"}, "ratio=word"),
     ({"advantages.scale": "median"}, "scale=median"),
     ({"reference.dtype": "float16"}, "dtype=float16"),
-    ({"reference.dtype": "bfloat16", "loss.kl_coef": 0.0}, "that is a copy"),
+    ({"reference.dtype": "bfloat16", "loss.kl_coef": 0.0}, "without a copy"),
     ({"correction.level": "group"}, "level='group'"),
   ],
 )
