@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
       weight_decay=0.0,
       not_decayed=(r".*/(scale|bias)",),
       frozen=(),
+      rounding="nearest",  # "stochastic" for parameters in bfloat16.
       adamw=dict(beta1=0.9, beta2=0.999, epsilon=1e-8),
       lion=dict(beta1=0.9, beta2=0.99),
       adafactor=dict(decay_exponent=0.8),

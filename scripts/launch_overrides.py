@@ -97,13 +97,13 @@ TABLE: Mapping[str, Row] = {
     words={"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
   ),
   "warmup_ratio": Row(
-    "warmup, as a fraction of all updates",
+    "warmup, as a fraction of all steps",
     ("schedule.warmup_fraction",),
-    also=("schedule.warmup_updates=0",),
+    also=("schedule.warmup_steps=0",),
   ),
   "warmup_steps": Row(
-    "warmup, in updates",
-    ("schedule.warmup_updates",),
+    "warmup, in steps",
+    ("schedule.warmup_steps",),
     also=("schedule.warmup_fraction=0.0",),
   ),
   "optim": Row(

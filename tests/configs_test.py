@@ -75,7 +75,7 @@ _FUNCTIONS = {
   "alarm": (alarm.Alarm, ()),
   "logits": (score.token_stats, ("temperature",)),
   "experts": (score.check_balance, ()),
-  "schedule": (schedule.make, ("num_updates",)),
+  "schedule": (schedule.make, ("num_steps",)),
   "lora": (components.open_policy, ("seed",)),
   "optimizer": (optimizer.make_optimizer, ()),
   "offload": (train_state.Offload, ()),
@@ -221,6 +221,7 @@ def test_every_key_is_read(recipe, variant):
   functions, paths = _READERS[recipe]
   shared = (
     "atlas_jax/train/loop.py",
+    "atlas_jax/train/train_state.py",
     "scripts/job/components.py",
     "scripts/job/exports.py",
     "scripts/launch.py",
@@ -259,7 +260,7 @@ def test_functions_accept_the_values(recipe, variant, tmp_path):
   if "advantages" in config:
     grpo.Objective(**config.loss, max_tokens=1)
   if "schedule" in config:
-    rate = schedule.make(**config.schedule, num_updates=10)
+    rate = schedule.make(**config.schedule, num_steps=10)
     chain = optimizer.make_optimizer(rate, **config.optimizer)
     assert isinstance(chain, optax.GradientTransformation)
   sharding.make_mesh(**config.mesh)

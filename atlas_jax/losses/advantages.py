@@ -21,8 +21,13 @@ def group_advantages(
   *,
   baseline: Baseline,
   scale: Scale,
+  min_std: float,
 ) -> jax.Array:
-  """Computes (R - baseline) / (std + 1e-4), or R - baseline.
+  """Computes (R - baseline) / (max(std, min_std) + 1e-4), or R - baseline.
+
+  Where the student is right with every teaching, rewards differ only by the
+  length of the teachings, e.g. by 0.05. Without `min_std`, the division would
+  make these differences as large as those between right and wrong answers.
 
   The baseline is the mean reward of the group, or of the other completions in
   the group ("leave_one_out"). The latter is independent of the completion, so
@@ -39,16 +44,21 @@ def group_advantages(
     baseline: subtracted from each reward.
     scale: divides by the sample standard deviation of the rewards of the
       "group", or of the whole "batch" around its mean; or "none".
+    min_std: least standard deviation to divide by, in units of the reward; 0.0
+      for none. A reward of 0 or 1 has at most about 0.5.
 
   Returns:
     float32[P, C]. Exactly 0 where the reward is missing, and in groups with
     fewer than two rewards or with equal rewards, which have no signal.
 
   Raises:
-    errors.ConfigError: if `baseline` or `scale` is unknown.
+    errors.ConfigError: if `baseline` or `scale` is unknown, or `min_std` is
+      negative or not used.
   """
   if baseline not in ("mean", "leave_one_out"):
     raise _unknown("baseline", baseline, "mean or leave_one_out")
+  if not min_std >= 0.0 or (min_std and scale == "none"):
+    raise _unknown("min_std", min_std, ">= 0, and 0 with scale=none")
   rewards_PC = jnp.asarray(rewards_PC, jnp.float32)
   count_P1 = jnp.sum(valid_PC, axis=1, keepdims=True)
   total_P1 = jnp.sum(rewards_PC, axis=1, keepdims=True, where=valid_PC)
@@ -68,7 +78,7 @@ def group_advantages(
   if baseline == "leave_one_out":
     advantages_PC *= count_P1 / jnp.maximum(count_P1 - 1, 1)
   if std is not None:
-    advantages_PC /= std + _STD_EPSILON
+    advantages_PC /= jnp.maximum(std, min_std) + _STD_EPSILON
   return jnp.where(has_variance(rewards_PC, valid_PC), advantages_PC, 0.0)
 
 

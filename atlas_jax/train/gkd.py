@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from atlas_jax import chat, errors, sharding, types
 from atlas_jax.data import pairs
@@ -60,7 +59,6 @@ class GkdStep:
   completions: gkd_batches.CompletionBatches
   pack: _Pack
   update: optimizer_step.Step
-  rate: optax.Schedule
   clock: train_clock.Clock
 
   def __call__(
@@ -87,7 +85,6 @@ class GkdStep:
       "num_tokens": sum(lengths),
       "num_flops": update_flops + teacher_flops,
       "padding_fraction": 1.0 - sum(lengths) / part.num_computed,
-      "learning_rate": jnp.asarray(self.rate(step)),
       **sampled,
       **checked,
     }
@@ -189,10 +186,9 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     config.loop.num_steps,
     steps_per_epoch=train_set.num_batches_per_epoch,
   )
-  rate = schedule.make(**config.schedule, num_updates=num_steps)
-  optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
-  offload = train_state.Offload(**config.offload)
-  state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
+  rate, optimizer, state = train_state.start(
+    params, config, num_steps=num_steps, mesh=mesh
+  )
   loss_fn = functools.partial(
     packed_loss, policy.model, teacher.model, **config.loss, **config.experts
   )
@@ -207,15 +203,15 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   pack = functools.partial(_pack, mesh, shapes)
   completions = _open_completions(policy, teacher, sampler, train_set, config)
   clock = train_clock.Clock()
-  do_step = GkdStep(
-    policy, teacher, completions, pack, update, jax.jit(rate), clock
-  )
+  do_step = GkdStep(policy, teacher, completions, pack, update, clock)
   evaluate = functools.partial(
     _evaluate, held_out_loss.make(loss_fn), policy, teacher, eval_set, pack
   )
   state = loop.train(
     state,
-    loop.Task(do_step, evaluate, row_ids=train_set.row_names, clock=clock),
+    loop.Task(
+      do_step, evaluate, rate, row_ids=train_set.row_names, clock=clock
+    ),
     config,
     run,
     num_steps=num_steps,

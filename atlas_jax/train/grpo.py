@@ -13,9 +13,7 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from atlas_jax import chat, errors, types
 from atlas_jax.data import loader
@@ -28,11 +26,9 @@ from atlas_jax.train import (
   grpo_batches,
   grpo_update,
   loop,
-  schedule,
   train_state,
   trainable,
 )
-from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train.telemetry import clock as train_clock
 from atlas_jax.train.telemetry import samples as train_samples
 
@@ -161,8 +157,17 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
   """
   _check_sampling(config, mesh)
   _check_reference(policy, config)
-  optimizer = _make_optimizer(config)
-  state = _initial_state(policy, params, optimizer, mesh=mesh, config=config)
+  rate, optimizer, state = train_state.start(
+    params,
+    config,
+    num_steps=config.loop.num_steps,
+    mesh=mesh,
+    # A copy, since updates donate the parameters. It is not bound to a name,
+    # which would keep an offloaded copy alive on the devices.
+    reference=train_state.copied(params, config.reference.dtype)
+    if needs_copy(policy, config)
+    else None,
+  )
   updater = grpo_update.GrpoUpdate(
     policy,
     optimizer,
@@ -191,6 +196,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       functools.partial(
         _evaluate, policy, batches, evaluation, grader, held_out, config
       ),
+      rate,
       row_ids=batches.row_ids,
       clock=clock,
       get_host_state=batches.get_state,
@@ -211,36 +217,6 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       },
     )
   return state.params
-
-
-def _make_optimizer(config: types.Config) -> optax.GradientTransformation:
-  """Creates the optimizer, with a schedule over all updates of all steps."""
-  updates = config.batch.num_iterations * config.batch.num_minibatches
-  rate = schedule.make(
-    **config.schedule, num_updates=config.loop.num_steps * updates
-  )
-  return train_optimizer.make_optimizer(rate, **config.optimizer)
-
-
-def _initial_state(
-  policy: trainable.Policy,
-  params: decoder.Params,
-  optimizer: optax.GradientTransformation,
-  *,
-  mesh: jax.sharding.Mesh,
-  config: types.Config,
-) -> train_state.TrainState:
-  """Creates the state at step 0, with a reference copy if one is needed."""
-  has_copy = needs_copy(policy, config)
-  return train_state.create(
-    params,
-    optimizer,
-    mesh=mesh,
-    # A copy, since updates donate the parameters. It is not bound to a name,
-    # which would keep an offloaded copy alive on the devices.
-    reference=jax.tree.map(jnp.copy, params) if has_copy else None,
-    offload=train_state.Offload(**config.offload),
-  )
 
 
 def needs_copy(policy: trainable.Policy, config: types.Config) -> bool:
@@ -351,7 +327,16 @@ def _check_sampling(config: types.Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _check_reference(policy: trainable.Policy, config: types.Config) -> None:
-  """Rejects syncing a reference that is the frozen base."""
+  """Rejects settings of a reference that is the frozen base, or missing."""
+  dtype = config.reference.dtype
+  if dtype and (dtype != "bfloat16" or not needs_copy(policy, config)):
+    raise errors.ConfigError(
+      "reference.dtype must be '' or bfloat16, and '' without a copy.",
+      where=f"--config.reference.dtype={dtype}",
+      why="With adapters the reference is the base model, and with "
+      "loss.kl_coef=0 there is none.",
+      fix="Set it to ''.",
+    )
   if policy.frozen and config.loss.kl_coef and config.reference.sync_every:
     raise errors.ConfigError(
       "reference.sync_every requires training all parameters.",

@@ -281,8 +281,9 @@ class GrpoUpdate:
       return state
 
     def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
-      value = (1.0 - mix) * train_state.on_device(old) + mix * new
-      return jax.device_put(value, old.sharding)
+      was = train_state.on_device(old).astype(jnp.float32)
+      value = (1.0 - mix) * was + mix * new.astype(jnp.float32)
+      return jax.device_put(value.astype(old.dtype), old.sharding)
 
     reference = jax.tree.map(mixed, state.reference, state.params)
     return state._replace(reference=reference)

@@ -35,6 +35,8 @@ class Task:
       are combined over the steps between two logs, by their mean or, if they
       are maxima, by their maximum. It need not wait for the devices.
     evaluate: metrics on held-out data, given the number of completed steps.
+    rate: the learning rate of the next step, given the number of completed
+      steps.
     row_ids: the ids of the data rows that the next step uses, given the number
       of completed steps.
     clock: splits the time of a step into phases; `do_step` may add phases.
@@ -46,6 +48,7 @@ class Task:
     [train_state.TrainState, int], tuple[train_state.TrainState, Metrics]
   ]
   evaluate: Evaluate
+  rate: Callable[[int], float | jax.Array]
   row_ids: nonfinite.RowIds
   clock: train_clock.Clock
   get_host_state: Callable[[], checkpoint.HostState] = dict
@@ -168,7 +171,7 @@ def train(
       trace.before(done, state)
       state, metrics = task.do_step(state, step)
       state = state._replace(step=state.step + 1)
-      window.append(metrics)
+      window.append({**metrics, "learning_rate": task.rate(step)})
       with clock.phase("train"):
         watch.add(done, metrics)
       run.writer.advance(done)

@@ -2,17 +2,21 @@
 """Optimizers, as chains of optax transformations.
 
 All of them are clip -> direction -> weight decay -> learning rate, restricted
-to the parameters that are not frozen; they differ in the direction.
+to the parameters that are not frozen; they differ in the direction. They
+compute in float32. Parameters stored in bfloat16 are rounded stochastically:
+otherwise an update that is small for its parameter would be lost.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
 import math
 import operator
 import re
+import typing
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -20,6 +24,7 @@ import optax.contrib
 from atlas_jax import errors
 
 Name = Literal["adamw", "lion", "adafactor", "muon"]
+Rounding = Literal["nearest", "stochastic"]
 _LossFn = Callable[[Any, Any], Any]  # Any: see `optimizer_step.LossFn`.
 
 # Axes of the stacked kernels that form the rows and columns of a matrix; axis 0
@@ -42,23 +47,26 @@ def make_optimizer(  # noqa: PLR0913 - one argument per config key.
   weight_decay: float,
   not_decayed: Sequence[str],
   frozen: Sequence[str],
+  rounding: Rounding,
   adamw: Mapping[str, float],
   lion: Mapping[str, float],
   adafactor: Mapping[str, float],
   muon: Mapping[str, float],
-) -> optax.GradientTransformation:
-  """Creates an optimizer.
+) -> optax.GradientTransformationExtraArgs:
+  """Creates an optimizer; its `update` takes the number of steps done, `step`.
 
   Patterns are regular expressions that match a whole `/`-joined path.
 
   Args:
-    schedule: learning rate; it also scales the weight decay.
+    schedule: learning rate by `step`; it also scales the weight decay.
     name: which of the four sections is used.
     max_grad_norm: clips the gradient's global norm; 0.0 disables clipping.
     weight_decay: decoupled weight decay, arXiv:1711.05101.
     not_decayed: patterns of the parameters without weight decay.
     frozen: patterns of the parameters that are not updated and have no
       optimizer state. `freeze` excludes them from the gradient.
+    rounding: how parameters are rounded to the dtype they are stored in; see
+      `check_rounding`.
     adamw: keyword arguments of `_adamw`.
     lion: keyword arguments of `_lion`.
     adafactor: keyword arguments of `_adafactor`.
@@ -66,20 +74,18 @@ def make_optimizer(  # noqa: PLR0913 - one argument per config key.
 
   Raises:
     errors.ConfigError: if the name is unknown; from `init`, if a pattern in
-      `frozen` matches no parameter.
+      `frozen` matches no parameter or `rounding` does not suit the parameters.
   """
   direction = _direction(
     name, adamw=adamw, lion=lion, adafactor=adafactor, muon=muon
   )
   clip = optax.clip_by_global_norm(max_grad_norm or math.inf)
+  decay = optax.add_decayed_weights(
+    weight_decay,
+    lambda tree: jax.tree.map(operator.not_, _mask(tree, not_decayed)),
+  )
   trained = optax.chain(
-    clip,
-    direction,
-    optax.add_decayed_weights(
-      weight_decay,
-      lambda tree: jax.tree.map(operator.not_, _mask(tree, not_decayed)),
-    ),
-    optax.scale_by_learning_rate(schedule),
+    *map(_in_float32, (clip, direction, decay)), _descend(schedule, rounding)
   )
   if not frozen:
     return trained
@@ -104,6 +110,136 @@ def freeze(loss_fn: _LossFn, frozen: Sequence[str]) -> _LossFn:
     return loss_fn(params, batch)
 
   return frozen_loss
+
+
+def check_rounding(rounding: str, dtypes: Collection[str]) -> None:
+  """Checks that rounding suits the dtypes of the trained parameters.
+
+  In bfloat16, numbers next to x are about |x| / 256 apart, so rounding to the
+  nearest loses an update below |x| / 512. At learning rates of fine-tuning that
+  is nearly every one.
+
+  Args:
+    rounding: "nearest", for parameters in float32 only, or "stochastic" if any
+      is in bfloat16.
+    dtypes: of the trained parameters.
+
+  Raises:
+    errors.ConfigError: if it does not.
+  """
+  if rounding not in typing.get_args(Rounding):
+    raise errors.ConfigError(
+      f"Unknown rounding {rounding!r}.",
+      where=f"--config.optimizer.rounding={rounding}",
+      why=f"Supported: {', '.join(typing.get_args(Rounding))}.",
+      fix="Set one of them.",
+    )
+  is_low = "bfloat16" in dtypes
+  if is_low and rounding == "nearest":
+    raise errors.ConfigError(
+      "Parameters stored in bfloat16 cannot be trained with rounding=nearest.",
+      where="--config.model.param_dtype=bfloat16",
+      why="Rounded to the nearest bfloat16, nearly all updates are lost, for "
+      "example 98 % at a learning rate of 1e-5.",
+      fix="Set --config.model.param_dtype=float32, or "
+      "--config.optimizer.rounding=stochastic, or train adapters over the "
+      "bfloat16 parameters: --config.lora.rank=16.",
+    )
+  if rounding == "stochastic" and not is_low:
+    raise errors.ConfigError(
+      "rounding=stochastic requires trained parameters in bfloat16.",
+      where="--config.optimizer.rounding=stochastic",
+      why="Adapters and parameters in float32 are not rounded.",
+      fix="Set --config.optimizer.rounding=nearest.",
+    )
+
+
+def round_stochastically(key: jax.Array, values: jax.Array) -> jax.Array:
+  """Rounds to one of the two nearest bfloat16, to the expected value.
+
+  A value between neighbors a < b becomes b with probability (x - a) / (b - a).
+  So updates far smaller than b - a are kept on average.
+
+  Source: Gupta et al., arXiv:1502.02551, section 4; for bfloat16 parameters,
+  Zamirai et al., arXiv:2010.06192.
+
+  Args:
+    key: PRNG key. The bits do not depend on how the values are sharded.
+    values: float32.
+
+  Returns:
+    float32 of the same shape, each exactly a bfloat16.
+  """
+  # A bfloat16 is the upper half of a float32. The sum carries into the upper
+  # half with the probability above, which is the lower half over 2^16.
+  bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+  noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
+  rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
+  return jax.lax.bitcast_convert_type(rounded, jnp.float32)
+
+
+def _in_float32(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Computes in float32, with a state in float32, whatever the parameters."""
+
+  def init(params: Any) -> optax.OptState:
+    return inner.init(optax.tree.cast(params, jnp.float32))
+
+  def update(
+    grads: Any, state: optax.OptState, params: Any = None, **extra: Any
+  ) -> tuple[Any, optax.OptState]:
+    del extra
+    grads, params = optax.tree.cast((grads, params), jnp.float32)
+    return inner.update(grads, state, params)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _descend(
+  schedule: optax.Schedule, rounding: Rounding
+) -> optax.GradientTransformationExtraArgs:
+  """Returns updates of minus the learning rate of a step times the direction.
+
+  With stochastic rounding, `optax.apply_updates` adds them to parameters in
+  bfloat16 without rounding again. The state counts updates, as that of
+  `optax.scale_by_learning_rate`, and selects the random bits.
+  """
+
+  def init(params: Any) -> optax.ScaleByScheduleState:
+    check_rounding(rounding, {str(x.dtype) for x in jax.tree.leaves(params)})
+    return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+  def update(
+    directions: Any,
+    state: optax.ScaleByScheduleState,
+    params: Any = None,
+    *,
+    step: jax.Array,
+    **extra: Any,
+  ) -> tuple[Any, optax.ScaleByScheduleState]:
+    del extra
+    rate = schedule(step)
+    updates = jax.tree.map(lambda x: -rate * x, directions)
+    if rounding == "stochastic":
+      key = jax.random.key(state.count, impl="threefry2x32")
+      leaves, structure = jax.tree.flatten(params)
+      keys = structure.unflatten(jax.random.split(key, len(leaves)))
+      updates = jax.tree.map(_to_rounded, updates, params, keys)
+    count = optax.safe_increment(state.count)
+    return updates, optax.ScaleByScheduleState(count)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _to_rounded(
+  update: jax.Array, param: jax.Array, key: jax.Array
+) -> jax.Array:
+  """Returns the update of a parameter to its rounded new value."""
+  if param.dtype != jnp.bfloat16:
+    return update
+  old = param.astype(jnp.float32)
+  return round_stochastically(key, old + update) - old
 
 
 def _direction(

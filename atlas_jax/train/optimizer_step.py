@@ -52,7 +52,8 @@ def make_step(
 
   Args:
     loss_fn: the mean loss of a batch, with its weight.
-    optimizer: the optimizer, including clipping.
+    optimizer: the optimizer, including clipping. Its `update` gets the number
+      of steps done, `step`, if it takes extra arguments.
     frozen: parameters outside the state; they have no gradients and no
       optimizer state. `loss_fn` receives `lora.join(frozen, state.params)`.
     shardings: the state's shardings, from `train_state.shardings`. Without them
@@ -64,6 +65,7 @@ def make_step(
     metrics are accumulated as in `accumulate`. One program is compiled for all
     values of `num_used`.
   """
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def step(
     frozen: Mapping[str, Any],
@@ -80,7 +82,8 @@ def make_step(
     def of_microbatch(microbatch: Batch) -> tuple[Any, jax.Array, Metrics]:
       grad_fn = jax.grad(weighted, has_aux=True)
       grads, (weight, metrics) = grad_fn(state.params, microbatch)
-      return grads, weight, metrics
+      # Those of bfloat16 parameters are too, and would be summed as such.
+      return optax.tree.cast(grads, jnp.float32), weight, metrics
 
     grads, weight, metrics = accumulate(
       of_microbatch, batch, num_used, num_microbatches=num_microbatches
@@ -91,7 +94,9 @@ def make_step(
     old_opt_state = train_state.on_device(state.opt_state)
 
     def apply() -> tuple[Any, Any]:
-      updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
+      updates, opt_state = optimizer.update(
+        grads, old_opt_state, state.params, step=state.step
+      )
       return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(

@@ -17,13 +17,14 @@ def make(
   learning_rate: float,
   schedule: Name,
   warmup_fraction: float,
-  warmup_updates: int,
+  warmup_steps: int,
   decay_fraction: float,
-  num_updates: int,
+  num_steps: int,
 ) -> optax.Schedule:
-  """Returns the learning rate as a function of updates done.
+  """Returns the learning rate as a function of steps done.
 
-  After a linear warmup to the peak it
+  All updates of a step have its rate. A step without an update counts too, so
+  the last step always has the final rate. After a linear warmup to the peak, it
 
     constant  stays constant;
     linear    decays linearly to zero;
@@ -33,19 +34,19 @@ def make(
   Args:
     learning_rate: the peak.
     schedule: one of the above.
-    warmup_fraction: warmup as a fraction of all updates; 0.0 if
-      `warmup_updates` is set.
-    warmup_updates: warmup in updates; 0 if `warmup_fraction` is set.
-    decay_fraction: decay as a fraction of all updates; "wsd" only, 0.0 for the
+    warmup_fraction: warmup as a fraction of all steps; 0.0 if `warmup_steps` is
+      set.
+    warmup_steps: warmup in steps; 0 if `warmup_fraction` is set.
+    decay_fraction: decay as a fraction of all steps; "wsd" only, 0.0 for the
       others.
-    num_updates: total number of updates.
+    num_steps: total number of steps.
 
   Raises:
     errors.ConfigError: if the settings are invalid or contradictory.
   """
-  _check(schedule, warmup_fraction, warmup_updates, decay_fraction)
-  num_warmup = warmup_updates or round(warmup_fraction * num_updates)
-  num_rest = max(1, num_updates - num_warmup)
+  _check(schedule, warmup_fraction, warmup_steps, decay_fraction)
+  num_warmup = warmup_steps or round(warmup_fraction * num_steps)
+  num_rest = max(1, num_steps - num_warmup)
   match schedule:
     case "constant":
       rest = optax.constant_schedule(learning_rate)
@@ -54,11 +55,11 @@ def make(
     case "cosine":
       rest = optax.cosine_decay_schedule(learning_rate, num_rest)
     case "wsd":
-      num_decay = min(num_rest, max(1, round(decay_fraction * num_updates)))
+      num_decay = min(num_rest, max(1, round(decay_fraction * num_steps)))
       rest = optax.linear_schedule(
         learning_rate, 0.0, num_decay, num_rest - num_decay
       )
-  # Starts above zero, so that the first update has an effect.
+  # Starts above zero, so that the first step has an effect.
   warmup = optax.linear_schedule(
     learning_rate / max(1, num_warmup), learning_rate, max(1, num_warmup - 1)
   )
@@ -88,7 +89,7 @@ def num_steps(
 def _check(
   schedule: Name,
   warmup_fraction: float,
-  warmup_updates: int,
+  warmup_steps: int,
   decay_fraction: float,
 ) -> None:
   """Rejects unknown, contradictory and ignored settings."""
@@ -99,11 +100,11 @@ def _check(
       why=f"Supported schedules: {', '.join(typing.get_args(Name))}.",
       fix="Set one of them.",
     )
-  if warmup_fraction and warmup_updates:
+  if warmup_fraction and warmup_steps:
     raise errors.ConfigError(
-      "At most one of warmup_fraction and warmup_updates can be set, got "
-      f"{warmup_fraction} and {warmup_updates}.",
-      where="--config.schedule.warmup_fraction, .warmup_updates",
+      "At most one of warmup_fraction and warmup_steps can be set, got "
+      f"{warmup_fraction} and {warmup_steps}.",
+      where="--config.schedule.warmup_fraction, .warmup_steps",
       why="Each of them determines the length of the warmup.",
       fix="Set one of them to 0.",
     )
@@ -115,14 +116,14 @@ def _check(
       why="Only wsd has a separate decay phase.",
       fix="Set it to 0.1 for wsd, for example, and to 0 otherwise.",
     )
-  if warmup_updates < 0 or not (
+  if warmup_steps < 0 or not (
     warmup_fraction >= 0 and warmup_fraction + decay_fraction <= 1
   ):
     raise errors.ConfigError(
       "Invalid schedule: warmup must not be negative, and warmup_fraction + "
       "decay_fraction must be at most 1.",
       where=f"--config.schedule: warmup_fraction={warmup_fraction}, "
-      f"warmup_updates={warmup_updates}, decay_fraction={decay_fraction}",
-      why="Warmup and decay are disjoint parts of all updates.",
+      f"warmup_steps={warmup_steps}, decay_fraction={decay_fraction}",
+      why="Warmup and decay are disjoint parts of all steps.",
       fix="Lower warmup_fraction or decay_fraction; use values >= 0.",
     )

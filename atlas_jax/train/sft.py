@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from atlas_jax import sharding, types
 from atlas_jax.data import loader
@@ -35,7 +34,6 @@ class SftStep:
   train_set: loader.Loader
   rows: jax.sharding.Sharding
   update: Callable[..., tuple[train_state.TrainState, optimizer_step.Metrics]]
-  rate: optax.Schedule
   count_flops: Callable[[Sequence[int]], float]
   clock: train_clock.Clock
 
@@ -55,7 +53,6 @@ class SftStep:
       **metrics,
       "num_tokens": num_parts * sum(lengths),
       "num_flops": num_parts * self.count_flops(lengths),
-      "learning_rate": jnp.asarray(self.rate(step)),
     }
 
 
@@ -119,10 +116,9 @@ def train(
     config.loop.num_steps,
     steps_per_epoch=train_set.num_batches_per_epoch,
   )
-  rate = schedule.make(**config.schedule, num_updates=num_steps)
-  optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
-  offload = train_state.Offload(**config.offload)
-  state = train_state.create(params, optimizer, mesh=mesh, offload=offload)
+  rate, optimizer, state = train_state.start(
+    params, config, num_steps=num_steps, mesh=mesh
+  )
   loss_fn = functools.partial(
     packed_loss, policy.model, **config.loss, **config.experts
   )
@@ -138,7 +134,6 @@ def train(
     train_set,
     rows,
     functools.partial(update, num_microbatches=num_microbatches),
-    jax.jit(rate),
     functools.partial(
       flops.of_update,
       policy.model.config,
@@ -156,7 +151,9 @@ def train(
   )
   state = loop.train(
     state,
-    loop.Task(do_step, evaluate, row_ids=train_set.row_names, clock=clock),
+    loop.Task(
+      do_step, evaluate, rate, row_ids=train_set.row_names, clock=clock
+    ),
     config,
     run,
     num_steps=num_steps,

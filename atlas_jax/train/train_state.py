@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atlas_jax import errors, sharding
+from atlas_jax import errors, sharding, types
+from atlas_jax.train import optimizer as train_optimizer
+from atlas_jax.train import schedule
 
 _HOST = "pinned_host"
 
@@ -44,6 +46,39 @@ class Offload:
 
   optimizer: bool = False  # The moments: twice the parameters with AdamW.
   reference: bool = False
+
+
+def start(
+  params: Mapping[str, Any],
+  config: types.Config,
+  *,
+  num_steps: int,
+  mesh: jax.sharding.Mesh,
+  reference: Mapping[str, Any] | None = None,
+) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs, TrainState]:
+  """Creates the learning rate, the optimizer and the state of a run.
+
+  Args:
+    params: the initial trained parameters.
+    config: sections `schedule`, `optimizer` and `offload`.
+    num_steps: total number of steps.
+    mesh: of the parameters.
+    reference: see `create`.
+
+  Returns:
+    The rate by the number of steps done, jitted; the optimizer; the state.
+
+  Raises:
+    errors.ConfigError: see `schedule.make`, `optimizer.make_optimizer` and
+      `create`.
+  """
+  rate = schedule.make(**config.schedule, num_steps=num_steps)
+  optimizer = train_optimizer.make_optimizer(rate, **config.optimizer)
+  offload = Offload(**config.offload)
+  state = create(
+    params, optimizer, mesh=mesh, reference=reference, offload=offload
+  )
+  return jax.jit(rate), optimizer, state
 
 
 def create(
@@ -122,6 +157,13 @@ def describe(
         lambda leaf: _with_memory(leaf, offload.reference), reference
       ),
     ),
+  )
+
+
+def copied(params: Any, dtype: str) -> Any:  # Any: pytrees of one structure.
+  """Copies parameters, cast to `dtype` unless it is empty."""
+  return jax.tree.map(
+    lambda x: jnp.array(x, dtype=dtype or x.dtype, copy=True), params
   )
 
 

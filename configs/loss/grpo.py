@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         aggregate="sequence_mean",
       ),
       # losses.advantages.group_advantages
-      advantages=dict(baseline="mean", scale="group"),
+      advantages=dict(baseline="mean", scale="group", min_std=0.0),
       # Whether to drop groups of equal rewards, how often to refill them, and
       # the largest fraction of a batch that late servers may drop.
       groups=dict(filter_equal=False, max_refills=0, max_dropped_fraction=0.25),

@@ -54,7 +54,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     learning_rate=5e-6,
     schedule="cosine",
     warmup_fraction=0.1,
-    warmup_updates=0,
+    warmup_steps=0,
     decay_fraction=0.0,
   )
   config.optimizer = optimizer.get_config()

@@ -62,7 +62,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.overlap = dict(max_staleness=0)  # train.grpo_batches.RolloutBatches
   config.logits = dict(chunk_tokens=512)  # train.score.token_stats
   config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
-  config.reference = dict(sync_every=64, mix=0.6)
+  config.reference = dict(sync_every=64, mix=0.6, dtype="")
   config.offload = dict(  # train.train_state.Offload
     optimizer=False, reference=False
   )
@@ -82,7 +82,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     learning_rate=1e-6,
     schedule="constant",
     warmup_fraction=0.03,
-    warmup_updates=0,
+    warmup_steps=0,
     decay_fraction=0.0,
   )
   config.optimizer = optimizer.get_config()
@@ -135,7 +135,7 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.logits.chunk_tokens = 128
   config.agreement.max_prob_error = 1.0005  # In float32.
   # If all teachings do equally well, scaling would only reward brevity.
-  config.advantages.scale = "none"
+  config.advantages.update(scale="none", min_std=0.0)
   config.batch.num_questions = 16
   # The 128 samples of a step fit into one microbatch.
   config.batch.per_device = 48

@@ -36,7 +36,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     learning_rate=1e-5,
     schedule="cosine",
     warmup_fraction=0.05,
-    warmup_updates=0,
+    warmup_steps=0,
     decay_fraction=0.0,
   )
   config.optimizer = optimizer.get_config()

@@ -19,6 +19,7 @@ from atlas_jax.models import decoder, kernel_check, kernels, lora
 from atlas_jax.rewards import combine, custom, grading, rlt, shared
 from atlas_jax.teaching import protocol, roles, single_model, templates
 from atlas_jax.teaching import shared as shared_protocol
+from atlas_jax.train import optimizer as train_optimizer
 from atlas_jax.train import score, train_state, trainable
 from atlas_jax.train.telemetry import sinks, writer
 from conversion import load, peft_adapters, process_group
@@ -57,7 +58,8 @@ def start(
 
   Raises:
     errors.ConfigError: if the workdir is unusable or in use, `data.path` is not
-      set, quantized parameters would be trained, or processes disagree.
+      set, parameters would be trained in a dtype that loses updates, or
+      processes disagree.
     errors.OutOfMemoryError: in place of XLA's error, with suggestions.
   """
   if config.data.path is None:
@@ -73,6 +75,8 @@ def start(
       rank=config.lora.rank,
       remat=config.model.remat,
     )
+    trained = () if config.lora.rank else (config.model.param_dtype,)
+    train_optimizer.check_rounding(config.optimizer.rounding, trained)
   with contextlib.ExitStack() as held, _explained_out_of_memory():
     if distributed.is_first():
       held.enter_context(workdirs.lock(workdir))

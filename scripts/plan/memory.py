@@ -47,19 +47,24 @@ class Need:
 
   Attributes:
     resident: held all the time.
-    phases: additional bytes of each phase of a step; phases do not overlap.
+    phases: additional bytes of each phase of a step.
     on_host: offloaded to host memory, for each device.
+    is_ahead: whether the next batch is sampled during the update; no other
+      phases overlap.
   """
 
   resident: Mapping[str, int]
   phases: Mapping[str, Mapping[str, int]]
   on_host: int
+  is_ahead: bool
 
   @property
   def peak(self) -> int:
     """The most bytes held at one time."""
-    most = max(sum(phase.values()) for phase in self.phases.values())
-    return sum(self.resident.values()) + most
+    sizes = {name: sum(phase.values()) for name, phase in self.phases.items()}
+    if self.is_ahead:
+      sizes["update"] += sizes.get("sampling", 0)
+    return sum(self.resident.values()) + max(sizes.values())
 
 
 def describe(
@@ -88,12 +93,15 @@ def describe(
   optimizer = train_optimizer.make_optimizer(
     optax.constant_schedule(0.0), **config.optimizer
   )
-  reference = config.recipe == "grpo" and grpo.needs_copy(policy, config)
+  reference = None
+  if config.recipe == "grpo" and grpo.needs_copy(policy, config):
+    copy = functools.partial(train_state.copied, dtype=config.reference.dtype)
+    reference = _place(mesh, jax.eval_shape(copy, trained))
   state = train_state.describe(
     trained,
     optimizer,
     mesh=mesh,
-    reference=trained if reference else None,
+    reference=reference,
     offload=train_state.Offload(**config.offload),
   )
   return RunShapes(
@@ -135,12 +143,15 @@ def need(
       phases["sampling"] = {
         "KV cache": _cache(described, config, prompt_tokens=prompt_tokens)
       }
-    if quantized.kind_of(described.policy.frozen):
-      phases["push"] = _push(described, config)
+    push = _push(described, config)
+    if config.lora.path:  # Merged for the sampler, and not freed.
+      resident["initial weights"] = push["merged weights"]
+    phases["push"] = push
   return Need(
     {name: size for name, size in resident.items() if size},
     phases,
     update_bytes.num_bytes(described.state, on_host=True),
+    is_ahead=config.recipe == "grpo" and config.overlap.max_staleness > 0,
   )
 
 
@@ -148,11 +159,28 @@ def _push(
   described: RunShapes,
   config: types.Config,
 ) -> dict[str, int]:
-  """Counts the dequantized copies of a base when it is sent to a sampler."""
-  whole = _cast(described.policy.base, described, config.model.dtype)
+  """Counts the copies of weights while they are sent to a sampler.
+
+  Merging adapters copies their kernels, or all of a quantized base.
+  """
+  policy = described.policy
+  whole = _cast(policy.base, described, config.model.dtype)
+  is_quantized = quantized.kind_of(policy.frozen) is not None
+  merged = (
+    whole if is_quantized else _adapted(policy.frozen, described.state.params)
+  )
   # The sampler keeps its old weights until it has the new ones.
-  copies = {"new sampler": whole} if config.rollout.backend == "jax" else {}
-  return {"merged weights": whole, **copies}
+  is_local = config.rollout.backend == "jax"
+  return {"merged weights": merged, "new sampler": whole if is_local else 0}
+
+
+def _adapted(frozen: Any, trained: Any) -> int:  # Any: nested parameters.
+  """Counts the bytes of the kernels that have adapters."""
+  if not frozen:
+    return 0
+  if "lora_a" in trained:
+    return update_bytes.num_bytes(frozen["kernel"])
+  return sum(_adapted(frozen[name], trained[name]) for name in trained)
 
 
 def longest_row(

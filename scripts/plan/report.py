@@ -335,5 +335,7 @@ def _alternatives(
   yield {key: value for change in same for key, value in change.items()}
   if is_sampled_here:
     yield {"rollout.backend": "http"}
+  if "reference" in config and config.loss.kl_coef and not config.lora.rank:
+    yield {"reference.dtype": "bfloat16"}
   if not config.lora.rank:
-    yield {"lora.rank": 16}
+    yield {"lora.rank": 16, "optimizer.rounding": "nearest"}

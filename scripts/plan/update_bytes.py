@@ -116,18 +116,32 @@ def of_update(
     hidden = rows.per_device * rows.length * teacher.model.config.width
     kept += hidden * jnp.dtype(teacher.model.dtype).itemsize
   is_logits = logits + head > block + layer
-  gradients = num_bytes(state.params)
   return {
     "parameters": num_bytes(state.params),
     "frozen base": num_bytes(policy.frozen),
     "optimizer": num_bytes(state.opt_state),
     "reference": num_bytes(state.reference),
     "teacher": num_bytes(teacher and teacher.params),
-    "gradients": gradients * (2 if rows.num_microbatches > 1 else 1),
+    "gradients": _gradients(state.params, rows),
     "activations": kept + (0 if is_logits else block),
     "logits": logits if is_logits else 0,
     "gathered weights": head if is_logits else layer,
   }
+
+
+def _gradients(params: decoder.Params, rows: Rows) -> int:
+  """Counts the bytes of a gradient, and of its float32 sum over microbatches.
+
+  A gradient has the dtype of its parameter.
+  """
+  gradient = num_bytes(params)
+  if rows.num_microbatches == 1:
+    return gradient
+  described = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+    params,
+  )
+  return gradient + num_bytes(described)
 
 
 def _logits(share: _Share, rows: Rows, *, has_teacher: bool) -> int:

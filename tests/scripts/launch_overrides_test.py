@@ -122,7 +122,7 @@ def test_every_path_of_the_table_is_in_a_recipe(name):
     (_RCL, "gradient_accumulation_steps=4", "batch.per_device", 32),
     (_RCL, "train_batch_size=64", "batch.num_questions", 8),
     (_RCL, "warmup_ratio=0.5", "schedule.warmup_fraction", 0.5),
-    (_RCL, "warmup_steps=5", "schedule.warmup_updates", 5),
+    (_RCL, "warmup_steps=5", "schedule.warmup_steps", 5),
     (_RCL, "warmup_steps=5", "schedule.warmup_fraction", 0.0),
     (_RCL, "lr_scheduler_type=linear", "schedule.schedule", "linear"),
     (_RCL, "lr_scheduler_type=warmup_stable_decay", "schedule.schedule", "wsd"),

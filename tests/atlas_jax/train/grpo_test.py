@@ -59,7 +59,7 @@ def _config(**changes):
         "stop": False,
         "min_used_fraction": 0.1,
       },
-      "advantages": {"baseline": "mean", "scale": "group"},
+      "advantages": {"baseline": "mean", "scale": "group", "min_std": 0.0},
       "groups": {
         "filter_equal": True,
         "max_refills": 0,
@@ -85,7 +85,7 @@ def _config(**changes):
         "entropy_coef": 0.0,
         "aggregate": "sequence_mean",
       },
-      "reference": {"sync_every": _SYNC_EVERY, "mix": _MIX},
+      "reference": {"sync_every": _SYNC_EVERY, "mix": _MIX, "dtype": ""},
       "offload": {"optimizer": False, "reference": False},
       "batch": {
         "num_questions": 2,
@@ -99,7 +99,7 @@ def _config(**changes):
         "learning_rate": 0.15,
         "schedule": "constant",
         "warmup_fraction": 0.0,
-        "warmup_updates": 0,
+        "warmup_steps": 0,
         "decay_fraction": 0.0,
       },
       "optimizer": optimizers.get_config(),
@@ -492,6 +492,8 @@ def test_a_sampler_that_reports_a_wrong_version_raises(world, tmp_path):
     ({"groups.max_dropped_fraction": 1.0}, r"\[0, 1\), got 1.0"),
     ({"loss.ratio": "word"}, "ratio=word"),
     ({"advantages.scale": "median"}, "scale=median"),
+    ({"reference.dtype": "float16"}, "dtype=float16"),
+    ({"reference.dtype": "bfloat16", "loss.kl_coef": 0.0}, "without a copy"),
     ({"correction.level": "group"}, "level='group'"),
   ],
 )

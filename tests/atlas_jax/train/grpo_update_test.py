@@ -374,6 +374,49 @@ def test_adapters_use_their_base_as_reference_without_a_copy():
   assert np.abs(moved_BT).max() > 1e-2
 
 
+def test_syncing_a_bfloat16_reference_rounds_the_mean_once():
+  config = _config("grpo", **{"reference.sync_every": 1, "reference.mix": 0.6})
+  params = tiny.params_of(_MODEL)
+  reference = train_state.copied(tiny.params_of(_MODEL, 1), "bfloat16")
+  state = train_state.create(
+    params, optax.sgd(1.0), mesh=tiny.mesh(), reference=reference
+  )
+  updater = grpo_update.GrpoUpdate(
+    trainable.full_policy(_MODEL),
+    optax.sgd(1.0),
+    shardings=train_state.shardings(state),
+    mesh=tiny.mesh(),
+    config=config,
+  )
+  synced = updater._sync_reference(state).reference
+
+  def check(found, old, new):
+    mean = 0.4 * old.astype(jnp.float32) + 0.6 * new
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, mean.astype(jnp.bfloat16))
+
+  jax.tree.map(check, synced, reference, params)
+
+
+@pytest.mark.parametrize(
+  ("activations", "bound"), [("bfloat16", 0.0), ("float32", 1e-3)]
+)
+def test_a_bfloat16_reference_changes_the_kl_little(activations, bound):
+  model = tiny.build("qwen2", **_SHAPE, dtype=activations)
+  params = tiny.params_of(model)
+  tokens = tiny.batch(model, 2, 16)
+  logits_fn = jax.jit(model.logits)
+  logprobs_BTV, low_BTV = (
+    jax.nn.log_softmax(logits_fn(train_state.copied(params, dtype), *tokens))
+    for dtype in ("", "bfloat16")
+  )
+  gaps_BTV = logprobs_BTV - low_BTV
+  kl_BT = jnp.sum(jnp.exp(logprobs_BTV) * gaps_BTV, axis=-1)
+  assert jnp.abs(kl_BT).max() <= bound
+  # Kernels are cast to the activations' dtype where they are used.
+  assert (jnp.abs(gaps_BTV).max() == 0.0) == (activations == "bfloat16")
+
+
 def test_rewards_must_form_whole_groups():
   with pytest.raises(ValueError, match="do not form whole groups of 4"):
     grpo_update.group_rewards([types.Reward(1.0)] * 6, 4)

@@ -9,6 +9,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from atlas_jax import checkpoint_format, errors, sharding
@@ -24,7 +25,7 @@ _WIDTH = 5
 def _parts():
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
   optimizer = train_optimizer.make_optimizer(
-    lambda count: 0.1 / (1.0 + count), **optimizers.get_config()
+    lambda step: 0.1 / (1.0 + step), **optimizers.get_config()
   )
 
   def loss_fn(params, batch):
@@ -105,6 +106,7 @@ def _run(  # `changes` are loop settings.
     loop.Task(
       do_step,
       evaluate,
+      lambda step: 0.1 / (1.0 + step),
       row_ids=lambda step: [f"row {step}"],
       clock=clock.Clock(),
       get_host_state=lambda: dict(host_state),
@@ -250,6 +252,15 @@ def test_a_few_nonfinite_updates_are_skipped(tmp_path):
   final, done = _run(tmp_path, broken={1, 2, 4})
   assert done == list(range(6))
   assert int(final.num_nonfinite) == 0
+
+
+def test_skipped_updates_do_not_delay_the_schedule(tmp_path):
+  final, _ = _run(tmp_path, broken={0, 1}, num_steps=3, save_every=3)
+  rates = [row["learning_rate"] for row in _rows(tmp_path) if "loss" in row]
+  np.testing.assert_allclose(rates, [0.1, 0.05, 0.1 / 3], rtol=1e-6)
+  # The first of Adam's updates has the size of its learning rate.
+  moved = np.abs(final.params["kernel"] - 1.0)
+  np.testing.assert_allclose(moved, 0.1 / 3, rtol=1e-4)
 
 
 def test_too_many_nonfinite_updates_raise_and_name_their_rows(tmp_path):

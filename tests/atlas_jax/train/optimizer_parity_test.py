@@ -36,7 +36,7 @@ def _ours(name, max_grad_norm):
   state = chain.init(params)
   update = jax.jit(chain.update)
   for seed in range(1, 11):
-    updates, state = update(_draw(seed), state, params)
+    updates, state = update(_draw(seed), state, params, step=seed)
     params = optax.apply_updates(params, updates)
   return params
 

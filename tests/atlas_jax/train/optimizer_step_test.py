@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from atlas_jax import sharding
@@ -105,6 +106,26 @@ def test_grad_norm_is_of_the_whole_loss_before_clipping():
   np.testing.assert_allclose(
     metrics["grad_norm"], np.linalg.norm(grads["kernel"]), rtol=1e-6
   )
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+  def loss_fn(params, batch):
+    loss = jnp.sum(batch["x"] * params["w"])
+    return loss, (jnp.float32(1.0), {"loss": loss})
+
+  mesh = tiny.mesh()
+  params = {"w": jnp.ones(1, jnp.bfloat16, device=sharding.replicated(mesh))}
+  state = train_state.create(params, optax.sgd(1.0), mesh=mesh)
+  step = optimizer_step.make_step(
+    loss_fn,
+    optax.sgd(1.0),
+    frozen={},
+    shardings=train_state.shardings(state),
+  )
+  x = np.array([1.0, 1 / 512, 1 / 512, 1 / 512], np.float32)
+  _, metrics = step(state, {"x": x}, num_microbatches=4)
+  # In bfloat16, 1 + 1/512 is 1.
+  np.testing.assert_allclose(4 * metrics["grad_norm"], x.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])

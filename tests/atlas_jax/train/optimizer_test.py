@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update of each optimizer against its paper; frozen parameters."""
+"""One update of each optimizer against its paper; rounding; frozen parameters.
+
+The tests of rounding train bfloat16 parameters, and compare with float32.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from atlas_jax import checkpoint, errors, sharding
@@ -28,7 +32,7 @@ def _params():
 
 
 def _one_update(chain, params, grads):
-  updates, _ = chain.update(grads, chain.init(params), params)
+  updates, _ = chain.update(grads, chain.init(params), params, step=0)
   return updates
 
 
@@ -67,9 +71,151 @@ def test_lions_momentum_lags_behind_its_updates():
   state = chain.init(params)
   momentum = 0.0
   for grad in (1.0, -0.05, -0.3, 0.02):
-    updates, state = chain.update({"kernel": jnp.array([grad])}, state, params)
+    grads = {"kernel": jnp.array([grad])}
+    updates, state = chain.update(grads, state, params, step=0)
     assert updates["kernel"] == -np.sign(0.9 * momentum + 0.1 * grad)
     momentum = 0.99 * momentum + 0.01 * grad
+
+
+def test_the_rate_depends_on_the_step_not_on_the_number_of_updates():
+  config = optimizers.get_config()
+  config.update(name="lion", max_grad_norm=0.0)
+  chain = optimizer.make_optimizer(lambda step: 0.25 * step, **config)
+  params = {"kernel": jnp.ones(1)}
+  state = chain.init(params)
+  for step in (0, 3, 4, 8):
+    updates, state = chain.update(params, state, params, step=step)
+    assert updates["kernel"] == -0.25 * step
+
+
+def test_stochastic_rounding_is_unbiased_and_between_the_neighbors():
+  # Between 1 and 1 + 1/128, across a power of two, negative, and tiny.
+  values = np.array([1.0 + 1 / 1024, 2.0 - 1 / 1024, -3.01, 1e-20], np.float32)
+  values = np.broadcast_to(values, (20000, 4))
+  rounded = np.asarray(
+    optimizer.round_stochastically(jax.random.key(0), values)
+  )
+  np.testing.assert_array_equal(
+    rounded, rounded.astype(jnp.bfloat16).astype(np.float32)
+  )
+  gaps = 2.0 ** (np.floor(np.log2(np.abs(values))) - 7)
+  assert (np.abs(rounded - values) < gaps).all()
+  errors_4 = np.mean((rounded - values) / gaps, axis=0, dtype=np.float64)
+  assert np.abs(errors_4).max() < 4 * 0.5 / np.sqrt(20000)
+
+
+def test_stochastic_rounding_keeps_values_that_need_none():
+  values = jnp.array([0.0, -0.0, 1.0, -1.5, 3e38, jnp.inf], jnp.bfloat16)
+  for seed in range(5):
+    rounded = optimizer.round_stochastically(
+      jax.random.key(seed), values.astype(jnp.float32)
+    )
+    np.testing.assert_array_equal(rounded, values.astype(jnp.float32))
+
+
+_NUM, _STEPS = 4096, 100
+
+
+def _descent(dtype, rounding):
+  """Minimizes |w - target|^2 from starts in [1, 2), at a distance of 0.1.
+
+  There, numbers in bfloat16 are 1/128 apart, and an update is about 1/1000.
+  Returns the starts, the final state and the losses.
+  """
+  chain = _make(1e-3, rounding=rounding)
+  start = jax.random.uniform(
+    jax.random.key(0), _NUM, jnp.bfloat16, minval=1.0, maxval=2.0
+  ).astype(jnp.float32)
+
+  def loss_fn(params, batch):
+    gaps = params["w"].astype(jnp.float32) - (start + 0.1)
+    loss = batch["weight"][0] * jnp.mean(jnp.square(gaps))
+    return loss, (jnp.float32(1.0), {"loss": loss})
+
+  mesh = tiny.mesh()
+  params = {"w": jax.device_put(start.astype(dtype), sharding.replicated(mesh))}
+  params = jax.tree.map(jnp.copy, params)  # They are donated.
+  state = train_state.create(params, chain, mesh=mesh)
+  step = optimizer_step.make_step(
+    loss_fn, chain, frozen={}, shardings=train_state.shardings(state)
+  )
+  losses = []
+  for _ in range(_STEPS):
+    state, metrics = step(state, {"weight": jnp.ones(2)}, num_microbatches=2)
+    state = state._replace(step=state.step + 1)
+    losses.append(float(metrics["loss"]))
+  return np.asarray(start), state, losses
+
+
+def test_stochastic_rounding_trains_like_float32():
+  start, full, losses = _descent(jnp.float32, "nearest")
+  _, low, low_losses = _descent(jnp.bfloat16, "stochastic")
+  assert low.params["w"].dtype == jnp.bfloat16
+  assert low.opt_state[1].mu["w"].dtype == jnp.float32
+  moved, low_moved = (
+    np.asarray(state.params["w"].astype(jnp.float32)) - start
+    for state in (full, low)
+  )
+  # Each step adds an error of variance below |update| / 128.
+  deviation = np.sqrt(_STEPS * 1e-3 / 128)
+  assert moved.mean() > 0.07
+  assert abs(low_moved.mean() - moved.mean()) < 4 * deviation / np.sqrt(_NUM)
+  assert low_moved.std() < deviation
+  # The loss differs by the mean square of these errors.
+  assert losses[-1] < 0.1 * losses[0]
+  assert abs(low_losses[-1] - losses[-1]) < deviation**2
+  # Rounded to the nearest, no parameter would ever move.
+  nearest = jnp.asarray(start + 1e-3).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(nearest.astype(jnp.float32), start)
+
+
+def _spread(params, mesh, axes):
+  place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+  return jax.device_put(params, place)
+
+
+def test_random_bits_depend_on_the_count_only():
+  chain = _make(1e-3, rounding="stochastic")
+  update = jax.jit(chain.update)
+
+  def run(counts, mesh, axes, state=None, params=None):
+    params = params or {
+      name: jnp.full((16, 16), value, jnp.bfloat16)
+      for name, value in (("a", 1.0), ("b", 1.0))
+    }
+    params = _spread(params, mesh, axes)
+    state = state or chain.init(params)
+    for _ in counts:
+      updates, state = update(params, state, params, step=0)
+      params = optax.apply_updates(params, updates)
+    return params, state
+
+  one, _ = run(range(4), tiny.mesh(), ())
+  eight, _ = run(range(4), tiny.mesh(fsdp=4, tensor=2), ("fsdp", "tensor"))
+  assert _bits(one) == _bits(eight)
+  assert _bits(one["a"]) != _bits(one["b"])
+  params, state = run(range(2), tiny.mesh(), ())
+  resumed, _ = run(range(2), tiny.mesh(), (), state, params)
+  assert _bits(resumed) == _bits(one)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "rounding", "message"),
+  [
+    ("bfloat16", "nearest", "param_dtype=bfloat16"),
+    ("float32", "stochastic", "requires trained parameters in bfloat16"),
+    ("float32", "up", "nearest, stochastic"),
+  ],
+)
+def test_a_rounding_that_does_not_suit_the_parameters_is_rejected(
+  dtype, rounding, message
+):
+  params = {"a": jnp.ones(2, dtype)}
+  with pytest.raises(errors.ConfigError, match=message):
+    _make(rounding=rounding).init(params)
+  # Frozen parameters may be in any dtype.
+  frozen = {**params, "b": jnp.ones(2)}
+  _make(frozen=("a",)).init(frozen)
 
 
 def _model():
@@ -177,8 +323,16 @@ def _bits(tree):
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", _NAMES)
-def test_moments_are_sharded_and_resume_is_bitwise(name, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [
+    ("adamw", "float32"),
+    ("lion", "bfloat16"),
+    ("adafactor", "bfloat16"),
+    ("muon", "float32"),
+  ],
+)
+def test_moments_are_sharded_and_resume_is_bitwise(name, dtype, tmp_path):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   even = {
     "hidden_size": 24,
@@ -188,10 +342,12 @@ def test_moments_are_sharded_and_resume_is_bitwise(name, tmp_path):
   }
   model = tiny.build("qwen2", **even)
   shardings = sharding.of_params(mesh, model.abstract_params)
-  chain = _make(name=name, frozen=("embed/.*",))
+  rounding = "nearest" if dtype == "float32" else "stochastic"
+  chain = _make(name=name, frozen=("embed/.*",), rounding=rounding)
 
   def start():
-    params = jax.device_put(tiny.params_of(model), shardings)
+    params = optax.tree.cast(tiny.params_of(model), dtype)
+    params = jax.device_put(params, shardings)
     return train_state.create(params, chain, mesh=mesh)
 
   def loss_fn(params, batch):
@@ -211,6 +367,7 @@ def test_moments_are_sharded_and_resume_is_bitwise(name, tmp_path):
   ]
   # Of the four attention kernels; Adam keeps two moments of each.
   assert len(moments) == (8 if name == "adamw" else 4)
+  assert all(leaf.dtype == jnp.float32 for leaf in moments)
   assert all(len(leaf.sharding.device_set) == 8 for leaf in moments)
   assert not any(leaf.sharding.is_fully_replicated for leaf in moments)
 

@@ -47,9 +47,9 @@ def test_rates_match_transformers(name, theirs, options):
     learning_rate=_RATE,
     schedule=name,
     warmup_fraction=0.0,
-    warmup_updates=_NUM_WARMUP,
+    warmup_steps=_NUM_WARMUP,
     decay_fraction=_NUM_DECAY / _NUM_UPDATES if name == "wsd" else 0.0,
-    num_updates=_NUM_UPDATES,
+    num_steps=_NUM_UPDATES,
   )
   rates = np.array([rate(i) for i in range(_NUM_UPDATES)])
   expected = _reference(theirs, **options)

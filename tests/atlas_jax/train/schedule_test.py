@@ -13,13 +13,13 @@ def _rates(**changes):
     "learning_rate": 2.0,
     "schedule": "cosine",
     "warmup_fraction": 0.2,
-    "warmup_updates": 0,
+    "warmup_steps": 0,
     "decay_fraction": 0.0,
-    "num_updates": 20,
+    "num_steps": 20,
     **changes,
   }
   rate = schedule.make(**settings)
-  return np.array([rate(i) for i in range(settings["num_updates"] + 1)])
+  return np.array([rate(i) for i in range(settings["num_steps"] + 1)])
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_zero():
@@ -46,36 +46,36 @@ def test_wsd_is_constant_before_its_decay():
   np.testing.assert_allclose(rates[15:], 2.0 - 0.4 * np.arange(6), atol=1e-6)
 
 
-def test_warmup_updates_match_the_same_warmup_fraction():
-  rates = _rates(warmup_fraction=0.0, warmup_updates=4)
+def test_warmup_steps_match_the_same_warmup_fraction():
+  rates = _rates(warmup_fraction=0.0, warmup_steps=4)
   np.testing.assert_array_equal(rates, _rates())
 
 
-@pytest.mark.parametrize("num_updates", [1, 2, 3])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
-def test_no_update_has_a_rate_of_zero(name, num_updates):
+def test_no_update_has_a_rate_of_zero(name, num_steps):
   decay_fraction = 0.1 if name == "wsd" else 0.0
   for warmup_fraction in (0.0, 0.05, 0.5, 0.9):
     rates = _rates(
       schedule=name,
-      num_updates=num_updates,
+      num_steps=num_steps,
       warmup_fraction=warmup_fraction,
       decay_fraction=decay_fraction,
     )
-    assert (rates[:num_updates] > 0).all()
+    assert (rates[:num_steps] > 0).all()
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"schedule": "cosin"}, "constant, linear, cosine, wsd"),
-    ({"warmup_updates": 3}, "At most one of"),
+    ({"warmup_steps": 3}, "At most one of"),
     ({"decay_fraction": 0.1}, "above 0 for schedule wsd"),
     ({"schedule": "wsd"}, "above 0 for schedule wsd"),
     ({"schedule": "wsd", "decay_fraction": 0.9}, "at most 1"),
     ({"warmup_fraction": 1.1}, "at most 1"),
     ({"warmup_fraction": -0.1}, "not be negative"),
-    ({"warmup_fraction": 0.0, "warmup_updates": -1}, "not be negative"),
+    ({"warmup_fraction": 0.0, "warmup_steps": -1}, "not be negative"),
   ],
 )
 def test_invalid_settings_are_rejected(changes, message):

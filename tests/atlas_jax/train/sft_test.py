@@ -90,7 +90,7 @@ def _config(**changes):
         "learning_rate": 0.02,
         "schedule": "cosine",
         "warmup_fraction": 0.1,
-        "warmup_updates": 0,
+        "warmup_steps": 0,
         "decay_fraction": 0.0,
       },
       "optimizer": optimizers.get_config(),

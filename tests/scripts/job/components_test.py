@@ -76,6 +76,29 @@ def test_training_a_quantized_model_raises_before_reading(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+  ("param_dtype", "rank", "rounding", "message"),
+  [
+    ("bfloat16", 0, "nearest", "bfloat16 cannot be trained"),
+    ("bfloat16", 4, "stochastic", "requires trained parameters in bfloat16"),
+    ("float32", 0, "stochastic", "requires trained parameters in bfloat16"),
+  ],
+)
+def test_a_rounding_that_loses_updates_raises_before_reading(
+  tmp_path, param_dtype, rank, rounding, message
+):
+  config = _config()
+  config.model = {**_MODEL, "path": "absent", "param_dtype": param_dtype}
+  config.lora = {"rank": rank}
+  config.optimizer = {"rounding": rounding}
+  with (
+    pytest.raises(errors.ConfigError, match=message),
+    components.start(tmp_path / "run", config),
+  ):
+    pass
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_workdir_belongs_to_one_run_at_a_time(tmp_path):
   with components.start(tmp_path, _config()):
     with (

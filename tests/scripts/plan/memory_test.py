@@ -95,12 +95,15 @@ def test_planned_bytes_of_a_quantized_base_match_the_devices(
   assert need.phases["push"] == {"merged weights": whole, "new sampler": whole}
   floats = _need(config, model__param_dtype="bfloat16")
   assert need.resident["frozen base"] < 0.7 * floats.resident["frozen base"]
-  assert "push" not in floats.phases
+  # Of a base that is not quantized, only the kernels with adapters are copied.
+  assert floats.phases["push"]["new sampler"] == whole
+  merged = floats.phases["push"]["merged weights"]
+  assert 0 < merged < floats.resident["frozen base"]
 
 
 def test_every_suggested_change_lowers_its_bytes(config):
   before = _need(config)
-  assert set(before.phases) == {"update", "sampling"}
+  assert set(before.phases) == {"update", "sampling", "push"}
   after = _need(config, offload__optimizer=True, offload__reference=True)
   assert "reference" not in after.resident
   counts = after.resident["optimizer"]  # Update counts stay on the devices.
@@ -118,6 +121,12 @@ def test_every_suggested_change_lowers_its_bytes(config):
   on_servers = _need(config, rollout__backend="http")
   assert "sampling" not in on_servers.phases
   assert not {"student", "sampler"} & on_servers.resident.keys()
+  low = _need(config, reference__dtype="bfloat16")
+  assert 2 * low.resident["reference"] == before.resident["reference"]
+  ahead = _need(config, overlap__max_staleness=1)
+  assert ahead.peak == sum(before.resident.values()) + sum(
+    sum(before.phases[name].values()) for name in ("update", "sampling")
+  )
   adapters = _need(config, lora__rank=2)
   assert "reference" not in adapters.resident
   assert adapters.resident["optimizer"] < before.resident["optimizer"] / 5
