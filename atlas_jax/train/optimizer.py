@@ -187,11 +187,11 @@ def _in_float32(
     return inner.init(optax.tree.cast(params, jnp.float32))
 
   def update(
-    grads: Any, state: optax.OptState, params: Any = None, **extra: Any
+    updates: Any, state: optax.OptState, params: Any = None, **extra: Any
   ) -> tuple[Any, optax.OptState]:
     del extra
-    grads, params = optax.tree.cast((grads, params), jnp.float32)
-    return inner.update(grads, state, params)
+    updates = optax.tree.cast(updates, jnp.float32)
+    return inner.update(updates, state, optax.tree.cast(params, jnp.float32))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -211,16 +211,13 @@ def _descend(
     return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
   def update(
-    directions: Any,
-    state: optax.ScaleByScheduleState,
+    updates: Any,
+    state: Any,  # Any: `optax.ScaleByScheduleState`; optax declares any tree.
     params: Any = None,
-    *,
-    step: jax.Array,
     **extra: Any,
   ) -> tuple[Any, optax.ScaleByScheduleState]:
-    del extra
-    rate = schedule(step)
-    updates = jax.tree.map(lambda x: -rate * x, directions)
+    rate = jnp.asarray(schedule(extra["step"]))
+    updates = jax.tree.map(lambda direction: -rate * direction, updates)
     if rounding == "stochastic":
       key = jax.random.key(state.count, impl="threefry2x32")
       leaves, structure = jax.tree.flatten(params)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training state, its shardings and its memory kinds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
@@ -55,7 +55,9 @@ def start(
   num_steps: int,
   mesh: jax.sharding.Mesh,
   reference: Mapping[str, Any] | None = None,
-) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs, TrainState]:
+) -> tuple[
+  Callable[[int], jax.Array], optax.GradientTransformationExtraArgs, TrainState
+]:
   """Creates the learning rate, the optimizer and the state of a run.
 
   Args:

@@ -121,6 +121,15 @@ def test_the_state_takes_exactly_the_planned_bytes(adapters, is_offloaded):
   assert (held > 0) == is_offloaded
 
 
+def test_gradients_have_their_parameters_dtype_and_a_float32_sum():
+  place = sharding.replicated(_mesh(fsdp=8))
+  several = dataclasses.replace(_ROWS, num_microbatches=2)
+  for dtype, bytes_each, with_sum in (("float32", 4, 8), ("bfloat16", 2, 6)):
+    params = {"w": jax.ShapeDtypeStruct((10,), dtype, sharding=place)}
+    assert update_bytes._gradients(params, _ROWS) == 10 * bytes_each
+    assert update_bytes._gradients(params, several) == 10 * with_sum
+
+
 def _teacher(mesh):
   """Describes a teacher of another width; see `_describe`."""
   fields = {**_FIELDS, "hidden_size": 192, "num_hidden_layers": 8}
