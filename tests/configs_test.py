@@ -126,6 +126,7 @@ _GRPO_READERS = (
   "scripts/train_grpo.py",
   "atlas_jax/train/grpo.py",
   "atlas_jax/train/grpo_update.py",
+  "atlas_jax/train/batch_shapes.py",
 )
 # Recipe: the functions of its sections, and the files that read all other keys.
 # Add a row for each new recipe.
@@ -135,7 +136,14 @@ _READERS = {
   "teacher_rcl": (_GRPO, _GRPO_READERS),
   "teacher_rlt": (_GRPO, _GRPO_READERS),
   "rlvr": (_GRPO, _GRPO_READERS),
-  "teacher_gkd": (_GKD, ("scripts/train_gkd.py", "atlas_jax/train/gkd.py")),
+  "teacher_gkd": (
+    _GKD,
+    (
+      "scripts/train_gkd.py",
+      "atlas_jax/train/gkd.py",
+      "atlas_jax/train/batch_shapes.py",
+    ),
+  ),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 

@@ -250,7 +250,7 @@ def _metrics(
   clipped with a ratio below and above 1.
   """
   low_BT, high_BT = ratio_BT < 1.0, ratio_BT > 1.0
-  over = reduce.over_tokens if level == "token" else reduce.over_sequences
+  over = reduce.over(level)
   return {
     "ratio_mean": over(ratio_BT, loss_mask_BT),
     "ratio_max": jnp.max(ratio_BT, where=loss_mask_BT, initial=0.0),

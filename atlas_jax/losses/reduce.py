@@ -5,6 +5,7 @@ Masked values may be anything, NaN included. With everything masked, the mean
 and its gradient are 0.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -48,6 +49,11 @@ def over_sequences(x_BT: jax.Array, mask_BT: jax.Array) -> Mean:
   num_tokens_B = jnp.sum(mask_BT, axis=1)
   means_B = total_B / jnp.maximum(num_tokens_B, 1)
   return Mean(jnp.sum(means_B), jnp.sum(num_tokens_B > 0))
+
+
+def over(level: str) -> Callable[[jax.Array, jax.Array], Mean]:
+  """Returns `over_tokens` for the level "token", else `over_sequences`."""
+  return over_tokens if level == "token" else over_sequences
 
 
 def token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

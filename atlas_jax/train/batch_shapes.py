@@ -14,8 +14,9 @@ import functools
 from typing import NamedTuple
 
 from absl import logging
+import jax
 
-from atlas_jax import errors
+from atlas_jax import errors, sharding, types
 
 _LENGTH_MULTIPLE = 32
 
@@ -100,6 +101,44 @@ class Layout:
     """B, completions of a batch: all that fit, rounded up to the shards."""
     most = -(-self.max_sequences // self.num_minibatches)
     return _round_up(most, self.num_shards)
+
+
+def of_grpo(
+  config: types.Config, mesh: jax.sharding.Mesh, *, max_positions: int
+) -> Layout:
+  """Returns the shapes of GRPO's batches; refills replace, and add nothing.
+
+  Args:
+    config: sections `batch`, `packing`, `sampling` and `roles`.
+    mesh: see `sharding.make_mesh`.
+    max_positions: of the policy; bounds the longest sequence.
+  """
+  batch, teach = config.batch, config.sampling.teach
+  longest = config.roles.policy.max_prompt_tokens
+  if longest:
+    longest = min(longest + teach.max_completion_tokens, max_positions)
+  return Layout(
+    **config.packing,
+    per_device=batch.per_device,
+    num_minibatches=batch.num_minibatches,
+    num_shards=sharding.num_row_shards(mesh),
+    max_sequences=batch.num_questions * teach.group_size,
+    max_length=longest or max_positions,
+  )
+
+
+def of_gkd(config: types.Config, mesh: jax.sharding.Mesh) -> Layout:
+  """Returns the shape of GKD's batches: `packing.length` bounds a sequence."""
+  packing, complete = config.packing, config.sampling.complete
+  return Layout(
+    length=packing.length,
+    packed=packing.packed,
+    per_device=config.batch.per_device,
+    num_minibatches=1,
+    num_shards=sharding.num_row_shards(mesh),
+    max_sequences=config.batch.num_prompts * complete.group_size,
+    max_length=packing.length,
+  )
 
 
 def round_length(length: int) -> int:

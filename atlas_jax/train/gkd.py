@@ -198,7 +198,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     frozen=with_teacher(policy.frozen, teacher),
     shardings=train_state.shardings(state),
   )
-  shapes = layout(config, mesh)
+  shapes = batch_shapes.of_gkd(config, mesh)
   shapes.log()
   pack = functools.partial(_pack, mesh, shapes)
   completions = _open_completions(policy, teacher, sampler, train_set, config)
@@ -244,22 +244,6 @@ def _open_completions(
     max_prob_error=config.agreement.max_prob_error,
     compare_every=config.agreement.every_steps,
     **config.completions,
-  )
-
-
-def layout(
-  config: types.Config, mesh: jax.sharding.Mesh
-) -> batch_shapes.Layout:
-  """Returns the shapes of the batches; no sequence exceeds `packing.length`."""
-  return batch_shapes.Layout(
-    length=config.packing.length,
-    packed=config.packing.packed,
-    per_device=config.batch.per_device,
-    num_minibatches=1,
-    num_shards=sharding.num_row_shards(mesh),
-    max_sequences=config.batch.num_prompts
-    * config.sampling.complete.group_size,
-    max_length=config.packing.length,
   )
 
 

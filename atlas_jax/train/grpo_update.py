@@ -68,8 +68,8 @@ class GrpoUpdate:
       shardings: of the train state, from `train_state.shardings`.
       mesh: see `sharding.make_mesh`.
       config: sections `loss`, `advantages`, `correction`, `groups`, `batch`,
-        `packing`, `reference`, `agreement`, `alarm`, `logits`, `experts` and
-        `sampling`.
+        `packing`, `reference`, `agreement`, `alarm`, `logits`, `experts`,
+        `sampling` and `roles`.
 
     Raises:
       errors.ConfigError: if a setting is invalid, or leaves nothing to train
@@ -87,8 +87,8 @@ class GrpoUpdate:
     )
     self._alarm = alarm.Alarm(**config.alarm)
     self._rows = sharding.of_batch(mesh)
-    max_length = policy.model.config.max_positions
-    shapes = layout(config, mesh, max_length=max_length)
+    limit = policy.model.config.max_positions
+    shapes = batch_shapes.of_grpo(config, mesh, max_positions=limit)
     shapes.log()
     self._pack = functools.partial(
       rollout_packing.lay_out,
@@ -309,27 +309,6 @@ def group_rewards(
   )
 
 
-def layout(
-  config: types.Config, mesh: jax.sharding.Mesh, *, max_length: int
-) -> batch_shapes.Layout:
-  """Returns the shapes of the batches; refills replace, so they add nothing.
-
-  Args:
-    config: sections `batch`, `packing` and `sampling`.
-    mesh: see `sharding.make_mesh`.
-    max_length: the most tokens of a prompt with its completion.
-  """
-  batch = config.batch
-  return batch_shapes.Layout(
-    **config.packing,
-    per_device=batch.per_device,
-    num_minibatches=batch.num_minibatches,
-    num_shards=sharding.num_row_shards(mesh),
-    max_sequences=batch.num_questions * config.sampling.teach.group_size,
-    max_length=max_length,
-  )
-
-
 def _group_metrics(
   keep: Sequence[int], rewards_PC: jax.Array, valid_PC: jax.Array
 ) -> dict[str, float]:
@@ -385,8 +364,7 @@ def _programs(
   stats_fn = functools.partial(token_stats, policy.model)
   score_policy = score_reference = _scorer(stats_fn, mesh)
   if policy.frozen:
-    base_fn = functools.partial(token_stats, policy.base)
-    score_reference = _scorer(base_fn, mesh)
+    score_reference = _scorer(functools.partial(token_stats, policy.base), mesh)
   correct = functools.partial(correction.sampler_weights, **config.correction)
   loss_fn = functools.partial(
     _loss,
@@ -394,9 +372,7 @@ def _programs(
     stats_fn,
     objective=objective,
     correct=correct,
-    weights_over=reduce.over_tokens
-    if config.correction.level == "token"
-    else reduce.over_sequences,
+    weights_over=reduce.over(config.correction.level),
     **config.experts,
   )
   step = optimizer_step.make_step(
@@ -462,12 +438,14 @@ def _logprobs(
   params = train_state.on_device(params)  # A reference may be offloaded.
   places_BC = batch["completions"]["places"]
 
-  def of_microbatch(part: optimizer_step.Batch) -> tuple[jax.Array, int, dict]:
+  def of_microbatch(
+    part: optimizer_step.Batch,
+  ) -> tuple[jax.Array, jax.Array, optimizer_step.Metrics]:
     scores_RT = stats_fn(params, part)[0].logprobs
     scores_BC, _ = rollout_packing.gather_scores(
       scores_RT, places_BC, part["index"]
     )
-    return scores_BC, 0, {}
+    return scores_BC, jnp.zeros(()), {}
 
   return optimizer_step.accumulate(
     of_microbatch, batch, num_used, num_microbatches=num_microbatches

@@ -119,7 +119,7 @@ def make_step(
 
 
 def accumulate(
-  fn: Callable[[Batch], tuple[Any, jax.Array | int, Metrics]],
+  fn: Callable[[Batch], tuple[Any, jax.Array, Metrics]],
   batch: Batch,
   num_used: jax.Array | int | None = None,
   *,

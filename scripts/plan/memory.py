@@ -16,10 +16,10 @@ import optax
 from atlas_jax import sharding, types
 from atlas_jax.models import decoder, decoder_config, lora, quantized
 from atlas_jax.train import (
+  batch_shapes,
   gkd,
   gkd_batches,
   grpo,
-  grpo_update,
   train_state,
   trainable,
 )
@@ -244,9 +244,12 @@ def _rows(
 ) -> update_bytes.Rows:
   """Returns the rows of the largest update up to the longest sequence."""
   if config.recipe == "gkd":
-    layout, chunk_tokens = gkd.layout(config, mesh), config.loss.chunk_tokens
+    layout = batch_shapes.of_gkd(config, mesh)
+    chunk_tokens = config.loss.chunk_tokens
   elif config.recipe == "grpo":
-    layout = grpo_update.layout(config, mesh, max_length=shape.max_positions)
+    layout = batch_shapes.of_grpo(
+      config, mesh, max_positions=shape.max_positions
+    )
     chunk_tokens = config.logits.chunk_tokens
   else:
     return _sft_rows(config, mesh)

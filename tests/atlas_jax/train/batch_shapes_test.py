@@ -6,6 +6,8 @@ import pytest
 
 from atlas_jax import errors
 from atlas_jax.train import batch_shapes
+from configs.run import teacher_gkd, teacher_rcl
+from tests import tiny
 
 
 def _layout(**changes):
@@ -55,6 +57,26 @@ def test_a_shape_has_a_row_for_every_sequence(per_device):
     assert shape.num_rows * shape.length <= bound
   assert layout.num_completions == 132
   assert layout.menu[-1].length == 40_000
+
+
+def test_the_limits_of_a_recipe_bound_its_menu():
+  config, mesh = teacher_rcl.get_config("smoke"), tiny.mesh(fsdp=2)
+  config.batch.num_minibatches = 2
+  assert batch_shapes.of_grpo(config, mesh, max_positions=512).menu == (
+    (192, 64, 1),
+    (384, 48, 2),
+    (512, 36, 2),
+  )
+  config.roles.policy.max_prompt_tokens = 200
+  # With completions of up to 64 tokens.
+  layout = batch_shapes.of_grpo(config, mesh, max_positions=512)
+  assert [shape.length for shape in layout.menu] == [192, 288]
+  layout = batch_shapes.of_grpo(config, mesh, max_positions=192)
+  assert [shape.length for shape in layout.menu] == [192]
+
+  config = teacher_gkd.get_config("full")
+  menu = batch_shapes.of_gkd(config, mesh).menu
+  assert menu == ((8192, 2, 128),)
 
 
 def test_the_menu_is_logged(monkeypatch):

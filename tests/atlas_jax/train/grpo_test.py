@@ -95,6 +95,7 @@ def _config(**changes):
         "mask_truncated": False,
       },
       "packing": {"length": 0, "packed": False},
+      "roles": {"policy": {"max_prompt_tokens": 0}},
       "schedule": {
         "learning_rate": 0.15,
         "schedule": "constant",
