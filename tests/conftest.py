@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configures all tests: eight simulated CPU devices, and no Hub access."""
 
+import gc
 import os
+import shutil
+import tempfile
 
 from tests import quick_compile
 
@@ -15,8 +18,24 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Tests must compile their programs, not load those of an older version.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Compiled programs are shared by all processes of one run, and by no other:
+# workers and the programs that tests start inherit the directory.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="atlas_jax_programs_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure():
+  """Deletes the compiled programs after the last test."""
+  if "PYTEST_XDIST_WORKER" not in os.environ:
+    shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
+
+
+def pytest_collection_finish():
+  """Excludes modules and tests from garbage collection, which is frequent."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
