@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts jobs from the command line, on one or two processes."""
 
+import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import weakref
 
 import numpy as np
 import pytest
@@ -25,27 +31,103 @@ MAX_S = 300
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_compile.XLA_FLAGS}
 
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+  [
+    "tests.processes",
+    *(f"scripts.{name}" for name in ("train_sft", "train_grpo", "train_gkd")),
+    "scripts.evaluate",
+  ]
+)
+
+
+class Job:
+  """`python -m scripts.NAME`, forked from a process that has imported it.
+
+  Imports take longer than most jobs of the tests; smoke_test.py starts the
+  commands themselves. Methods are those of `subprocess.Popen`.
+  """
+
+  def __init__(self, script, words, *, environment=None, split=False):
+    """Starts the job; `split` separates stderr from stdout."""
+    directory = pathlib.Path(tempfile.mkdtemp())
+    weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+    self._logs = [directory / f"{number}" for number in range(1 + split)]
+    words = (script, *map(str, words))
+    environment = environment or {**os.environ, **ENVIRONMENT}
+    self._process = _FORKS.Process(
+      target=_run_main,
+      args=(words, environment, self._logs[0], self._logs[-1]),
+    )
+    self._process.start()
+    self.pid = self._process.pid
+
+  @property
+  def returncode(self):
+    """Returns the exit code, negative for a signal; None while it runs."""
+    return self._process.exitcode
+
+  def poll(self):
+    """Returns the exit code, or None while it runs."""
+    return self.returncode
+
+  def wait(self, timeout=None):
+    """Waits until it exits."""
+    self._process.join(timeout)
+    if self.returncode is None:
+      raise TimeoutError(f"{self.pid} runs after {timeout} seconds.")
+    return self.returncode
+
+  def read(self):
+    """Returns stdout and stderr up to now; stderr is None unless split."""
+    texts = [log.read_text() if log.exists() else "" for log in self._logs]
+    return (*texts, None)[:2]
+
+  def communicate(self, timeout=None):
+    """Waits until it exits; returns stdout and stderr."""
+    self.wait(timeout)
+    return self.read()
+
+  def send_signal(self, number):
+    """Sends a signal unless it has exited."""
+    if self.returncode is None:
+      os.kill(self.pid, number)
+
+  def terminate(self):
+    """Sends SIGTERM."""
+    self.send_signal(signal.SIGTERM)
+
+  def kill(self):
+    """Sends SIGKILL."""
+    self.send_signal(signal.SIGKILL)
+
+
+def _run_main(words, environment, *logs):
+  """Runs a script in the forked process, which exits with its code."""
+  for number, path in enumerate(logs, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+  os.chdir(ROOT)
+  os.environ.clear()
+  os.environ.update(environment)
+  sys.argv[:] = words
+  module = f"scripts.{words[0]}"
+  sys.modules.pop(module, None)
+  try:
+    runpy.run_module(module, run_name="__main__")
+  finally:
+    atexit._run_exitfuncs()  # multiprocessing skips them.
+
+
 def start(script, recipe, settings, *options, num_devices):
   """Starts a job on `num_devices` simulated devices."""
   words = [f"--config.{key}={value}" for key, value in settings.items()]
   device_count = f"--xla_force_host_platform_device_count={num_devices}"
-  return subprocess.Popen(
-    [
-      sys.executable,
-      "-m",
-      f"scripts.{script}",
-      f"--config={ROOT}/configs/run/{recipe}.py:smoke",
-      *words,
-      *options,
-    ],
-    cwd=ROOT,
-    env={
-      **os.environ,
-      "XLA_FLAGS": f"{quick_compile.XLA_FLAGS} {device_count}",
-    },
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
+  flags = f"{quick_compile.XLA_FLAGS} {device_count}"
+  config = f"--config={ROOT}/configs/run/{recipe}.py:smoke"
+  return Job(
+    script,
+    [config, *words, *options],
+    environment={**os.environ, "XLA_FLAGS": flags},
   )
 
 
@@ -82,7 +164,6 @@ def pair(start_one, *options, of_second=()):
   finally:
     for process in both:
       process.kill()
-      process.stdout.close()
       process.wait()
 
 

@@ -2,15 +2,10 @@
 """Tests evaluation from the command line."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from tests import processes, tiny
-
-_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -22,10 +17,7 @@ def test_records_and_summary_cover_every_question(tmp_path):
   rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)]
   questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
   workdir = tmp_path / "run"
-  command = [
-    sys.executable,
-    "-m",
-    "scripts.evaluate",
+  flags = [
     "--config=configs/run/teaching_eval.py:smoke",
     f"--workdir={workdir}",
     "--config.world.directory=",
@@ -38,17 +30,10 @@ def test_records_and_summary_cover_every_question(tmp_path):
       for phase in ("probe", "baseline", "teach", "solve")
     ),
   ]
-  result = subprocess.run(
-    command,
-    cwd=_ROOT,
-    env=processes.ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr
+  job = processes.Job("evaluate", flags, split=True)
+  stdout, stderr = job.communicate(processes.MAX_S)
+  assert job.returncode == 0, stderr
   lines = (workdir / "records.jsonl").read_text().splitlines()
   assert len(lines) == 1 + 3
   summary = json.loads((workdir / "summary.json").read_text())["all"]
-  assert json.loads(result.stdout) == summary
+  assert json.loads(stdout) == summary

@@ -2,16 +2,11 @@
 """Tests GKD from the command line: adapters, exports and tokenizers."""
 
 import json
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests import processes, tiny
-
-_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +23,9 @@ def home(tmp_path_factory):
 
 
 def _run(home, workdir, *more):
-  return subprocess.run(
+  job = processes.Job(
+    "train_gkd",
     [
-      sys.executable,
-      "-m",
-      "scripts.train_gkd",
       "--config=configs/run/teacher_gkd.py:smoke",
       f"--workdir={workdir}",
       "--config.world.directory=",
@@ -46,21 +39,16 @@ def _run(home, workdir, *more):
       "--config.loop.log_every=1",
       *more,
     ],
-    cwd=_ROOT,
-    env=processes.ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
   )
+  return processes.end(job)
 
 
 @pytest.mark.slow
 def test_adapters_are_exported_merged_and_separately(home, tmp_path):
   options = ("--config.lora.rank=2", "--config.lora.alpha=4.0")
   workdir = tmp_path / "run"
-  done = _run(home, workdir, *options)
-  assert done.returncode == 0, done.stderr
+  code, text = _run(home, workdir, *options)
+  assert code == 0, text
   logged = (workdir / "metrics.jsonl").read_text()
   rows = [json.loads(line) for line in logged.splitlines()]
   assert [row["step"] for row in rows if "loss" in row] == [1, 2]
@@ -79,7 +67,7 @@ def test_adapters_are_exported_merged_and_separately(home, tmp_path):
 
   # A run that starts from the adapters samples with them from its first step,
   # also with quantized base and teacher.
-  more = _run(
+  code, text = _run(
     home,
     tmp_path / "more",
     *options,
@@ -89,7 +77,7 @@ def test_adapters_are_exported_merged_and_separately(home, tmp_path):
     "--config.agreement.max_prob_error=1.02",
     "--config.loop.num_steps=1",
   )
-  assert more.returncode == 0, more.stderr
+  assert code == 0, text
 
 
 def test_different_tokenizers_exit_with_code_2(home, tmp_path):
@@ -100,7 +88,7 @@ def test_different_tokenizers_exit_with_code_2(home, tmp_path):
   vocab = fields["model"]["vocab"]
   vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
   path.write_text(json.dumps(fields))
-  done = _run(home, tmp_path / "run", f"--config.teacher.path={other}")
-  assert done.returncode == 2, done.stderr
-  assert "Policy and teacher have different tokenizers." in done.stderr
-  assert "2 tokens have different ids: 'a'" in done.stderr
+  code, text = _run(home, tmp_path / "run", f"--config.teacher.path={other}")
+  assert code == 2, text
+  assert "Policy and teacher have different tokenizers." in text
+  assert "2 tokens have different ids: 'a'" in text

@@ -2,16 +2,11 @@
 """Tests GRPO from the command line: training, export and adapters."""
 
 import json
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests import processes, tiny
-
-_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _write_questions(directory):
@@ -21,17 +16,8 @@ def _write_questions(directory):
   return questions
 
 
-def _run(command, workdir):
-  result = subprocess.run(
-    command,
-    cwd=_ROOT,
-    env=processes.ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr
+def _run(flags, workdir):
+  processes.succeed(processes.Job("train_grpo", flags))
   return (workdir / "metrics.jsonl").read_text()
 
 
@@ -43,10 +29,7 @@ def test_a_finished_run_has_exported_and_does_not_train_again(tmp_path):
     )
   questions = _write_questions(tmp_path)
   workdir = tmp_path / "run"
-  command = [
-    sys.executable,
-    "-m",
-    "scripts.train_grpo",
+  flags = [
     "--config=configs/run/teacher_rcl.py:smoke",
     f"--workdir={workdir}",
     "--config.world.directory=",
@@ -70,7 +53,7 @@ def test_a_finished_run_has_exported_and_does_not_train_again(tmp_path):
     ),
   ]
 
-  logged = _run(command, workdir)
+  logged = _run(flags, workdir)
   rows = [json.loads(line) for line in logged.splitlines()]
   assert [row["step"] for row in rows if "reward" in row] == [1, 2]
   named = ("teaching", "rlt", "overlong", "tests.reward_functions:count_words")
@@ -87,17 +70,14 @@ def test_a_finished_run_has_exported_and_does_not_train_again(tmp_path):
   evaluated = rows[-1]["eval/teaching/NDR"]
   assert f"| eval/teaching/NDR | 2 | {evaluated:.6g} |" in card
   assert (workdir / "checkpoints/2/manifest.json").exists()
-  assert _run(command, workdir) == logged
+  assert _run(flags, workdir) == logged
 
 
 @pytest.mark.slow
 def test_rlvr_trains_without_a_student(tmp_path):
   tiny.write_talker(tmp_path / "policy", max_position_embeddings=512)
   questions = _write_questions(tmp_path)
-  command = [
-    sys.executable,
-    "-m",
-    "scripts.train_grpo",
+  flags = [
     "--config=configs/run/rlvr.py:smoke,dapo",
     f"--workdir={tmp_path}/run",
     "--config.world.directory=",
@@ -112,7 +92,7 @@ def test_rlvr_trains_without_a_student(tmp_path):
     "--config.loop.num_steps=1",
   ]
 
-  logged = _run(command, tmp_path / "run")
+  logged = _run(flags, tmp_path / "run")
 
   row, evaluated = map(json.loads, logged.splitlines())
   assert {"reward", "rewards/exact", "accuracy"} <= row.keys()
@@ -130,10 +110,7 @@ def test_training_and_sampling_start_from_saved_adapters(tmp_path):
   questions = _write_questions(tmp_path)
 
   def run(workdir, *options):
-    command = [
-      sys.executable,
-      "-m",
-      "scripts.train_grpo",
+    flags = [
       "--config=configs/run/rlvr.py:smoke",
       f"--workdir={workdir}",
       "--config.world.directory=",
@@ -152,7 +129,7 @@ def test_training_and_sampling_start_from_saved_adapters(tmp_path):
       "--config.loop.log_every=1",
       *options,
     ]
-    lines = _run(command, workdir).splitlines()
+    lines = _run(flags, workdir).splitlines()
     return [json.loads(line) for line in lines]
 
   # A large learning rate, so sampling from the base alone would be detected.

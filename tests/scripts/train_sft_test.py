@@ -3,11 +3,8 @@
 
 import hashlib
 import json
-import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,13 +14,12 @@ import pytest
 
 from tests import processes, tiny
 
-_ROOT = pathlib.Path(__file__).parents[2]
 _NUM_STEPS = 400
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-  """Returns the command without its workdir."""
+  """Returns the flags of the command without its workdir."""
   directory = tmp_path_factory.mktemp("sft")
   tiny.write_talker(directory / "model", num_hidden_layers=1)
   rows = [
@@ -33,9 +29,6 @@ def command(tmp_path_factory):
   path = directory / "data.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return [
-    sys.executable,
-    "-m",
-    "scripts.train_sft",
     "--config=configs/run/teacher_sft.py:smoke",
     "--config.world.directory=",
     f"--config.model.path={directory}/model",
@@ -50,13 +43,7 @@ def command(tmp_path_factory):
 
 
 def _start(command, *more):
-  return subprocess.Popen(
-    [*command, *more],
-    cwd=_ROOT,
-    env=processes.ENVIRONMENT,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return processes.Job("train_sft", [*command, *more], split=True)
 
 
 def _finish(command, *more):
@@ -75,7 +62,7 @@ def _stop_after(process, workdir, num_steps, number):
   deadline = time.monotonic() + 240
   path = workdir / "metrics.jsonl"
   while not path.exists() or path.read_text().count("\n") < num_steps:
-    assert process.poll() is None, process.stderr.read()
+    assert process.poll() is None, process.read()
     assert time.monotonic() < deadline
     time.sleep(0.02)
   process.send_signal(number)
