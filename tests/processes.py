@@ -21,8 +21,8 @@ import weakref
 
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors
 
+from conversion import weights
 from tests import quick_compile
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -198,18 +198,18 @@ def check_equal_metrics(workdir, expected, *names):
 
 def check_equal_exports(workdir, expected):
   """Checks that two runs exported equal weights."""
-  got, wanted = (
-    {
-      name: weights
-      for file in (run / "export").glob("*.safetensors")
-      for name, weights in safetensors.load_file(file).items()
-    }
-    for run in (workdir, expected)
+  check_equal_weights(
+    *(weights.of_directory(run / "export") for run in (workdir, expected))
   )
+
+
+def check_equal_weights(got, wanted):
+  """Checks that two `weights.Weights` are equal up to rounding."""
   assert got.keys() == wanted.keys()
-  for name, weights in wanted.items():
-    distance = np.linalg.norm(got[name] - weights)
-    assert distance <= 1e-6 * np.linalg.norm(weights), name
+  for name, weight in wanted.items():
+    value = weight.read()
+    distance = np.linalg.norm(got[name].read() - value)
+    assert distance <= 1e-6 * np.linalg.norm(value), name
 
 
 class Server:

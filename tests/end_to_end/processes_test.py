@@ -13,22 +13,27 @@ import time
 
 import pytest
 
-from conversion import card, save
+from conversion import card, save, weights
 from tests import processes, tiny
 
 _NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  """Returns a directory with a model and data."""
+def written(tmp_path_factory):
+  """Returns a directory with a model and data, and the model."""
   home = tmp_path_factory.mktemp("home")
-  tiny.write_talker(home / "model", num_hidden_layers=1)
+  model, _ = tiny.write_talker(home / "model", num_hidden_layers=1)
   rows = [
     {"question": f"{i} + {i}?", "solution": f"It is {2 * i}."} for i in range(9)
   ]
   (home / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  return home
+  return home, model
+
+
+@pytest.fixture(scope="module")
+def home(written):
+  return written[0]
 
 
 def _start(home, workdir, *options, num_devices):
@@ -70,7 +75,8 @@ def _check_equal(workdir, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_like_one(home, tmp_path):
+def test_two_processes_train_and_resume_like_one(written, tmp_path):
+  home, model = written
   mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
   small = "--config.export.max_shard_bytes=20000"
 
@@ -79,7 +85,8 @@ def test_two_processes_train_and_resume_like_one(home, tmp_path):
       _start(home, tmp_path / run, *options, num_devices=4)
     )
 
-  train_alone("one", *mesh)
+  more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
+  train_alone("one", *mesh, more)
   with _pair(home, tmp_path / "two", *mesh, small) as pair:
     for process in pair:
       code, text = processes.end(process)
@@ -87,10 +94,12 @@ def test_two_processes_train_and_resume_like_one(home, tmp_path):
       written, total = re.search(r"Wrote (\d+) of (\d+) files", text).groups()
       assert 0 < int(written) < int(total)
       assert "largest difference of logits" in text
-  assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 2
+  # The export of two processes, and the checkpoint of one at the same step.
+  step = tmp_path / "one/checkpoints" / str(_NUM_STEPS)
+  processes.check_equal_weights(
+    weights.of_directory(tmp_path / "two/export"), weights.of_step(step, model)
+  )
 
-  more = f"--config.loop.num_steps={_NUM_STEPS + 2}"
-  train_alone("one", *mesh, more)
   text = train_alone("two", "--config.mesh.fsdp=4", more)
   assert f"Resuming from step={_NUM_STEPS}" in text
   assert len(_check_equal(tmp_path / "two", tmp_path / "one")) == _NUM_STEPS + 5
@@ -188,7 +197,7 @@ def _long_run(home, workdir):
   with _pair(home, workdir, *options) as pair:
     deadline = time.monotonic() + processes.MAX_S
     while not (workdir / "checkpoints/2").exists():
-      assert pair[0].poll() is None, pair[0].stdout.read()
+      assert pair[0].poll() is None, pair[0].read()
       assert time.monotonic() < deadline
       time.sleep(0.2)
     yield pair
