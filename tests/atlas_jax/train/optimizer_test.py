@@ -32,7 +32,9 @@ def _params():
 
 
 def _one_update(chain, params, grads):
-  updates, _ = chain.update(grads, chain.init(params), params, step=0)
+  # Without jit, every operation is compiled for every shape.
+  update = jax.jit(functools.partial(chain.update, step=0))
+  updates, _ = update(grads, jax.jit(chain.init)(params), params)
   return updates
 
 
