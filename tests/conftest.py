@@ -41,10 +41,17 @@ def pytest_collection_finish():
 def pytest_collection_modifyitems(config, items):
   """Deselects `large` tests unless requested, and runs slow files first.
 
-  With the longest files first, workers finish at about the same time.
+  A worker runs whole files. With the longest first, workers finish at about
+  the same time.
   """
   if "large" not in config.option.markexpr:
     large = [item for item in items if item.get_closest_marker("large")]
     items[:] = [item for item in items if item not in large]
     config.hook.pytest_deselected(items=large)
-  items.sort(key=lambda item: item.path.parent.name != "end_to_end")
+  slow = {item.path for item in items if item.get_closest_marker("slow")}
+  items.sort(
+    key=lambda item: (
+      item.path.parent.name != "end_to_end",
+      item.path not in slow,
+    )
+  )
