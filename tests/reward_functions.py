@@ -18,6 +18,14 @@ def count_words(records):
   return rewards
 
 
+def count_distinct_tokens(records):
+  """Rewards the number of distinct tokens, which varies within a group."""
+  return [
+    types.Reward(float(len({*record.teacher_rollout.completion.token_ids})))
+    for record in records
+  ]
+
+
 def plain(records):
   """Returns plain numbers, with None for the last record."""
   return [float(i) for i, _ in enumerate(records[1:])] + [None]
