@@ -115,3 +115,15 @@ $(steps "$results/teacher") of the teacher, $(steps "$results/grpo") of GRPO;
 $questions held-out questions, seed $seed.
 
 $table
+END
+cat "$results/README.md"
+"$python" - "$results/eval_grpo/summary.json" <<'END'
+import json, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+  share = json.load(file)["all"]["teaching/baseline_accuracy"]
+if not 0.3 <= share <= 0.7:
+  print(
+    f"The student alone is right in a share of {share:.2f}, not between 0.3 "
+    "and 0.7, so teaching has little to improve: change --minutes."
+  )
+END
