@@ -61,7 +61,7 @@ common=(--config.seed="$seed" --config.world.directory=
   --config.loop.save_every=1000000 --config.packing.length=256)
 sft=("$python" -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke
   "${common[@]}" --config.model.path="$world/model" --config.num_epochs=0
-  --config.held_out.fraction=0.0 --config.batch.size=4)
+  --config.held_out.fraction=0.002 --config.batch.size=2)
 lora=(--config.lora.rank=16)
 roles=(--config.student.path="$results/student/export")
 for limit in probe=16 baseline=48 teach=32 solve=48; do
@@ -86,7 +86,7 @@ train_for 60 "$results/grpo" "$python" -m scripts.train_grpo \
   --config=configs/run/teacher_rcl.py:smoke "${common[@]}" "${lora[@]}" \
   "${roles[@]}" --config.model.path="$results/teacher/export" \
   --config.data.path="$world/questions.jsonl" --config.held_out.path= \
-  --config.schedule.learning_rate=1e-4 \
+  --config.schedule.learning_rate=1e-4 --config.reference.sync_every=0 \
   --config.batch.num_questions=8 --config.batch.per_device=4 \
   --config.sampling.teach.group_size=4 --config.sampling.baseline.group_size=2
 

@@ -135,17 +135,17 @@ def _reference_logits(reference, token_ids):
 
 def _run(*command):
   """Runs a program that must succeed; prints its CPU seconds and memory."""
-  process = subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, "-m", *map(str, command)],
     cwd=_ROOT,
     env=_ENVIRONMENT,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
-  )
-  stderr = process.stderr.read()
-  _, status, usage = os.wait4(process.pid, 0)
-  process.returncode = os.waitstatus_to_exitcode(status)
+  ) as process:
+    stderr = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
   assert process.returncode == 0, stderr[-3000:]
   sys.stdout.write(
     f"{command[0]}: {usage.ru_utime + usage.ru_stime:.0f} CPU s, "
@@ -174,7 +174,7 @@ def _train_sft(home, workdir, trained):
     "--config.world.directory=",
     f"--config.model.path={home}/model",
     f"--config.data.path={home}/sft.jsonl",
-    "--config.held_out.fraction=0.0",
+    "--config.held_out.fraction=0.125",
     f"--config.packing.length={_LENGTH}",
     "--config.batch.size=1",
     "--config.num_epochs=0",
@@ -204,15 +204,21 @@ def _train_grpo(home, workdir, policy, trained):
     "--config.sampling.teach.group_size=2",
     "--config.sampling.baseline.group_size=1",
     *(
-      f"--config.sampling.{phase}.max_completion_tokens=16"
+      f"--config.sampling.{phase}.max_completion_tokens=8"
       for phase in ("probe", "baseline", "teach", "solve")
     ),
+    # With adapters, the reference is the base: there is nothing to mix in.
+    "--config.reference.sync_every=0",
     "--config.loop.num_steps=1",
     "--config.loop.eval_every=0",
     "--config.export.enabled=False",
     *_TRAINED[trained],
   )
   return workdir
+
+
+def _mean(losses):
+  return sum(losses) / len(losses)
 
 
 def test_weights_and_logits_equal_those_that_transformers_reads(
@@ -292,13 +298,13 @@ def test_the_end_of_a_turn_is_trained_though_it_is_the_padding(opened):
 def test_ten_steps_of_sft_lower_the_loss(trained):
   losses = [row["loss"] for row in _rows(trained) if "loss" in row]
   assert len(losses) == 10
-  assert losses[-1] < 0.7 * losses[0]
+  assert _mean(losses[-3:]) < 0.5 * _mean(losses[:3])
 
 
 def test_ten_steps_of_sft_of_adapters_lower_the_loss(home, tmp_path):
   workdir = _train_sft(home, tmp_path / "lora", "lora")
   losses = [row["loss"] for row in _rows(workdir) if "loss" in row]
-  assert losses[-1] < 0.7 * losses[0]
+  assert _mean(losses[-3:]) < 0.5 * _mean(losses[:3])
   assert (workdir / "adapter/adapter_model.safetensors").exists()
   shutil.rmtree(workdir)
 
