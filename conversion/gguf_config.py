@@ -69,7 +69,7 @@ _DEFAULT_THETA = 10_000.0  # Of llama.cpp, for files without rope.freq_base.
 # The 27B models scale attention scores by width / num_heads, which the files do
 # not say: llama.cpp recognizes them by their number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
-_FREQUENCIES = "rope_freqs.weight"
+FREQUENCIES = "rope_freqs.weight"  # Llama 3's scaling of RoPE.
 
 
 def config_fields(
@@ -105,6 +105,10 @@ def config_fields(
   if missing or "token_embd.weight" not in shapes:
     key = prefix + missing[0] if missing else "token_embd.weight"
     raise _unsupported(f"{key} is missing")
+  # Some architectures have one count per layer.
+  for key in ("embedding_length", "attention.head_count"):
+    if type(ours[key]) is not int or ours[key] < 1:
+      raise _unsupported(f"{prefix}{key}={ours[key]!r} is not a count")
   fields = {
     "model_type": FAMILIES[architecture],
     "vocab_size": shapes["token_embd.weight"][0],
@@ -163,7 +167,7 @@ def _rope_scaling(
   kind = ours.get("rope.scaling.type", "none")
   if frequency_divisors is not None:
     if kind not in ("none", "llama3"):
-      raise _unsupported(f"{_FREQUENCIES} with rope.scaling.type={kind!r}")
+      raise _unsupported(f"{FREQUENCIES} with rope.scaling.type={kind!r}")
     return {"rope_scaling": _llama3(fields, frequency_divisors)}
   if kind == "none":
     return {}
@@ -195,7 +199,7 @@ def _llama3(
   if divisors.shape != plain.shape or not np.allclose(
     plain / divisors, scaled, rtol=1e-4, atol=0
   ):
-    raise _unsupported(f"{_FREQUENCIES} is not the scaling of Llama 3")
+    raise _unsupported(f"{FREQUENCIES} is not the scaling of Llama 3")
   return {"rope_type": "llama3", **vars(scaling)}
 
 

@@ -6,7 +6,8 @@ the rows of Llama's queries and keys and adds one to Gemma's norm scales; both
 are undone here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -28,7 +29,6 @@ from conversion import gguf_config, rules, shards, weights
 _MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 _EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
 _MAX_LISTED = 8
-_FREQUENCIES = "rope_freqs.weight"
 # Of byte-level tokenizers; transformers knows more, and takes an unknown one
 # for GPT-2's.
 _GPT2_SPLIT = "gpt-2"
@@ -98,14 +98,9 @@ def build(file: File, ignore_fields: Collection[str]) -> decoder.Model:
   Raises:
     errors.CheckpointError: if it is unsupported.
   """
-  try:
-    config = decoder_config.from_hf(
-      _config_fields(file), ignore_fields=ignore_fields
-    )
-  except errors.CheckpointError as error:
-    raise errors.CheckpointError(
-      error.what, where=str(file.path), why=error.why, fix=error.fix
-    ) from error
+  fields = _config_fields(file)
+  with _naming(file.path):
+    config = decoder_config.from_hf(fields, ignore_fields=ignore_fields)
   return decoder.build(
     config, dtype="float32", attention="xla", remat="none", unroll=1
   )
@@ -126,7 +121,7 @@ def of_model(file: File, model: decoder.Model) -> weights.Weights:
     names[file.architecture], model.config.num_layers
   )
   found: dict[str, weights.Weight] = {}
-  unused, problems = {*file.tensors} - {_FREQUENCIES}, []
+  unused, problems = {*file.tensors} - {gguf_config.FREQUENCIES}, []
   for name, shape in rules.shapes(model).items():
     # All experts of a layer share one tensor.
     stem, _, suffix = _EXPERT.sub("", name).rpartition(".")
@@ -163,13 +158,11 @@ def write_source(file: File, directory: pathlib.Path) -> None:
   """
   fields = _config_fields(file)
   shards.write_json(directory / "config.json", fields)
-  ends = {
-    file.metadata.get("tokenizer.ggml.eos_token_id"),
-    file.metadata.get("tokenizer.ggml.eot_token_id"),
-  }
+  keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot"))
+  ends = {file.metadata[key] for key in keys if key in file.metadata}
   ids = {key: fields[key] for key in fields if key.endswith("_token_id")}
-  if len(ends - {None}) > 1:
-    ids["eos_token_id"] = sorted(ends - {None})
+  if len(ends) > 1:
+    ids["eos_token_id"] = sorted(ends)
   shards.write_json(directory / "generation_config.json", ids)
   tokenizer(file, fields["max_position_embeddings"]).save_pretrained(directory)
   if license_name := file.metadata.get("general.license"):
@@ -191,11 +184,16 @@ def tokenizer(
     for key, value in file.metadata.items()
     if key.startswith("tokenizer.")
   }
-  settings = {
-    name: held["tokens"][file.metadata[key]]
-    for name, key in _SPECIAL.items()
-    if key in file.metadata
-  }
+  try:
+    settings = {
+      name: held["tokens"][file.metadata[key]]
+      for name, key in _SPECIAL.items()
+      if key in file.metadata
+    }
+  except _MALFORMED as error:
+    raise _bad(
+      file.path, "The vocabulary lacks a special token", str(error)
+    ) from error
   # llama.cpp adds a leading BOS to SentencePiece vocabularies by default.
   settings["add_bos_token"] = held.get(
     "add_bos_token", held["model"] == "llama"
@@ -259,7 +257,15 @@ def _read(
   index: tuple[int, ...],
 ) -> np.ndarray:
   """Dequantizes a tensor, or one expert's part, and undoes the conversion."""
-  values = _package().dequantize(stored.data[index], stored.tensor_type)
+  try:
+    values = _package().dequantize(stored.data[index], stored.tensor_type)
+  except NotImplementedError as error:
+    raise errors.CheckpointError(
+      "Unsupported quantization.",
+      where=stored.name,
+      why=f"The package gguf cannot dequantize {stored.tensor_type.name}.",
+      fix="Use a file of another quantization.",
+    ) from error
   values = np.asarray(values, np.float32)
   config = model.config
   if config.zero_centered_norms and name.endswith("norm.weight"):
@@ -275,8 +281,8 @@ def _read(
 
 def _config_fields(file: File) -> dict[str, Any]:  # Any: JSON.
   """Returns the fields of `config.json`, with the file's path in errors."""
-  divisors = file.tensors.get(_FREQUENCIES)
-  try:
+  divisors = file.tensors.get(gguf_config.FREQUENCIES)
+  with _naming(file.path):
     return gguf_config.config_fields(
       file.metadata,
       {
@@ -285,9 +291,16 @@ def _config_fields(file: File) -> dict[str, Any]:  # Any: JSON.
       },
       None if divisors is None else np.asarray(divisors.data, np.float32),
     )
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Names the file in errors of functions that do not know it."""
+  try:
+    yield
   except errors.CheckpointError as error:
     raise errors.CheckpointError(
-      error.what, where=str(file.path), why=error.why, fix=error.fix
+      error.what, where=str(path), why=error.why, fix=error.fix
     ) from error
 
 

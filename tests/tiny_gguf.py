@@ -52,10 +52,10 @@ def write_source(directory, family, **changes):
   )
 
 
-def write(path, source, *, pre="qwen2", extra=None, tensors=None):
-  """Writes a Hugging Face directory as a GGUF file, in float32.
+def write(path, source, *, pre="qwen2", extra=None, tensors=None, kind="F32"):
+  """Writes a Hugging Face directory as a GGUF file.
 
-  `extra` adds metadata and `tensors` adds tensors.
+  `extra` adds metadata, `tensors` adds tensors, `kind` is that of matrices.
   """
   fields = json.loads((source / "config.json").read_text())
   architecture = _NAMES.get(fields["model_type"], fields["model_type"])
@@ -71,7 +71,9 @@ def write(path, source, *, pre="qwen2", extra=None, tensors=None):
   )
   held = {**_values(source, fields, table), **(tensors or {})}
   for name, value in held.items():
-    writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    stored = gguf.GGMLQuantizationType[kind if value.ndim > 1 else "F32"]
+    packed = gguf.quantize(np.ascontiguousarray(value, np.float32), stored)
+    writer.add_tensor(name, packed, raw_dtype=stored)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

@@ -105,6 +105,11 @@ def test_llama3_scaling_is_recognized_by_its_divisors(factor):
     _fields("llama", divisors, rope__freq_base=500_000.0)
 
 
+def test_counts_that_differ_between_layers_are_rejected():
+  with pytest.raises(errors.CheckpointError, match="is not a count"):
+    _fields("llama", attention__head_count=[4, 2])
+
+
 def test_a_missing_key_is_named():
   metadata = _metadata("llama")
   del metadata["llama.block_count"]

@@ -43,6 +43,16 @@ def test_a_file_has_the_config_and_tensors_of_its_source(tmp_path, family):
     np.testing.assert_allclose(got[name].read(), weight.read(), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ("kind", "dtype"), [("BF16", "bfloat16"), ("F16", "float32")]
+)
+def test_only_bfloat16_matrices_stay_bfloat16(tmp_path, source, kind, dtype):
+  path = tiny_gguf.write(tmp_path / "model.gguf", source, kind=kind)
+  assert _run("from_gguf", path, tmp_path / "out") == 0
+  held = weights.of_directory(tmp_path / "out").values()
+  assert {weight.dtype.name for weight in held} == {dtype}
+
+
 def test_the_tokenizer_encodes_as_that_of_the_source(tmp_path, source):
   path = tiny_gguf.write(tmp_path / "model.gguf", source)
   assert _run("from_gguf", path, tmp_path / "out") == 0
@@ -144,6 +154,10 @@ def test_damaged_files_are_rejected(tmp_path, source, capsys, harm, message):
     (
       {"tensors": {"output_norm.weight": np.ones(3)}},
       "output_norm.weight is (3,), not (24,)",
+    ),
+    (
+      {"extra": {"tokenizer.ggml.bos_token_id": 10**6}},
+      "The vocabulary lacks a special token.",
     ),
     ({"pre": "chameleon"}, "tokenizer.ggml.pre='chameleon' is not one of"),
   ],
