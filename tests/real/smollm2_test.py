@@ -54,7 +54,7 @@ _GREEDY = types.SamplingParams(
 )
 # Of logits of up to 39; both sides compute in float32.
 _TOLERANCE = 2e-3
-_LENGTH = 160  # Tokens of a packed row: one conversation, or two.
+_LENGTH = 128  # Tokens of a packed row: one conversation.
 _ENVIRONMENT = {
   **os.environ,
   # One device, as users have.
@@ -98,7 +98,7 @@ def opened(home):
 @pytest.fixture(scope="module")
 def trained(home):
   """Returns the workdir of an SFT run of ten steps."""
-  return _train_sft(home, home / "sft", "full")
+  return _train_sft(home, home / "sft", "full", num_steps=10)
 
 
 def _open(directory):
@@ -164,8 +164,8 @@ def _rows(workdir):
 _TRAINED = {"full": (), "lora": ("--config.lora.rank=8",)}
 
 
-def _train_sft(home, workdir, trained):
-  """Trains ten steps on the tasks' teachings; returns the workdir."""
+def _train_sft(home, workdir, trained, num_steps):
+  """Trains on the tasks' teachings; returns the workdir."""
   rate = {"full": 5e-5, "lora": 1e-3}[trained]
   _run(
     "scripts.train_sft",
@@ -178,7 +178,7 @@ def _train_sft(home, workdir, trained):
     f"--config.packing.length={_LENGTH}",
     "--config.batch.size=1",
     "--config.num_epochs=0",
-    "--config.loop.num_steps=10",
+    f"--config.loop.num_steps={num_steps}",
     "--config.loop.log_every=1",
     f"--config.schedule.learning_rate={rate}",
     *_TRAINED[trained],
@@ -301,10 +301,11 @@ def test_ten_steps_of_sft_lower_the_loss(trained):
   assert _mean(losses[-3:]) < 0.5 * _mean(losses[:3])
 
 
-def test_ten_steps_of_sft_of_adapters_lower_the_loss(home, tmp_path):
-  workdir = _train_sft(home, tmp_path / "lora", "lora")
-  losses = [row["loss"] for row in _rows(workdir) if "loss" in row]
-  assert _mean(losses[-3:]) < 0.5 * _mean(losses[:3])
+def test_sft_of_adapters_trains_and_exports_them(home, tmp_path):
+  workdir = _train_sft(home, tmp_path / "lora", "lora", num_steps=3)
+  rows = [row for row in _rows(workdir) if "loss" in row]
+  assert len(rows) == 3
+  assert all(row["grad_norm"] > 0 for row in rows)
   assert (workdir / "adapter/adapter_model.safetensors").exists()
   shutil.rmtree(workdir)
 
