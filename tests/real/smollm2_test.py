@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,9 @@ _ENVIRONMENT = {
   # One device, as users have.
   "XLA_FLAGS": "--xla_backend_optimization_level=1 "
   + quick_compile.NO_FUSION_EMITTERS,
+  # The runs of this session share compiled programs, in a directory of its own.
+  "JAX_ENABLE_COMPILATION_CACHE": "true",
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
 
@@ -153,6 +157,12 @@ def _run(*command):
   )
 
 
+def _child_seconds():
+  """Returns the CPU seconds of all finished child processes."""
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
 def _rows(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
@@ -174,6 +184,7 @@ def _train_sft(home, workdir, trained, num_steps):
     "--config.world.directory=",
     f"--config.model.path={home}/model",
     f"--config.data.path={home}/sft.jsonl",
+    f"--compile_cache={home}/programs",
     "--config.held_out.fraction=0.125",
     f"--config.packing.length={_LENGTH}",
     "--config.batch.size=1",
@@ -196,6 +207,7 @@ def _train_grpo(home, workdir, policy, trained):
     f"--config.model.path={policy}",
     f"--config.student.path={home}/model",
     f"--config.data.path={home}/questions.jsonl",
+    f"--compile_cache={home}/programs",
     "--config.held_out.path=",
     "--reward_fn=tests.reward_functions:count_distinct_tokens=0.1",
     "--config.batch.num_questions=2",
@@ -343,6 +355,7 @@ def test_vllm_completes_model_and_export_as_we_do(home, trained, opened):
   prompts = [ids for _, ids in _prompts(home, opened[-1])]
   directories = (home / "model", trained / "export")
   kept_out = ("XLA_FLAGS", "JAX_PLATFORMS")
+  before = _child_seconds()
   done = subprocess.run(
     [_VLLM, "-m", "tests.vllm_greedy", json.dumps(prompts), *directories],
     cwd=_ROOT,
@@ -353,6 +366,7 @@ def test_vllm_completes_model_and_export_as_we_do(home, trained, opened):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-3000:]
+  sys.stdout.write(f"vLLM: {_child_seconds() - before:.0f} CPU s\n")
   lines = [x for x in done.stdout.splitlines() if x.startswith('{"directory')]
   for line, directory in zip(lines, directories, strict=True):
     completions = json.loads(line)["completions"]
