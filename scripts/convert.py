@@ -5,6 +5,7 @@
   python -m scripts.convert verify A B          compares all tensors bit for bit
   python -m scripts.convert to_hf A OUT --source=MODEL
   python -m scripts.convert from_hf A OUT
+  python -m scripts.convert from_gguf FILE OUT  writes a Hugging Face directory
   python -m scripts.convert merge --base=MODEL --adapter=PEFT --output=OUT
 
 A and B are directories in Hugging Face format or orbax checkpoints: a step, or
@@ -103,6 +104,8 @@ def _run(words: Sequence[str]) -> None:
       commands.to_hf(pathlib.Path(origin), pathlib.Path(out), _options())
     case ["from_hf", origin, out]:
       commands.from_hf(origin, pathlib.Path(out), _options())
+    case ["from_gguf", origin, out]:
+      commands.from_gguf(pathlib.Path(origin), pathlib.Path(out), _options())
     case ["merge"] if _FLAGS.base and _FLAGS.adapter and _FLAGS.output:
       commands.merge(
         _FLAGS.base,

@@ -31,7 +31,8 @@ sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
 
 # ensure_environment NAME...: installs requirements/NAME.txt of each name into
 # $environment (.venv by default), created with Python $python_version (3.12,
-# else 3.11). A copy of each file in it records what is installed.
+# else 3.11), with the arguments $pip_options. A copy of each file in it records
+# what is installed.
 ensure_environment() {
   local name python missing="" files=() target="${environment:-.venv}"
   for name in "$@"; do
@@ -47,9 +48,15 @@ ensure_environment() {
   fi
   echo "Installing requirements ($*) into $target; the first time takes minutes."
   "$target/bin/python" -m pip install -qq --disable-pip-version-check \
-    "${files[@]}"
+    ${pip_options:-} "${files[@]}"
   mkdir -p "$target/installed"
   for name in "$@"; do
     cp "requirements/$name.txt" "$target/installed/$name.txt"
   done
+}
+
+# ensure_real: adds requirements/real.txt, which says why it installs no
+# dependencies, to the environment of the other requirements.
+ensure_real() {
+  pip_options=--no-deps ensure_environment real
 }

@@ -3,7 +3,7 @@
 # Lint, types and all tests, from nothing. Other arguments go to pytest:
 #   bash scripts/run_tests.sh [--python=3.11] [--quick] [--coverage] [-k losses]
 # --python  uses that version, in an environment of its own (.venv-3.11)
-# --quick   skips lint, slow tests, vLLM and comparisons with PyTorch
+# --quick   skips lint, slow tests, vLLM, comparisons with PyTorch, real models
 # --coverage  reports the lines that no test runs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,10 +27,11 @@ done
 source scripts/environment.sh
 if [[ -n "$quick" ]]; then
   ensure_environment "${requirements[@]}"
-  pytest+=(-m "not slow and not vllm" --ignore-glob="*_parity_test.py"
+  pytest+=(-m "not slow and not vllm and not real" --ignore-glob="*_parity_test.py"
     --ignore=tests/end_to_end)
 else
   ensure_environment "${requirements[@]}" parity lint
+  ensure_real
   bash scripts/install_rollout.sh
   "$environment/bin/ruff" check --quiet .
   "$environment/bin/ruff" format --check --quiet .

@@ -51,14 +51,14 @@ def write_data(directory: pathlib.Path, seed: int) -> list[str]:
       for problem, other in zip(sets[name], others, strict=True)
     ]
   for name, asked in questions.items():
-    _write_lines(directory / f"{name}.jsonl", map(vars, asked))
+    write_lines(directory / f"{name}.jsonl", map(vars, asked))
 
   student = [
-    _chat(_ask_student(prompts, row), row["reply"])
+    chat_row(_ask_student(prompts, row), row["reply"])
     for row in word_problems.student_rows(sets["train"], seed)
   ]
   teacher = [
-    _chat(
+    chat_row(
       templates.fill(
         prompts.teach, question=row["question"], probe=row["probe"]
       ),
@@ -66,8 +66,8 @@ def write_data(directory: pathlib.Path, seed: int) -> list[str]:
     )
     for row in word_problems.teacher_rows(sets["teacher"], seed)
   ]
-  _write_lines(directory / "student_sft.jsonl", student)
-  _write_lines(directory / "teacher_sft.jsonl", teacher)
+  write_lines(directory / "student_sft.jsonl", student)
+  write_lines(directory / "teacher_sft.jsonl", teacher)
   rows = student[:4000] + teacher[:2000]
   return [turn["content"] for row in rows for turn in row["messages"]]
 
@@ -79,12 +79,17 @@ def _ask_student(prompts: templates.Templates, row: Mapping[str, str]) -> str:
   return templates.fill(getattr(prompts, row["kind"]), **fields)
 
 
-def _chat(prompt: str, reply: str) -> dict[str, Any]:  # Any: JSON.
+def chat_row(prompt: str, reply: str) -> dict[str, Any]:  # Any: JSON.
+  """Returns a row of training data with one question and its answer."""
   user = {"role": "user", "content": prompt}
   return {"messages": [user, {"role": "assistant", "content": reply}]}
 
 
-def _write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(
+  path: pathlib.Path,
+  rows: Iterable[Mapping[str, Any]],  # Any: JSON.
+) -> None:
+  """Writes one JSON object per line."""
   lines = [json.dumps(row) + "\n" for row in rows]
   path.write_text("".join(lines), encoding="utf-8")
 

@@ -34,10 +34,12 @@ def _register(directory):
 
 
 def _complete(directory, prompts):
+  text = (pathlib.Path(directory) / "config.json").read_text()
+  longest = json.loads(text)["max_position_embeddings"]
   llm = vllm.LLM(
     directory,
     dtype="float32",
-    max_model_len=64,
+    max_model_len=min(longest, 128),
     skip_tokenizer_init=True,
     generation_config="vllm",
     enforce_eager=True,

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group-relative advantages of completions."""
+"""Group-relative advantages of completions.
+
+Where the student is right with every teaching, rewards differ only by the
+length of the teachings, e.g. by 0.05. Divided by their deviation, these
+differences would count as much as those between right and wrong answers; hence
+the least deviation `min_std`.
+"""
 
 from typing import Literal
 
@@ -24,10 +30,6 @@ def group_advantages(
   min_std: float,
 ) -> jax.Array:
   """Computes (R - baseline) / (max(std, min_std) + 1e-4), or R - baseline.
-
-  Where the student is right with every teaching, rewards differ only by the
-  length of the teachings, e.g. by 0.05. Without `min_std`, the division would
-  make these differences as large as those between right and wrong answers.
 
   The baseline is the mean reward of the group, or of the other completions in
   the group ("leave_one_out"). The latter is independent of the completion, so

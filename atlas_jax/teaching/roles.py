@@ -8,6 +8,9 @@ from absl import logging
 
 from atlas_jax import chat, errors, types
 
+# Token ids, and why they ended.
+_Text = tuple[tuple[int, ...], types.FinishReason]
+
 # Ends the thinking of a model that has used its budget.
 _STOP_THINKING = "\n</think>\n\n"
 
@@ -75,6 +78,7 @@ class Role:
       `params.group_size` ungraded texts per prompt; an empty tuple for a prompt
       that was dropped. A text is empty if the model was still thinking.
     """
+    groups: list[list[_Text]]
     if self.max_thinking_tokens:
       groups = self._write_in_budget(prompts, params)
     else:
@@ -94,7 +98,7 @@ class Role:
 
   def _write_in_budget(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
-  ) -> list[list[tuple[tuple[int, ...], types.FinishReason]]]:
+  ) -> list[list[_Text]]:
     r"""Samples the thinking, then continues what the budget cut.
 
     A completion that is still thinking continues after `_STOP_THINKING`:
@@ -137,7 +141,7 @@ class Role:
 
     def whole(
       key: tuple[str, int], completion: types.Completion
-    ) -> list[tuple[tuple[int, ...], types.FinishReason]]:
+    ) -> list[_Text]:
       if key not in cut:
         return [(completion.token_ids, completion.finish_reason)]
       first, _ = cut[key]

@@ -22,7 +22,7 @@ class SharedProtocol(protocol.Protocol):
     policy: roles.Role,
     student: roles.Role,
     *args: Any,  # Any: see `protocol.Protocol`.
-    samplers: tuple[types.Sampler, types.Sampler] | None,
+    samplers: tuple[types.Sampler | None, types.Sampler | None],
     from_first: types.OnFirstProcess,
     **kwargs: Any,
   ) -> None:
@@ -32,16 +32,18 @@ class SharedProtocol(protocol.Protocol):
       policy: with a sampler that all processes call, for weights and versions.
       student: likewise.
       *args: see `protocol.Protocol`.
-      samplers: of policy and student, in the first process; None in others.
+      samplers: of policy and student in the first process; None in others.
       from_first: broadcasts from the first process; used by this object only.
       **kwargs: see `protocol.Protocol`.
     """
     super().__init__(policy, student, *args, **kwargs)
     self._from_first, self._inner = from_first, None
-    if samplers:
-      both = zip((policy, student), samplers, strict=True)
-      alone = (dataclasses.replace(role, sampler=own) for role, own in both)
-      self._inner = protocol.Protocol(*alone, *args, **kwargs)
+    if all(samplers):
+      first, second = (
+        dataclasses.replace(role, sampler=own)
+        for role, own in zip((policy, student), samplers, strict=True)
+      )
+      self._inner = protocol.Protocol(first, second, *args, **kwargs)
 
   def run(
     self,

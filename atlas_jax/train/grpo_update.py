@@ -128,11 +128,13 @@ class GrpoUpdate:
     """
     config = self._config
     step = int(state.step)
-    group_size = config.sampling.teach.group_size
-    rewards_PC, valid_PC = group_rewards(rewarded, group_size)
+    size = config.sampling.teach.group_size
+    rewards_PC, valid_PC = group_rewards(rewarded, size)
     keep = self._kept(records, rewards_PC, valid_PC)
     rollouts = [records[i].teacher_rollout for i in keep]
-    lengths = [*map(_num_tokens, rollouts)]
+    lengths = [
+      len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts
+    ]
     metrics: dict[str, Any] = {
       **_group_metrics(keep, rewards_PC, valid_PC),
       "num_tokens": sum(lengths),
@@ -495,7 +497,3 @@ def _loss(
   )
   weight = reduce.count(mask_BT, aggregate=objective.aggregate)
   return loss, (weight, metrics)
-
-
-def _num_tokens(rollout: types.Rollout) -> int:
-  return len(rollout.prompt.token_ids) + len(rollout.completion.token_ids)

@@ -12,6 +12,7 @@ each server. The first two rows include the baselines, the ratio does not.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import pathlib
 import threading
@@ -60,6 +61,7 @@ _LIMITS = service.Limits(
   drain_s=60.0,
   load_s=60.0,
 )
+_DIGEST = "benchmark"  # Of a tokenizer.
 _ROW = "| {:<18} | {:>6} | {:>11} | {:>12} |"
 
 
@@ -130,20 +132,20 @@ class _SleepingEngine:
     pass
 
 
-def _serve(digest: str) -> tuple[_SleepingEngine, str]:
+def _serve() -> tuple[_SleepingEngine, str]:
   """Serves an engine in a thread; returns it and the address."""
   started, opened = threading.Event(), []
 
   async def serve() -> None:
     sleeping = _SleepingEngine()
     weights = weight_channel.Channel(
-      role="student", shapes={}, tokenizer_digest=digest, allowed_root=None
+      role="student", shapes={}, tokenizer_digest=_DIGEST, allowed_root=None
     )
     backend = service.Service(
       sleeping,
       weights,
       role="student",
-      tokenizer_digest=digest,
+      tokenizer_digest=_DIGEST,
       limits=_LIMITS,
     )
     tokens = admission.Tokens(user=None, admin=None)
@@ -162,10 +164,20 @@ def _serve(digest: str) -> tuple[_SleepingEngine, str]:
   return opened[0], opened[1]
 
 
-def _sampler(url: str, digest: str) -> http_sampler.HttpSampler:
-  return http_sampler.HttpSampler(
+class _OnePhaseAtATime(http_sampler.HttpSampler):
+  """A sampler whose calls the protocol does not overlap."""
+
+  @property
+  def is_concurrent(self) -> bool:
+    return False
+
+
+def _connect(
+  create: type[http_sampler.HttpSampler], url: str
+) -> http_sampler.HttpSampler:
+  return create(
     [url],
-    channel=fleet.ChannelTerms("student", {}, digest, "", 30.0, 30.0),
+    channel=fleet.ChannelTerms("student", {}, _DIGEST, "", 30.0, 30.0),
     deadlines=client.Deadlines(generate_s=600.0, update_s=60.0, control_s=30.0),
     token=None,
     publish=None,
@@ -173,29 +185,15 @@ def _sampler(url: str, digest: str) -> http_sampler.HttpSampler:
   )
 
 
-class _OnePhaseAtATime:
-  """A sampler whose calls the protocol must not overlap."""
-
-  is_concurrent = False
-
-  def __init__(self, inner: http_sampler.HttpSampler) -> None:
-    self._inner, self.sample = inner, inner.sample
-    self.version, self.context_length = inner.version, inner.context_length
-
-
 def main() -> None:
   """Prints the table."""
   directory = pathlib.Path(_TOKENIZER.value)
   tokenizer = chat.load_tokenizer(directory)
   logging.set_verbosity(logging.WARNING)
-  digest = "benchmark"
-  policy_engine, policy_url = _serve(digest)
-  student_engine, student_url = _serve(digest)
-  with (
-    _sampler(policy_url, digest) as policy,
-    _sampler(student_url, digest) as student,
-  ):
-    engines = (policy_engine, student_engine)
+  servers = [_serve() for _ in ("policy", "student")]
+  engines = [each for each, _ in servers]
+  urls = [url for _, url in servers]
+  with contextlib.ExitStack() as opened:
     print(
       f"{_QUESTIONS.value} questions, {_GROUP_SIZE.value} teachings each, "
       f"{_MEAN_TOKENS.value} tokens on average, {_TOKEN_MS.value:g} ms per "
@@ -205,10 +203,15 @@ def main() -> None:
     print(_ROW.format(*header))
     print(_ROW.format("---", "---:", "---:", "---:"))
     both = {
-      "one after another": _protocol(
-        _OnePhaseAtATime(policy), _OnePhaseAtATime(student), tokenizer
-      ),
-      "per question": _protocol(policy, student, tokenizer),
+      name: _protocol(
+        opened.enter_context(_connect(create, urls[0])),
+        opened.enter_context(_connect(create, urls[1])),
+        tokenizer,
+      )
+      for name, create in (
+        ("one after another", _OnePhaseAtATime),
+        ("per question", http_sampler.HttpSampler),
+      )
     }
     taken: dict[str, list[float]] = {name: [] for name in both}
     for repeat in range(1 + _REPEATS.value):
@@ -247,10 +250,11 @@ def _protocol(
       seed=0,
     )
 
+  settings: types.Config = world.get_templates()
   return protocol.Protocol(
     roles.Role(policy, tokenizer),
     roles.Role(student, tokenizer),
-    templates.Templates(**world.get_templates()),
+    templates.Templates(**settings),
     probe_params=params(1),
     teach_params=params(_GROUP_SIZE.value),
     solve_params=params(1),

@@ -10,6 +10,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 from absl import logging
 import jax
@@ -275,7 +276,7 @@ def open_protocol(
   Raises:
     errors.AtlasError: if the rollout servers are unusable.
   """
-  params = {
+  params: dict[str, Any] = {
     f"{name}_params": types.SamplingParams(**section, seed=config.seed)
     for name, section in config.sampling.items()
   }
@@ -283,14 +284,13 @@ def open_protocol(
     open_sampler("policy", policy, mesh, config) as of_policy,
     open_sampler("student", student, mesh, config) as of_student,
   ):
-    create = protocol.Protocol
+    create: Callable[..., protocol.Protocol] = protocol.Protocol
     if isinstance(of_policy, shared_sampler.SharedSampler) and isinstance(
       of_student, shared_sampler.SharedSampler
     ):
-      inner = (of_policy.inner, of_student.inner)
       create = functools.partial(
         shared_protocol.SharedProtocol,
-        samplers=inner if all(inner) else None,
+        samplers=(of_policy.inner, of_student.inner),
         from_first=distributed.FirstProcessBroadcast("protocol"),
       )
     yield create(

@@ -339,6 +339,7 @@ def _cache(
   if "student" in config:
     student, solve = _frozen(described.mesh, config.student), sampling.solve
     taught = prompt_tokens + sampling.teach.max_completion_tokens
+    taught += config.roles.student.max_thinking_tokens
     caches.append(
       (
         student,

@@ -137,6 +137,17 @@ def test_changed_pins_are_installed_into_the_same_environment(project):
   assert [call.split()[1] for call in _calls(project)] == ["venv", "pip", "pip"]
 
 
+def test_real_models_are_installed_without_their_dependencies(project):
+  _add_python(project, "bin/python3", "3.12")
+  (project / "requirements/real.txt").write_text("gguf==1\n")
+  _run(project, "ensure_environment", "trainer; ensure_real")
+  (project / "requirements/trainer.txt").write_text("trainer==2\n")
+  _run(project, "ensure_environment", "trainer; ensure_real")
+  installs = [call for call in _calls(project) if "install" in call]
+  assert ["--no-deps" in call for call in installs] == [False, True, False]
+  assert installs[1].endswith("-r requirements/real.txt")
+
+
 def test_a_failed_installation_is_tried_again(project):
   _add_python(project, "bin/python3", "3.12")
   (project / "calls.fail").touch()

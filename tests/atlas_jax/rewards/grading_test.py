@@ -173,3 +173,29 @@ def test_paraphrases_are_graded_against_their_own_answer():
     )
     assert [a.correct for a in graded.paraphrased] == correct
     assert graded.taught[0].correct
+
+
+@pytest.mark.parametrize(
+  ("text", "finish_reason", "correct"),
+  [
+    ("First 30, then 42", "stop", True),
+    ("First 30, then 42", "length", False),
+    ("The answer is 42. Let me check", "length", True),
+    ("", "length", False),
+  ],
+)
+def test_a_truncated_answer_must_be_declared(text, finish_reason, correct):
+  record = _record(text, answer="42")
+  attempt = dataclasses.replace(record.taught[0], finish_reason=finish_reason)
+  record = dataclasses.replace(record, taught=(attempt,))
+  (graded,) = grading.by_rules().grade([record])
+  assert graded.taught[0].correct == correct
+
+
+def test_answers_that_are_graded_already_are_kept():
+  record = _record("The answer is 42.", answer="42")
+  kept = types.Attempt("", 5, "stop", correct=False, answer="41")
+  record = dataclasses.replace(record, baseline=(kept,))
+  (graded,) = grading.by_rules().grade([record])
+  assert graded.baseline == (kept,)
+  assert graded.taught[0].correct

@@ -61,7 +61,7 @@ def test_all_processes_get_the_records_of_the_first(tmp_path):
     )
 
   leader = create((policy.sampler, student.sampler), first)
-  follower = create(None, lambda _: json.loads(broadcast[-1]))
+  follower = create((None, None), lambda _: json.loads(broadcast[-1]))
   records = leader.run(_QUESTIONS, seed=7)
   assert records == follower.run(_QUESTIONS, seed=7)
   alone = protocol.Protocol(policy, student, _TEMPLATES, **_PHASES)
@@ -77,4 +77,4 @@ def test_all_processes_get_the_records_of_the_first(tmp_path):
   leader.set_state(state)
   follower.set_state(state)
   with pytest.raises(RuntimeError, match="first process"):
-    create(None, first).run(_QUESTIONS, seed=7)
+    create((None, None), first).run(_QUESTIONS, seed=7)

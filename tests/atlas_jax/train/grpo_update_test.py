@@ -2,6 +2,7 @@
 """Tests that updates do not depend on batch layout, for every loss."""
 
 import functools
+from typing import Any
 
 from absl import logging
 import jax
@@ -508,6 +509,6 @@ def test_random_lengths_compile_no_more_programs_than_the_menu(monkeypatch):
     records, rewarded = _records(rng, most)
     state, metrics = updater.update(state, records, rewarded, is_compared=False)
     assert np.isfinite(metrics["loss"])
-  programs = updater._programs
+  programs: Any = updater._programs  # Any: `_cache_size` is not public.
   for program in (programs.step.func, programs.score, programs.score_reference):
     assert program._cache_size() == len(shapes)

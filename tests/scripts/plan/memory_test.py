@@ -118,6 +118,11 @@ def test_every_suggested_change_lowers_its_bytes(config):
     fewer_rows.phases["sampling"]["KV cache"]
     < before.phases["sampling"]["KV cache"]
   )
+  thinking = _need(config, roles__student__max_thinking_tokens=1024)
+  assert (
+    thinking.phases["sampling"]["KV cache"]
+    > before.phases["sampling"]["KV cache"]
+  )
   on_servers = _need(config, rollout__backend="http")
   assert "sampling" not in on_servers.phases
   assert not {"student", "sampler"} & on_servers.resident.keys()
