@@ -88,6 +88,7 @@ def _alone_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
 
 def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
   summary = metrics.summarize(records, **_BOOTSTRAP)
+  efficiency = summary["teaching/TES"]
   return _row(
     name,
     _with_interval(summary, "accuracy"),
@@ -95,7 +96,8 @@ def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
     f"{summary['teaching/leak_rate']:.3f}",
     f"{summary['teaching/no_teaching_rate']:.3f}",
     f"{summary['teaching/num_teaching_tokens']:.1f}",
-    f"{summary['teaching/TES']:.1f}",
+    # Undefined if no completion has a teaching.
+    "" if efficiency is None else f"{efficiency:.1f}",
   )
 
 
