@@ -191,7 +191,7 @@ class Checkpointer:
     return math.isfinite(value) and self._sign * value > best
 
   def best_step(self) -> int | None:
-    """Returns the best evaluated step on disk; None if there is none."""
+    """Returns the best evaluated step on disk, or None."""
     scores = {s: self._scores[s] for s in self.steps() if s in self._scores}
     return max(scores, key=scores.__getitem__, default=None)
 

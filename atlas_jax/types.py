@@ -110,7 +110,7 @@ class Question:
   paraphrase_answer: str = ""
 
   def rephrased(self) -> "Question | None":
-    """Returns the paraphrase as a question; None if there is none."""
+    """Returns the paraphrase as a question, or None."""
     if not self.paraphrase:
       return None
     answer = self.paraphrase_answer or self.answer

@@ -30,7 +30,7 @@ class Card:
   """Contents of a model card that are not in the model's files.
 
   Attributes:
-    base: path or Hub id of the base model; empty if there is none.
+    base: path or Hub id of the base model; may be empty.
     facts: values by label, such as the recipe, the reward and the data's
       fingerprint; one line each.
     metrics: the last value of each metric, with its step.

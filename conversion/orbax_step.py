@@ -19,7 +19,7 @@ _PARAMS = "params"
 
 
 def find(directory: pathlib.Path) -> pathlib.Path | None:
-  """Returns the step that a path refers to, or None if there is none.
+  """Returns the step that a path refers to, or None.
 
   The path may be a step, a folder of steps or a workdir; of several steps, the
   newest is returned.
@@ -121,7 +121,7 @@ def adapters(step: pathlib.Path) -> lora.Lora | None:
 
 
 def base_kept_as(step: pathlib.Path) -> str:
-  """Returns the quantization of the adapters' base; empty if there is none."""
+  """Returns the quantization of the adapters' base, or an empty text."""
   about = checkpoint_format.read(step) or {}
   return about.get("identity", {}).get("base.kept_as", "")
 

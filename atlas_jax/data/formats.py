@@ -394,7 +394,7 @@ def _last_exchange(
   """Returns the last user turn with its context, and the assistant's reply.
 
   The protocol's templates take one text as a question, so turns before the last
-  user turn are part of it. The reply is empty if there is none.
+  user turn are part of it. Without a reply, it is empty.
   """
   last = _user_turns(row, messages)[-1]
   context = [

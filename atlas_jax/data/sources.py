@@ -161,7 +161,7 @@ def _select(
 
 
 def _split(file: pathlib.PurePath) -> str:
-  """Returns the split named in a path; empty if there is none."""
+  """Returns the split named in a path, or an empty text."""
   words = re.split(r"[^a-z]+", file.as_posix().lower())
   return next((split for split in _SPLITS if split in words), "")
 

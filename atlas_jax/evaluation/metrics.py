@@ -268,7 +268,7 @@ def _per_question(
 
 
 def _echo_proof(records: Sequence[types.TeachingRecord]) -> Summary:
-  """Computes the accuracy on paraphrases; empty if there are none."""
+  """Computes the accuracy on paraphrases; empty without paraphrases."""
   groups = _groups([record for record in records if record.paraphrased])
   if not groups:
     return {}

@@ -11,7 +11,6 @@ import dataclasses
 
 from atlas_jax import types
 from atlas_jax.teaching import protocol as teaching_protocol
-from atlas_jax.teaching import templates as teaching_templates
 
 
 def sample(
@@ -55,7 +54,9 @@ def _with_paraphrases(
   """Adds the answers to paraphrases, from one call of the sampler."""
   size = protocol.teach_params.group_size
   prompts = {
-    i: _prompt(protocol, rephrased, record.teaching, i % size)
+    i: protocol.solve_prompt(
+      rephrased, record.teaching, f"paraphrase/{i % size}"
+    )
     for i, record in enumerate(records)
     if record.taught and (rephrased := record.question.rephrased())
   }
@@ -70,22 +71,3 @@ def _with_paraphrases(
       records[i], taught=taught, paraphrased=answers
     )
   return found
-
-
-def _prompt(
-  protocol: teaching_protocol.Protocol,
-  rephrased: types.Question,
-  teaching: str | None,
-  index: int,
-) -> types.Prompt:
-  """Returns the student's prompt, as in the protocol's taught answers."""
-  if teaching is None:
-    text = teaching_templates.fill(
-      protocol.templates.baseline, question=rephrased.question
-    )
-  else:
-    text = teaching_templates.fill(
-      protocol.templates.taught, question=rephrased.question, teaching=teaching
-    )
-  row_id = f"{rephrased.row_id}/paraphrase/{index}"
-  return protocol.student.prompt(row_id, text)

@@ -46,8 +46,7 @@ def group_advantages(
     baseline: subtracted from each reward.
     scale: divides by the sample standard deviation of the rewards of the
       "group", or of the whole "batch" around its mean; or "none".
-    min_std: least standard deviation to divide by, in units of the reward; 0.0
-      for none. A reward of 0 or 1 has at most about 0.5.
+    min_std: least standard deviation to divide by, or 0.0, in reward units.
 
   Returns:
     float32[P, C]. Exactly 0 where the reward is missing, and in groups with

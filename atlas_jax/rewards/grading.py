@@ -186,7 +186,7 @@ def _graded(
 def _pair(
   question: types.Question, attempt: types.Attempt
 ) -> tuple[str, str] | None:
-  """Returns the answer and what it must equal; None if there is none to grade.
+  """Returns an answer to grade and what it must equal, or None.
 
   If the question asks for a percentage, the reference is one: 60 is 60%.
   """

@@ -225,7 +225,7 @@ class Protocol:
 
   def baseline_prompt(self, question: types.Question) -> types.Prompt:
     """Returns the student's prompt for a question without a teaching."""
-    return self._solve_prompt(question, None, 0)
+    return self.solve_prompt(question, None, "solve/0")
 
   def _key(self, question: types.Question) -> _Key:
     digest = hashlib.sha256(question.question.encode()).hexdigest()[:16]
@@ -255,7 +255,7 @@ class Protocol:
       if key not in self._baselines
     }
     if unknown:
-      prompts = [self._solve_prompt(q, None, 0) for q in unknown.values()]
+      prompts = [self.baseline_prompt(q) for q in unknown.values()]
       answers = self.student.write(prompts, self.baseline_params)
       known = zip(unknown, answers, strict=True)
       # Dropped prompts are not cached, so the next run samples them again.
@@ -349,7 +349,7 @@ class Protocol:
     """
     size = self.teach_params.group_size
     prompts = [
-      self._solve_prompt(question, teaching, i % size)
+      self.solve_prompt(question, teaching, f"solve/{i % size}")
       for i, (question, teaching) in enumerate(
         zip(questions, teachings, strict=True)
       )
@@ -357,10 +357,13 @@ class Protocol:
     params = dataclasses.replace(self.solve_params, seed=seed)
     return self.student.write(prompts, params)
 
-  def _solve_prompt(
-    self, question: types.Question, teaching: str | None, index: int
+  def solve_prompt(
+    self, question: types.Question, teaching: str | None, name: str
   ) -> types.Prompt:
-    """Returns the student's prompt, with a teaching unless it is None."""
+    """Returns the student's prompt, with a teaching unless it is None.
+
+    Its `row_id` is that of the question, followed by `name`.
+    """
     if teaching is None:
       text = teaching_templates.fill(
         self.templates.baseline, question=question.question
@@ -369,7 +372,7 @@ class Protocol:
       text = teaching_templates.fill(
         self.templates.taught, question=question.question, teaching=teaching
       )
-    return self.student.prompt(f"{question.row_id}/solve/{index}", text)
+    return self.student.prompt(f"{question.row_id}/{name}", text)
 
   def _num_tokens(self, teaching: str | None) -> int:
     """Returns the length of a teaching in tokens of the policy's tokenizer."""

@@ -334,7 +334,7 @@ def _check_reference(policy: trainable.Policy, config: types.Config) -> None:
       "reference.dtype must be '' or bfloat16, and '' without a copy.",
       where=f"--config.reference.dtype={dtype}",
       why="With adapters the reference is the base model, and with "
-      "loss.kl_coef=0 there is none.",
+      "loss.kl_coef=0 no reference is used.",
       fix="Set it to ''.",
     )
   if policy.frozen and config.loss.kl_coef and config.reference.sync_every:
