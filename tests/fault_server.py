@@ -24,10 +24,12 @@ class Fault:
   drip (seconds between bytes), truncate, reset, lose (processed, but no bytes
   are sent), garbage (bytes to send), edit (a function that changes the reply),
   die (processed, then killed before it replies), load (seconds until loaded).
+  It happens `after_s` seconds after the request.
   """
 
   kind: str
   value: Any = None
+  after_s: float = 0.0
 
 
 class FaultServer:
@@ -115,6 +117,7 @@ class FaultServer:
       fault = faults.pop(0) if faults else None
       if self.stuck & {row["row_id"] for row in body.get("prompts", ())}:
         fault = Fault("hang")
+      await asyncio.sleep(fault.after_s if fault else 0.0)
       await self._answer(writer, path, body, fault)
     except (asyncio.IncompleteReadError, ConnectionError):
       pass

@@ -256,6 +256,8 @@ class Fleet:
       if pushed is not None and not _is_held(pushed, held):
         await server.client.update_weights(pushed)
         version = pushed.version
+      if self.pushed is not pushed:
+        raise _outdated(server, "The push changed while it loaded weights.")
     if server.probe_id:
       # The same id each time, so that retries join a slow first probe.
       await server.client.probe(f"{server.probe_id}-{version}", version)

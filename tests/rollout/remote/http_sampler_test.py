@@ -423,12 +423,26 @@ def test_a_server_that_fails_to_load_is_not_sampled_from(servers, status):
 def test_a_push_that_all_servers_reject_changes_nothing(servers):
   with _open(*servers, version=2) as sampler:
     for server in servers:
-      server.script["/update_weights"] = [Fault("status", 409)]
+      server.script["/update_weights"] = [Fault("status", 409)] * 100
     with pytest.raises(client.RefusedError):
       sampler.update_weights({}, 3)
     assert sampler.version == 2
     _check(sampler.sample(_prompts(4), _PARAMS), 4, 2)
   assert all(server.version == 2 for server in servers)
+
+
+def test_a_server_that_loads_a_withdrawn_push_gets_the_last_one(servers):
+  first, second = servers
+  with _open(first, second, version=2) as sampler:
+    # The first server rejects the push, and loads it when it is offered again,
+    # while the second server's rejection ends the push.
+    first.script["/update_weights"] = [Fault("status", 409), Fault("load", 0.6)]
+    second.script["/update_weights"] = [Fault("status", 409, after_s=0.3)]
+    with pytest.raises(client.RefusedError):
+      sampler.update_weights({}, 3)
+    _wait(lambda: first.version == 3)
+    _wait(lambda: first.version == 2)
+    _check(sampler.sample(_prompts(8), _PARAMS), 8, 2)
 
 
 def test_a_server_with_other_weights_gets_the_right_ones(servers):
