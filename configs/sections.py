@@ -6,7 +6,7 @@ import ml_collections
 
 def get_world() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
-    dict(directory="", with_teacher=False)  # components.ensure_world
+    dict(directory="")  # small_world.ensure
   )
 
 

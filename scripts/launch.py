@@ -130,11 +130,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _world(job: launch_overrides.LaunchRequest) -> tuple[str, ...]:
   """Returns the command that creates missing models and data for servers."""
-  world = job.config.world
-  options = (
-    f"--directory={world.directory}",
-    f"--teacher={world.with_teacher}",
-  )
+  options = (f"--directory={job.config.world.directory}", "--notrain")
   return (sys.executable, "-m", "scripts.make_world", *options)
 
 

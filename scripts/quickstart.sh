@@ -47,13 +47,12 @@ say "2/6 SFT warm-up of the teacher, on teachings of mixed quality"
 [[ -d "$results/sft/export" ]] ||
   "$python" -m scripts.train_sft \
     --config=configs/run/teacher_sft.py:smoke --workdir="$results/sft" \
-    --config.seed="$seed" --config.world.directory="$world" \
+    --config.seed="$seed" --config.world.directory= \
     --config.model.path="$world/teacher_init" "${epochs[@]/#/--config.num_epochs=}" \
     --config.data.path="$world/teacher_sft.jsonl"
 
 common=(
-  --config.world.directory="$world" --config.world.with_teacher=False
-  --config.student.path="$world/student_run/export"
+  --config.world.directory="" --config.student.path="$world/student_run/export"
 )
 say "3/6 GRPO of the teacher, rewarded by its student's answers"
 grpo=("$python" -m scripts.train_grpo --workdir="$results/grpo"

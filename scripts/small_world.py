@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the small world: data, a tokenizer, untrained models."""
+"""Writes the small world: data, a tokenizer and models.
+
+It has word problems with checkable answers, in the formats of real data and
+models. Every recipe's `:smoke` variant runs in it.
+"""
 
 from collections.abc import Iterable, Mapping
+import contextlib
 import json
 import pathlib
+import shutil
+import tempfile
 from typing import Any
 
+from absl import logging
 import jax
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -19,6 +27,8 @@ from conversion import card, save
 
 SIZES = {"train": 3000, "teacher": 2500, "questions": 1000}
 HELD_OUT = {"validation": 100, "test": 400}
+# A student and a teacher that the quickstart trained; see its README.md.
+_TRAINED = pathlib.Path(__file__).with_name("world")
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
   "{% for message in messages %}"
@@ -31,6 +41,44 @@ _SPLIT = tokenizers.Regex(
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def ensure(directory: str) -> None:
+  """Creates the world of the `:smoke` recipes unless it exists.
+
+  Its student and teacher are copies of trained models.
+  """
+  target = pathlib.Path(directory)
+  if target.exists():
+    return
+  logging.info("Writing the small world to %s.", directory)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  # Complete or missing, also if two runs write it or one is stopped.
+  with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    world = pathlib.Path(scratch) / "world"
+    world.mkdir()
+    write(world, seed=0)
+    for role in ("student", "teacher"):
+      shutil.copytree(_TRAINED / role, world / role)
+    with contextlib.suppress(OSError):  # Another run was faster.
+      world.rename(target)
+
+
+def write(directory: pathlib.Path, seed: int) -> None:
+  """Writes the data, the tokenizer and both untrained models."""
+  tokenizer = make_tokenizer(write_data(directory, seed))
+  for role, family, num_layers in (
+    ("student", "qwen2", 2),
+    ("teacher", "qwen3", 3),
+  ):
+    write_model(
+      directory / f"{role}_init",
+      tokenizer,
+      family,
+      num_layers=num_layers,
+      width=128,
+      seed=seed,
+    )
 
 
 def write_data(directory: pathlib.Path, seed: int) -> list[str]:

@@ -31,6 +31,7 @@ from atlas_jax.train import sft as train_sft
 from atlas_jax.train.guards import alarm
 from atlas_jax.train.telemetry import samples, sinks
 from rollout import sampler as rollout_sampler
+from scripts import small_world
 from scripts.job import components, exports
 from tests import fakes
 
@@ -43,7 +44,7 @@ _RECIPES = sorted(
 
 # Section: the function its keys are arguments of, and arguments code adds.
 _FUNCTIONS = {
-  "world": (components.ensure_world, ()),
+  "world": (small_world.ensure, ()),
   "model": (components.open_model, ()),
   "student": (components.open_model, ()),
   "teacher": (components.open_model, ()),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths of the small world, and the short prompts of its models."""
+"""Paths of the small world of `:smoke`, and the short prompts of its models."""
 
 import ml_collections
 
-DIRECTORY = ".cache/world"
-STUDENT = f"{DIRECTORY}/student_run/export"
-TEACHER = f"{DIRECTORY}/teacher_run/export"  # Warmed up by SFT.
+DIRECTORY = ".cache/smoke_world"
+STUDENT = f"{DIRECTORY}/student"
+TEACHER = f"{DIRECTORY}/teacher"  # Warmed up by SFT.
 
 
 def get_templates() -> ml_collections.ConfigDict:

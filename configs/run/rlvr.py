@@ -31,7 +31,6 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.reward.weights.exact = 1.0
   config.advantages.min_std = 0.0  # The reward has no part for brevity.
   if config.world.directory:
-    config.world.with_teacher = False
     config.model = tiny.get_config(world.STUDENT)
     config.template = world.get_templates().baseline
     config.sampling.teach.max_completion_tokens = 40

@@ -76,7 +76,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
   """Distils the small world's teacher into its untrained initial weights."""
-  config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+  config.world.directory = world.DIRECTORY
   config.model = tiny.get_config(f"{world.DIRECTORY}/teacher_init")
   config.teacher = tiny.get_config(world.TEACHER)
   config.teacher.remat = "none"

@@ -125,7 +125,7 @@ def _parse(variant: str) -> tuple[bool, str]:
 
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
-  config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+  config.world.directory = world.DIRECTORY
   config.model = tiny.get_config(world.TEACHER)
   config.student = tiny.get_config(world.STUDENT)
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"

@@ -38,7 +38,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.num_bootstrap = 2000
 
   if variant == "smoke":
-    config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+    config.world.directory = world.DIRECTORY
     config.model = tiny.get_config(world.TEACHER)
     config.student = tiny.get_config(world.STUDENT)
     config.data.path = f"{world.DIRECTORY}/test.jsonl"

@@ -10,7 +10,6 @@ from configs.run import teacher_sft
 
 def get_config() -> ml_collections.ConfigDict:
   config = teacher_sft.get_config("smoke")
-  config.world.directory = ""  # This run is part of creating it.
   config.model = tiny.get_config(f"{world.DIRECTORY}/student_init")
   config.data.path = f"{world.DIRECTORY}/student_sft.jsonl"
   config.num_epochs = 3.0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the teaching protocol by question against phase by phase.
 
-  python -m scripts.bench.phases --tokenizer=.cache/world/teacher_init
+  python -m scripts.bench.phases --tokenizer=.cache/smoke_world/teacher
 
 Starts a policy and a student server on loopback, whose engines sleep for each
 token instead of computing it, and run a fixed number of sequences at a time.

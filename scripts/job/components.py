@@ -8,8 +8,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 from absl import logging
@@ -26,6 +24,7 @@ from atlas_jax.train.telemetry import sinks, writer
 from conversion import load, peft_adapters, process_group
 from rollout import sampler, wire
 from rollout.remote import shared_sampler
+from scripts import small_world
 from scripts.job import preemption, workdirs
 
 
@@ -83,7 +82,7 @@ def start(
       held.enter_context(workdirs.lock(workdir))
       workdirs.write_config(workdir, config)
       if config.world.directory:
-        ensure_world(**config.world)
+        small_world.ensure(**config.world)
     distributed.wait("workdir")
     # Every process must see the files that process 0 wrote.
     distributed.agree({**workdirs.facts(workdir), **workdirs.flat(config)})
@@ -122,28 +121,6 @@ def _memory_in_use() -> str:
     if "bytes_limit" in s and "peak_bytes_in_use" in s
   ]
   return "; ".join(described) or "this process"
-
-
-def ensure_world(*, directory: str, with_teacher: bool) -> None:
-  """Creates the small world in `directory` unless it exists.
-
-  Raises:
-    errors.ConfigError: if creating it fails.
-  """
-  needed = ["world.json"] + ["teacher_run/export"] * with_teacher
-  if all((pathlib.Path(directory) / name).exists() for name in needed):
-    return
-  logging.info("Creating the small world in %s; this takes minutes.", directory)
-  command = [sys.executable, "-m", "scripts.make_world"]
-  options = [f"--directory={directory}", f"--teacher={with_teacher}"]
-  code = subprocess.run([*command, *options], check=False).returncode
-  if code:
-    raise errors.ConfigError(
-      "Creating the small world failed.",
-      where=directory,
-      why=f"scripts.make_world exited with code {code}; see above.",
-      fix="Fix the error it reports and run again; finished parts are kept.",
-    )
 
 
 def open_model(  # noqa: PLR0913 - the keys of a model section.

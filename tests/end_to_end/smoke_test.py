@@ -27,8 +27,11 @@ _ENVIRONMENT = {
 # too little for rewards to differ.
 _HELD_OUT = '"validation": 100, "test": 400'
 _FEW_HELD_OUT = '"validation": 16, "test": 40'
-# These two recipes train the models of the world.
-_WORLD = {"world_student": "student_run", "teacher_sft": "teacher_run"}
+# The quickstart's workdirs of the recipes that train its models by SFT.
+_SFT = {
+  "world_student": ".cache/world/student_run",
+  "teacher_sft": "results/quickstart/sft",
+}
 _GRPO = ("teacher_rcl", "teacher_rlt", "rlvr")
 _SHORT = (
   "--config.loop.num_steps=1",
@@ -77,10 +80,10 @@ def _rows(workdir):
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-  """Returns a copy of the repository after the quickstart, and its stdout.
+def home(tmp_path_factory):
+  """Returns a copy of the repository, whose world has fewer held-out problems.
 
-  The world of the copy has fewer held-out problems.
+  It has no results and no world: recipes create what they need.
   """
   if not (_ROOT / ".venv/installed/trainer.txt").exists():
     pytest.skip("needs the .venv that scripts/run_tests.sh creates")
@@ -92,16 +95,13 @@ def quickstart(tmp_path_factory):
   text = world.read_text()
   assert _HELD_OUT in text
   world.write_text(text.replace(_HELD_OUT, _FEW_HELD_OUT))
-  return home, _quickstart(home)
+  return home
 
 
 @pytest.fixture(scope="module")
-def home(quickstart):
-  """Returns a repository whose world has two models trained for one epoch."""
-  home, _ = quickstart
-  command = (sys.executable, "-m", "scripts.make_world")
-  _run(home, *command, "--teacher", "--epochs=1")
-  return home
+def quickstart(home):
+  """Returns a repository after the quickstart, and its stdout."""
+  return home, _quickstart(home)
 
 
 @pytest.mark.parametrize("argument", ["--rollout=sglang", "--step=2", "x"])
@@ -139,13 +139,14 @@ def test_quickstart_prints_its_table_then_reuses_results(quickstart):
 
 def test_every_recipe_is_tested():
   recipes = {path.stem for path in (_ROOT / "configs/run").glob("[!_]*.py")}
-  assert recipes == {*_WORLD, *_GRPO, "teacher_gkd", "teaching_eval"}
+  assert recipes == {*_SFT, *_GRPO, "teacher_gkd", "teaching_eval"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", _WORLD)
-def test_sft_lowers_its_loss(home, recipe):
-  workdir = home / ".cache/world" / _WORLD[recipe]
+@pytest.mark.parametrize("recipe", _SFT)
+def test_sft_lowers_its_loss(quickstart, recipe):
+  home, _ = quickstart
+  workdir = home / _SFT[recipe]
   first, *_, last = [row["loss"] for row in _rows(workdir) if "loss" in row]
   assert last < first
   assert (workdir / "export/model.safetensors").exists()

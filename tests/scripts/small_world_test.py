@@ -24,3 +24,12 @@ def test_held_out_problems_have_paraphrases_that_occur_nowhere(tmp_path):
       assert row["paraphrase"] not in asked
       assert row["paraphrase"] not in trained
       assert row["paraphrase_answer"] not in ("", row["answer"])
+
+
+def test_the_trained_models_have_the_tokenizer_of_the_world(tmp_path):
+  small_world.ensure(str(tmp_path / "world"))
+  made = tmp_path / "world/student_init/tokenizer.json"
+  for role in ("student", "teacher"):
+    trained = tmp_path / f"world/{role}/tokenizer.json"
+    assert json.loads(trained.read_text()) == json.loads(made.read_text())
+  assert [path.name for path in tmp_path.iterdir()] == ["world"]

@@ -35,7 +35,7 @@ def _config(**changes):
     {
       "seed": 1,
       "data": {"path": "data.jsonl"},
-      "world": {"directory": "", "with_teacher": False},
+      "world": {"directory": ""},
     }
   )
   config.update_from_flattened_dict(changes)
