@@ -51,7 +51,8 @@ _MAY_IMPORT = {
   "conversion": _WEIGHTS,
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
-  "scripts.job": _LIBRARIES | {"scripts.launch_overrides"},
+  "scripts.job": _LIBRARIES
+  | {"scripts.dtypes", "scripts.launch_overrides", "scripts.override_names"},
   "scripts": _LIBRARIES,
 }
 _ONLY_IN = {
