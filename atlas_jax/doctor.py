@@ -7,7 +7,7 @@ Each line is ok, warn or FAIL, with a fix. The exit code is 2 if a line is FAIL,
 else 0. None of the checked libraries needs to be installed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 from importlib import metadata
 import os
@@ -74,8 +74,12 @@ class Line:
     return f"{line}\n{'':<25}{self.fix}" if self.fix else line
 
 
-def main() -> int:
-  """Prints all lines; returns the exit code."""
+def main(argv: Sequence[str] = ()) -> int:
+  """Prints all lines, or help if `argv` has words; returns the exit code."""
+  if argv:
+    sys.stdout.write(f"{__doc__}\n")
+    is_help = set(argv) <= {"--help", "-h"}
+    return int(errors.Exit.DONE if is_help else errors.Exit.CONFIG)
   has_failed = False
   for line in diagnose():
     sys.stdout.write(f"{line}\n")
@@ -339,4 +343,4 @@ def _gib(num_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

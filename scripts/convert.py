@@ -22,6 +22,7 @@ import jax
 
 from atlas_jax import errors
 from conversion import commands, listing
+from scripts import dtypes, program
 
 # A separate set: tests import other scripts with required flags.
 _FLAGS = flags.FlagValues()
@@ -37,7 +38,7 @@ flags.DEFINE_string(
   "adapter", "", "PEFT directory to merge into --base.", flag_values=_FLAGS
 )
 flags.DEFINE_string("output", "", "Target directory.", flag_values=_FLAGS)
-flags.DEFINE_enum(
+dtypes.define_flag(
   "dtype",
   "",
   ("", "float32", "bfloat16"),
@@ -71,6 +72,9 @@ flags.DEFINE_bool(
 
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns the exit code."""
+  if program.is_help(argv):
+    print(f"{__doc__.strip()}\n\n{program.help_on_flags(_FLAGS, sys.argv[0])}")
+    return int(errors.Exit.DONE)
   try:
     _run(_parse(argv))
   except errors.AtlasError as error:
@@ -135,9 +139,9 @@ def _misused(why: str) -> errors.ConfigError:
     "Invalid arguments.",
     where="command line",
     why=why,
-    fix=f"Usage:\n\n{__doc__}\n{_FLAGS.get_help()}",
+    fix="python -m scripts.convert --help lists commands and flags.",
   )
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  program.leave(lambda: main(sys.argv[1:]))

@@ -15,11 +15,35 @@ from atlas_jax import distributed, sharding
 from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics
 from scripts import program
-from scripts.job import arguments, components, processes
+from scripts.job import (
+  arguments,
+  components,
+  config_help,
+  print_config,
+  processes,
+)
+
+_HELP = config_help.ConfigHelp(
+  "teaching_eval.py",
+  (
+    "model.path",
+    "student.path",
+    "data.path",
+    "data.max_rows",
+    "sampling.teach.max_completion_tokens",
+    "sampling.solve.max_completion_tokens",
+    "sampling.solve.temperature",
+    "batch_size",
+    "sampler.max_rows",
+    "rollout.backend",
+  ),
+)
 
 
 def main() -> None:
   """Runs the protocol on every question, then prints and saves metrics."""
+  if print_config.print_if_requested("evaluation"):
+    return
   config, workdir = arguments.parse("evaluation")
   from_first = distributed.FirstProcessBroadcast("evaluation")
   with components.start(workdir, config) as should_stop:
@@ -63,5 +87,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.run(
-    functools.partial(processes.run, "Evaluation", "scripts.evaluate", main)
+    functools.partial(processes.run, "Evaluation", "scripts.evaluate", main),
+    config_help=_HELP,
   )

@@ -21,7 +21,7 @@ from absl import flags, logging
 
 from atlas_jax import errors
 from rollout import placement, supervisor
-from scripts import launch_overrides, launch_servers
+from scripts import launch_overrides, launch_servers, override_names, program
 from scripts.job import print_config, recipes
 
 _PRINT_CONFIG = "--print_config"
@@ -31,15 +31,39 @@ _OPTIONS = {
   "--max_wait_s": "600",
   _PRINT_CONFIG: "",
 }
+# Names that `--help` lists; docs/overrides.md has all of them.
+_USUAL = (
+  "output_dir",
+  "model_name_or_path",
+  "student_model",
+  "dataset_id_or_path",
+  "max_steps",
+  "learning_rate",
+  "train_batch_size",
+  "per_device_train_batch_size",
+  "num_generations",
+  "max_completion_length",
+)
 
 
 def main(argv: Sequence[str]) -> int:
   """Launches training; returns the exit code."""
+  # launch_with_server.sh passes its first argument as the number of servers.
+  if program.is_help([word.removeprefix("--num_servers=") for word in argv]):
+    return _print_help()
   try:
     return _launch(argv)
   except errors.AtlasError as error:
     print(f"\n{error}", file=sys.stderr)
     return int(error.exit_code)
+
+
+def _print_help() -> int:
+  print(f"{program.with_line_breaks(__doc__)}\n\nUsual overrides:")
+  for name in _USUAL:
+    print(f"  {name}=VALUE\n      {override_names.TABLE[name].meaning}")
+  print("\nFor example: bash scripts/launch.sh 1 teacher_sft:smoke max_steps=4")
+  return int(errors.Exit.DONE)
 
 
 def _launch(argv: Sequence[str]) -> int:
@@ -98,9 +122,7 @@ def _print_config(
   settings = [*job.settings, *_mesh(words, num_devices)]
   given = dict.fromkeys(map(launch_overrides.path_of, settings), "launcher")
   config = launch_overrides.load(job.recipe, settings)
-  print_config.show(
-    print_config.table(job.recipe, config, {**given, **job.origins})
-  )
+  print(print_config.table(job.recipe, config, {**given, **job.origins}))
   return int(errors.Exit.DONE)
 
 
@@ -139,4 +161,4 @@ if __name__ == "__main__":
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   stdlib_logging.getLogger("httpx2").setLevel(stdlib_logging.WARNING)
-  sys.exit(main(sys.argv[1:]))
+  program.leave(lambda: main(sys.argv[1:]))

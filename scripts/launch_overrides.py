@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resolves the launchers' `NAME=VALUE` overrides into config values.
 
-The names are those of the original implementation. `docs/overrides.md` is
-generated from the table:
+The names are those of `override_names.TABLE`, from which `docs/overrides.md` is
+generated:
 
   python -m scripts.launch_overrides > docs/overrides.md
 """
@@ -16,173 +16,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from atlas_jax import errors, types
+from scripts import override_names
+from scripts.job import config_keys
 
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
 _OFFLOAD, _ZERO1 = "offload", "zero1"  # The original's words for DeepSpeed.
 _STRATEGIES = ("save_strategy", "eval_strategy")
-_ANSWERS = ("teach", "baseline", "solve", "complete")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A name and the config keys that it sets, where the recipe has them.
-
-  Names without `paths` are handled by the code below. `words` maps values of
-  the original to config values; `also` are further settings, `KEY=VALUE`.
-  """
-
-  meaning: str
-  paths: tuple[str, ...] = ()
-  words: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  also: tuple[str, ...] = ()
-
-
-TABLE: Mapping[str, Row] = {
-  "model_name_or_path": Row("model to train", ("model.path",)),
-  "student_model": Row("student model", ("student.path",)),
-  "teacher_model_name_or_path": Row("teacher model in GKD", ("teacher.path",)),
-  "dataset_id_or_path": Row("training data", ("data.path",)),
-  "dataset_max_samples": Row("limit on rows per dataset", ("data.max_rows",)),
-  "eval_split_ratio": Row(
-    "fraction of the problems that is held out", ("held_out.fraction",)
-  ),
-  "seed": Row("seed of all random numbers", ("seed",)),
-  "output_dir": Row("the workdir"),
-  "results_dir": Row("parent of the workdir, which is named after the recipe"),
-  "report_to": Row(
-    "comma-separated: `tensorboard`, `wandb`, `trackio`; `null` for none",
-    ("report.to",),
-  ),
-  "wandb_project": Row("project in the tracker", ("report.project",)),
-  "wandb_group_name": Row("group within the project", ("report.group",)),
-  "wandb_run_name": Row("name of the run", ("report.name",)),
-  "save_final_model": Row(
-    "whether to write `export/` at the end", ("export.enabled",)
-  ),
-  "max_steps": Row("steps; for SFT and GKD, -1 uses `num_train_epochs`"),
-  "num_train_epochs": Row("epochs; SFT and GKD only", ("num_epochs",)),
-  "logging_steps": Row("steps between metrics", ("loop.log_every",)),
-  "eval_steps": Row("steps between evaluations", ("loop.eval_every",)),
-  "save_steps": Row("steps between checkpoints", ("loop.save_every",)),
-  "save_strategy": Row(
-    "`steps`, or `no` to save only at the end",
-    ("loop.save_every",),
-    {"no": "0"},
-  ),
-  "eval_strategy": Row(
-    "`steps`, or `no` to evaluate only at the end",
-    ("loop.eval_every",),
-    {"no": "0"},
-  ),
-  "save_total_limit": Row("checkpoints to keep", ("checkpoint.keep",)),
-  "metric_for_best_model": Row(
-    "metric of the best checkpoint, which is kept too; `eval_x` is `eval/x`",
-    ("checkpoint.best_metric",),
-  ),
-  "greater_is_better": Row(
-    "whether the best value of that metric is the greatest",
-    ("checkpoint.best_mode",),
-    words={"true": "max", "false": "min"},
-  ),
-  "load_best_model_at_end": Row(
-    "whether to finish with the best checkpoint instead of the last",
-    ("checkpoint.load_best",),
-  ),
-  "learning_rate": Row("peak learning rate", ("schedule.learning_rate",)),
-  "lr_scheduler_type": Row(
-    "schedule: constant, linear, cosine, or wsd, which requires "
-    "`--config.schedule.decay_fraction`",
-    ("schedule.schedule",),
-    words={"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
-  ),
-  "warmup_ratio": Row(
-    "warmup, as a fraction of all steps",
-    ("schedule.warmup_fraction",),
-    also=("schedule.warmup_steps=0",),
-  ),
-  "warmup_steps": Row(
-    "warmup, in steps",
-    ("schedule.warmup_steps",),
-    also=("schedule.warmup_fraction=0.0",),
-  ),
-  "optim": Row(
-    "optimizer: adamw, lion, adafactor or muon",
-    ("optimizer.name",),
-    words={
-      "adamw_torch": "adamw",
-      "adamw_torch_fused": "adamw",
-      "lion_32bit": "lion",
-    },
-  ),
-  "weight_decay": Row(
-    "weight decay of any optimizer", ("optimizer.weight_decay",)
-  ),
-  "adam_beta1": Row("beta1 of AdamW", ("optimizer.adamw.beta1",)),
-  "adam_beta2": Row("beta2 of AdamW", ("optimizer.adamw.beta2",)),
-  "adam_epsilon": Row("epsilon of AdamW", ("optimizer.adamw.epsilon",)),
-  "max_grad_norm": Row(
-    "norm to which gradients are clipped", ("optimizer.max_grad_norm",)
-  ),
-  "max_seq_length": Row("tokens in a row", ("packing.length",)),
-  "packing": Row(
-    "whether to pack several examples into a row", ("packing.packed",)
-  ),
-  "train_batch_size": Row(
-    "sequences in a step: `batch.size`; in GKD `batch.num_prompts`; in RCL "
-    "`batch.num_questions` times `num_generations`"
-  ),
-  "per_device_train_batch_size": Row(
-    "rows per device in a microbatch: `batch.per_device`"
-  ),
-  "gradient_accumulation_steps": Row(
-    "microbatches in an update, if rows are not packed: sets `batch.per_device`"
-  ),
-  "num_generations": Row(
-    "teachings in a group", ("sampling.teach.group_size",)
-  ),
-  "temperature": Row(
-    "temperature of all sampling",
-    tuple(f"sampling.{kind}.temperature" for kind in ("probe", *_ANSWERS)),
-  ),
-  "max_completion_length": Row(
-    "limit on tokens of teachings and answers, or of completions",
-    tuple(f"sampling.{kind}.max_completion_tokens" for kind in _ANSWERS),
-  ),
-  "max_new_tokens": Row(
-    "limit on tokens of completions in GKD",
-    ("sampling.complete.max_completion_tokens",),
-  ),
-  "max_probe_tokens": Row(
-    "limit on tokens of a probe", ("sampling.probe.max_completion_tokens",)
-  ),
-  "beta": Row(
-    "weight of the KL term; in GKD, of the teacher in the mixture",
-    ("loss.kl_coef", "loss.beta"),
-  ),
-  "lmbda": Row(
-    "fraction of GKD steps with completions sampled from the policy",
-    ("completions.on_policy_fraction",),
-  ),
-  "ref_model_sync_steps": Row(
-    "steps between syncs of the reference", ("reference.sync_every",)
-  ),
-  "ref_model_mixup_alpha": Row(
-    "weight of the policy in the synced reference", ("reference.mix",)
-  ),
-  "efficiency_weight": Row(
-    "weight of the reward for short teachings",
-    ("reward.teaching.efficiency_weight",),
-  ),
-  "degradation_penalty_multiplier": Row(
-    "multiplier of the penalty for harmful teachings; presets R1 to R3",
-    ("reward.teaching.degradation_penalty_multiplier",),
-  ),
-  "vllm_host": Row("host of the rollout servers; default 127.0.0.1"),
-  "vllm_port": Row(
-    "port of the first server, default 8765; the others use the ports after it"
-  ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +55,13 @@ def find_recipe(name: str) -> str:
     path = _RECIPES / path
   if not path.is_file():
     known = sorted(p.stem for p in _RECIPES.glob("[!_]*.py"))
-    raise _unknown(name, "Unknown recipe.", path.stem, known)
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    raise errors.ConfigError(
+      "Unknown recipe.",
+      where=name,
+      why=f"configs/run has {', '.join(known)}.",
+      fix=f"Did you mean {near[0]}?" if near else "Choose one of these.",
+    )
   return f"{path}:{variant}" if variant else str(path)
 
 
@@ -290,8 +136,8 @@ def _read_words(
       settings.append(word)
       origins[path_of(word)] = "command line"
       continue
-    if not equals or name not in TABLE:
-      raise _unknown(word, "Unknown override.", name, list(TABLE))
+    if not equals or name not in override_names.TABLE:
+      raise _unknown_override(word, base)
     given[name] = value
     direct = _direct_settings(base, name, value)
     settings += direct
@@ -316,13 +162,17 @@ def _direct_settings(
     raise _invalid(name, value, "it must be no or steps", "steps")
   if name in _STRATEGIES and value == "steps":
     return []
-  paths = ("loop.num_steps",) if name == "max_steps" else TABLE[name].paths
+  paths = (
+    ("loop.num_steps",)
+    if name == "max_steps"
+    else override_names.TABLE[name].paths
+  )
   present = [path for path in paths if has(base, path)]
   if paths and not present:
     raise _invalid(name, value, "this recipe does not have this setting", None)
   if paths and value.lower() in _NONE:
     raise _invalid(name, value, "it needs a value", None)
-  row = TABLE[name]
+  row = override_names.TABLE[name]
   value = row.words.get(value.lower(), value)
   if name == "metric_for_best_model":
     value = "eval/" + value.removeprefix("eval_").removeprefix("eval/")
@@ -434,19 +284,31 @@ def load(recipe: str, settings: Sequence[str]) -> types.Config:
       where=" ".join(argv[1:]),
       # If a recipe raises, this is a traceback that ends with the message.
       why=str(error).strip().splitlines()[-1],
-      fix="See docs/overrides.md, and the recipe for its --config.KEY names.",
+      fix=_advice(recipe, settings),
     ) from error
 
 
-def _unknown(
-  word: str, what: str, name: str, known: Sequence[str]
-) -> errors.ConfigError:
-  near = difflib.get_close_matches(name, known, n=1)
+def _advice(recipe: str, settings: Sequence[str]) -> str:
+  """Returns the keys that unknown ones in `settings` may stand for."""
+  advice = ""
+  if settings:
+    keys = [key for key, _ in config_keys.values(load(recipe, []))]
+    advice = override_names.advice(settings, keys, ())
+  return advice or "See docs/config.md for the --config.KEY of each recipe."
+
+
+def _unknown_override(word: str, base: types.Config) -> errors.ConfigError:
+  name, known = word.partition("=")[0], list(override_names.TABLE)
+  if near := difflib.get_close_matches(name, known, n=1):
+    fix = f"Did you mean {near[0]}?"
+  else:
+    keys = [key for key, _ in config_keys.values(base)]
+    fix = override_names.advice([f"--{name.lstrip('-')}"], keys, ())
   return errors.ConfigError(
-    what,
+    "Unknown override.",
     where=word,
     why=f"Valid names are {', '.join(known)}.",
-    fix=f"Did you mean {near[0]}?" if near else "Choose one of these.",
+    fix=fix or "Choose one of these, or --config.KEY=VALUE.",
   )
 
 
@@ -474,7 +336,7 @@ def markdown() -> str:
     "| name | sets `--config.` | meaning |",
     "|---|---|---|",
   ]
-  for name, row in TABLE.items():
+  for name, row in override_names.TABLE.items():
     paths = ", ".join(f"`{path}`" for path in row.paths)
     lines.append(f"| `{name}` | {paths} | {row.meaning} |")
   lines += [

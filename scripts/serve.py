@@ -21,7 +21,7 @@ from conversion import shards
 from rollout import manifest, wire
 from rollout.server import app as server_app
 from rollout.server import engine, listen, service, weight_channel
-from scripts import program
+from scripts import dtypes, program
 
 _ENGINE = flags.DEFINE_enum(
   "engine", None, ["vllm", "jax"], "Inference engine.", required=True
@@ -46,7 +46,7 @@ _TOKEN_FILE = flags.DEFINE_string(
 _WEIGHTS_ROOT = flags.DEFINE_string(
   "weights_root", None, "If set, pushed weights must be below this directory."
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = dtypes.define_flag(
   "dtype",
   "auto",
   ["auto", "float32", "bfloat16"],

@@ -14,13 +14,36 @@ from atlas_jax import distributed, sharding
 from atlas_jax.data import packing, sets
 from atlas_jax.train import gkd, gkd_batches, loop
 from scripts import program
-from scripts.job import arguments, components, exports, print_config, processes
+from scripts.job import (
+  arguments,
+  components,
+  config_help,
+  exports,
+  print_config,
+  processes,
+)
 from scripts.plan import report
+
+_HELP = config_help.ConfigHelp(
+  "teacher_gkd.py",
+  (
+    "model.path",
+    "teacher.path",
+    "data.path",
+    "num_epochs",
+    "schedule.learning_rate",
+    "batch.num_prompts",
+    "sampling.complete.max_completion_tokens",
+    "completions.on_policy_fraction",
+    "loss.beta",
+    "lora.rank",
+  ),
+)
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested() or report.print_plan("gkd"):
+  if print_config.print_if_requested("gkd") or report.print_plan("gkd"):
     return
   config, workdir = arguments.parse("gkd")
   with (
@@ -91,5 +114,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.run(
-    functools.partial(processes.run, "Training", "scripts.train_gkd", main)
+    functools.partial(processes.run, "Training", "scripts.train_gkd", main),
+    config_help=_HELP,
   )

@@ -22,6 +22,7 @@ from scripts import program
 from scripts.job import (
   arguments,
   components,
+  config_help,
   exports,
   print_config,
   processes,
@@ -29,10 +30,26 @@ from scripts.job import (
 )
 from scripts.plan import report
 
+_HELP = config_help.ConfigHelp(
+  "teacher_rcl.py",
+  (
+    "model.path",
+    "student.path",
+    "data.path",
+    "loop.num_steps",
+    "schedule.learning_rate",
+    "batch.num_questions",
+    "sampling.teach.group_size",
+    "sampling.teach.max_completion_tokens",
+    "loss.kl_coef",
+    "lora.rank",
+  ),
+)
+
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested() or report.print_plan("grpo"):
+  if print_config.print_if_requested("grpo") or report.print_plan("grpo"):
     return
   config, workdir = arguments.parse("grpo")
   functions = reward_functions.parse()
@@ -133,5 +150,6 @@ def _open_rollouts(
 
 if __name__ == "__main__":
   program.run(
-    functools.partial(processes.run, "Training", "scripts.train_grpo", main)
+    functools.partial(processes.run, "Training", "scripts.train_grpo", main),
+    config_help=_HELP,
   )

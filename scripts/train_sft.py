@@ -13,13 +13,36 @@ from atlas_jax import distributed, sharding
 from atlas_jax.data import loader, packing, sets
 from atlas_jax.train import loop, sft
 from scripts import program
-from scripts.job import arguments, components, exports, print_config, processes
+from scripts.job import (
+  arguments,
+  components,
+  config_help,
+  exports,
+  print_config,
+  processes,
+)
 from scripts.plan import report
+
+_HELP = config_help.ConfigHelp(
+  "teacher_sft.py",
+  (
+    "model.path",
+    "data.path",
+    "num_epochs",
+    "schedule.learning_rate",
+    "batch.size",
+    "batch.per_device",
+    "packing.length",
+    "lora.rank",
+    "held_out.fraction",
+    "report.to",
+  ),
+)
 
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested() or report.print_plan("sft"):
+  if print_config.print_if_requested("sft") or report.print_plan("sft"):
     return
   config, workdir = arguments.parse("sft")
   with components.start(workdir, config) as should_stop:
@@ -74,5 +97,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.run(
-    functools.partial(processes.run, "Training", "scripts.train_sft", main)
+    functools.partial(processes.run, "Training", "scripts.train_sft", main),
+    config_help=_HELP,
   )

@@ -52,7 +52,12 @@ _MAY_IMPORT = {
   "rollout": _WEIGHTS | {"conversion"},
   "configs": set(),
   "scripts.job": _LIBRARIES
-  | {"scripts.launch_overrides", "scripts.small_world"},
+  | {
+    "scripts.dtypes",
+    "scripts.launch_overrides",
+    "scripts.override_names",
+    "scripts.small_world",
+  },
   "scripts": _LIBRARIES,
 }
 _ONLY_IN = {

@@ -31,8 +31,8 @@ from atlas_jax.train import sft as train_sft
 from atlas_jax.train.guards import alarm
 from atlas_jax.train.telemetry import samples, sinks
 from rollout import sampler as rollout_sampler
-from scripts import small_world
-from scripts.job import components, exports
+from scripts import config_docs, small_world
+from scripts.job import components, config_keys, exports
 from tests import fakes
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -302,3 +302,32 @@ def test_a_loss_is_the_same_in_every_recipe(recipe, loss):
   ours, base = (_config(r, f"smoke,{loss}") for r in (recipe, "teacher_rcl"))
   for section in ("loss", "advantages", "groups", "batch"):
     assert ours[section].to_dict() == base[section].to_dict()
+
+
+def _resolve(reader):
+  """Returns the function or class of a full name, or one below atlas_jax."""
+  if not reader.startswith(("scripts.", "rollout.")):
+    reader = f"atlas_jax.{reader}"
+  module, _, name = reader.rpartition(".")
+  return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
+def test_every_key_has_a_meaning_and_every_section_a_reader(recipe):
+  functions, _ = _READERS[recipe]
+  keys = config_keys.read(_ROOT / f"configs/run/{recipe}.py")
+  for name, section in _sections(_config(recipe, "")):
+    for key, value in _items(section):
+      if not isinstance(value, ml_collections.ConfigDict):
+        found = keys[f"{name}.{key}".lstrip(".")]
+        assert found.meaning, f"{name}.{key} has no comment"
+        if name and found.reader:
+          expected, _ = functions.get(name, (_resolve(found.reader), ()))
+          assert _resolve(found.reader) is expected, f"{name}: {found.reader}"
+
+
+def test_the_page_of_config_keys_is_fresh():
+  page = (_ROOT / "docs/config.md").read_text()
+  assert page == config_docs.markdown(), (
+    "Run python -m scripts.config_docs > docs/config.md"
+  )

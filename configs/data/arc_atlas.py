@@ -17,17 +17,19 @@ def get_formats() -> ml_collections.ConfigDict:
   teach = prompts.get_templates().teach
   return ml_collections.ConfigDict(
     dict(
-      arc_atlas_tags=dict(
-        like="arc_atlas_v0",
-        system_prompt="",
+      arc_atlas_tags=dict(  # data.formats.Format
+        like="arc_atlas_v0",  # Format whose other fields it has.
+        system_prompt="",  # System message; empty: none.
+        # User message, with columns in braces.
         question=teach.replace("{question}", "{problem_text}").replace(
           "{probe}", "{student_approach}"
         ),
+        # Assistant message, with columns in braces.
         solution=(
           "<thinking>\n{teacher_diagnosis}\n</thinking>\n"
           "<teaching>\n{teacher_teaching}\n</teaching>"
         ),
-        problem="{problem_text}",
+        problem="{problem_text}",  # Identifies held-out problems.
       )
     )
   )

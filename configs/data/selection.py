@@ -8,11 +8,12 @@ from ml_collections import config_dict
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(  # data.sets.Selection
     dict(
+      # Files, folders or Hub datasets, separated by commas; required.
       path=config_dict.placeholder(str),
-      format="auto",
-      formats=dict(),
-      weights=(),
-      max_rows=0,
-      max_bad_rows=10,
+      format="auto",  # Name of the rows' format; auto: by their columns.
+      formats=dict(),  # Formats of your own, by name.
+      weights=(),  # Share of each dataset; empty: every row once.
+      max_rows=0,  # Rows to read of each dataset; 0: all.
+      max_bad_rows=10,  # Invalid rows to leave out; more are an error.
     )
   )

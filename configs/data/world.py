@@ -9,11 +9,11 @@ TEACHER = f"{DIRECTORY}/teacher"  # Warmed up by SFT.
 
 
 def get_templates() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(  # templates.Templates
+  return ml_collections.ConfigDict(  # teaching.templates.Templates
     dict(
-      probe="Plan only: {question}",
-      teach="Teach: {question}\nPlan: {probe}",
-      taught="Solve: {question}\nHint: {teaching}",
-      baseline="Solve: {question}",
+      probe="Plan only: {question}",  # The student's plan.
+      teach="Teach: {question}\nPlan: {probe}",  # The teaching.
+      taught="Solve: {question}\nHint: {teaching}",  # The taught answer.
+      baseline="Solve: {question}",  # The answer without a teaching.
     )
   )

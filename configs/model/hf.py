@@ -9,15 +9,18 @@ NO_THINKING = '{"enable_thinking": false}'
 def get_config(
   path: str, chat_template_kwargs: str = ""
 ) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(  # components.open_model
+  return ml_collections.ConfigDict(  # scripts.job.components.open_model
     dict(
-      path=path,
-      ignore_fields=(),
+      path=path,  # Model folder, or owner/name[@revision] on the Hub.
+      ignore_fields=(),  # Fields of config.json to treat as absent.
+      # Arguments of the chat template, as JSON.
       chat_template_kwargs=chat_template_kwargs,
-      dtype="bfloat16",
+      dtype="bfloat16",  # Precision of activations: bfloat16 or float32.
+      # Precision of parameters: float32, bfloat16, int8 or nf4.
       param_dtype="float32",
-      attention="auto",
+      attention="auto",  # Kernel: auto, reference, xla, cudnn or splash.
+      # Rematerialization of activations: none, dots, block or offload.
       remat="block",
-      unroll=1,
+      unroll=1,  # Layers in one iteration of the compiled loop.
     )
   )

@@ -20,6 +20,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = teacher_rcl.get_config(variant)
   del config.student, config.roles.student
   del config.templates
+  # Prompt for the answer, with {question}.
   config.template = prompts.get_templates().baseline
   for phase in ("probe", "baseline", "solve"):
     del config.sampling[phase]

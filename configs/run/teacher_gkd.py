@@ -16,50 +16,56 @@ from configs.model import frozen, hf, tiny
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.recipe = "gkd"
-  config.seed = 42
+  config.recipe = "gkd"  # Kind of run, which one script runs; fixed.
+  config.seed = 42  # Seed of all random numbers.
   config.world = sections.get_world()
   config.model = hf.get_config("Qwen/Qwen2.5-7B-Instruct")
   config.teacher = frozen.get_config("Qwen/Qwen2.5-14B-Instruct")
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
-  config.held_out = dict(path="", fraction=0.1)  # data.sets.HeldOut
-  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.held_out = sections.get_held_out()
+  config.held_out.fraction = 0.1
+  config.sampler = sections.get_sampler()
   config.rollout = rollout.get_config()
   config.sampling = dict(
     complete=dict(  # types.SamplingParams
-      group_size=1,
-      max_completion_tokens=512,
-      temperature=0.9,
-      top_p=1.0,
-      top_k=0,
+      group_size=1,  # Completions of a prompt.
+      max_completion_tokens=512,  # Limit on a completion, in tokens.
+      temperature=0.9,  # Sampling temperature; 0.0: greedy.
+      top_p=1.0,  # Share of the probability to sample from; 1.0: all.
+      top_k=0,  # Most likely tokens to sample from; 0: all.
     )
   )
   config.completions = dict(  # train.gkd_batches.CompletionBatches
-    on_policy_fraction=1.0, max_dropped_fraction=0.25
+    # Fraction of the steps whose completions the policy writes.
+    on_policy_fraction=1.0,
+    # Fraction of completions that late servers may drop from a batch.
+    max_dropped_fraction=0.25,
   )
-  # Mean error factor of token probabilities between trainer and sampler.
-  config.agreement = dict(  # guards.agreement
-    max_prob_error=1.02, every_steps=10
+  config.agreement = sections.get_agreement()
+  config.agreement.every_steps = 10
+  config.packing = dict(  # data.sets.Layout
+    length=8192,  # Tokens of a prompt with its completion, and of a row.
+    packed=True,  # Whether a row may hold several of them.
+    too_long="drop",  # If longer than a row: drop, truncate or error.
   )
-  # `length` limits a prompt with its completion, and a packed row, in tokens.
-  config.packing = dict(length=8192, packed=True, too_long="drop")
-  config.batch = dict(num_prompts=256, per_device=1)
-  config.num_epochs = 3.0  # 0: use `loop.num_steps`.
-  # `temperature` divides the logits of both models.
-  config.loss = dict(beta=0.5, temperature=1.0, chunk_tokens=512)
-  config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
-  config.schedule = dict(  # train.schedule.make
-    learning_rate=5e-6,
-    schedule="cosine",
-    warmup_fraction=0.1,
-    warmup_steps=0,
-    decay_fraction=0.0,
+  config.batch = dict(  # train.batch_shapes.of_gkd
+    num_prompts=256,  # Prompts in a step.
+    per_device=1,  # Rows on a device at once; 0: all of its rows.
   )
+  config.num_epochs = 3.0  # Passes over the data; 0: use loop.num_steps.
+  config.loss = dict(  # train.gkd.packed_loss
+    beta=0.5,  # Weight of the teacher in the mixture of the divergence.
+    temperature=1.0,  # Divides the logits of both models.
+    chunk_tokens=512,  # Tokens whose logits are in memory at once.
+  )
+  config.experts = sections.get_experts()
+  config.schedule = sections.get_schedule()
+  config.schedule.update(learning_rate=5e-6, warmup_fraction=0.1)
   config.optimizer = optimizer.get_config()
   config.optimizer.weight_decay = 0.01
-  config.offload = dict(optimizer=False)  # train.train_state.Offload
+  config.offload = sections.get_offload()
   config.loop = sections.get_loop()
   config.loop.log_every = 10
   config.report = sections.get_report()

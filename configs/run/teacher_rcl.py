@@ -31,8 +31,8 @@ _LOSSES = dict(
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   is_smoke, loss = _parse(variant)
   config = ml_collections.ConfigDict()
-  config.recipe = "grpo"
-  config.seed = 42
+  config.recipe = "grpo"  # Kind of run, which one script runs; fixed.
+  config.seed = 42  # Seed of all random numbers.
   config.world = sections.get_world()
   # The lengths of `get_sampling` are for models that do not think first.
   config.model = hf.get_config(
@@ -42,65 +42,60 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
-  config.held_out = dict(path="", fraction=0.0)  # data.sets.HeldOut
-  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.held_out = sections.get_held_out()
+  config.sampler = sections.get_sampler()
   config.rollout = rollout.get_config()
   config.roles = sections.get_roles()
   config.templates = prompts.get_templates()
   config.sampling = get_sampling()
   config.reward = teaching.get_config()
   config.correction = dict(  # losses.correction.sampler_weights
-    level="token", outside="truncate", min_ratio=0.0, max_ratio=2.0
+    level="token",  # Ratios of trainer to sampler: by token or sequence.
+    outside="truncate",  # Ratios out of bounds: truncate or mask.
+    min_ratio=0.0,  # Lower bound of these ratios; 0.0: none.
+    max_ratio=2.0,  # Upper bound of these ratios.
   )
-  # Mean error factor of token probabilities between trainer and sampler.
-  config.agreement = dict(  # guards.agreement
-    max_prob_error=1.02, every_steps=1
+  config.agreement = sections.get_agreement()
+  config.alarm = dict(  # train.guards.alarm.Alarm
+    max_ratio=100.0,  # Bound on a token's ratio; 0.0: none.
+    max_kl=10.0,  # Bound on the KL, in nats per token; 0.0: none.
+    stop=False,  # Whether to stop beyond a bound, or only warn.
+    min_used_fraction=0.1,  # Least fraction of groups with a gradient.
   )
-  config.alarm = dict(  # guards.alarm
-    max_ratio=100.0, max_kl=10.0, stop=False, min_used_fraction=0.1
+  config.overlap = dict(  # train.grpo.train
+    max_staleness=0,  # Steps that sampling may be ahead: 0 or 1.
   )
-  config.overlap = dict(max_staleness=0)  # train.grpo_batches.RolloutBatches
-  config.logits = dict(chunk_tokens=512)  # train.score.token_stats
-  config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
-  config.reference = dict(sync_every=64, mix=0.6, dtype="")
-  config.offload = dict(  # train.train_state.Offload
-    optimizer=False, reference=False
+  config.experts = sections.get_experts()
+  config.reference = dict(  # train.grpo_update.GrpoUpdate
+    sync_every=64,  # Steps between syncs with the policy; 0: never.
+    mix=0.6,  # Weight of the policy in the synced reference.
+    dtype="",  # Its precision: bfloat16; empty: that of the parameters.
   )
-  config.batch = dict(
-    num_questions=4,
-    num_iterations=1,
-    num_minibatches=1,
-    per_device=1,
-    mask_truncated=True,
-  )
-  config.packing = dict(  # train.rollout_packing.lay_out
-    length=4096, packed=True
-  )
+  config.offload = sections.get_offload()
+  config.offload.reference = False  # Whether to keep it in host memory.
+  config.update(_get_batches())
   # The sections loss, advantages and groups define GRPO, DAPO, RLOO, ...
   config.update(_LOSSES[loss].get_config())
-  config.schedule = dict(  # train.schedule.make
-    learning_rate=1e-6,
-    schedule="constant",
-    warmup_fraction=0.03,
-    warmup_steps=0,
-    decay_fraction=0.0,
+  config.schedule = sections.get_schedule()
+  config.schedule.update(
+    learning_rate=1e-6, schedule="constant", warmup_fraction=0.03
   )
   config.optimizer = optimizer.get_config()
   config.loop = sections.get_loop()
   config.loop.update(num_steps=250, eval_every=10, save_every=10)
-  config.evaluation = dict(  # Of held-out questions, every `loop.eval_every`.
-    num_questions=64,
-    num_bootstrap=1000,
-    num_baselines=4,  # Per question; sampled once.
-    num_teachings=1,  # Per question.
-    num_answers=1,  # Per teaching.
+  config.evaluation = dict(  # scripts.job.components.evaluation_rollouts
+    num_questions=64,  # Held-out questions in an evaluation.
+    num_bootstrap=1000,  # Resamples for the 95 % intervals.
+    num_baselines=4,  # Answers to a question without a teaching.
+    num_teachings=1,  # Teachings for a question.
+    num_answers=1,  # Taught answers for a teaching.
   )
   config.report = sections.get_report()
-  config.samples = dict(  # telemetry.samples.SampleLog
-    log_completions_every=10,
-    num_completions=8,
-    stored_fraction=0.1,
-    successful_reward=1.0,
+  config.samples = dict(  # train.telemetry.samples.SampleLog
+    log_completions_every=10,  # Steps between samples; 0: none.
+    num_completions=8,  # Completions in a sample.
+    stored_fraction=0.1,  # Probability that a teaching is stored.
+    successful_reward=1.0,  # Reward from which every teaching is stored.
   )
   config.checkpoint = sections.get_checkpoint()
   config.checkpoint.update(best_metric="", best_mode="max")
@@ -152,15 +147,51 @@ def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.export.dtype = "float32"
 
 
-def get_sampling() -> ml_collections.ConfigDict:
-  """Returns `types.SamplingParams` without seed for every protocol call."""
-  common = dict(temperature=0.7, top_p=1.0, top_k=0)
+def _get_batches() -> ml_collections.ConfigDict:
+  """Returns the sections that divide a step into batches."""
   return ml_collections.ConfigDict(
     dict(
-      probe=dict(group_size=1, max_completion_tokens=50, **common),
-      baseline=dict(group_size=4, max_completion_tokens=4096, **common),
-      teach=dict(group_size=32, max_completion_tokens=1024, **common),
-      solve=dict(group_size=1, max_completion_tokens=4096, **common),
+      batch=dict(  # train.grpo_update.GrpoUpdate
+        num_questions=4,  # Questions in a step.
+        num_iterations=1,  # Passes over the completions of a step.
+        num_minibatches=1,  # Updates in a pass.
+        per_device=1,  # Rows on a device at once; 0: all of its rows.
+        mask_truncated=True,  # Whether truncated completions do not count.
+      ),
+      packing=dict(  # train.batch_shapes.Layout
+        length=4096,  # Tokens in a row, more if a sequence is longer.
+        packed=True,  # Whether a row may hold several sequences.
+      ),
+      logits=dict(  # train.score.token_stats
+        chunk_tokens=512,  # Tokens whose logits are in memory at once.
+      ),
+    )
+  )
+
+
+def get_sampling() -> ml_collections.ConfigDict:
+  """Returns `types.SamplingParams` without seed for every protocol call."""
+  return ml_collections.ConfigDict(
+    dict(
+      probe=_params(group_size=1, max_completion_tokens=50),
+      baseline=_params(group_size=4, max_completion_tokens=4096),
+      teach=_params(group_size=32, max_completion_tokens=1024),
+      solve=_params(group_size=1, max_completion_tokens=4096),
+    )
+  )
+
+
+def _params(
+  group_size: int, max_completion_tokens: int
+) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    dict(  # types.SamplingParams
+      group_size=group_size,  # Completions of a prompt.
+      # Limit on a completion, in tokens.
+      max_completion_tokens=max_completion_tokens,
+      temperature=0.7,  # Sampling temperature; 0.0: greedy.
+      top_p=1.0,  # Share of the probability to sample from; 1.0: all.
+      top_k=0,  # Most likely tokens to sample from; 0: all.
     )
   )
 

@@ -16,33 +16,37 @@ from configs.model import hf, tiny
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.recipe = "sft"
-  config.seed = 42
+  config.recipe = "sft"  # Kind of run, which one script runs; fixed.
+  config.seed = 42  # Seed of all random numbers.
   config.world = sections.get_world()
   config.model = hf.get_config("Qwen/Qwen3-8B")
   config.lora = lora.get_config()
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
   config.data.formats = arc_atlas.get_formats()
-  config.held_out = dict(path="", fraction=0.05)  # data.sets.HeldOut
+  config.held_out = sections.get_held_out()
+  config.held_out.fraction = 0.05
   config.packing = dict(  # data.sets.Layout
-    length=16384, packed=True, too_long="drop"
+    length=16384,  # Tokens in a row.
+    packed=True,  # Whether a row may hold several conversations.
+    too_long="drop",  # If longer than a row: drop, truncate or error.
   )
-  config.batch = dict(size=16, per_device=1)  # sharding.num_microbatches
-  config.num_epochs = 10.0  # 0: use `loop.num_steps`.
-  config.loss = dict(z_loss_coef=0.0, chunk_tokens=512)
-  config.experts = dict(router_aux_coef=0.0)  # train.score.add_balance
-  config.schedule = dict(  # train.schedule.make
-    learning_rate=1e-5,
-    schedule="cosine",
-    warmup_fraction=0.05,
-    warmup_steps=0,
-    decay_fraction=0.0,
+  config.batch = dict(  # sharding.num_microbatches
+    size=16,  # Rows in a step.
+    per_device=1,  # Rows on a device at once; 0: all of its rows.
   )
+  config.num_epochs = 10.0  # Passes over the data; 0: use loop.num_steps.
+  config.loss = dict(  # train.sft.packed_loss
+    z_loss_coef=0.0,  # Weight of the squared log-sum-exp of the logits.
+    chunk_tokens=512,  # Tokens whose logits are in memory at once.
+  )
+  config.experts = sections.get_experts()
+  config.schedule = sections.get_schedule()
+  config.schedule.warmup_fraction = 0.05
   config.optimizer = optimizer.get_config()
   config.optimizer.weight_decay = 1e-4
   config.optimizer.adamw.beta2 = 0.95
-  config.offload = dict(optimizer=False)  # train.train_state.Offload
+  config.offload = sections.get_offload()
   config.loop = sections.get_loop()
   config.report = sections.get_report()
   config.checkpoint = sections.get_checkpoint()

@@ -19,8 +19,8 @@ from configs.run import teacher_rcl
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.recipe = "evaluation"
-  config.seed = 7
+  config.recipe = "evaluation"  # Kind of run, which one script runs; fixed.
+  config.seed = 7  # Seed of all random numbers.
   config.world = sections.get_world()
   config.model = frozen.get_config(
     "Arc-Intelligence/ATLAS-8B-Instruct", hf.NO_THINKING
@@ -28,14 +28,14 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.student = frozen.get_config("Qwen/Qwen3-4B", hf.NO_THINKING)
   config.mesh = mesh.get_config()
   config.data = selection.get_config()
-  config.sampler = dict(max_rows=256)  # rollout.sampler.open_sampler
+  config.sampler = sections.get_sampler()
   config.rollout = rollout.get_config()
   config.roles = sections.get_roles()
   config.templates = prompts.get_templates()
   config.sampling = teacher_rcl.get_sampling()
   config.math_verify = teaching.get_config().math_verify
-  config.batch_size = 64
-  config.num_bootstrap = 2000
+  config.batch_size = 64  # Questions sampled at once.
+  config.num_bootstrap = 2000  # Resamples for the 95 % intervals.
 
   if variant == "smoke":
     config.world.directory = world.DIRECTORY

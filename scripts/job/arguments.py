@@ -6,14 +6,21 @@ import pathlib
 
 from absl import flags
 import jax
+import ml_collections
 from ml_collections import config_flags
 
 from atlas_jax import errors, types
-from scripts.job import recipes
+from scripts.job import ranges, recipes
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  help_string="The recipe: FILE.py, or FILE.py:VARIANT such as :smoke.",
+  lock_config=True,
+)
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "The directory to write to.", required=True
+  "workdir",
+  None,
+  "The directory to write to; the same command again resumes the run in it.",
 )
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps",
@@ -27,7 +34,6 @@ _COMPILE_CACHE = flags.DEFINE_string(
   os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{_CACHES}/atlas_jax/programs"),
   "JAX's persistent compilation cache; empty to disable it.",
 )
-flags.mark_flag_as_required("config")
 
 
 def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
@@ -37,10 +43,52 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
     recipe: the value of `config.recipe` that the program runs.
 
   Raises:
+    errors.ConfigError: if --workdir is not set, or see `parse_config`.
+  """
+  config = parse_config(recipe)
+  if _WORKDIR.value is None:
+    raise errors.ConfigError(
+      "--workdir is not set.",
+      where="command line",
+      why="A run writes its checkpoints, metrics and export there.",
+      fix="Set --workdir=FOLDER, for example --workdir=results/run. "
+      "--print_config and --plan work without it.",
+    )
+  jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value or None)
+  return config, pathlib.Path(_WORKDIR.value)
+
+
+def workdir() -> pathlib.Path:
+  """Returns the workdir, or the current directory if it is not set."""
+  return pathlib.Path(_WORKDIR.value or ".")
+
+
+def parse_config(recipe: str) -> types.Config:
+  """Returns the config, with the full names of all precisions.
+
+  Args:
+    recipe: the value of `config.recipe` that the program runs.
+
+  Raises:
     errors.ConfigError: if the config is for another program, or a flag sets an
-      optimizer that is not used, or steps to profile where there are none.
+      optimizer that is not used, or steps to profile where there are none, or a
+      value is not in its range.
   """
   config = _CONFIG.value
+  if config is None:
+    raise errors.ConfigError(
+      "--config is not set.",
+      where="command line",
+      why="It names the recipe to run.",
+      fix="Set it to a file of configs/run; --help shows an example.",
+    )
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.ConfigError(
+      "The config file is not a recipe.",
+      where="--config",
+      why=f"Its get_config returns {type(config).__name__}, not a ConfigDict.",
+      fix="Use a file of configs/run.",
+    )
   found = config.get("recipe")
   if found != recipe:
     program = recipes.PROGRAMS.get(found)
@@ -70,5 +118,5 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
         fix="Remove the flag.",
       )
     config.loop.profile_steps = _PROFILE_STEPS.value
-  jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value or None)
-  return config, pathlib.Path(_WORKDIR.value)
+  ranges.check(config)
+  return config

@@ -85,7 +85,7 @@ def print_plan(recipe: str) -> bool:
     return False
   devices = _parse(_PLAN.value)
   _simulate(devices.number)
-  config, workdir = arguments.parse(recipe)
+  config = arguments.parse_config(recipe)
   facts = plan_checks.run(config)
   _print_checks(facts.checks)
   if facts.shape is None:
@@ -94,7 +94,7 @@ def print_plan(recipe: str) -> bool:
     config, facts.shape, prompt_tokens=facts.prompt_tokens
   )
   need = plan_memory.need(described, config, prompt_tokens=facts.prompt_tokens)
-  disk = plan_checks.disk(workdir, _disk_bytes(described, config))
+  disk = plan_checks.disk(arguments.workdir(), _disk_bytes(described, config))
   _print_checks([disk])
   _print_run(described, config, facts, devices)
   _print_memory(described, need, devices)

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from atlas_jax import errors
-from scripts import launch_overrides
+from scripts import launch_overrides, override_names
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _RCL = "configs/run/teacher_rcl.py:smoke"
@@ -62,10 +62,10 @@ def test_an_unknown_recipe_is_an_error_with_a_suggestion():
   assert caught.value.fix == "Did you mean teacher_rcl?"
 
 
-@pytest.mark.parametrize("name", launch_overrides.TABLE)
+@pytest.mark.parametrize("name", override_names.TABLE)
 def test_every_path_of_the_table_is_in_a_recipe(name):
   configs = [_resolve(recipe).config for recipe in (_RCL, _SFT, _GKD)]
-  for path in launch_overrides.TABLE[name].paths:
+  for path in override_names.TABLE[name].paths:
     assert any(launch_overrides.has(config, path) for config in configs), path
 
 
