@@ -4,6 +4,18 @@
 import setuptools
 
 _PACKAGES = ("atlas_jax", "conversion", "rollout", "configs", "scripts")
+# `atlas-train-sft` runs `python -m scripts.train_sft`: scripts/installed.py.
+_COMMANDS = (
+  "train-sft",
+  "train-grpo",
+  "train-gkd",
+  "evaluate",
+  "report",
+  "convert",
+  "serve",
+  "launch",
+  "doctor",
+)
 
 setuptools.setup(
   name="atlas_jax",
@@ -14,6 +26,12 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=[pattern for name in _PACKAGES for pattern in (name, f"{name}.*")]
   ),
+  package_data={"scripts": ["world/*/*"]},
+  entry_points={
+    "console_scripts": [
+      f"atlas-{command} = scripts.installed:main" for command in _COMMANDS
+    ]
+  },
   install_requires=[
     "absl-py>=2.1",
     "flax>=0.12.8",

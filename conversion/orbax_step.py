@@ -46,7 +46,7 @@ def headers(step: pathlib.Path) -> dict[str, Any]:  # Any: no public type.
   if not (step / checkpoint_format.STATE).is_dir():
     raise _unreadable(step, f"It has no {checkpoint_format.STATE}/ folder")
   try:
-    found = ocp.PyTreeCheckpointer().metadata(step / checkpoint_format.STATE)
+    found = ocp.PyTreeCheckpointer().metadata(_state(step))
   except (OSError, ValueError) as error:
     raise _unreadable(step, str(error).partition("\n")[0]) from error
   if found.item_metadata is None:
@@ -55,6 +55,11 @@ def headers(step: pathlib.Path) -> dict[str, Any]:  # Any: no public type.
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree.leaves_with_path(found.item_metadata.tree)
   }
+
+
+def _state(step: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of the arrays; orbax needs its absolute path."""
+  return (step / checkpoint_format.STATE).absolute()
 
 
 def _unreadable(step: pathlib.Path, why: str) -> errors.CheckpointError:
@@ -183,9 +188,7 @@ def read_one(step: pathlib.Path, path: str) -> np.ndarray:
     restore_args=jax.tree.map(lambda _: how, tree),
     partial_restore=True,
   )
-  restored = ocp.PyTreeCheckpointer().restore(
-    step / checkpoint_format.STATE, args=arguments
-  )
+  restored = ocp.PyTreeCheckpointer().restore(_state(step), args=arguments)
   (array,) = jax.tree.leaves(restored[_PARAMS])
   return array
 

@@ -19,6 +19,7 @@ from atlas_jax import errors, types
 from scripts import override_names
 from scripts.job import config_keys
 
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _RECIPES = pathlib.Path("configs/run")
 _NONE = ("null", "none", "[]")
 _OFFLOAD, _ZERO1 = "offload", "zero1"  # The original's words for DeepSpeed.
@@ -45,6 +46,7 @@ def find_recipe(name: str) -> str:
   """Returns `FILE.py[:VARIANT]` for the name of a recipe.
 
   `configs/run/` and the suffix are optional; a suffix `.yaml` means `.py`.
+  Outside a checkout, the recipes are those that are installed.
 
   Raises:
     errors.ConfigError: if the recipe is not found.
@@ -54,7 +56,9 @@ def find_recipe(name: str) -> str:
   if path.parent == pathlib.Path():
     path = _RECIPES / path
   if not path.is_file():
-    known = sorted(p.stem for p in _RECIPES.glob("[!_]*.py"))
+    path = _ROOT / path
+  if not path.is_file():
+    known = sorted(p.stem for p in (_ROOT / _RECIPES).glob("[!_]*.py"))
     near = difflib.get_close_matches(path.stem, known, n=1)
     raise errors.ConfigError(
       "Unknown recipe.",

@@ -36,6 +36,10 @@ class ConfigHelp(Protocol):
     """Returns the settings that are often changed."""
     ...
 
+  def expand(self, argv: Sequence[str]) -> list[str]:
+    """Returns `argv` with the file of a recipe in place of its name."""
+    ...
+
   def suggest(self, argv: Sequence[str]) -> str:
     """Returns advice on the unknown names in `argv`, or ""."""
     ...
@@ -161,11 +165,11 @@ def _report(error: errors.AtlasError) -> errors.Exit:
 
 def _is_relevant(record: stdlib_logging.LogRecord) -> bool:
   """Drops records below WARNING that come from libraries."""
-  in_house = _ROOT in pathlib.Path(record.pathname).resolve().parents
-  in_library = "site-packages" in record.pathname
-  return record.levelno >= stdlib_logging.WARNING or (
-    in_house and not in_library
+  path = pathlib.Path(record.pathname).resolve()
+  in_house = path.is_relative_to(_ROOT) and (
+    path.relative_to(_ROOT).parts[0] in _PACKAGES
   )
+  return in_house or record.levelno >= stdlib_logging.WARNING
 
 
 def _parse(
@@ -175,11 +179,13 @@ def _parse(
   if is_help(argv[1:]):
     leave(lambda: _print_help(argv, doc, config_help))
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(config_help.expand(argv) if config_help else argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # Errors in a config file are raised only when the config is accessed.
       flags.FLAGS.config.lock()
     return rest
+  except errors.ConfigError as error:
+    sys.exit(int(_report(error)))
   except (
     flags.Error,
     OSError,

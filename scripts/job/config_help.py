@@ -13,6 +13,7 @@ from scripts import launch_overrides, override_names
 from scripts.job import config_keys
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_FLAG = ("--config", "-config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,21 @@ class ConfigHelp:
     )
     return "\n".join(lines)
 
+  def expand(self, argv: Sequence[str]) -> list[str]:
+    """Returns `argv` with the file of a recipe in place of its name.
+
+    Raises:
+      errors.ConfigError: if the recipe is not found.
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+      name, equals, value = word.partition("=")
+      if name in _FLAG and equals:
+        words[i] = f"{name}={launch_overrides.find_recipe(value)}"
+      elif name in _FLAG and words[i + 1 :]:
+        words[i + 1] = launch_overrides.find_recipe(words[i + 1])
+    return words
+
   def suggest(self, argv: Sequence[str]) -> str:
     """Returns the known names that the unknown ones in `argv` stand for."""
     recipe = self._recipe_of(argv)
@@ -58,6 +74,6 @@ class ConfigHelp:
     """Returns the value of --config, or the usual recipe."""
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
       name, equals, value = word.partition("=")
-      if name in ("--config", "-config"):
+      if name in _FLAG:
         return value if equals else after
     return str(_ROOT / "configs/run" / self.recipe)
