@@ -19,6 +19,7 @@ _RECIPES = (
   "rlvr",
   "teacher_gkd",
   "teaching_eval",
+  "answer_eval",
 )
 _MAX_VALUE = 60
 _BAR = "\\|"  # A bar in a cell.

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a teacher: the student alone against the taught student.
+"""Evaluates a teacher, or a model that answers by itself.
 
   python -m scripts.evaluate --config=configs/run/teaching_eval.py:smoke \
     --workdir=results/eval --config.model.path=results/grpo/export
 
-Writes `records.jsonl`, one line per question, and `summary.json`, with 95 %
-intervals. Run again after an interruption, it continues from the records.
+`teaching_eval` compares the student alone with the taught student;
+`answer_eval` needs no student. Prints a table, and writes `records.jsonl`, one
+line per question, and `summary.json`, with 95 % intervals. Run again after an
+interruption, it continues from the records.
 """
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import json
 
-from atlas_jax import distributed, sharding
+import jax
+
+from atlas_jax import distributed, sharding, types
 from atlas_jax.data import sets
-from atlas_jax.evaluation import evaluate, metrics
+from atlas_jax.evaluation import evaluate, metrics, tables
+from atlas_jax.teaching import protocol, single_model
 from scripts import program
 from scripts.job import (
   arguments,
@@ -41,7 +48,7 @@ _HELP = config_help.ConfigHelp(
 
 
 def main() -> None:
-  """Runs the protocol on every question, then prints and saves metrics."""
+  """Answers every question, then prints and saves metrics."""
   if print_config.print_if_requested("evaluation"):
     return
   config, workdir = arguments.parse("evaluation")
@@ -50,16 +57,12 @@ def main() -> None:
     mesh = sharding.make_mesh(**config.mesh)
     data = sets.Selection(**config.data)
     questions = sets.all_questions(data, workdir=workdir)
-    policy = components.open_model(mesh, **config.model)
-    student = components.open_model(
-      mesh, **config.student, with_params=config.rollout.backend == "jax"
-    )
     with (
-      components.open_protocol(policy, student, mesh, config) as protocol,
+      _open_rollouts(mesh, config) as (rollouts, models),
       components.open_grader(config.math_verify) as grader,
     ):
       records = evaluate.run(
-        protocol,
+        rollouts,
         questions,
         grader=grader,
         batch_size=config.batch_size,
@@ -67,7 +70,7 @@ def main() -> None:
         seed=config.seed + 1,
         weights={
           name: from_first(functools.partial(components.fingerprint, opened))
-          for name, opened in (("policy", policy), ("student", student))
+          for name, opened in models.items()
         },
         path=workdir / "records.jsonl",
         should_stop=should_stop,
@@ -77,12 +80,41 @@ def main() -> None:
       return
     bootstrap = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
     summary = {
-      "all": metrics.summarize(records, **bootstrap),
+      "all": metrics.of_answers(records, **bootstrap),
       **metrics.by_difficulty(records, **bootstrap),
     }
     text = json.dumps(summary, indent=2)
     (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
-    print(json.dumps(summary["all"], indent=2))
+    print(tables.of_evaluation(records))
+    if accuracy := tables.echo_proof(records):
+      print(f"\nEcho-proof accuracy: {accuracy}")
+    print(f"\nAll metrics: {workdir / 'summary.json'}")
+
+
+@contextlib.contextmanager
+def _open_rollouts(
+  mesh: jax.sharding.Mesh, config: types.Config
+) -> Iterator[
+  tuple[
+    protocol.Protocol | single_model.SingleModelRollouts,
+    dict[str, components.OpenModel],
+  ]
+]:
+  """Opens the rollouts, with or without a student, and their models."""
+  models = {"policy": components.open_model(mesh, **config.model)}
+  if "student" not in config:
+    with components.open_single_model(
+      models["policy"], mesh, config
+    ) as rollouts:
+      yield rollouts, models
+    return
+  models["student"] = components.open_model(
+    mesh, **config.student, with_params=config.rollout.backend == "jax"
+  )
+  with components.open_protocol(
+    models["policy"], models["student"], mesh, config
+  ) as rollouts:
+    yield rollouts, models
 
 
 if __name__ == "__main__":

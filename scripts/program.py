@@ -46,18 +46,24 @@ class ConfigHelp(Protocol):
 
 
 def run(
-  main: Callable[[], int | None], *, config_help: ConfigHelp | None = None
+  main: Callable[..., int | None],
+  *,
+  config_help: ConfigHelp | None = None,
+  takes_words: bool = False,
 ) -> None:
   """Runs `main` and exits with a code of `errors.Exit`.
 
-  `main` may return the exit code of a child process that has already reported
-  its failure. `--help` prints the docstring of the calling module, the settings
+  If it `takes_words`, it is called with the arguments that are not flags. It
+  may return the exit code of a child process that has already reported its
+  failure. `--help` prints the docstring of the calling module, the settings
   of `config_help` and the flags.
   """
   doc = sys._getframe(1).f_globals.get("__doc__") or ""
 
   def guarded(argv: list[str]) -> None:
     def checked() -> int | None:
+      if takes_words:
+        return main(argv[1:])
       if len(argv) > 1:
         raise errors.ConfigError(
           f"Unexpected arguments {argv[1:]}.",

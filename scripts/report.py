@@ -1,50 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints evaluation results as one table, and plots training runs.
+"""Prints the results of runs as Markdown tables.
+
+  python -m scripts.report results/sft
+  python -m scripts.report results/eval_sft results/eval_grpo
+
+A WORKDIR is that of any training or evaluation. Two evaluations of the same
+questions are compared. The quickstart compares its teachers, one or more seeds
+separated by commas, and plots training:
 
   python -m scripts.report --before=results/quickstart/eval_sft \
     --after=results/quickstart/eval_grpo --metrics=results/quickstart/grpo \
     --plot=results/quickstart/training.png
-
-With several directories, separated by commas, each pair is one seed with its
-own rows. The table is Markdown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import itertools
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 import matplotlib as mpl
 import matplotlib.figure
 
 from atlas_jax import errors, types
-from atlas_jax.evaluation import evaluate, metrics
+from atlas_jax.evaluation import evaluate, tables
 from scripts import program
 
-_BEFORE = flags.DEFINE_list(
-  "before", None, "Evaluations of the SFT teacher.", required=True
-)
-_AFTER = flags.DEFINE_list(
-  "after", None, "Evaluations of the GRPO teacher.", required=True
-)
+_BEFORE = flags.DEFINE_list("before", [], "Evaluations of the SFT teacher.")
+_AFTER = flags.DEFINE_list("after", [], "Evaluations of the GRPO teacher.")
 _METRICS = flags.DEFINE_list("metrics", [], "Workdirs of the GRPO runs.")
 _PLOT = flags.DEFINE_string("plot", "", "A PNG of reward and accuracy.")
 
-_BOOTSTRAP = {"num_bootstrap": 2000, "seed": 0}
-_COLUMNS = (
-  "who answers",
-  "accuracy [95 %]",
-  "NDR [95 %]",
-  "leaks",
-  "no tag",
-  "tokens",
-  "TES",
+_RECORDS, _LOGGED = "records.jsonl", "metrics.jsonl"
+# Of the metrics of a run, those whose course says most; see docs/metrics.md.
+_MAIN = (
+  "loss",
+  "eval/loss",
+  "token_accuracy",
+  "reward",
+  "reward_std",
+  "accuracy",
+  "eval/accuracy",
+  "teaching/accuracy",
+  "teaching/baseline_accuracy",
+  "eval/teaching/accuracy",
+  "eval/teaching/NDR",
+  "kl",
+  "grad_norm",
+  "completion_length",
+  "truncated_fraction",
+  "step_s",
+  "tokens_per_s",
+  "mfu",
 )
-_WIDTHS = (24, 20, 20, 5, 6, 6, 6)
 
 
-def main() -> None:
-  """Prints the table and, with `--plot`, draws the plot."""
+def main(workdirs: Sequence[str]) -> None:
+  """Prints the tables and, with `--plot`, draws the plot."""
+  if not workdirs and not _BEFORE.value:
+    raise errors.ConfigError(
+      "Nothing to report.",
+      where="command line",
+      why="It names no workdir.",
+      fix="Write, for example, python -m scripts.report results/sft.",
+    )
+  print_runs([pathlib.Path(each) for each in workdirs])
+  if _BEFORE.value:
+    _print_quickstart()
+  if _PLOT.value:
+    _draw(pathlib.Path(_PLOT.value))
+
+
+def print_runs(workdirs: Sequence[pathlib.Path]) -> None:
+  """Prints each run, and the difference of consecutive evaluations.
+
+  Raises:
+    errors.AtlasError: if a folder is not a workdir, or has no results yet.
+  """
+  for workdir in workdirs:
+    _print_run(workdir)
+  evaluations = [w for w in workdirs if (w / _RECORDS).exists()]
+  for before, after in itertools.pairwise(evaluations):
+    difference = tables.gain(*map(_records, (before, after)))
+    print(f"{after} minus {before}, accuracy on the {difference}")
+
+
+def _print_run(workdir: pathlib.Path) -> None:
+  """Prints the table of an evaluation, or the metrics of a training run."""
+  print(f"\n{workdir}\n")
+  if (workdir / _RECORDS).exists():
+    records = _records(workdir)
+    print(tables.of_evaluation(records))
+    if accuracy := tables.echo_proof(records):
+      print(f"\nEcho-proof accuracy: {accuracy}")
+  elif (workdir / _LOGGED).exists():
+    _print_training(workdir)
+  else:
+    raise errors.ConfigError(
+      "The folder is not the workdir of a run.",
+      where=str(workdir),
+      why=f"It has neither {_LOGGED} nor {_RECORDS}.",
+      fix="Use the --workdir of a training run or an evaluation.",
+    )
+  print()
+
+
+def _print_training(workdir: pathlib.Path) -> None:
+  rows = _logged(workdir)
+  print("| metric | first | last | lowest | highest |")
+  print("| --- | --- | --- | --- | --- |")
+  for name in _MAIN:
+    values = [row[name] for row in rows if isinstance(row.get(name), float)]
+    if values:
+      shown = (values[0], values[-1], min(values), max(values))
+      print(f"| {name} | {' | '.join(f'{value:.4g}' for value in shown)} |")
+  minutes = (rows[-1]["time"] - rows[0]["time"]) / 60
+  export = workdir / "export"
+  print(
+    f"\nSteps {rows[0]['step']} to {rows[-1]['step']}, {minutes:.1f} minutes"
+    " between them."
+    + (f" The trained model: {export}" if export.exists() else "")
+  )
+
+
+def _print_quickstart() -> None:
+  """Prints one table of all seeds, before and after GRPO."""
   if len(_BEFORE.value) != len(_AFTER.value):
     raise errors.ConfigError(
       "--before and --after must have the same length, got "
@@ -53,81 +134,39 @@ def main() -> None:
       why="Each seed has one evaluation before GRPO and one after it.",
       fix="Pass one of each per seed, in the same order.",
     )
-  print(_row(*_COLUMNS))
-  print(_row(*("-" * width for width in _WIDTHS)))
+  print(tables.header())
   pairs = []
   for i, folders in enumerate(zip(_BEFORE.value, _AFTER.value, strict=True)):
-    before, after = (
-      evaluate.read(pathlib.Path(folder) / "records.jsonl")
-      for folder in folders
-    )
+    before, after = (_records(pathlib.Path(folder)) for folder in folders)
     seed = f", seed {i}" if len(_BEFORE.value) > 1 else ""
-    print(_alone_row(f"student alone{seed}", before))
-    print(_taught_row(f"taught after SFT{seed}", before))
-    print(_taught_row(f"taught after GRPO{seed}", after))
+    print(tables.alone(f"student alone{seed}", before))
+    print(tables.taught(f"taught after SFT{seed}", before))
+    print(tables.taught(f"taught after GRPO{seed}", after))
     pairs.append((before, after))
   print()
   for pair in pairs:
-    difference = metrics.compare(*pair, **_BOOTSTRAP)
-    print(
-      "GRPO minus SFT, taught accuracy on the same "
-      f"{difference['teaching/num_questions']} questions: "
-      + _with_interval(difference, "accuracy_difference", sign="+")
+    print(f"GRPO minus SFT, taught accuracy on the {tables.gain(*pair)}")
+  for pair in pairs:
+    before, after = map(tables.echo_proof, pair)
+    if before and after:
+      print(f"Echo-proof accuracy: {before} after SFT, {after} after GRPO")
+
+
+def _records(workdir: pathlib.Path) -> list[types.TeachingRecord]:
+  return evaluate.read(workdir / _RECORDS)
+
+
+def _logged(workdir: pathlib.Path) -> list[Mapping[str, Any]]:  # Any: JSON.
+  text = (workdir / _LOGGED).read_text("utf-8")
+  rows = [json.loads(line) for line in text.splitlines()]
+  if not rows:
+    raise errors.DataError(
+      "The run has logged no step.",
+      where=str(workdir / _LOGGED),
+      why="The file is empty.",
+      fix="Train for --config.loop.log_every steps or more.",
     )
-  for before, after in pairs:
-    _print_echo_proof(before, after)
-  if _PLOT.value:
-    _draw(pathlib.Path(_PLOT.value))
-
-
-def _alone_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
-  summary = metrics.summarize(records, **_BOOTSTRAP)
-  accuracy = _with_interval(summary, "baseline_accuracy")
-  return _row(name, accuracy, "", "", "", "", "")
-
-
-def _taught_row(name: str, records: Sequence[types.TeachingRecord]) -> str:
-  summary = metrics.summarize(records, **_BOOTSTRAP)
-  efficiency = summary["teaching/TES"]
-  return _row(
-    name,
-    _with_interval(summary, "accuracy"),
-    _with_interval(summary, "NDR"),
-    f"{summary['teaching/leak_rate']:.3f}",
-    f"{summary['teaching/no_teaching_rate']:.3f}",
-    f"{summary['teaching/num_teaching_tokens']:.1f}",
-    # Undefined if no completion has a teaching.
-    "" if efficiency is None else f"{efficiency:.1f}",
-  )
-
-
-def _print_echo_proof(*evaluations: Sequence[types.TeachingRecord]) -> None:
-  """Prints the taught accuracies on paraphrases, if the data has any."""
-  if not all(any(r.paraphrased for r in records) for records in evaluations):
-    return
-  before, after = (
-    _with_interval(
-      metrics.summarize(records, **_BOOTSTRAP), "echo_proof_accuracy"
-    )
-    for records in evaluations
-  )
-  print(f"Echo-proof accuracy: {before} after SFT, {after} after GRPO")
-
-
-def _row(*cells: str) -> str:
-  padded = [c.ljust(width) for c, width in zip(cells, _WIDTHS, strict=True)]
-  return f"| {' | '.join(padded)} |"
-
-
-def _with_interval(
-  summary: metrics.Summary, name: str, *, sign: str = ""
-) -> str:
-  interval = summary[f"teaching/{name}_interval"]
-  if not isinstance(interval, list):
-    return "unknown"
-  numbers = (summary[f"teaching/{name}"], *interval)
-  value, low, high = (f"{number:{sign}.3f}" for number in numbers)
-  return f"{value} [{low}, {high}]"
+  return rows
 
 
 def _draw(path: pathlib.Path) -> None:
@@ -136,8 +175,7 @@ def _draw(path: pathlib.Path) -> None:
   figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
   left, right = figure.subplots(1, 2)
   for i, folder in enumerate(_METRICS.value):
-    file = pathlib.Path(folder) / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    rows = _logged(pathlib.Path(folder))
     train = [row for row in rows if "reward" in row]
     held_out = [row for row in rows if "eval/teaching/accuracy" in row]
     steps = [row["step"] for row in train]
@@ -166,4 +204,4 @@ def _draw(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  program.run(main)
+  program.run(main, takes_words=True)

@@ -146,6 +146,7 @@ _READERS = {
     ),
   ),
   "teaching_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
+  "answer_eval": (_FUNCTIONS, ("scripts/evaluate.py",)),
 }
 
 

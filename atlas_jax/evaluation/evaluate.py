@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a teacher on a dataset, with resume.
+"""Evaluates a teacher, or a model alone, on a dataset, with resume.
 
 Graded records are appended to a JSONL file after each batch. Its first line
 holds the settings: a run with the same settings continues the file, a run with
@@ -20,12 +20,12 @@ from absl import logging
 from atlas_jax import errors, types
 from atlas_jax.evaluation import sampling
 from atlas_jax.rewards import grading
-from atlas_jax.teaching import missing
+from atlas_jax.teaching import missing, single_model
 from atlas_jax.teaching import protocol as teaching_protocol
 
 
 def run(  # noqa: PLR0913 - one argument per collaborator.
-  protocol: teaching_protocol.Protocol,
+  protocol: teaching_protocol.Protocol | single_model.SingleModelRollouts,
   questions: Sequence[types.Question],
   *,
   grader: grading.Grader,
@@ -62,8 +62,15 @@ def run(  # noqa: PLR0913 - one argument per collaborator.
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
   _check_distinct(questions)
-  group_size = protocol.teach_params.group_size
-  header = _header(protocol, questions, grader, seed=seed, weights=weights)
+  header = {
+    "questions": _digest([dataclasses.asdict(q) for q in questions]),
+    "seed": seed,
+    "weights": dict(weights),
+    "math_verify": grader.verify is not None,
+    **_settings(protocol),
+  }
+  header = {"digest": _digest(header), "settings": header}
+  group_size = header["settings"]["teach"]["group_size"]
   found = from_first(lambda: _resume(path, header, group_size))
   records = [
     _parse(path, i, line.encode("latin-1")) for i, line in enumerate(found, 2)
@@ -127,23 +134,13 @@ def _check_distinct(questions: Sequence[types.Question]) -> None:
     seen.add(question.row_id)
 
 
-def _header(
-  protocol: teaching_protocol.Protocol,
-  questions: Sequence[types.Question],
-  grader: grading.Grader,
-  *,
-  seed: int,
-  weights: Mapping[str, str],
+def _settings(
+  protocol: teaching_protocol.Protocol | single_model.SingleModelRollouts,
 ) -> dict[str, Any]:  # Any: JSON.
-  """Returns the settings that determine the records, and their digest."""
-  settings = {
-    "questions": _digest([dataclasses.asdict(q) for q in questions]),
-    "seed": seed,
-    "weights": dict(weights),
-    "math_verify": grader.verify is not None,
+  """Returns the settings of the rollouts that determine the records."""
+  settings: dict[str, Any] = {
     "versions": {
-      "policy": protocol.policy.sampler.version,
-      "student": protocol.student.sampler.version,
+      name: role.sampler.version for name, role in protocol.roles.items()
     },
     # An example shows the arguments of the chat template, such as thinking.
     "roles": {
@@ -154,16 +151,22 @@ def _header(
       ]
       for name, role in protocol.roles.items()
     },
-    "templates": dataclasses.asdict(protocol.templates),
-    "probe": dataclasses.asdict(protocol.probe_params),
-    "teach": dataclasses.asdict(protocol.teach_params),
-    "solve": dataclasses.asdict(protocol.solve_params),
-    "baseline": dataclasses.asdict(protocol.baseline_params),
   }
-  # The run's seed replaces these.
-  for phase in ("probe", "teach", "solve"):
-    del settings[phase]["seed"]
-  return {"digest": _digest(settings), "settings": settings}
+  if isinstance(protocol, single_model.SingleModelRollouts):
+    settings["template"] = protocol.template
+    phases = {"teach": protocol.answer_params}
+  else:
+    settings["templates"] = dataclasses.asdict(protocol.templates)
+    settings["baseline"] = dataclasses.asdict(protocol.baseline_params)
+    phases = {
+      "probe": protocol.probe_params,
+      "teach": protocol.teach_params,
+      "solve": protocol.solve_params,
+    }
+  for name, params in phases.items():
+    settings[name] = dataclasses.asdict(params)
+    del settings[name]["seed"]  # The run's seed replaces it.
+  return settings
 
 
 def _digest(value: Any) -> str:  # Any: JSON.

@@ -142,7 +142,7 @@ def by_difficulty(
   """Summarizes the records of each difficulty, in alphabetical order."""
   difficulties = sorted({record.question.difficulty for record in records})
   return {
-    difficulty: summarize(
+    difficulty: of_answers(
       [r for r in records if r.question.difficulty == difficulty],
       num_bootstrap=num_bootstrap,
       seed=seed,

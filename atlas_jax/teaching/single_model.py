@@ -33,8 +33,8 @@ class SingleModelRollouts:
       template: the prompt, with a `{question}` placeholder.
       answer_params: of the answers; `run` replaces its seed.
     """
-    self.policy, self._template = policy, template
-    self._answer_params = answer_params
+    self.policy, self.template = policy, template
+    self.answer_params = answer_params
 
   @property
   def roles(self) -> Mapping[str, roles.Role]:
@@ -62,11 +62,11 @@ class SingleModelRollouts:
     prompts = [
       self.policy.prompt(
         f"{q.row_id}/answer",
-        teaching_templates.fill(self._template, question=q.question),
+        teaching_templates.fill(self.template, question=q.question),
       )
       for q in questions
     ]
-    params = dataclasses.replace(self._answer_params, seed=seed)
+    params = dataclasses.replace(self.answer_params, seed=seed)
     with phase("solve"):
       groups = self.policy.sample(prompts, params)
     return [

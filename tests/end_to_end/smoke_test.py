@@ -33,6 +33,8 @@ _SFT = {
   "teacher_sft": "results/quickstart/sft",
 }
 _GRPO = ("teacher_rcl", "teacher_rlt", "rlvr")
+# And how many of the 40 held-out problems have an answer to their paraphrase.
+_EVALUATIONS = {"teaching_eval": 40, "answer_eval": 0}
 _SHORT = (
   "--config.loop.num_steps=1",
   "--config.batch.num_questions=4",
@@ -139,7 +141,7 @@ def test_quickstart_prints_its_table_then_reuses_results(quickstart):
 
 def test_every_recipe_is_tested():
   recipes = {path.stem for path in (_ROOT / "configs/run").glob("[!_]*.py")}
-  assert recipes == {*_SFT, *_GRPO, "teacher_gkd", "teaching_eval"}
+  assert recipes == {*_SFT, *_GRPO, *_EVALUATIONS, "teacher_gkd"}
 
 
 @pytest.mark.slow
@@ -184,10 +186,11 @@ def test_gkd_lowers_its_loss(home):
 
 
 @pytest.mark.slow
-def test_evaluation_answers_every_question(home):
-  workdir = _smoke(home, "evaluate", "teaching_eval")
-  summary = json.loads((workdir / "summary.json").read_text())
-  assert "teaching/NDR" in summary["all"]
-  assert summary["all"]["teaching/num_paraphrases"] == 40
+@pytest.mark.parametrize("recipe", _EVALUATIONS)
+def test_evaluation_answers_every_question(home, recipe):
+  workdir = _smoke(home, "evaluate", recipe)
+  summary = json.loads((workdir / "summary.json").read_text())["all"]
+  assert ("teaching/NDR" in summary) == (recipe == "teaching_eval")
+  assert summary.get("teaching/num_paraphrases", 0) == _EVALUATIONS[recipe]
   records = (workdir / "records.jsonl").read_text().splitlines()
   assert len(records) == 1 + 40

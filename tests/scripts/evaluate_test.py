@@ -36,4 +36,5 @@ def test_records_and_summary_cover_every_question(tmp_path):
   lines = (workdir / "records.jsonl").read_text().splitlines()
   assert len(lines) == 1 + 3
   summary = json.loads((workdir / "summary.json").read_text())["all"]
-  assert json.loads(stdout) == summary
+  assert "| student alone" in stdout
+  assert summary["teaching/num_questions"] == 3
