@@ -28,6 +28,7 @@ setuptools.setup(
     "qwix>=0.1.8",
     "rich>=13.0",
     "safetensors>=0.6",
+    "tensorboardX>=2.6.2",
     "tokenizers>=0.22",
     "transformers>=5.0",
   ],
@@ -44,7 +45,6 @@ setuptools.setup(
       "uvicorn>=0.40",
       "xxhash>=3.5",
     ],
-    "tensorboard": ["tensorboardX>=2.6.2"],
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.20"],
     "math": ["math-verify[antlr4-13-2]>=0.8"],
@@ -59,7 +59,6 @@ setuptools.setup(
       "pytest>=8.0",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
-      "tensorboardX>=2.6.2",
     ],
     "lint": ["pyright>=1.1.400", "ruff>=0.12"],
     "parity": [
