@@ -46,6 +46,7 @@ setuptools.setup(
     "qwix>=0.1.8",
     "rich>=13.0",
     "safetensors>=0.6",
+    "tensorboardX>=2.6.2",
     "tokenizers>=0.22",
     "transformers>=5.0",
   ],
@@ -62,7 +63,6 @@ setuptools.setup(
       "uvicorn>=0.40",
       "xxhash>=3.5",
     ],
-    "tensorboard": ["tensorboardX>=2.6.2"],
     "wandb": ["wandb>=0.20"],
     "trackio": ["trackio>=0.20"],
     "math": ["math-verify[antlr4-13-2]>=0.8"],
@@ -77,7 +77,6 @@ setuptools.setup(
       "pytest>=8.0",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
-      "tensorboardX>=2.6.2",
     ],
     "lint": ["pyright>=1.1.400", "ruff>=0.12"],
     "parity": [

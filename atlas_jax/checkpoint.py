@@ -73,7 +73,7 @@ class Checkpointer:
       errors.ConfigError: if `keep` < 1, the best step is not defined, or the
         directory cannot be written.
     """
-    _check_settings(keep, best_metric, best_mode, load_best)
+    check_settings(keep, best_metric, best_mode, load_best)
     self._allowed = _parse_allowed(allow_changed)
     self._directory = directory.absolute()
     self._identity = identity
@@ -411,9 +411,14 @@ def _parse_allowed(allow_changed: str) -> set[str]:
   return allowed
 
 
-def _check_settings(
+def check_settings(
   keep: int, best_metric: str, best_mode: Mode, load_best: bool
 ) -> None:
+  """Validates arguments of `Checkpointer`.
+
+  Raises:
+    errors.ConfigError: if `keep` < 1 or the best step is not defined.
+  """
   if keep < 1:
     raise errors.ConfigError(
       f"keep must be >= 1, got {keep}.",

@@ -2,6 +2,7 @@
 """Writes the model card (README.md) of an export."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -133,19 +134,18 @@ def _read_head(source: pathlib.Path) -> dict[str, object]:
 
 
 def _code() -> str:
-  """Returns this project's version and, in a git clone, its commit."""
-  try:
-    version = importlib.metadata.version("atlas_jax")
-  except importlib.metadata.PackageNotFoundError:
-    version = "not installed"
+  """Returns the installed version, if any, and in a git clone its commit."""
+  name = "atlas_jax"
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    name += f" {importlib.metadata.version('atlas_jax')}"
   command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
   try:
     found = subprocess.run(
       command, capture_output=True, text=True, timeout=10, check=False
     )
   except (OSError, subprocess.TimeoutExpired):
-    return f"atlas_jax {version}"
-  return f"atlas_jax {version} {found.stdout.strip()}".strip()
+    return name
+  return f"{name} {found.stdout.strip()}".strip()
 
 
 def _hub_revision(source: pathlib.Path) -> str | None:

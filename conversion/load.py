@@ -10,10 +10,12 @@ import collections
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import concurrent.futures
 import dataclasses
+import difflib
 import functools
 import itertools
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple, TypeAlias
 
 from absl import logging
@@ -26,6 +28,8 @@ from atlas_jax import errors
 from atlas_jax.models import decoder, decoder_config, quantized
 from conversion import arrays, header, quantize, rules, shards
 
+# An id on the Hub, with an optional revision.
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@.+)?")
 _HUB_PATTERNS = ("*.json", "tokenizer*", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
 _MAX_LISTED = 8
@@ -44,10 +48,10 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
     with_weights: whether to download the weights too.
 
   Raises:
-    errors.CheckpointError: if it is neither, or the download fails.
+    errors.CheckpointError: if it is neither, is a run's workdir, or the
+      download fails.
   """
-  path = pathlib.Path(name).expanduser()
-  if path.exists():
+  if (path := find(name)) is not None:
     return path
   patterns = [*_HUB_PATTERNS, *(_HUB_WEIGHTS if with_weights else ())]
   try:
@@ -65,6 +69,42 @@ def resolve(name: str, *, with_weights: bool = True) -> pathlib.Path:
       "HF_TOKEN if it is gated; HF_HUB_OFFLINE=1 is offline mode.",
     ) from error
   return pathlib.Path(found)
+
+
+def find(name: str) -> pathlib.Path | None:
+  """Returns a model's directory, or None for an id on the Hub.
+
+  Raises:
+    errors.CheckpointError: if it is neither, or is a run's workdir.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.exists():
+    shards.check_is_model(path)
+    return path
+  # In `results/x`, where `results` is a folder here, no owner is meant.
+  is_here = len(path.parts) > 1 and path.parent.is_dir()
+  if is_here or not _HUB_ID.fullmatch(name):
+    raise _no_folder(name, path)
+  return None
+
+
+def _no_folder(name: str, path: pathlib.Path) -> errors.CheckpointError:
+  """Returns an error that suggests a folder of a similar name."""
+  parent = path.parent
+  while not parent.is_dir():
+    parent = parent.parent
+  wanted = path.relative_to(parent).parts[0]
+  folders = [each.name for each in parent.iterdir() if each.is_dir()]
+  near = difflib.get_close_matches(wanted, folders, n=1)
+  return errors.CheckpointError(
+    "The model folder does not exist.",
+    where=name,
+    why=f"{parent} has no {wanted}, and it is not an id on the Hub, which is "
+    "owner/name.",
+    fix=f"Did you mean {parent / near[0]}?"
+    if near
+    else "Check the path; a run writes its model to WORKDIR/export.",
+  )
 
 
 def read_config(

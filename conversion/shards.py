@@ -92,6 +92,28 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:  # Any: a JSON object.
   return value
 
 
+def check_is_model(directory: pathlib.Path) -> None:
+  """Rejects the workdir of a run, whose model is in `export`.
+
+  Raises:
+    errors.CheckpointError: if it is one.
+  """
+  export = directory / "export"
+  has_export = (export / "config.json").is_file()
+  is_workdir = has_export or (directory / "checkpoints").is_dir()
+  if not is_workdir or any(directory.glob("*.safetensors")):
+    return
+  raise errors.CheckpointError(
+    "This is the workdir of a run, not a model.",
+    where=str(directory),
+    why="A run writes its model to the folder export, at its end.",
+    fix=f"Did you mean {export}?"
+    if has_export
+    else "Finish the run, or convert its newest checkpoint: python -m "
+    f"scripts.convert to_hf {directory} OUT --source=MODEL.",
+  )
+
+
 def open_directory(directory: pathlib.Path) -> dict[str, header.Tensor]:
   """Lists the tensors of a model directory, single file or sharded.
 

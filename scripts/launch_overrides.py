@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from atlas_jax import errors, types
-from scripts import override_names
+from scripts import override_names, program
 from scripts.job import config_keys
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def _read_words(
       )
     if name.startswith("--config."):
       settings.append(word)
-      origins[path_of(word)] = "command line"
+      origins[path_of(word)] = "flag"
       continue
     if not equals or name not in override_names.TABLE:
       raise _unknown_override(word, base)
@@ -274,15 +274,10 @@ def load(recipe: str, settings: Sequence[str]) -> types.Config:
   )
   try:
     values(argv)
-    return values["config"].value
-  except (
-    flags.Error,
-    OSError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-  ) as error:
+    config = values["config"].value
+    config.lock()  # Raises if the file was not found.
+    return config
+  except program.INVALID as error:
     raise errors.ConfigError(
       "Invalid recipe or config value.",
       where=" ".join(argv[1:]),

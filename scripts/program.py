@@ -25,8 +25,20 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort")
 _HELP_FULL = ("--helpfull", "-helpfull")
 _PACKAGES = ("atlas_jax", "conversion", "rollout", "scripts")
-# Of JAX's error if JAX_PLATFORMS names a platform that is not there.
-_NO_BACKEND = ("Unable to initialize backend", "No jax_platforms")
+
+
+# What flags, config files and overrides of their keys raise.
+INVALID = (
+  flags.Error,
+  AttributeError,
+  ImportError,
+  KeyError,
+  NameError,
+  OSError,
+  SyntaxError,
+  TypeError,
+  ValueError,
+)
 
 
 class ConfigHelp(Protocol):
@@ -115,8 +127,8 @@ def leave(main: Callable[[], int | None]) -> NoReturn:
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:
       raise
-  except RuntimeError as error:
-    if not str(error).startswith(_NO_BACKEND):
+  except (AssertionError, RuntimeError) as error:
+    if not _is_without_backend(error):
       raise
     code = _report(_no_backend(error))
   finally:
@@ -134,12 +146,20 @@ def _is_stdout_closed() -> bool:
   return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
-def _no_backend(error: RuntimeError) -> errors.ConfigError:
+def _is_without_backend(error: Exception) -> bool:
+  """Returns whether JAX has raised because a platform is not available."""
+  if isinstance(error, AssertionError):  # JAX_PLATFORMS=cuda without a GPU.
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename.endswith("jax/_src/xla_bridge.py")
+  return str(error).startswith("Unable to initialize backend")
+
+
+def _no_backend(error: Exception) -> errors.ConfigError:
   platforms = os.environ.get("JAX_PLATFORMS", "")
   return errors.ConfigError(
     "JAX cannot use the requested platform.",
     where=f"JAX_PLATFORMS={platforms}" if platforms else "this machine",
-    why=" ".join(str(error).split()),
+    why=" ".join(str(error).split()) or "JAX finds no such device.",
     fix="Run unset JAX_PLATFORMS to use the devices there are, or "
     "JAX_PLATFORMS=cpu. python -m atlas_jax.doctor shows why a device is "
     "missing.",
@@ -192,14 +212,7 @@ def _parse(
     return rest
   except errors.ConfigError as error:
     sys.exit(int(_report(error)))
-  except (
-    flags.Error,
-    OSError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-  ) as error:
+  except INVALID as error:
     advice = config_help.suggest(argv) if config_help else ""
     invalid = errors.ConfigError(
       "Invalid flags.",

@@ -115,6 +115,7 @@ def main() -> None:
   token_file = pathlib.Path(_TOKEN_FILE.value) if _TOKEN_FILE.value else None
   tokens = listen.read_tokens(_HOST.value, token_file)
   directory = pathlib.Path(_MODEL.value).expanduser().resolve()
+  shards.check_is_model(directory)
   weights_root = _WEIGHTS_ROOT.value
   role: wire.Role = "policy" if _ROLE.value == "policy" else "student"
   limits = service.Limits(**{k: flag.value for k, flag in _LIMITS.items()})

@@ -112,9 +112,17 @@ def read(path: pathlib.Path) -> list[types.TeachingRecord]:
   """Reads the records that `run` wrote.
 
   Raises:
-    DataError: if a line is invalid, with its number.
+    DataError: if the file is missing, or a line is invalid, with its number.
   """
-  lines = path.read_bytes().splitlines()
+  try:
+    lines = path.read_bytes().splitlines()
+  except OSError as error:
+    raise errors.DataError(
+      "No records of an evaluation were found.",
+      where=str(path),
+      why=str(error),
+      fix="Pass the --workdir of a finished scripts.evaluate.",
+    ) from error
   return [
     _parse(path, number, line) for number, line in enumerate(lines[1:], start=2)
   ]

@@ -10,7 +10,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from atlas_jax import errors, types
-from scripts.job import ranges, recipes
+from scripts.job import config_checks, recipes
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -44,6 +44,7 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
 
   Raises:
     errors.ConfigError: if --workdir is not set, or see `parse_config`.
+    errors.CheckpointError: if the folder of a model does not exist.
   """
   config = parse_config(recipe)
   if _WORKDIR.value is None:
@@ -54,6 +55,7 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
       fix="Set --workdir=FOLDER, for example --workdir=results/run. "
       "--print_config and --plan work without it.",
     )
+  config_checks.check_models(config)
   jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value or None)
   return config, pathlib.Path(_WORKDIR.value)
 
@@ -118,5 +120,5 @@ def parse_config(recipe: str) -> types.Config:
         fix="Remove the flag.",
       )
     config.loop.profile_steps = _PROFILE_STEPS.value
-  ranges.check(config)
+  config_checks.check(config)
   return config

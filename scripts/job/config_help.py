@@ -65,9 +65,9 @@ class ConfigHelp:
     recipe = self._recipe_of(argv)
     try:
       config = launch_overrides.load(recipe, [])
+      keys = [key for key, _ in config_keys.values(config)]
     except errors.ConfigError:
       return f"Recipes are in configs/run, such as {self.recipe}."
-    keys = [key for key, _ in config_keys.values(config)]
     return override_names.advice(argv[1:], keys, flags.FLAGS)
 
   def _recipe_of(self, argv: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 
 SIGTERM  Kubernetes, Slurm at its time limit, `kill`
 SIGINT   control-C
+SIGHUP   a closed terminal or connection; ignored under nohup
 SIGUSR1  Slurm ahead of its time limit, with `--signal=USR1@300`
 """
 
@@ -19,7 +20,10 @@ from jax.experimental import multihost_utils
 
 from atlas_jax import errors
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Requests that do not count as a first or second one: an early warning, and one
+# that the kernel and the shell may both send.
+_GENTLE = {signal.SIGHUP, signal.SIGUSR1}
 
 
 @contextlib.contextmanager
@@ -39,8 +43,7 @@ def listen() -> Iterator[Callable[[], bool]]:
 
   def on_signal(number: int, frame: object) -> None:
     del frame
-    # SIGUSR1 is an early warning: a SIGTERM after it is not a second request.
-    if number != signal.SIGUSR1 and set(received) - {signal.SIGUSR1}:
+    if number not in _GENTLE and set(received) - _GENTLE:
       _exit_now()
     received.append(number)
     logging.warning(
@@ -54,7 +57,9 @@ def listen() -> Iterator[Callable[[], bool]]:
       return multihost_utils.reached_preemption_sync_point(next(calls))
     return bool(received)
 
-  handled = [n for n in _SIGNALS if not (is_shared and n == signal.SIGTERM)]
+  handled = {*_SIGNALS} - {signal.SIGTERM if is_shared else None}
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # By nohup.
+    handled.remove(signal.SIGHUP)
   old = {number: signal.signal(number, on_signal) for number in handled}
   try:
     yield should_stop

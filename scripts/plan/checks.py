@@ -21,7 +21,7 @@ from conversion import load
 from rollout import wire
 from rollout.remote import client
 
-Status = Literal["ok", "absent", "FAIL"]
+Status = Literal["ok", "absent", "warn", "FAIL"]
 
 _SERVER_S = 5.0
 # Only the questions with the most characters are tokenized: this many.
@@ -32,7 +32,11 @@ _ASSUMED_TOKENS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """The result of one check; `absent` marks files that may be added later."""
+  """The result of one check.
+
+  `absent` marks files that may be added later, `warn` what matters only on the
+  machine of the run.
+  """
 
   name: str
   status: Status
@@ -101,7 +105,7 @@ def run(config: types.Config) -> Facts:
 
 
 def disk(workdir: pathlib.Path, num_bytes: int) -> Check:
-  """Checks that the disk of a workdir has `num_bytes` free."""
+  """Checks whether this machine's disk of a workdir has `num_bytes` free."""
   place = workdir.absolute()
   while not place.exists():
     place = place.parent
@@ -111,8 +115,8 @@ def disk(workdir: pathlib.Path, num_bytes: int) -> Check:
     return Check("disk", "ok", found)
   return Check(
     "disk",
-    "FAIL",
-    found,
+    "warn",
+    f"{found}: too little, if the run is on this machine",
     "Choose a larger disk with --workdir, or keep less: "
     "--config.checkpoint.keep=1, --config.export.keep_steps=0.",
   )

@@ -100,8 +100,8 @@ def print_plan(recipe: str) -> bool:
   _print_memory(described, need, devices)
   if need.peak > devices.budget:
     raise _too_large(config, facts, need, devices)
-  if any(check.status == "FAIL" for check in (*facts.checks, disk)):
-    raise _failed([*facts.checks, disk])
+  if any(check.status == "FAIL" for check in facts.checks):
+    raise _failed(facts.checks)
   return True
 
 
@@ -198,6 +198,8 @@ def _step_flops(
 def _print_checks(checks: list[plan_checks.Check]) -> None:
   for check in checks:
     print(f"{check.status:<6}  {check.name:<22}  {check.found}")
+    if check.status == "warn":
+      print(f"{'':<32}{check.fix}")
 
 
 def _print_run(
@@ -332,7 +334,8 @@ def _alternatives(
   if not config.offload.optimizer:
     same.append({"offload.optimizer": True})
   yield from same
-  yield {key: value for change in same for key, value in change.items()}
+  if len(same) > 1:
+    yield {key: value for change in same for key, value in change.items()}
   if is_sampled_here:
     yield {"rollout.backend": "http"}
   if "reference" in config and config.loss.kl_coef and not config.lora.rank:

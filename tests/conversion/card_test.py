@@ -62,6 +62,7 @@ def test_card_copies_base_revision_and_license(tmp_path, source):
   ):
     assert f"\n{line}\n" in read.text
   assert "- Written by: atlas_jax " in read.text
+  assert "not installed" not in read.text
 
 
 def test_local_path_is_not_a_base_id_and_missing_license_is_noted(tmp_path):

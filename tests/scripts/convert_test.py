@@ -395,7 +395,7 @@ def test_bad_input_is_exit_code_5(tmp_path, capsys, harm, message):
 )
 def test_invalid_commands_are_exit_code_2(words, capsys):
   assert _run(*words) == 2
-  assert "python -m scripts.convert inspect A" in capsys.readouterr().err
+  assert "python -m scripts.convert --help" in capsys.readouterr().err
 
 
 def test_missing_input_is_exit_code_5(tmp_path):

@@ -2,13 +2,21 @@
 """Tests the exit code and the error message of every way to exit."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 _FOUR = 'errors.{}("What.", where="here", why="so", fix="that")'
+_ROOT = pathlib.Path(__file__).parents[2]
 _SCRIPT = """
+\'\'\'Counts.
+
+  count --number=1 \\
+    --more
+\'\'\'
+
 import sys
 from absl import flags, logging
 from atlas_jax import errors
@@ -24,9 +32,10 @@ program.run(main)
 """
 
 
-def _run(line, *arguments):
+def _run(line, *arguments, **environment):
   return subprocess.run(
     [sys.executable, "-c", _SCRIPT.format(line), *arguments],
+    env={**os.environ, **environment},
     capture_output=True,
     text=True,
     timeout=60,
@@ -79,6 +88,76 @@ def test_a_failure_with_a_closed_stderr_keeps_its_exit_code():
     )
     assert process.returncode == code
   os.close(writing)
+
+
+@pytest.mark.parametrize(
+  "line", ["print('a')", "print('a' * 10**6)", "print('a', flush=True)"]
+)
+def test_a_closed_stdout_ends_the_output_without_an_error(line):
+  reading, writing = os.pipe()
+  os.close(reading)
+  process = subprocess.run(
+    [sys.executable, "-c", _SCRIPT.format(line)],
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    timeout=60,
+    check=False,
+  )
+  os.close(writing)
+  assert process.returncode == 0
+  assert process.stderr.splitlines()[1:] == []  # The first one is logged.
+
+
+def test_a_broken_pipe_elsewhere_is_an_unexpected_exception():
+  result = _run("raise BrokenPipeError")
+  assert result.returncode == 70
+  assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_platform_without_a_device_is_an_error_of_the_command(platform):
+  result = _run("import jax; jax.devices()", JAX_PLATFORMS=platform)
+  assert result.returncode == 2
+  assert f"where: JAX_PLATFORMS={platform}" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+_INTERRUPT_AT_JAX = """
+import os, signal, sys
+
+class Finder:
+  def find_spec(self, name, path=None, target=None):
+    if name == "jax":
+      os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_an_interrupt_while_importing_is_one_line(tmp_path):
+  (tmp_path / "sitecustomize.py").write_text(_INTERRUPT_AT_JAX)
+  result = subprocess.run(
+    [sys.executable, "-m", "scripts.train_sft", "--help"],
+    cwd=_ROOT,
+    env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert result.returncode == 130
+  assert result.stderr == "\nInterrupted before the start.\n"
+
+
+def test_help_shows_the_docstring_and_our_flags_only():
+  result = _run("pass", "--help")
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout.startswith(
+    "Counts.\n\n  count --number=1 \\\n    --more\n"
+  )
+  assert "  --number=VALUE\n      Any. Default: 1.\n" in result.stdout
+  assert "logtostderr" not in result.stdout
+  assert "logtostderr" in _run("pass", "--helpfull").stdout
 
 
 def test_success_exits_with_zero():

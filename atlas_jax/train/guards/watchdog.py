@@ -83,8 +83,8 @@ class Watchdog:
     logging.flush()
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     logging.error(
-      "Latest checkpoint: step %s. Rerun the same command to resume from it; "
-      "--config.loop.watchdog_s sets this timeout.",
+      "Exiting with code 124 because of --config.loop.watchdog_s. Latest "
+      "checkpoint: step %s. Rerun the same command to resume from it.",
       max(self._saved_steps(), default="none"),
     )
     logging.flush()

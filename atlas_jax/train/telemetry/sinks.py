@@ -8,9 +8,12 @@ consumes too slowly are dropped, with one warning; `metrics.jsonl` is complete.
 from collections.abc import Callable, Mapping, Sequence
 import importlib
 import importlib.util
+import json
+import os
 import pathlib
 import queue
 import secrets
+import textwrap
 import threading
 import time
 from typing import Any, Protocol
@@ -63,7 +66,7 @@ def open_sinks(
   Args:
     workdir: TensorBoard writes to `tensorboard/` in it. Its name is the run's
       name if `name` is empty.
-    resolved: the run's config, stored by W&B and trackio.
+    resolved: the run's config, which every tracker stores.
     to: "none", or comma-separated tracker names.
     project: project of the run in W&B and trackio.
     group: group of the run within the project; may be empty.
@@ -82,7 +85,7 @@ def open_sinks(
     "config": dict(resolved),
   }
   openers: dict[str, Callable[[], Sink]] = {
-    "tensorboard": lambda: _TensorBoard(workdir / "tensorboard"),
+    "tensorboard": lambda: _TensorBoard(workdir / "tensorboard", resolved),
     "wandb": lambda: _WandB(workdir, tracked),
     "trackio": lambda: _Trackio(tracked),
   }
@@ -190,19 +193,35 @@ class _Suppress:
   def __enter__(self) -> None:
     pass
 
-  def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
-    del error  # A library's message may contain a key, or a URL with one.
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: object,
+  ) -> bool:
+    del trace
     if kind is not None:
-      self._report(f"it raised {kind.__name__}")
+      # A library's message may contain a key, or a URL with one; the system's
+      # text of an errno does not.
+      number = error.errno if isinstance(error, OSError) else None
+      why = f" (errno {number}, {os.strerror(number)})" if number else ""
+      self._report(f"it raised {kind.__name__}{why}")
     return True
 
 
 class _TensorBoard:
   """Event files written by tensorboardX, which needs no TensorFlow or torch."""
 
-  def __init__(self, directory: pathlib.Path) -> None:
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    resolved: Mapping[str, Any],  # Any: as in `open_sinks`.
+  ) -> None:
     writer = importlib.import_module("tensorboardX").SummaryWriter
     self._writer = writer(str(directory), flush_secs=10)
+    # Four spaces are a code block in Markdown.
+    config = json.dumps(resolved, indent=2)
+    self._writer.add_text("config", textwrap.indent(config, " " * 4), 0)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():

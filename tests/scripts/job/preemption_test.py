@@ -13,7 +13,7 @@ from scripts.job import preemption
 
 
 @pytest.mark.parametrize(
-  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 )
 def test_a_signal_requests_a_stop_and_its_handler_is_restored(number):
   before = signal.getsignal(number)
@@ -24,13 +24,24 @@ def test_a_signal_requests_a_stop_and_its_handler_is_restored(number):
   assert signal.getsignal(number) is before
 
 
+def test_a_hangup_is_ignored_under_nohup():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with preemption.listen() as should_stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not should_stop()
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
 _SIGNALLED_TWICE = """
 import os, signal, sys, threading, time
 from scripts.job import preemption
 
 number = int(sys.argv[1])
 with preemption.listen() as should_stop:
-  os.kill(os.getpid(), signal.SIGUSR1)
+  for early in (signal.SIGUSR1, signal.SIGHUP, signal.SIGHUP):
+    os.kill(os.getpid(), early)
   os.kill(os.getpid(), number)
   assert should_stop()
   # Keeps the process alive, as a save in progress does.

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that every value of a config is printed with its origin."""
+"""Tests that values of a config are printed with origin and meaning."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import ml_collections
 import pytest
@@ -34,9 +31,11 @@ def test_the_origin_is_the_recipe_its_variant_or_an_override():
   recipe = f"{_SFT}:smoke"
   config = launch_overrides.load(recipe, ["--config.seed=5"])
   rows = _rows(print_config.table(recipe, config, {"seed": "me"}))
-  assert rows["seed"] == ["5", "me"]
-  assert rows["packing.length"] == ["128", recipe]
-  assert rows["packing.too_long"] == ["'drop'", _SFT]
+  assert rows["seed"][:2] == ["5", "me"]
+  assert rows["packing.length"][:2] == ["128", ":smoke"]
+  assert rows["packing.too_long"][:2] == ["'drop'", "recipe"]
+  assert rows["loop.max_nonfinite"][:2] == ["5", "default"]
+  assert rows["loop.max_nonfinite"][2:5] == ["#", "Updates", "in"]
 
 
 def test_the_launcher_shows_the_override_that_set_a_value(capsys):
@@ -44,63 +43,22 @@ def test_the_launcher_shows_the_override_that_set_a_value(capsys):
   words += ["per_device_train_batch_size=16", "--print_config"]
   assert launch.main(["2", "teacher_rcl:smoke", *words]) == 0
   rows = _rows(capsys.readouterr().out)
-  assert rows["loop.num_steps"] == ["4", "max_steps=4"]
-  assert rows["report.to"] == ["'none'", "report_to=null"]
-  assert rows["seed"] == ["1", "command", "line"]
-  assert rows["mesh.fsdp"] == ["2", "launcher"]
-  assert rows["batch.per_device"] == ["16", "launcher"]
+  assert rows["loop.num_steps"][:2] == ["4", "max_steps=4"]
+  assert rows["report.to"][:2] == ["'none'", "report_to=null"]
+  assert rows["seed"][:2] == ["1", "flag"]
+  assert rows["mesh.fsdp"][:2] == ["2", "launcher"]
+  assert rows["batch.per_device"][:2] == ["16", "launcher"]
 
 
-@pytest.mark.slow
-def test_a_closed_stdout_is_not_an_error():
-  reading, writing = os.pipe()
-  os.close(reading)
-  code = "from scripts.job import print_config; print_config.show('a')"
-  result = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=_ROOT,
-    stdout=writing,
-    stderr=subprocess.PIPE,
-    timeout=120,
-    check=False,
-  )
-  os.close(writing)
-  assert (result.returncode, result.stderr) == (0, b"")
-
-
-def test_secrets_are_masked(monkeypatch):
+def test_secrets_are_masked(monkeypatch, tmp_path):
   values = {
     "api_key": "abc",
     "judge": {"token": "def", "max_completion_tokens": 7, "password": ""},
   }
   config = ml_collections.ConfigDict(values)
   monkeypatch.setattr(launch_overrides, "load", lambda *_: config)
-  text = print_config.table("recipe.py", config, {})
+  (tmp_path / "recipe.py").write_text("")
+  text = print_config.table(f"{tmp_path}/recipe.py", config, {})
   assert "abc" not in text
   assert "def" not in text
-  assert _rows(text)["judge.max_completion_tokens"] == ["7", "recipe.py"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "rcl"])
-def test_a_training_script_prints_the_config_and_exits(tmp_path, name):
-  script = {"sft": "train_sft", "rcl": "train_grpo"}[name]
-  result = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      f"scripts.{script}",
-      "--print_config",
-      f"--config=configs/run/teacher_{name}.py:smoke",
-      f"--workdir={tmp_path}/run",
-      "--config.seed=5",
-    ],
-    cwd=_ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr
-  assert _rows(result.stdout)["seed"] == ["5", "command", "line"]
-  assert not (tmp_path / "run").exists()
+  assert _rows(text)["judge.max_completion_tokens"] == ["7", "recipe"]

@@ -10,6 +10,9 @@ import sys
 
 import pytest
 
+from configs.run import teacher_gkd, teacher_rcl, teacher_sft
+from scripts.plan import report
+
 _ROOT = pathlib.Path(__file__).parents[3]
 _QWEN = {
   "model_type": "qwen3",
@@ -158,5 +161,15 @@ def test_a_plan_that_does_not_fit_suggests_a_change_that_does(tmp_path):
   assert code == 2
   (change,) = re.findall(r"fix  : Set (.+)\.", err)
   assert f"fits  {change}" in out
-  code, out, err = _plan("sft", *options, *change.split())
+  # The disk of the machine that plans need not be that of the run.
+  code, out, err = _plan("sft", *options, *change.split(), free=0)
   assert code == 0, out + err
+  assert re.search(r"^warn +disk .* 0.00 GiB free", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe", [teacher_sft, teacher_rcl, teacher_gkd])
+@pytest.mark.parametrize("variant", ["full", "smoke"])
+def test_every_change_of_a_plan_is_listed_once(recipe, variant):
+  changes = list(report._alternatives(recipe.get_config(variant)))
+  assert {} not in changes
+  assert all(changes.count(change) == 1 for change in changes)

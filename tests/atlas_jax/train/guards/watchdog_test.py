@@ -44,6 +44,7 @@ def test_a_hang_exits_with_stacks_and_its_own_code(how, grace_s):
   assert "in stuck" in child.stderr
   if how == "wait":  # Logging needs the GIL.
     assert "NO PROGRESS for 0.5 s. The last step done is 7." in child.stderr
+    assert "code 124 because of --config.loop.watchdog_s" in child.stderr
     assert "Latest checkpoint: step 6." in child.stderr
 
 

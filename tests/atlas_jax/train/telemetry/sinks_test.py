@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A failing or blocking tracker costs one warning, and never the run."""
 
+import errno
 import logging
 import sys
 import threading
@@ -70,13 +71,15 @@ def test_an_exception_is_logged_once_and_without_its_message(caplog, error):
 
 def test_a_tracker_that_cannot_be_opened_costs_a_warning(caplog):
   def fail():
-    raise OSError("no key")
+    raise OSError(errno.ENOSPC, "https://user:secret@host")
 
   tracker = _start(fail)
   tracker.scalars(1, {"loss": 1.0})
   tracker.close()
   (record,) = caplog.records
-  assert "OSError while opening" in record.getMessage()
+  text = "OSError (errno 28, No space left on device) while opening"
+  assert text in record.getMessage()
+  assert "secret" not in caplog.text
 
 
 def test_a_blocking_tracker_does_not_slow_the_run(caplog):
@@ -110,7 +113,6 @@ def test_a_missing_package_is_reported_with_its_install_command(
 
 
 def test_tensorboard_files_contain_metrics_and_tables(tmp_path):
-  pytest.importorskip("tensorboardX")
   (tracker,) = _open(tmp_path, "tensorboard")
   tracker.start()
   tracker.scalars(3, {"teaching/NDR": 0.75})
@@ -119,4 +121,5 @@ def test_tensorboard_files_contain_metrics_and_tables(tmp_path):
   (path,) = (tmp_path / "tensorboard").iterdir()
   written = path.read_bytes()
   assert b"teaching/NDR" in written
+  assert b'    {\n      "seed": 1\n    }' in written  # The config.
   assert b"| a\\|b | 0.5 |" in written
