@@ -14,6 +14,7 @@ import json
 from atlas_jax import distributed, sharding
 from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics
+from conversion import load
 from scripts import program
 from scripts.job import (
   arguments,
@@ -21,6 +22,7 @@ from scripts.job import (
   config_help,
   print_config,
   processes,
+  show_samples,
 )
 
 _HELP = config_help.ConfigHelp(
@@ -42,7 +44,9 @@ _HELP = config_help.ConfigHelp(
 
 def main() -> None:
   """Runs the protocol on every question, then prints and saves metrics."""
-  if print_config.print_if_requested("evaluation"):
+  if print_config.print_if_requested(
+    "evaluation"
+  ) or show_samples.print_if_requested("evaluation"):
     return
   config, workdir = arguments.parse("evaluation")
   from_first = distributed.FirstProcessBroadcast("evaluation")
@@ -66,7 +70,9 @@ def main() -> None:
         # The baselines have the seed `config.seed`.
         seed=config.seed + 1,
         weights={
-          name: from_first(functools.partial(components.fingerprint, opened))
+          name: from_first(
+            functools.partial(load.fingerprint, opened.directory)
+          )
           for name, opened in (("policy", policy), ("student", student))
         },
         path=workdir / "records.jsonl",
