@@ -248,9 +248,10 @@ def tokenize_text(
     Token ids, and a loss mask that is True on all tokens but the first, which
     no token precedes.
   """
-  token_ids = tokenizer.encode(text)
-  if token_ids[-1:] != [tokenizer.eos_token_id]:
-    token_ids.append(tokenizer.eos_token_id)
+  token_ids = list(tokenizer.encode(text))
+  end = _encode(tokenizer, str(tokenizer.eos_token))
+  if token_ids[-1:] != end:
+    token_ids += end
   return token_ids, [i > 0 for i in range(len(token_ids))]
 
 

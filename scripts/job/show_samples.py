@@ -17,7 +17,7 @@ from atlas_jax import chat, types
 from atlas_jax.data import sets
 from atlas_jax.teaching import templates
 from conversion import load
-from scripts.job import arguments, print_config, tokenizers
+from scripts.job import arguments, tokenizers
 
 _NUM_ROWS = flags.DEFINE_integer(
   "show_samples",
@@ -46,7 +46,7 @@ def print_if_requested(recipe: str) -> bool:
     for where, text in of_config(
       config, tokenizer, _NUM_ROWS.value, pathlib.Path(folder)
     ):
-      print_config.show(f"--- {where}\n{text}\n")
+      print(f"--- {where}\n{text}\n")
   return True
 
 
