@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts messages to token ids and a loss mask with the chat template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,21 +27,43 @@ _THINKING_TAGS = {"<think>", "</think>", "<thinking>", "</thinking>"}
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 
+# Turns end with the end-of-sequence token, which every sampler stops at.
+_TEMPLATES = {
+  "chatml": (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+  ),
+  "none": (
+    "{% for message in messages %}{{ message.content }}"
+    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
+  ),
+}
+
+
 def load_tokenizer(
-  directory: str | os.PathLike[str], *, template_kwargs: str = ""
+  directory: str | os.PathLike[str],
+  *,
+  chat_template: str = "",
+  template_kwargs: str = "",
+  with_template: bool = True,
 ) -> Tokenizer:
-  """Loads a tokenizer that can render conversations and pad batches.
+  """Loads a tokenizer that can render conversations.
 
   Args:
     directory: a local checkpoint, or a Hub id.
+    chat_template: replaces that of the directory: a file with a Jinja template,
+      "chatml", or "none" for the texts of the turns without headers; empty for
+      the directory's. The latter two end turns with the end-of-sequence token.
     template_kwargs: defaults of variables of the chat template, as a JSON
       object, e.g. '{"enable_thinking": false}'; empty for none. They become
       part of the template, so exports and fingerprints include them.
+    with_template: whether a tokenizer without a chat template is an error.
 
   Raises:
     errors.ConfigError: if the tokenizer cannot be loaded, it has no chat
-      template, pad token or end-of-sequence token, or `template_kwargs` is not
-      a JSON object of variables.
+      template or end-of-sequence token, `chat_template` cannot be read, or
+      `template_kwargs` is not a JSON object of variables.
   """
   where = os.fspath(directory)
   try:
@@ -57,23 +80,24 @@ def load_tokenizer(
       fix="Set the path to a folder with tokenizer.json and "
       "tokenizer_config.json, or to a Hub id that this machine can download.",
     ) from error
-  if not tokenizer.chat_template:
+  if tokenizer.eos_token is None:
+    raise errors.ConfigError(
+      "The tokenizer has no eos_token.",
+      where=where,
+      why="tokenizer_config.json does not set it.",
+      fix='Set "eos_token" in tokenizer_config.json to a special token of the '
+      "vocabulary.",
+    )
+  if chat_template:
+    tokenizer.chat_template = _read_template(tokenizer, chat_template)
+  if with_template and not tokenizer.chat_template:
     raise errors.ConfigError(
       "The tokenizer has no chat template.",
       where=where,
       why="Base models often have none; conversations cannot be rendered.",
-      fix="Use the instruction-tuned tokenizer of the same family, or copy its "
-      "chat_template.jinja next to tokenizer_config.json.",
+      fix="Set --config.model.chat_template (or student, teacher) to chatml, "
+      "to none for plain text, or to a file with a Jinja template.",
     )
-  for name in ("pad_token", "eos_token"):
-    if getattr(tokenizer, name) is None:
-      raise errors.ConfigError(
-        f"The tokenizer has no {name}.",
-        where=where,
-        why="tokenizer_config.json does not set it.",
-        fix=f'Set "{name}" in tokenizer_config.json to a special token of the '
-        "vocabulary.",
-      )
   if template_kwargs:
     defaults, template = _defaults(template_kwargs), tokenizer.chat_template
     tokenizer.chat_template = (
@@ -82,6 +106,27 @@ def load_tokenizer(
       else defaults + template
     )
   return tokenizer
+
+
+def _read_template(tokenizer: Tokenizer, name: str) -> str:
+  """Returns a built-in template, or that of a file."""
+  if name in _TEMPLATES:
+    # A template has to add what the tokenizer adds to plain text.
+    first = tokenizer.encode("a")[0]
+    has_bos = tokenizer.bos_token is not None and (
+      first == tokenizer.bos_token_id
+    )
+    return "{{ bos_token }}" * has_bos + _TEMPLATES[name]
+  try:
+    return pathlib.Path(name).read_text("utf-8")
+  except (OSError, ValueError) as error:
+    raise errors.ConfigError(
+      "Failed to read the chat template.",
+      where=f"--config.model.chat_template={name}",
+      why=_first_line(error),
+      fix=f"Set it to {' or '.join(_TEMPLATES)}, or to a file with a Jinja "
+      "template.",
+    ) from error
 
 
 def _defaults(template_kwargs: str) -> str:
@@ -192,6 +237,36 @@ def tokenize(
   loss_mask += [False] * len(tail_ids)
   _check_parts(tokenizer, text, token_ids)
   return token_ids, loss_mask
+
+
+def tokenize_text(
+  tokenizer: Tokenizer, text: str
+) -> tuple[list[int], list[bool]]:
+  """Tokenizes plain text, which ends with the end-of-sequence token.
+
+  Returns:
+    Token ids, and a loss mask that is True on all tokens but the first, which
+    no token precedes.
+  """
+  token_ids = list(tokenizer.encode(text))
+  end = _encode(tokenizer, str(tokenizer.eos_token))
+  if token_ids[-1:] != end:
+    token_ids += end
+  return token_ids, [i > 0 for i in range(len(token_ids))]
+
+
+def marked(
+  tokenizer: Tokenizer, token_ids: Iterable[int], loss_mask: Iterable[bool]
+) -> str:
+  """Decodes tokens, special ones too, with those of the loss in `[[ ]]`."""
+  pairs = zip(map(int, token_ids), loss_mask, strict=True)
+  texts = []
+  for counts, run in itertools.groupby(pairs, lambda pair: bool(pair[1])):
+    text = tokenizer.decode(
+      [token_id for token_id, _ in run], clean_up_tokenization_spaces=False
+    )
+    texts.append(f"[[{text}]]" if counts else text)
+  return "".join(texts)
 
 
 def stop_token_ids(

@@ -326,6 +326,9 @@ def verify_pair(
 ) -> None:
   """Compares two models in either format and prints the differences.
 
+  A checkpoint is compared with a directory at the directory's precision: an
+  export has the checkpoint's weights, rounded.
+
   Raises:
     errors.CheckpointError: if they differ, or one cannot be read.
   """
@@ -336,11 +339,18 @@ def verify_pair(
   # The checkpoint of a run has no config, so it uses the other side's model.
   a, b = (model or next(filter(None, known), None) for model in known[:2])
   held = [_weights(left, a), _weights(right, b)]
+  is_step = [orbax_step.find(path) is not None for path in (left, right)]
+  if is_step in ([True, False], [False, True]):
+    step = is_step.index(True)
+    held[step] = weights.rounded_like(held[step], held[1 - step])
   with progress.reporting("Compared", _size(held[0])) as advance:
     found = verify.differences(held[0], held[1], advance)
   changed = verify.config_differences(a, b) if a and b else []
   if not found and not changed:
-    print(f"All tensors of {left} and {right} are equal, bit for bit.")
+    kinds = ", ".join(sorted({w.dtype.name for w in held[1].values()}))
+    print(
+      f"All tensors of {left} and {right} are equal, bit for bit ({kinds})."
+    )
     return
   for line in (*changed, *verify.table(found)):
     print(line)

@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import difflib
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -425,3 +426,12 @@ def _listed(names: Sequence[str]) -> str:
   more = len(names) - _MAX_LISTED
   text = ", ".join(names[:_MAX_LISTED])
   return f"{text} and {more} more" if more > 0 else text
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+  """Returns a SHA-256 digest of a model directory's weight files."""
+  digest = hashlib.sha256()
+  for path in sorted(directory.glob("*.safetensors")):
+    with path.open("rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  return digest.hexdigest()

@@ -52,6 +52,7 @@ def save(  # noqa: PLR0913 - all are settings of an export.
   max_shard_bytes: int,
   about: card.Card,
   overwrite: bool,
+  chat_template: str = "",
   progress: Callable[[int], None] = lambda _: None,
   share: process_group.ProcessShare = process_group.ALONE,
 ) -> None:
@@ -69,6 +70,7 @@ def save(  # noqa: PLR0913 - all are settings of an export.
     max_shard_bytes=max_shard_bytes,
     about=about,
     overwrite=overwrite,
+    chat_template=chat_template,
     progress=progress,
     share=share,
     on_skip=tensors.join_fetch,
@@ -85,6 +87,7 @@ def write(  # noqa: PLR0913 - all are settings of an export.
   max_shard_bytes: int,
   about: card.Card,
   overwrite: bool,
+  chat_template: str = "",
   progress: Callable[[int], None] = lambda _: None,
   share: process_group.ProcessShare = process_group.ALONE,
   on_skip: Callable[[str], object] = lambda _: None,
@@ -100,6 +103,7 @@ def write(  # noqa: PLR0913 - all are settings of an export.
     max_shard_bytes: see `shards.layout`.
     about: contents of the model card.
     overwrite: replaces `directory` once the new one is complete.
+    chat_template: replaces that of the source; empty to keep it.
     progress: called with the bytes of each tensor before it is written.
     share: this process's share; all processes call this and see the disk.
     on_skip: see `shards.write_files`.
@@ -132,7 +136,12 @@ def write(  # noqa: PLR0913 - all are settings of an export.
     )
 
   opened = _partial_export(
-    directory, model, source=source, dtype=dtype, overwrite=overwrite
+    directory,
+    model,
+    source=source,
+    dtype=dtype,
+    overwrite=overwrite,
+    chat_template=chat_template,
   )
   process_group.write_directory(share, opened, write_part, finish)
 
@@ -156,6 +165,7 @@ def _partial_export(
   source: pathlib.Path,
   dtype: str,
   overwrite: bool,
+  chat_template: str,
 ) -> Iterator[pathlib.Path]:
   """Checks the export; writes all files but the weights and the card.
 
@@ -167,6 +177,8 @@ def _partial_export(
   )
   with target.writing(directory) as partial:
     _write_texts(partial, source, _updated(fields, model, dtype))
+    if chat_template:  # It takes precedence over tokenizer_config.json.
+      (partial / "chat_template.jinja").write_text(chat_template, "utf-8")
     yield partial
 
 
@@ -270,8 +282,13 @@ def _cut(
   return cut
 
 
-def describe_carried(source: pathlib.Path) -> str:
-  """Describes the copied files, and those that the source lacks."""
+def describe_carried(source: pathlib.Path, chat_template: str = "") -> str:
+  """Describes the copied files, and those that the source lacks.
+
+  Args:
+    source: see `write`.
+    chat_template: see `write`.
+  """
   names = carried(source)
   text = f"Copied: {', '.join(names)}."
   if _GENERATION not in names:
@@ -279,7 +296,9 @@ def describe_carried(source: pathlib.Path) -> str:
   settings = source / "tokenizer_config.json"
   fields = shards.read_json(settings) if settings.exists() else {}
   has_file = any(name.startswith("chat_template") for name in names)
-  if not has_file and "chat_template" not in fields:
+  if chat_template:
+    text += " The chat template is that of --config.model.chat_template."
+  elif not has_file and "chat_template" not in fields:
     text += " Without a chat template, the export cannot be served for chat."
   return text
 

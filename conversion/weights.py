@@ -133,6 +133,16 @@ def cast(weights: Weights, dtype: str) -> Weights:
   }
 
 
+def rounded_like(weights: Weights, like: Weights) -> Weights:
+  """Returns the same weights in the precisions of those of the same name."""
+  return {
+    name: cast({name: weight}, like[name].dtype.name)[name]
+    if name in like
+    else weight
+    for name, weight in weights.items()
+  }
+
+
 def dtype_of(
   weights: Weights, where: pathlib.Path
 ) -> Literal["float32", "bfloat16"]:

@@ -21,6 +21,7 @@ from atlas_jax import distributed, sharding, types
 from atlas_jax.data import sets
 from atlas_jax.evaluation import evaluate, metrics, tables
 from atlas_jax.teaching import protocol, single_model
+from conversion import load
 from scripts import program
 from scripts.job import (
   arguments,
@@ -28,6 +29,7 @@ from scripts.job import (
   config_help,
   print_config,
   processes,
+  show_samples,
 )
 
 _HELP = config_help.ConfigHelp(
@@ -49,7 +51,9 @@ _HELP = config_help.ConfigHelp(
 
 def main() -> None:
   """Answers every question, then prints and saves metrics."""
-  if print_config.print_if_requested("evaluation"):
+  if print_config.print_if_requested(
+    "evaluation"
+  ) or show_samples.print_if_requested("evaluation"):
     return
   config, workdir = arguments.parse("evaluation")
   from_first = distributed.FirstProcessBroadcast("evaluation")
@@ -69,7 +73,9 @@ def main() -> None:
         # The baselines have the seed `config.seed`.
         seed=config.seed + 1,
         weights={
-          name: from_first(functools.partial(components.fingerprint, opened))
+          name: from_first(
+            functools.partial(load.fingerprint, opened.directory)
+          )
           for name, opened in models.items()
         },
         path=workdir / "records.jsonl",

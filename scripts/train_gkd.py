@@ -21,6 +21,7 @@ from scripts.job import (
   exports,
   print_config,
   processes,
+  show_samples,
 )
 from scripts.plan import report
 
@@ -43,7 +44,11 @@ _HELP = config_help.ConfigHelp(
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested("gkd") or report.print_plan("gkd"):
+  if (
+    print_config.print_if_requested("gkd")
+    or show_samples.print_if_requested("gkd")
+    or report.print_plan("gkd")
+  ):
     return
   config, workdir = arguments.parse("gkd")
   with (

@@ -27,6 +27,7 @@ from scripts.job import (
   print_config,
   processes,
   reward_functions,
+  show_samples,
 )
 from scripts.plan import report
 
@@ -49,7 +50,11 @@ _HELP = config_help.ConfigHelp(
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested("grpo") or report.print_plan("grpo"):
+  if (
+    print_config.print_if_requested("grpo")
+    or show_samples.print_if_requested("grpo")
+    or report.print_plan("grpo")
+  ):
     return
   config, workdir = arguments.parse("grpo")
   functions = reward_functions.parse()

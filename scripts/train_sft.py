@@ -20,6 +20,7 @@ from scripts.job import (
   exports,
   print_config,
   processes,
+  show_samples,
 )
 from scripts.plan import report
 
@@ -42,7 +43,11 @@ _HELP = config_help.ConfigHelp(
 
 def main() -> None:
   """Runs one training job to its end."""
-  if print_config.print_if_requested("sft") or report.print_plan("sft"):
+  if (
+    print_config.print_if_requested("sft")
+    or show_samples.print_if_requested("sft")
+    or report.print_plan("sft")
+  ):
     return
   config, workdir = arguments.parse("sft")
   with components.start(workdir, config) as should_stop:
@@ -53,9 +58,10 @@ def main() -> None:
       mesh, config.packing.length, where="--config.packing.length"
     )
     base = components.open_model(mesh, **config.model)
-    packing.check_context(
+    length = packing.row_length(
       config.packing.length, base.model.config.max_positions
     )
+    sharding.check_length(mesh, length, where="--config.packing.length")
     policy, params = components.open_policy(
       base, mesh, seed=config.seed, **config.lora
     )
@@ -63,7 +69,7 @@ def main() -> None:
       base.tokenizer,
       data=sets.Selection(**config.data),
       held_out=sets.HeldOut(**config.held_out),
-      layout=sets.Layout(**config.packing),
+      layout=sets.Layout(**{**config.packing, "length": length}),
       batch_size=config.batch.size,
       share=loader.Share(*sharding.share_of_rows(mesh)),
       seed=config.seed,

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from atlas_jax import checkpoint, sharding, types
-from atlas_jax.data import sets
+from atlas_jax.data import columns, sets
 from atlas_jax.losses import advantages, correction, grpo
 from atlas_jax.rewards import combine, custom, grading, rlt, rules
 from atlas_jax.rewards import teaching as teaching_reward
@@ -50,6 +50,7 @@ _FUNCTIONS = {
   "teacher": (components.open_model, ()),
   "mesh": (sharding.make_mesh, ()),
   "data": (sets.Selection, ()),
+  "data.columns": (columns.Columns, ()),
   "held_out": (sets.HeldOut, ()),
   "sampler": (
     rollout_sampler.open_sampler,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats of known datasets: how columns map to messages and questions."""
+"""Formats of known datasets: which columns hold messages and questions."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -7,15 +7,11 @@ import difflib
 import re
 from typing import Any
 
-from atlas_jax import errors, types
+from atlas_jax import errors
 from atlas_jax.data import rows
 
-_COLUMN = re.compile(r"\{(\w+(?:\|\w+)*)\}")
-_CHAT_COLUMNS = ("messages", "conversations")
-_ROLES = {
-  **{role: role for role in ("system", "user", "assistant")},
-  **{"human": "user", "gpt": "assistant"},
-}
+COLUMN = re.compile(r"\{(\w+(?:\|\w+)*)\}")
+CHAT_COLUMNS = ("messages", "conversations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +22,19 @@ class Format:
   first one that is not empty. Patterns are regular expressions in which `^` and
   `$` match at lines.
 
-  If a row has a conversation in a column `messages` or `conversations`, it
-  replaces the one built from `question`, `thinking` and `solution`.
+  If a row has a conversation in a column `messages` or `conversations`, or a
+  list of turns as its `prompt`, it replaces the one built from `question`,
+  `thinking` and `solution`; the latter two follow one that ends with the user.
 
   Attributes:
-    system_prompt: first turn, unless the row has one; empty for none.
+    text: plain text instead of a conversation, of which all tokens count for
+      the loss; empty for conversations.
+    system: first turn, unless the conversation has one.
+    system_prompt: used where the columns of `system` are empty; not a template.
     question: the user's turn, and the question that a student is asked. For a
       row with a conversation, the last user turn; if turns precede it, the text
       of all turns up to it, each after its role.
+    context: follows the question; left out if its columns are empty.
     thinking: precedes the solution; left out if its columns are empty.
     solution: the assistant's turn.
     rewrites: pairs of pattern and replacement for `re.sub`, applied to the
@@ -49,7 +50,7 @@ class Format:
       evaluation only, and may be empty.
     paraphrase_answer: the final answer to the paraphrase; empty for `answer`.
     problem: identifies the problem when some are held out; empty for
-      `question`, or the user's first turn of a conversation.
+      `question` and `context`, or the user's first turn of a conversation.
     keep: values of rows to keep, by column.
     need_messages: whether rows without a conversation are invalid.
     hub_id: Hub dataset for which format "auto" selects this format.
@@ -57,8 +58,11 @@ class Format:
     questions_part: part of the dataset with questions.
   """
 
+  text: str
+  system: str
   system_prompt: str
   question: str
+  context: str
   thinking: str
   solution: str
   rewrites: tuple[tuple[str, str], ...]
@@ -76,11 +80,14 @@ class Format:
 
 
 _DEFAULT = Format(
+  text="",
+  system="{system|system_prompt}",
   system_prompt="",
   question="{question|prompt}",
+  context="\n\n{context}",
   # As in the templates of Qwen3 and DeepSeek-R1, including newlines.
   thinking="<think>\n{reasoning_trace}\n</think>\n\n",
-  solution="{solution|ground_truth}",
+  solution="{solution|ground_truth|answer}",
   rewrites=(),
   answer="{answer|ground_truth|solution}",
   answer_pattern="",
@@ -117,6 +124,24 @@ _IN_BOX = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 
 DATA_CONFIGS: Mapping[str, Format] = {
   "default": _DEFAULT,
+  "messages": dataclasses.replace(_DEFAULT, need_messages=True),
+  "sharegpt": dataclasses.replace(_DEFAULT, need_messages=True),
+  "alpaca": dataclasses.replace(
+    _DEFAULT,
+    question="{instruction}",
+    context="\n\n{input}",
+    solution="{output}",
+    answer="{output}",
+    worked="{output}",
+  ),
+  "prompt_completion": dataclasses.replace(
+    _DEFAULT,
+    question="{prompt}",
+    solution="{completion}",
+    answer="{answer|ground_truth|solution|completion}",
+    worked="{solution|completion}",
+  ),
+  "text": dataclasses.replace(_DEFAULT, text="{text}"),
   # Columns `question`, `probe` and `teaching`. The caller renders them into
   # `messages` with its teaching template.
   "guidance": dataclasses.replace(_DEFAULT, need_messages=True),
@@ -133,6 +158,7 @@ DATA_CONFIGS: Mapping[str, Format] = {
   ),
   "stratos": dataclasses.replace(
     _DEFAULT,
+    system="",  # The same instructions to think in every row.
     rewrites=(
       (r"<\|begin_of_thought\|>\s*", "<think>\n"),
       (r"\s*<\|end_of_thought\|>\s*", "\n</think>\n\n"),
@@ -183,16 +209,51 @@ DATA_CONFIGS: Mapping[str, Format] = {
 }
 
 
+# Columns of formats that are recognized by them, in this order: the first
+# format of which a row has a column of each group.
+_RECOGNIZED: Mapping[str, tuple[tuple[str, ...], ...]] = {
+  "messages": (("messages",),),
+  "sharegpt": (("conversations",),),
+  "alpaca": (("instruction",), ("output",)),
+  "prompt_completion": (("prompt",), ("completion",)),
+  "default": (("question", "prompt"), ("answer", "ground_truth", "solution")),
+  "text": (("text",),),
+}
+
+
+def recognize(row: rows.Row) -> str:
+  """Returns the name of the format that the row's columns belong to.
+
+  Raises:
+    errors.DataError: if there is none.
+  """
+  present = {key for key, value in row.values.items() if rows.is_given(value)}
+  for name, groups in _RECOGNIZED.items():
+    if all(present.intersection(group) for group in groups):
+      return name
+  known = "; ".join(
+    " with ".join(" or ".join(group) for group in groups)
+    for groups in _RECOGNIZED.values()
+  )
+  raise errors.DataError(
+    "No known format has the columns of this row.",
+    where=row.where,
+    why=f"The row has columns: {rows.listed(row)}. Known are: {known}.",
+    fix="Map the columns, e.g. --config.data.columns.question=COLUMN "
+    "--config.data.columns.answer=COLUMN, or set --config.data.format.",
+  )
+
+
 def find(
   name: str,
   place: str,
   formats: Mapping[str, Mapping[str, Any]],  # Any: config values.
-) -> Format:
+) -> Format | None:
   """Returns the format with the given name.
 
   Args:
     name: a key of `DATA_CONFIGS` or of `formats`; "auto" selects the format
-      whose `hub_id` is `place`, or else "default".
+      whose `hub_id` is `place`, or else None: see `recognize`.
     place: see `sources.Source`.
     formats: custom formats, each as the fields that differ from the format
       named by `like`, or else from "default".
@@ -204,7 +265,7 @@ def find(
     for known in DATA_CONFIGS.values():
       if known.hub_id and known.hub_id.lower() == place.lower():
         return known
-    return _DEFAULT
+    return None
   if name not in formats:
     return _known(name, DATA_CONFIGS)
   changes = dict(formats[name])
@@ -226,6 +287,13 @@ def find(
   return made
 
 
+def name_of(fmt: Format, name: str) -> str:
+  """Returns the name of a format that `find` returned for `name`, or found."""
+  if name != "auto":
+    return name
+  return next(key for key, known in DATA_CONFIGS.items() if known is fmt)
+
+
 def _known(name: str, formats: Mapping[str, Format]) -> Format:
   if name in formats:
     return formats[name]
@@ -237,205 +305,4 @@ def _known(name: str, formats: Mapping[str, Format]) -> Format:
     fix=f"Did you mean {close[0]!r}?"
     if close
     else "Set one of them, or add yours to config.data.formats.",
-  )
-
-
-def excluded_by(row: rows.Row, fmt: Format) -> str:
-  """Returns the column that excludes the row; empty if the row is kept."""
-  for column, values in fmt.keep.items():
-    if rows.optional_text(row, column) not in {str(value) for value in values}:
-      return column
-  return ""
-
-
-def to_messages(row: rows.Row, fmt: Format) -> list[types.Message]:
-  """Returns the conversation of a row.
-
-  Raises:
-    errors.DataError: if a column is missing or is not text.
-  """
-  messages = _chat(row)
-  if not messages:
-    if fmt.need_messages:
-      raise errors.DataError(
-        'The row has no "messages".',
-        where=row.where,
-        why="They are required by this format. The row has columns: "
-        f"{', '.join(row.values) or 'none'}.",
-        fix='Render the row into "messages" first, a list of {"role": ..., '
-        '"content": ...}.',
-      )
-    written = _fill_optional(fmt.thinking, row) + _fill(fmt.solution, row)
-    messages = [
-      types.Message("user", _fill(fmt.question, row)),
-      types.Message("assistant", written),
-    ]
-  if fmt.system_prompt and messages[0].role != "system":
-    messages.insert(0, types.Message("system", fmt.system_prompt))
-  return [
-    dataclasses.replace(turn, content=_rewritten(turn.content, fmt))
-    if turn.role == "assistant"
-    else turn
-    for turn in messages
-  ]
-
-
-def to_question(row: rows.Row, fmt: Format) -> types.Question | None:
-  """Returns the question of a row; None without a match of answer_pattern.
-
-  Its id is the column `row_id` or `id`, or else its file and line. The column
-  `difficulty` is optional.
-
-  Raises:
-    errors.DataError: if a column is missing or is not text, or a conversation
-      has no answer.
-  """
-  messages = _chat(row)
-  if messages:
-    question, reply = _last_exchange(row, messages, fmt)
-    answer = _fill_optional(fmt.answer, row) or reply
-    if not answer:
-      raise errors.DataError(
-        "The conversation has no answer.",
-        where=row.where,
-        why="No assistant turn follows the last user turn. Its roles are "
-        f"{', '.join(turn.role for turn in messages)}.",
-        fix="Add the answer as an assistant turn or in a column, or remove the "
-        "row.",
-      )
-    written = _without_thinking(reply, fmt)
-  else:
-    question, answer = _fill(fmt.question, row), _fill(fmt.answer, row)
-    written = ""
-  if fmt.answer_pattern:
-    found = re.findall(fmt.answer_pattern, answer, re.MULTILINE)
-    if not found:
-      return None
-    answer = found[-1]
-  worked = _rewritten(_fill_optional(fmt.worked, row), fmt)
-  return types.Question(
-    row_id=rows.optional_text(row, "row_id")
-    or rows.optional_text(row, "id")
-    or row.row_id,
-    question=question,
-    answer=answer,
-    difficulty=rows.optional_text(row, "difficulty"),
-    solution=worked or written,
-    paraphrase=_fill_optional(fmt.paraphrase, row),
-    paraphrase_answer=_fill_optional(fmt.paraphrase_answer, row),
-  )
-
-
-def to_problem(row: rows.Row, fmt: Format) -> str:
-  """Returns the text that identifies the row's problem.
-
-  Raises:
-    errors.DataError: if a column is missing or is not text.
-  """
-  problem = _fill_optional(fmt.problem or fmt.question, row)
-  messages = _chat(row)
-  if not problem and messages:
-    return messages[_user_turns(row, messages)[0]].content
-  return problem or _fill(fmt.question, row)
-
-
-def _fill(template: str, row: rows.Row) -> str:
-  """Fills a template with the row's columns, which must not be empty."""
-  return _COLUMN.sub(
-    lambda match: rows.text(row, *match[1].split("|")), template
-  )
-
-
-def _fill_optional(template: str, row: rows.Row) -> str:
-  """Fills a template with stripped columns; empty if all columns are."""
-  columns = "|".join(_COLUMN.findall(template)).split("|")
-  if not any(rows.optional_text(row, column) for column in columns):
-    return ""
-  return _COLUMN.sub(
-    lambda match: rows.text(row, *match[1].split("|")).strip(), template
-  )
-
-
-def _rewritten(text: str, fmt: Format) -> str:
-  for pattern, replacement in fmt.rewrites:
-    text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-  return text
-
-
-def _chat(row: rows.Row) -> list[types.Message]:
-  """Returns the conversation of a row; empty if it has none."""
-  column = next((c for c in _CHAT_COLUMNS if row.values.get(c) is not None), "")
-  if not column:
-    return []
-  turns = row.values[column]
-  if not isinstance(turns, list) or not turns:
-    raise _bad_turn(row, column, "Expected a list that is not empty.")
-  messages = []
-  for number, turn in enumerate(turns, start=1):
-    if not isinstance(turn, dict):
-      raise _bad_turn(row, column, f"Turn {number} is not an object.")
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str) or role not in _ROLES:
-      raise _bad_turn(
-        row, column, f"Turn {number}: role must be one of {', '.join(_ROLES)}."
-      )
-    content = rows.as_text(
-      turn.get("content", turn.get("value")),
-      name=f"Turn {number} of {column}",
-      where=row.where,
-    )
-    messages.append(types.Message(_ROLES[role], content))
-  return messages
-
-
-def _last_exchange(
-  row: rows.Row, messages: Sequence[types.Message], fmt: Format
-) -> tuple[str, str]:
-  """Returns the last user turn with its context, and the assistant's reply.
-
-  The protocol's templates take one text as a question, so turns before the last
-  user turn are part of it. Without a reply, it is empty.
-  """
-  last = _user_turns(row, messages)[-1]
-  context = [
-    f"{turn.role.capitalize()}: "
-    + (
-      _without_thinking(turn.content, fmt)
-      if turn.role == "assistant"
-      else turn.content
-    )
-    for turn in messages[:last]
-  ]
-  question = messages[last].content
-  if context:
-    question = "\n\n".join([*context, f"User: {question}"])
-  replies = [t.content for t in messages[last:] if t.role == "assistant"]
-  return question, replies[-1] if replies else ""
-
-
-def _without_thinking(text: str, fmt: Format) -> str:
-  return _rewritten(text, fmt).rpartition("</think>")[2].strip()
-
-
-def _user_turns(
-  row: rows.Row, messages: Sequence[types.Message]
-) -> Sequence[int]:
-  """Returns the indices of the user's turns, of which there must be one."""
-  found = [i for i, turn in enumerate(messages) if turn.role == "user"]
-  if found:
-    return found
-  raise errors.DataError(
-    "A conversation must have a user turn.",
-    where=row.where,
-    why=f"Its roles are {', '.join(turn.role for turn in messages)}.",
-    fix="Add the question as a user turn, or remove the row.",
-  )
-
-
-def _bad_turn(row: rows.Row, column: str, why: str) -> errors.DataError:
-  return errors.DataError(
-    f'Column "{column}" is not a conversation.',
-    where=row.where,
-    why=why,
-    fix='Write it as [{"role": "user", "content": "..."}, ...].',
   )

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads rows from files with one JSON object per line."""
+"""Reads rows from JSON files: an object per line, or one list of objects."""
 
 from collections.abc import Iterator
 import gzip
+import io
 import json
 import pathlib
-from typing import BinaryIO
-import zlib
+import re
 
 from absl import logging
 
 from atlas_jax import errors
+from atlas_jax.data import files, rows
 from atlas_jax.data import quarantine as data_quarantine
-from atlas_jax.data import rows
 
-# Longer lines are invalid: parsing them would take many times their size.
-MAX_LINE_BYTES = 16 * 2**20
+_CHUNK_BYTES = 2**20
+# What may end a part of a list: outside of its strings, and inside of one.
+_OUTSIDE = re.compile(rb'["{}\[\],]')
+_INSIDE = re.compile(rb'["\\]')
 
 
 def read(
@@ -23,26 +25,26 @@ def read(
 ) -> Iterator[rows.Row]:
   """Yields the rows of a file, with one in memory at a time.
 
-  Only a line feed ends a line, since JSON strings may contain all other line
-  separators. A last line without a line feed may still be being written: it is
-  skipped if it is not valid JSON.
+  A file that starts with `[` is one list, whose elements are counted from 1.
+
+  In all others, only a line feed ends a line, since JSON strings may contain
+  all other line separators. A last line without a line feed may still be being
+  written: it is skipped if it is not valid JSON.
 
   Args:
-    path: a file, compressed if its name ends with `.gz`.
+    path: a file; see `files.opened` for compression.
     name: see `rows.Row`.
-    quarantine: records malformed lines.
+    quarantine: records malformed lines and elements.
 
   Raises:
     errors.DataError: if the file cannot be read completely.
   """
   file = str(path)
-  for number, line in enumerate(_lines(path), start=1):
-    if not line.strip():
-      continue
+  for number, text, is_whole in _texts(path):
     try:
-      values = _parse(line, f"{file}:{number}")
+      values = _parse(text, f"{file}:{number}")
     except errors.DataError as error:
-      if line.endswith(b"\n") or len(line) > MAX_LINE_BYTES:
+      if is_whole or len(text) > files.MAX_ROW_BYTES:
         quarantine.bad(file, number, error)
       else:
         logging.warning("Skipped the unfinished last line of %s.", file)
@@ -51,36 +53,76 @@ def read(
       yield rows.Row(file, number, name, values)
 
 
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-  """Yields lines with their line feed; lines that are too long are cut."""
-  try:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-      while line := file.readline(MAX_LINE_BYTES + 1):
-        _pass_rest(line, file)
-        yield line
-  except (OSError, EOFError, zlib.error) as error:
-    raise errors.DataError(
-      "Cannot read data file.",
-      where=str(path),
-      why=f"{type(error).__name__}: {error}".splitlines()[0],
-      fix="Check the path, relative to the working directory, and that a "
-      "compressed file is complete.",
-    ) from error
+def _texts(path: pathlib.Path) -> Iterator[tuple[int, bytes, bool]]:
+  """Yields number and text of each row, and whether it is surely complete."""
+  with files.opened(path) as file:
+    start = file.peek(_CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+      for number, text in enumerate(_elements(file, str(path)), start=1):
+        yield number, text, True
+      return
+    for number, line in enumerate(files.lines(file), start=1):
+      if line.strip():
+        yield number, line, line.endswith(b"\n")
 
 
-def _pass_rest(line: bytes, file: gzip.GzipFile | BinaryIO) -> None:
-  """Reads past the rest of a line that was cut, without storing it."""
-  while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-    line = file.readline(MAX_LINE_BYTES + 1) or b"\n"
+def _elements(
+  file: gzip.GzipFile | io.BufferedReader, where: str
+) -> Iterator[bytes]:
+  """Yields the texts of a list's elements; those too long are cut."""
+  element, depth = bytearray(), 0
+  pieces = _pieces(file)
+  for piece, mark in pieces:
+    # text     [ {"a": 1}, {"a": 2} ]
+    # depth    1 2      1  2      1 0
+    # borders  *         *          *
+    depth += (mark in (b"{", b"[")) - (mark in (b"}", b"]"))
+    if (depth, mark) not in ((1, b"["), (1, b","), (0, b"]")):
+      element += piece
+      del element[files.MAX_ROW_BYTES + 1 :]
+      continue
+    element += piece[:-1]
+    if mark == b"," or (mark == b"]" and element.strip()):
+      yield bytes(element)
+    element.clear()
+    if mark == b"]":
+      if any(rest.strip() for rest, _ in pieces):
+        raise _bad_list("Text follows the list.", where)
+      return
+  raise _bad_list("The list does not end.", where)
 
 
-def _parse(line: bytes, where: str) -> dict[str, object]:
-  """Parses the object on a line."""
-  if len(line) > MAX_LINE_BYTES:
-    raise _malformed(f"The line exceeds {MAX_LINE_BYTES} bytes.", where)
+def _pieces(
+  file: gzip.GzipFile | io.BufferedReader,
+) -> Iterator[tuple[bytes, bytes]]:
+  """Yields the text up to each bracket or comma, with it as the second item.
+
+  Those in strings are not counted. The second item is empty at the end of a
+  chunk.
+  """
+  is_string, skipped = False, 0
+  while chunk := file.read(_CHUNK_BYTES):
+    start, place = 0, skipped
+    while found := (_INSIDE if is_string else _OUTSIDE).search(chunk, place):
+      place = found.end()
+      if found[0] == b"\\":
+        place += 1  # Passes the escaped byte, which may be in the next chunk.
+      elif found[0] == b'"':
+        is_string = not is_string
+      else:
+        yield chunk[start:place], found[0]
+        start = place
+    yield chunk[start:], b""
+    skipped = max(place - len(chunk), 0)
+
+
+def _parse(text: bytes, where: str) -> dict[str, object]:
+  """Parses the object of a row."""
+  if len(text) > files.MAX_ROW_BYTES:
+    raise _malformed(f"The row exceeds {files.MAX_ROW_BYTES} bytes.", where)
   try:
     values = json.loads(
-      line.decode("utf-8-sig"),
+      text.decode("utf-8-sig"),
       object_pairs_hook=_object,
       parse_constant=_constant,
     )
@@ -90,10 +132,10 @@ def _parse(line: bytes, where: str) -> dict[str, object]:
     kind = type(values).__name__
     raise _malformed(f"Expected a JSON object, got a JSON {kind}.", where)
   # Escapes can produce lone surrogates, which UTF-8 files cannot represent.
-  if b"\\u" in line and not rows.is_encodable(
+  if b"\\u" in text and not rows.is_encodable(
     json.dumps(values, ensure_ascii=False)
   ):
-    raise _malformed("The line contains a lone surrogate.", where)
+    raise _malformed("The row contains a lone surrogate.", where)
   return values
 
 
@@ -110,9 +152,18 @@ def _constant(name: str) -> object:
 
 def _malformed(why: str, where: str) -> errors.DataError:
   return errors.DataError(
-    "Malformed line.",
+    "Malformed row.",
     where=where,
     why=why,
-    fix="Write one JSON object per line, in UTF-8. jq -c '.[]' converts a file "
-    "that contains a list.",
+    fix="Write one JSON object per line, or one list of objects, in UTF-8.",
+  )
+
+
+def _bad_list(why: str, where: str) -> errors.DataError:
+  return errors.DataError(
+    "Malformed JSON list.",
+    where=where,
+    why=why,
+    fix="Write the whole file as one list of objects, or one object per line "
+    "without a list around them. Copy it again if it may be incomplete.",
   )

@@ -129,11 +129,11 @@ class Loader:
       batch_size: rows of a batch, over all processes.
       remainder: whether rows that fill no batch at the end of an epoch are
         dropped ("drop", different ones in each epoch) or padded to a batch with
-        rows of zeros ("pad", to see every row once).
+        rows of zeros ("pad", to see every row once). An epoch with fewer rows
+        than a batch is always padded.
       share: the slice of each batch that this process loads.
 
     Raises:
-      errors.DataError: if there are too few rows for a batch.
       errors.ConfigError: if `batch_size` does not divide by the processes.
     """
     num_rows = {len(names), *map(len, arrays.values())}
@@ -151,7 +151,10 @@ class Loader:
         why="All processes load the same number of rows.",
         fix=f"Set batch_size to a positive multiple of {share.count}.",
       )
-    _check_enough(mix.num_rows, batch_size if remainder == "drop" else 1)
+    if not mix.num_rows:
+      raise ValueError("There must be at least one row.")
+    if mix.num_rows < batch_size:
+      remainder = "pad"
     self._arrays = dict(arrays)
     self._names = list(names)
     self._mix = mix
@@ -210,7 +213,14 @@ class QuestionLoader:
     Raises:
       errors.DataError: if there are fewer than `batch_size`.
     """
-    _check_enough(mix.num_rows, batch_size)
+    if mix.num_rows < batch_size:
+      raise errors.DataError(
+        f"batch.num_questions must be at most {mix.num_rows}, the number of "
+        f"questions, got {batch_size}.",
+        where=f"--config.batch.num_questions={batch_size}",
+        why="No question appears twice in a batch.",
+        fix=f"Set it to {mix.num_rows} or less, or add data.",
+      )
     self.questions = tuple(questions)
     self._mix, self._batch_size = mix, batch_size
 
@@ -242,13 +252,3 @@ def _trained_fields(question: types.Question) -> str:
 @functools.lru_cache(maxsize=4)
 def _order(mix: Mix, epoch: int) -> np.ndarray:
   return np.random.default_rng((mix.seed, epoch)).permutation(mix._rows(epoch))
-
-
-def _check_enough(num_rows: int, needed: int) -> None:
-  if num_rows < needed:
-    raise errors.DataError(
-      f"Too few rows for a batch: {num_rows}, need {needed}.",
-      where=f"{num_rows} rows after dropping and packing",
-      why=f"A batch has {needed} rows.",
-      fix="Reduce batch_size or packing.length, or add data.",
-    )

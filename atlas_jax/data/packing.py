@@ -11,6 +11,7 @@ from atlas_jax import errors
 
 Example = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
 TooLong = Literal["drop", "truncate", "error"]
+_MAX_LENGTH = 16_384  # Of a row whose length is not set.
 
 
 class Rows(NamedTuple):
@@ -48,6 +49,20 @@ def check_context(length: int, max_positions: int) -> None:
       f"max_position_embeddings={max_positions}.",
       fix=f"Set it to {max_positions} or less.",
     )
+
+
+def row_length(length: int, max_positions: int) -> int:
+  """Returns the tokens of a row.
+
+  Args:
+    length: the setting; 0 for 16,384 or the context, whichever is smaller.
+    max_positions: context of the model.
+
+  Raises:
+    errors.ConfigError: if a row would exceed the context.
+  """
+  check_context(length, max_positions)
+  return length or min(_MAX_LENGTH, max_positions)
 
 
 def pack(

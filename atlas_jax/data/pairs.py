@@ -47,12 +47,7 @@ def split(
     ValueError: if the loss mask marks no token.
   """
   token_ids, loss_mask = map(np.asarray, example)
-  marked = np.flatnonzero(loss_mask)
-  if not len(marked):
-    raise ValueError("The loss mask must mark at least one token.")
-  end = int(marked[-1]) + 1
-  unmarked = np.flatnonzero(~loss_mask[:end])
-  start = int(unmarked[-1]) + 1 if len(unmarked) else 0
+  start, end = last_turn(loss_mask)
   has_room = start + max(max_new_tokens, 1) <= length
   if has_room and end <= length:
     return token_ids[:end], start
@@ -68,6 +63,20 @@ def split(
       "--config.packing.length.",
     )
   return None
+
+
+def last_turn(loss_mask: np.ndarray) -> tuple[int, int]:
+  """Returns start and end of the last turn marked by a loss mask.
+
+  Raises:
+    ValueError: if the loss mask marks no token.
+  """
+  marked = np.flatnonzero(loss_mask)
+  if not len(marked):
+    raise ValueError("The loss mask must mark at least one token.")
+  end = int(marked[-1]) + 1
+  unmarked = np.flatnonzero(~loss_mask[:end])
+  return int(unmarked[-1]) + 1 if len(unmarked) else 0, end
 
 
 class PairLoader:
@@ -94,9 +103,6 @@ class PairLoader:
       mix: the datasets that the pairs belong to, and their order.
       batch_size: pairs of a batch.
       remainder: see `loader.Loader`; a padded batch has fewer pairs.
-
-    Raises:
-      errors.DataError: if there are too few pairs for a batch.
     """
     sizes = np.asarray([len(token_ids) for token_ids, _ in pairs])
     self.num_prompt_tokens = np.asarray([start for _, start in pairs])

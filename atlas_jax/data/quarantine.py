@@ -13,7 +13,10 @@ _NUM_LOGGED = 3  # Invalid rows that are logged; the file lists all of them.
 
 
 class Quarantine:
-  """Records invalid rows, up to a limit."""
+  """Records invalid rows, up to a limit.
+
+  `first` is the error of the first invalid row since the last `take_counts`.
+  """
 
   def __init__(self, path: pathlib.Path | None, *, max_bad_rows: int) -> None:
     """Removes the file of an earlier start of the same run.
@@ -26,6 +29,7 @@ class Quarantine:
     self._path = path
     self._max_bad_rows = max_bad_rows
     self._num_bad = 0
+    self.first: errors.DataError | None = None
     self._left_out: collections.Counter[str] = collections.Counter()
     if path:
       path.unlink(missing_ok=True)
@@ -37,6 +41,7 @@ class Quarantine:
       errors.DataError: if there are more than `max_bad_rows`.
     """
     self.drop("quarantined")
+    self.first = self.first or error
     self._num_bad += 1
     reason = f"{error.what} {error.why}"
     if self._path:
@@ -64,4 +69,5 @@ class Quarantine:
     """Returns the counts of rows left out since the last call, by reason."""
     counts = [f"{count} {reason}" for reason, count in self._left_out.items()]
     self._left_out.clear()
+    self.first = None
     return ", ".join(counts)

@@ -43,17 +43,27 @@ def text(row: Row, *columns: str) -> str:
     found = optional_text(row, column)
     if found:
       return found
-  present = [
-    name if value not in (None, "") else f"{name} (empty)"
-    for name, value in row.values.items()
-  ]
   raise errors.DataError(
     f"Missing column: {' or '.join(columns)}.",
     where=row.where,
-    why=f"The row has columns: {', '.join(present) or 'none'}.",
-    fix="Set --config.data.format to a format with these columns, or define "
-    "one in --config.data.formats.",
+    why=f"The row has columns: {listed(row)}.",
+    fix="Map your columns, e.g. --config.data.columns.question=COLUMN "
+    "--config.data.columns.answer=COLUMN, or set --config.data.format.",
   )
+
+
+def is_given(value: object) -> bool:
+  """Returns whether a value is neither null nor blank text."""
+  return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
+def listed(row: Row) -> str:
+  """Returns the names of a row's columns, for error messages."""
+  names = [
+    name if is_given(value) else f"{name} (empty)"
+    for name, value in row.values.items()
+  ]
+  return ", ".join(names) or "none"
 
 
 def optional_text(row: Row, column: str) -> str:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads training and held-out batches from the names of datasets."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
 import pathlib
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from absl import logging
-import jax
 import numpy as np
 
 from atlas_jax import chat, errors, types
@@ -18,35 +16,15 @@ from atlas_jax.data import (
   loader,
   packing,
   pairs,
+  reading,
   rows,
-  sources,
   splits,
+  views,
 )
 from atlas_jax.data import quarantine as data_quarantine
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-  """The rows to read.
-
-  Attributes:
-    path: a dataset, see `sources.parse`, or several, separated by commas.
-    format: name of its format, see `formats.find`; or one for each dataset.
-    formats: custom formats, in addition to `formats.DATA_CONFIGS`.
-    weights: share of each dataset; empty to use every row once.
-    max_rows: number of rows to read of each dataset; 0 for all.
-    max_bad_rows: number of invalid rows that are left out and listed in the
-      workdir's `quarantine.jsonl`; more are an error.
-  """
-
-  path: str
-  format: str
-  formats: Mapping[str, Mapping[str, Any]]  # Any: config values.
-  weights: tuple[float, ...]
-  max_rows: int
-  max_bad_rows: int
+Selection = reading.Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +95,11 @@ def conversations(
     errors.DataError: if the data is invalid.
   """
   sets, kept_out = _read_conversations(
-    tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
+    _conversation_view(tokenizer, with_prompt=False),
+    data=data,
+    held_out=held_out,
+    seed=seed,
+    workdir=workdir,
   )
   load = functools.partial(
     _load, layout=layout, batch_size=batch_size, share=share
@@ -156,7 +138,11 @@ def completions(
     errors.DataError: if the data is invalid.
   """
   sets, kept_out = _read_conversations(
-    tokenizer, data=data, held_out=held_out, seed=seed, workdir=workdir
+    _conversation_view(tokenizer, with_prompt=True),
+    data=data,
+    held_out=held_out,
+    seed=seed,
+    workdir=workdir,
   )
   load = functools.partial(
     _load_pairs,
@@ -196,7 +182,7 @@ def questions(
     errors.ConfigError: if a format is unknown.
     errors.DataError: if the data is invalid.
   """
-  quarantine = _quarantine(data, workdir)
+  quarantine = reading.quarantine(data, workdir)
   sets, kept_out = _split(
     functools.partial(_read_questions, quarantine=quarantine),
     data,
@@ -215,12 +201,73 @@ def all_questions(
   data: Selection, *, workdir: pathlib.Path
 ) -> list[types.Question]:
   """Reads all questions in the order of the files; see `questions`."""
-  sets = _read_questions(data, quarantine=_quarantine(data, workdir))
+  sets = _read_questions(data, quarantine=reading.quarantine(data, workdir))
   return [item.value for items in sets for item in items]
 
 
-def _read_conversations(
+def samples(
   tokenizer: chat.Tokenizer,
+  data: Selection,
+  *,
+  with_prompt: bool,
+  workdir: pathlib.Path,
+) -> list[tuple[str, str]]:
+  """Returns conversations as they are trained.
+
+  Args:
+    tokenizer: has a chat template.
+    data: the rows to read.
+    with_prompt: whether only the last turn is trained, as by `completions`.
+    workdir: directory of the list of invalid rows.
+
+  Returns:
+    Locations and texts, in which the tokens that count for the loss are in
+    `[[ ]]`.
+  """
+  view = _conversation_view(tokenizer, with_prompt=with_prompt)
+  found = reading.read(view, data, reading.quarantine(data, workdir))
+  return [
+    (item.where, view.show(item.value)) for items in found for item in items
+  ]
+
+
+def _conversation_view(
+  tokenizer: chat.Tokenizer, *, with_prompt: bool
+) -> reading.View[packing.Example]:
+  """Returns how rows are tokenized; see `samples`."""
+
+  def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
+    if not fmt.text:
+      messages = views.to_messages(row, fmt)
+      token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+    elif with_prompt:
+      raise errors.DataError(
+        "Plain text has no prompt.",
+        where=row.where,
+        why="Completions can be sampled only after a prompt.",
+        fix="Map the columns with --config.data.columns.question=COLUMN "
+        "--config.data.columns.answer=COLUMN.",
+      )
+    else:
+      text = views.to_text(row, fmt)
+      token_ids, loss_mask = chat.tokenize_text(tokenizer, text)
+    # As arrays: lists take ten times the memory.
+    return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
+
+  def show(example: packing.Example) -> str:
+    token_ids, loss_mask = map(np.array, example)
+    if with_prompt:
+      loss_mask[: pairs.last_turn(loss_mask)[0]] = False
+    return (
+      f"{len(token_ids)} tokens; the {loss_mask.sum()} in [[ ]] count for the "
+      f"loss:\n{chat.marked(tokenizer, token_ids, loss_mask)}"
+    )
+
+  return reading.View(tokenize, lambda fmt: fmt.sft_part, show)
+
+
+def _read_conversations(
+  view: reading.View[packing.Example],
   *,
   data: Selection,
   held_out: HeldOut,
@@ -237,35 +284,19 @@ def _read_conversations(
       why="Evaluation requires a held-out set.",
       fix="Set one of them, e.g. --config.held_out.fraction=0.05.",
     )
-
-  def tokenize(row: rows.Row, fmt: formats.Format) -> packing.Example:
-    messages = formats.to_messages(row, fmt)
-    token_ids, loss_mask = chat.tokenize(tokenizer, messages)
-    # As arrays: lists take ten times the memory.
-    return np.asarray(token_ids, np.int32), np.asarray(loss_mask, np.bool_)
-
-  def read(selection: Selection) -> list[list[splits.Item[packing.Example]]]:
-    return _read(tokenize, selection, lambda fmt: fmt.sft_part, quarantine)
-
-  quarantine = _quarantine(data, workdir)
+  left_out = reading.quarantine(data, workdir)
+  read = functools.partial(reading.read, view, left_out=left_out)
   return _split(read, data, held_out, seed)
-
-
-def _quarantine(
-  data: Selection, workdir: pathlib.Path
-) -> data_quarantine.Quarantine:
-  # Every host reads all rows; only the first one lists invalid rows.
-  path = workdir / "quarantine.jsonl" if jax.process_index() == 0 else None
-  return data_quarantine.Quarantine(path, max_bad_rows=data.max_bad_rows)
 
 
 def _read_questions(
   data: Selection, *, quarantine: data_quarantine.Quarantine
 ) -> list[list[splits.Item[types.Question]]]:
   """Reads questions with unique row ids, which seed their random numbers."""
-  sets = _read(
-    formats.to_question, data, lambda fmt: fmt.questions_part, quarantine
+  view = reading.View(
+    views.to_question, lambda fmt: fmt.questions_part, _shown_question
   )
+  sets = reading.read(view, data, quarantine)
   for number, items in enumerate(sets[1:], start=2):
     for i, item in enumerate(items):
       row_id = f"{number}/{item.value.row_id}"
@@ -284,74 +315,8 @@ def _read_questions(
   return sets
 
 
-def _read(
-  view: Callable[[rows.Row, formats.Format], T | None],
-  data: Selection,
-  part_of: Callable[[formats.Format], str],
-  quarantine: data_quarantine.Quarantine,
-) -> list[list[splits.Item[T]]]:
-  """Reads each dataset and maps its rows with `view`.
-
-  Args:
-    view: maps a row to a value; None leaves it out.
-    data: the rows to read.
-    part_of: returns the default part of a format's dataset.
-    quarantine: records invalid rows, and counts all that are left out.
-  """
-  paths = _listed(data.path)
-  names = _listed(data.format)
-  if len(names) not in (1, len(paths)):
-    raise errors.ConfigError(
-      f"data.format must name 1 or {len(paths)} formats, got {len(names)}.",
-      where=f"--config.data.format={data.format}",
-      why=f"There are {len(names)} formats for {len(paths)} datasets.",
-      fix="Set one format for all datasets, or one for each.",
-    )
-  sets = []
-  for path, name in zip(paths, names * (len(paths) // len(names)), strict=True):
-    source = sources.parse(path)
-    fmt = formats.find(name, source.place, data.formats)
-    found = sources.read(source, part_of(fmt), quarantine)
-    made = _view_all(view, found, fmt, quarantine)
-    items = list(itertools.islice(made, data.max_rows or None))
-    left_out = quarantine.take_counts()
-    if not items:
-      raise errors.DataError(
-        "All rows are left out." if left_out else "The dataset is empty.",
-        where=path,
-        why=f"Rows left out: {left_out or 'none'}.",
-        fix="Check the path, the format and its filters, and that the data was "
-        "written completely.",
-      )
-    logging.info(
-      "Read %d rows of %s; left out: %s", len(items), path, left_out or "none"
-    )
-    sets.append(items)
-  return sets
-
-
-def _view_all(
-  view: Callable[[rows.Row, formats.Format], T | None],
-  found: Iterable[rows.Row],
-  fmt: formats.Format,
-  quarantine: data_quarantine.Quarantine,
-) -> Iterator[splits.Item[T]]:
-  """Yields the values of `view` for the rows that are kept."""
-  for row in found:
-    try:
-      column = formats.excluded_by(row, fmt)
-      if column:
-        quarantine.drop(f"filtered by {column}")
-        continue
-      problem = splits.key(formats.to_problem(row, fmt))
-      value = view(row, fmt)
-    except errors.DataError as error:
-      quarantine.bad(row.file, row.line, error)
-      continue
-    if value is None:
-      quarantine.drop("without a match of answer_pattern")
-    else:
-      yield splits.Item(row.where, problem, value)
+def _shown_question(question: types.Question) -> str:
+  return f"question: {question.question}\nanswer: {question.answer}"
 
 
 def _split(
@@ -384,10 +349,6 @@ def _split(
   return left, held_out_items
 
 
-def _listed(text: str) -> list[str]:
-  return [part.strip() for part in text.split(",")]
-
-
 def _load(
   sets: Sequence[Sequence[splits.Item[packing.Example]]],
   *,
@@ -415,10 +376,13 @@ def _load(
     filled.append(made.arrays)
     names += ["; ".join(items[i].where for i in row) for row in made.members]
   sizes = tuple(len(arrays["token_ids"]) for arrays in filled)
+  mix = loader.Mix(sizes, weights, seed)
+  if remainder == "drop":
+    _warn_if_few(mix.num_rows, "batch.size", batch_size)
   return loader.Loader(
     {name: np.concatenate([a[name] for a in filled]) for name in filled[0]},
     names=names,
-    mix=loader.Mix(sizes, weights, seed),
+    mix=mix,
     batch_size=batch_size,
     remainder=remainder,
     share=share,
@@ -454,10 +418,21 @@ def _load_pairs(
     names += [where for where, _ in fitting]
     kept += [pair for _, pair in fitting]
     sizes.append(len(fitting))
+  mix = loader.Mix(tuple(sizes), weights, seed)
+  if remainder == "drop":
+    _warn_if_few(mix.num_rows, "batch.num_prompts", batch_size)
   return pairs.PairLoader(
-    kept,
-    names=names,
-    mix=loader.Mix(tuple(sizes), weights, seed),
-    batch_size=batch_size,
-    remainder=remainder,
+    kept, names=names, mix=mix, batch_size=batch_size, remainder=remainder
   )
+
+
+def _warn_if_few(num_rows: int, key: str, batch_size: int) -> None:
+  if num_rows < batch_size:
+    logging.warning(
+      "There are %d rows for batches of %s=%d: every step trains on all of "
+      "them. Reduce --config.%s for more steps in an epoch.",
+      num_rows,
+      key,
+      batch_size,
+      key,
+    )

@@ -10,7 +10,7 @@ import pyarrow
 from pyarrow import ipc, parquet
 
 from atlas_jax import errors
-from atlas_jax.data import jsonl, rows
+from atlas_jax.data import delimited, files, jsonl, rows
 from atlas_jax.data import quarantine as data_quarantine
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?")
@@ -60,7 +60,7 @@ def parse(source: str) -> Source:
       f"Dataset not found: {source}.",
       where=source,
       why="It is not a file, a directory or the id of a Hub dataset.",
-      fix=f"Set a file ending with {', '.join(_READERS)}, a directory of such "
+      fix=f"Set a file ending with {_ENDINGS}, a directory of such "
       'files, or a Hub dataset as "owner/name@revision:split".',
     )
   return Source(
@@ -101,8 +101,9 @@ def read(
   path = pathlib.Path(source.place)
   for file in _files(path, source.part, default_part):
     name = file.relative_to(path) if file != path else pathlib.Path(file.name)
-    stem = name.as_posix().removesuffix(_ending(file.name))
-    yield from _READERS[_ending(file.name)](file, stem, quarantine)
+    ending = _ending(file.name)
+    stem = name.as_posix()[: -len(ending)]
+    yield from _READERS[ending](file, stem, quarantine)
 
 
 def _files(
@@ -117,7 +118,7 @@ def _files(
         why="Only directories and Hub datasets have parts."
         if part
         else "The type is derived from the file name's ending.",
-        fix=f"Set a file that ends with {', '.join(_READERS)}.",
+        fix=f"Set a file that ends with {_ENDINGS}.",
       )
     return [path]
   files = [
@@ -174,7 +175,7 @@ def _listed(files: Iterable[pathlib.PurePath]) -> str:
 
 def _ending(name: str) -> str:
   """Returns the file type's ending; empty if it is unknown."""
-  return next((end for end in _READERS if name.endswith(end)), "")
+  return next((end for end in _READERS if name.lower().endswith(end)), "")
 
 
 def _read_parquet(
@@ -226,10 +227,22 @@ def _unreadable(path: pathlib.Path, error: Exception) -> errors.DataError:
   )
 
 
-_READERS: dict[str, _Reader] = {
+_TEXT_READERS: dict[str, _Reader] = {
   ".jsonl": jsonl.read,
-  ".jsonl.gz": jsonl.read,
   ".json": jsonl.read,
+  ".csv": delimited.read,
+  ".tsv": delimited.read,
+}
+_READERS: dict[str, _Reader] = {
   ".parquet": _read_parquet,
   ".arrow": _read_arrow,
+  **{
+    ending + compression: read
+    for ending, read in _TEXT_READERS.items()
+    for compression in files.COMPRESSIONS
+  },
 }
+_ENDINGS = (
+  f"{', '.join(_TEXT_READERS)}, optionally compressed "
+  f"({', '.join(filter(None, files.COMPRESSIONS))}), .parquet or .arrow"
+)

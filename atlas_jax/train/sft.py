@@ -34,6 +34,7 @@ class SftStep:
   train_set: loader.Loader
   rows: jax.sharding.Sharding
   update: Callable[..., tuple[train_state.TrainState, optimizer_step.Metrics]]
+  num_microbatches: int
   count_flops: Callable[[Sequence[int]], float]
   clock: train_clock.Clock
 
@@ -45,7 +46,12 @@ class SftStep:
       batch = self.train_set.batch(step)
       arrays = _on_mesh(self.rows, batch)
     with self.clock.phase("train"):
-      state, metrics = self.update(state, arrays)
+      state, metrics = self.update(
+        state,
+        arrays,
+        _num_used(self.train_set, step, self.num_microbatches),
+        num_microbatches=self.num_microbatches,
+      )
     lengths = flops.lengths(batch["segment_ids"])
     # Other processes hold as many rows, with nearly as many tokens.
     num_parts = len(arrays["segment_ids"]) // len(batch["segment_ids"])
@@ -133,7 +139,8 @@ def train(
   do_step = SftStep(
     train_set,
     rows,
-    functools.partial(update, num_microbatches=num_microbatches),
+    update,
+    num_microbatches,
     functools.partial(
       flops.of_update,
       policy.model.config,
@@ -178,11 +185,28 @@ def _evaluate(
   """Averages metrics over all held-out tokens; see `loop.Evaluate`."""
   del step
   params = policy.all_params(state.params)
-  batches = map(eval_set.batch, range(eval_set.num_batches_per_epoch))
   return held_out(
     params,
-    ((_on_mesh(rows, batch), None, num_microbatches) for batch in batches),
+    (
+      (
+        _on_mesh(rows, eval_set.batch(number)),
+        _num_used(eval_set, number, num_microbatches),
+        num_microbatches,
+      )
+      for number in range(eval_set.num_batches_per_epoch)
+    ),
   )
+
+
+def _num_used(
+  data: loader.Loader, step: int, num_microbatches: int
+) -> int | None:
+  """Returns how many microbatches of a padded batch have rows; None for all.
+
+  Row r is in microbatch r % num_microbatches: see `optimizer_step.accumulate`.
+  """
+  num_rows = len(data.row_names(step))
+  return num_rows if num_rows < num_microbatches else None
 
 
 def _on_mesh(

@@ -13,6 +13,8 @@ def get_config(
     dict(
       path=path,  # Model folder, or owner/name[@revision] on the Hub.
       ignore_fields=(),  # Fields of config.json to treat as absent.
+      # Empty: the tokenizer's; else chatml, none for plain text, or a file.
+      chat_template="",
       # Arguments of the chat template, as JSON.
       chat_template_kwargs=chat_template_kwargs,
       dtype="bfloat16",  # Precision of activations: bfloat16 or float32.

@@ -27,7 +27,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
   config.held_out = sections.get_held_out()
   config.held_out.fraction = 0.05
   config.packing = dict(  # data.sets.Layout
-    length=16384,  # Tokens in a row.
+    length=0,  # Tokens in a row; 0: min(16384, the model's context).
     packed=True,  # Whether a row may hold several conversations.
     too_long="drop",  # If longer than a row: drop, truncate or error.
   )

@@ -58,7 +58,8 @@ class JaxEngine:
         fix=f"Set --max_model_len={longest} or less.",
       )
     self.last_progress_s = time.monotonic()
-    self._tokenizer = chat.load_tokenizer(directory)
+    # Prompts arrive rendered.
+    self._tokenizer = chat.load_tokenizer(directory, with_template=False)
     self._model = decoder.build(
       config, dtype=dtype, attention="xla", remat="none", unroll=1
     )

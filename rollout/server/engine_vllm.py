@@ -79,7 +79,8 @@ class VllmEngine:
         tokenizer cannot be loaded.
     """
     _check_version()
-    self._tokenizer = chat.load_tokenizer(directory)
+    # Prompts arrive rendered.
+    self._tokenizer = chat.load_tokenizer(directory, with_template=False)
     self._stop_token_ids = list(chat.stop_token_ids(self._tokenizer, directory))
     self._progress = _Progress()
     self._request_ids = itertools.count()

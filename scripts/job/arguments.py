@@ -53,7 +53,7 @@ def parse(recipe: str) -> tuple[types.Config, pathlib.Path]:
       where="command line",
       why="A run writes its checkpoints, metrics and export there.",
       fix="Set --workdir=FOLDER, for example --workdir=results/run. "
-      "--print_config and --plan work without it.",
+      "--print_config, --show_samples and --plan work without it.",
     )
   config_checks.check_models(config)
   jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value or None)
@@ -122,3 +122,18 @@ def parse_config(recipe: str) -> types.Config:
     config.loop.profile_steps = _PROFILE_STEPS.value
   config_checks.check(config)
   return config
+
+
+def check_data(config: types.Config) -> None:
+  """Validates that the config names a dataset.
+
+  Raises:
+    errors.ConfigError: if it does not.
+  """
+  if config.data.path is None:
+    raise errors.ConfigError(
+      "data.path is not set.",
+      where="--config.data.path",
+      why="This recipe has no default dataset.",
+      fix="Set --config.data.path to a file, a folder or a Hub dataset.",
+    )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -25,14 +24,15 @@ from conversion import load, peft_adapters, process_group
 from rollout import sampler, wire
 from rollout.remote import shared_sampler
 from scripts import small_world
-from scripts.job import preemption, workdirs
+from scripts.job import arguments, preemption, tokenizers, workdirs
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
   """An opened model directory; `params` is empty if only servers need them.
 
-  `name` is the path or Hub id that the user gave.
+  `name` is the path or Hub id that the user gave. `chat_template` is that of
+  exports; empty for the directory's.
   """
 
   name: str
@@ -40,6 +40,7 @@ class OpenModel:
   model: decoder.Model
   params: decoder.Params
   tokenizer: chat.Tokenizer
+  chat_template: str = ""
 
 
 @contextlib.contextmanager
@@ -62,13 +63,7 @@ def start(
       processes disagree.
     errors.OutOfMemoryError: in place of XLA's error, with suggestions.
   """
-  if config.data.path is None:
-    raise errors.ConfigError(
-      "data.path is not set.",
-      where="--config.data.path",
-      why="This recipe has no default dataset.",
-      fix="Set --config.data.path to a file, a folder or a Hub dataset.",
-    )
+  arguments.check_data(config)
   if "lora" in config:  # Fails before a large model is loaded.
     trainable.check_kept(
       config.model.param_dtype,
@@ -134,6 +129,7 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
   unroll: int,
   with_params: bool = True,
   ignore_fields: Collection[str] = (),
+  chat_template: str = "",
   chat_template_kwargs: str = "",
 ) -> OpenModel:
   """Loads a Hugging Face directory, or an id on the Hub, onto the mesh.
@@ -149,7 +145,8 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
     unroll: see `decoder.build`.
     with_params: whether to load parameters; a student on servers needs none.
     ignore_fields: fields of config.json that are treated as absent.
-    chat_template_kwargs: see `chat.load_tokenizer`.
+    chat_template: see `chat.load_tokenizer`.
+    chat_template_kwargs: see `tokenizers.open_tokenizer`.
 
   Raises:
     errors.AtlasError: if the model directory or its tokenizer is unusable.
@@ -166,18 +163,23 @@ def open_model(  # noqa: PLR0913 - the keys of a model section.
     unroll=unroll,
     layout=sharding.of_activations(mesh),
   )
-  tokenizer = chat.load_tokenizer(
-    directory, template_kwargs=chat_template_kwargs
+  tokenizer = tokenizers.open_tokenizer(
+    directory,
+    chat_template=chat_template,
+    chat_template_kwargs=chat_template_kwargs,
   )
   chat.check_vocabulary(tokenizer, config.vocab_size, directory)
+  template = tokenizer.chat_template
+  if not (chat_template or chat_template_kwargs) or isinstance(template, dict):
+    template = ""  # Exports copy the directory's.
   if not with_params:
-    return OpenModel(path, directory, model, {}, tokenizer)
+    return OpenModel(path, directory, model, {}, tokenizer, template)
   kernel_check.require(model.kernel, config, model.dtype)
   shardings = sharding.of_params(mesh, load.describe(model, param_dtype))
   params = load.load(
     directory, model, param_dtype=param_dtype, shardings=shardings
   )
-  return OpenModel(path, directory, model, params, tokenizer)
+  return OpenModel(path, directory, model, params, tokenizer, template)
 
 
 def open_policy(
@@ -464,12 +466,3 @@ def open_student_scorer(
     **config.logits,
   )
   return rlt.Student(scorer, student.tokenizer, teaching.baseline_prompt)
-
-
-def fingerprint(opened: OpenModel) -> str:
-  """Returns a SHA-256 digest of a model directory's weight files."""
-  digest = hashlib.sha256()
-  for path in sorted(opened.directory.glob("*.safetensors")):
-    with path.open("rb") as file:
-      digest.update(hashlib.file_digest(file, "sha256").digest())
-  return digest.hexdigest()

@@ -87,6 +87,7 @@ def write(  # noqa: PLR0913 - one argument per config key.
     max_shard_bytes=max_shard_bytes,
     about=about,
     overwrite=True,
+    chat_template=opened.chat_template,
     share=components.share(),
   )
   # The check uses few rows, which need not divide over the mesh.
@@ -96,7 +97,7 @@ def write(  # noqa: PLR0913 - one argument per config key.
     "Exported to %s; largest difference of logits %.1e. %s",
     directory,
     difference,
-    save.describe_carried(opened.directory),
+    save.describe_carried(opened.directory, opened.chat_template),
   )
   if policy.adapters is not None and jax.process_count() > 1:
     trained = jax.tree.map(distributed.gather, trained)  # Adapters are small.

@@ -20,6 +20,7 @@ from atlas_jax.train import gkd, gkd_batches
 from conversion import load
 from rollout import wire
 from rollout.remote import client
+from scripts.job import tokenizers
 
 Status = Literal["ok", "absent", "warn", "FAIL"]
 
@@ -157,8 +158,10 @@ def _check_model(
       facts.absent(f"weights of the {name}", "not found")
     if any(directory.glob("tokenizer*")):
       with facts.checking(f"tokenizer of the {name}") as ok:
-        tokenizer = chat.load_tokenizer(
-          directory, template_kwargs=section.chat_template_kwargs
+        tokenizer = tokenizers.open_tokenizer(
+          directory,
+          chat_template=section.chat_template,
+          chat_template_kwargs=section.chat_template_kwargs,
         )
         chat.check_vocabulary(tokenizer, shape.vocab_size, directory)
         ok(f"{len(tokenizer):,} tokens, with a chat template")
@@ -194,17 +197,18 @@ def _check_data(
       )
     if config.recipe == "gkd":
       return _check_pairs(facts, config, tokenizer, workdir)
+    length = config.packing.length
+    if facts.shape is not None:
+      length = packing.row_length(length, facts.shape.max_positions)
     train_set, eval_set = sets.conversations(
       tokenizer,
       data=selection,
       held_out=held_out,
-      layout=sets.Layout(**config.packing),
+      layout=sets.Layout(**{**config.packing, "length": length}),
       batch_size=config.batch.size,
       seed=config.seed,
       workdir=workdir,
     )
-  if facts.shape is not None:
-    packing.check_context(config.packing.length, facts.shape.max_positions)
   facts.steps_per_epoch = train_set.num_batches_per_epoch
   is_token_BT = train_set.batch(0)["segment_ids"] > 0
   facts.tokens_per_row = float(is_token_BT.sum(axis=1).mean())

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from atlas_jax import sharding, types
+from atlas_jax.data import packing
 from atlas_jax.models import decoder, decoder_config, lora, quantized
 from atlas_jax.train import (
   batch_shapes,
@@ -219,7 +220,13 @@ def with_changes(
 def _settings(section: types.Config) -> dict[str, Any]:
   """Returns the arguments of `decoder.build`, for simulated CPU devices."""
   settings = dict(section.items())
-  for key in ("path", "ignore_fields", "chat_template_kwargs", "param_dtype"):
+  for key in (
+    "path",
+    "ignore_fields",
+    "chat_template",
+    "chat_template_kwargs",
+    "param_dtype",
+  ):
     del settings[key]
   settings["attention"] = "auto"  # GPU kernels are unavailable on a CPU.
   return settings
@@ -252,7 +259,7 @@ def _rows(
     )
     chunk_tokens = config.logits.chunk_tokens
   else:
-    return _sft_rows(config, mesh)
+    return _sft_rows(config, mesh, shape.max_positions)
   longest = longest_row(config, prompt_tokens)
   num_shorter = sum(found.length < longest for found in layout.menu)
   largest = max(
@@ -270,18 +277,18 @@ def _rows(
 def _sft_rows(
   config: types.Config,
   mesh: jax.sharding.Mesh,
+  max_positions: int,
 ) -> update_bytes.Rows:
   num_microbatches = sharding.num_microbatches(mesh, **config.batch)
-  sharding.check_length(
-    mesh, config.packing.length, where="--config.packing.length"
-  )
+  length = packing.row_length(config.packing.length, max_positions)
+  sharding.check_length(mesh, length, where="--config.packing.length")
   per_device = (
     config.batch.size // sharding.num_row_shards(mesh) // num_microbatches
   )
   return update_bytes.Rows(
     per_device,
     num_microbatches,
-    config.packing.length,
+    length,
     config.loss.chunk_tokens,
   )
 

@@ -297,21 +297,98 @@ def test_remote_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch):
   assert asked == []
 
 
-def test_tokenizer_without_chat_template_is_rejected(tmp_path):
+@pytest.fixture
+def base(tmp_path):
+  """A directory with the tokenizer of a base model: no template, no padding."""
   fakes.write_tokenizer(tmp_path)
   (tmp_path / "chat_template.jinja").unlink()
-  with pytest.raises(errors.ConfigError, match="no chat template"):
-    chat.load_tokenizer(tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  del config["pad_token"]
+  path.write_text(json.dumps(config))
+  return tmp_path
 
 
-@pytest.mark.parametrize("name", ["pad_token", "eos_token"])
-def test_tokenizer_without_pad_or_eos_is_rejected(tmp_path, name):
+def test_a_missing_chat_template_is_reported_with_its_setting(base):
+  with pytest.raises(errors.ConfigError, match="no chat template") as info:
+    chat.load_tokenizer(base)
+  assert "--config.model.chat_template" in info.value.fix
+  assert chat.load_tokenizer(base, with_template=False).chat_template is None
+
+
+@pytest.mark.parametrize(
+  ("template", "expected"),
+  [
+    (
+      "chatml",
+      "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+      "<|im_start|>assistant\n[[a<|im_end|>]]\n<|im_start|>user\nr<|im_end|>\n"
+      "<|im_start|>assistant\n[[b<|im_end|>]]\n",
+    ),
+    ("none", "s\nq\n[[a<|im_end|>]]r\n[[b<|im_end|>]]"),
+    ("FILE", "s: s\nu: q\na: [[a<|im_end|>]]u: r\na: [[b<|im_end|>]]"),
+  ],
+)
+def test_a_base_model_gets_a_template(base, template, expected):
+  path = base / "own.jinja"
+  path.write_text(
+    "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+  )
+  name = template.replace("FILE", str(path))
+  tokenizer = chat.load_tokenizer(base, chat_template=name)
+  messages = [types.Message("system", "s"), *_messages("q", "a", "r", "b")]
+  token_ids, loss_mask = chat.tokenize(tokenizer, messages)
+  assert chat.marked(tokenizer, token_ids, loss_mask) == expected
+  prompt, prompt_ids = chat.render(tokenizer, messages[:2])
+  assert prompt == expected.partition("[[")[0]
+  assert tuple(token_ids[: len(prompt_ids)]) == prompt_ids
+
+
+@pytest.mark.parametrize("template", ["chatml", "none"])
+def test_templates_add_the_token_that_the_tokenizer_adds(base, template):
+  tokenizer = chat.load_tokenizer(base, with_template=False)
+  tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+  tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+  )
+  tokenizer.save_pretrained(base)
+  tokenizer = chat.load_tokenizer(base, chat_template=template)
+  token_ids, loss_mask = chat.tokenize(tokenizer, _messages("q", "a"))
+  text = chat.marked(tokenizer, token_ids, loss_mask)
+  assert text.startswith("<|bos|>")
+  assert text.count("<|bos|>") == 1
+  token_ids, loss_mask = chat.tokenize_text(tokenizer, "q")
+  assert chat.marked(tokenizer, token_ids, loss_mask) == (
+    "<|bos|>[[q<|im_end|>]]"
+  )
+
+
+def test_an_unreadable_template_is_reported(base):
+  with pytest.raises(errors.ConfigError, match="chat template") as info:
+    chat.load_tokenizer(base, chat_template="chat-ml")
+  assert "FileNotFoundError" in info.value.why
+  assert "chatml" in info.value.fix
+
+
+def test_all_tokens_of_a_text_but_the_first_are_trained(tokenizer):
+  token_ids, loss_mask = chat.tokenize_text(tokenizer, "4 5 6")
+  assert chat.marked(tokenizer, token_ids, loss_mask) == "4[[ 5 6<|im_end|>]]"
+  # A text that ends with the token gets no second one.
+  assert chat.tokenize_text(tokenizer, "4 5 6<|im_end|>") == (
+    token_ids,
+    loss_mask,
+  )
+
+
+def test_tokenizer_without_eos_is_rejected(tmp_path):
   fakes.write_tokenizer(tmp_path)
   path = tmp_path / "tokenizer_config.json"
   config = json.loads(path.read_text())
-  del config[name]
+  del config["eos_token"]
   path.write_text(json.dumps(config))
-  with pytest.raises(errors.ConfigError, match=f"no {name}"):
+  with pytest.raises(errors.ConfigError, match="no eos_token"):
     chat.load_tokenizer(tmp_path)
 
 

@@ -238,6 +238,15 @@ def test_unknown_model_name_is_rejected(name):
   assert "offline" in caught.value.fix
 
 
+def test_a_fingerprint_depends_on_weights_not_on_their_path(tmp_path):
+  for name, seed in (("a", 0), ("same", 0), ("other", 1)):
+    tiny.write_checkpoint(tmp_path / name, "qwen2", seed=seed)
+  a, same, other = (
+    load.fingerprint(tmp_path / name) for name in ("a", "same", "other")
+  )
+  assert a == same != other
+
+
 def test_reads_are_prefetched(tmp_path, monkeypatch):
   model, params = tiny.write_checkpoint(
     tmp_path / "hf", "phi3", shard=4000, **_EVEN

@@ -86,6 +86,12 @@ def test_copied_and_missing_files_are_described(tmp_path, job):
   assert "Without a chat template" not in save.describe_carried(source)
 
 
+def test_a_chat_template_replaces_that_of_the_source(tmp_path, job):
+  params, model, source = job
+  _save(tmp_path / "out", params, model, source, chat_template="{{ mine }}")
+  assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ mine }}"
+
+
 def test_generation_settings_are_copied(tmp_path, job):
   params, model, source = job
   (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')

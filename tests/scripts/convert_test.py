@@ -281,6 +281,21 @@ def test_adapters_over_another_base_are_rejected(tmp_path, capsys):
   assert "trained over a different base" in capsys.readouterr().err
 
 
+def test_a_run_is_compared_with_its_export_at_the_export_precision(run, capsys):
+  export, source = run / "run/export", f"--source={run / 'model'}"
+  words = ("to_hf", run / "run", export, source, "--dtype=bfloat16")
+  assert _run(*words, "--overwrite") == 0
+  for pair in ((run / "run", export), (export, run / "run")):
+    assert _run("verify", *pair) == 0
+    assert "equal, bit for bit (bfloat16).\n" in capsys.readouterr().out
+  # Two directories of different precisions are different.
+  assert _run("verify", run / "model", export, "--nologits") == 5
+  assert "float32 against bfloat16\n" in capsys.readouterr().out
+  # Another step differs in more than its precision.
+  assert _run("verify", run / "run/checkpoints/9", export, "--nologits") == 5
+  assert "float32 against bfloat16\n" not in capsys.readouterr().out
+
+
 def test_verify_names_the_first_differing_layer(run, capsys):
   _, params = tiny.write_checkpoint(run / "a", "gemma2")
   kernel = params["layers"]["mlp"]["up"]["kernel"]

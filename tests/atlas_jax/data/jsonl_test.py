@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pytest
 
 from atlas_jax import errors
-from atlas_jax.data import jsonl, quarantine
+from atlas_jax.data import files, jsonl, quarantine
 
 _GOOD = b'{"x": "first"}', b'{"x": "last"}'
 
@@ -47,7 +47,7 @@ def _read(path, max_bad_rows=0):
     (b'{"x": NaN}', "NaN"),
     (b'{"x": -Infinity}', "Infinity"),
     (b'{"x": 1, "x": 2}', "duplicate key"),
-    (b'{"x": "' + b"a" * jsonl.MAX_LINE_BYTES + b'"}', "exceeds"),
+    (b'{"x": "' + b"a" * files.MAX_ROW_BYTES + b'"}', "exceeds"),
   ],
 )
 def test_malformed_line_is_quarantined_and_the_rest_loads(tmp_path, line, why):
@@ -134,9 +134,57 @@ def test_missing_file_is_an_error(tmp_path):
     _read(tmp_path / "a.jsonl")
 
 
+_LIST = [{"x": 'a]}",\\'}, {"x": [{"y": "\\\\"}], "z": "\u00e9"}, {}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 2**20])
+def test_a_list_of_objects_is_read_like_lines(
+  tmp_path, monkeypatch, indent, chunk
+):
+  monkeypatch.setattr(jsonl, "_CHUNK_BYTES", chunk)
+  text = json.dumps(_LIST, indent=indent, ensure_ascii=False)
+  path = tmp_path / "a.json"
+  path.write_bytes(b"\xef\xbb\xbf\n" + text.encode() + b"\n\n")
+  found, bad, _ = _read(path)
+  assert [row.values for row in found] == _LIST
+  assert [row.line for row in found] == [1, 2, 3]
+  assert bad == []
+  path.write_text(" [ ] ")
+  assert _read(path)[0] == []
+
+
+def test_bad_elements_are_quarantined_and_the_rest_loads(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "MAX_ROW_BYTES", 40)
+  monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 8)
+  path = tmp_path / "a.json"
+  long = '{"x": "' + "a" * 100 + '"}'
+  path.write_text(f'[{{"x": 1}}, [5], {{"x": 1, "x": 2}},{long},, {{"x": 2}}]')
+  found, bad, _ = _read(path, max_bad_rows=4)
+  assert [(row.line, row.values["x"]) for row in found] == [(1, 1), (6, 2)]
+  assert [entry["line"] for entry in bad] == [2, 3, 4, 5]
+  reasons = " ".join(entry["reason"] for entry in bad)
+  for why in ("JSON list", "duplicate key", "exceeds 40", "Expecting value"):
+    assert why in reasons
+
+
+@pytest.mark.parametrize(
+  ("text", "why"),
+  [
+    ('[{"x": 1}, {"x"', "does not end"),
+    ('[{"x": "]', "does not end"),
+    ('[{"x": 1}] {"x": 2}', "Text follows"),
+  ],
+)
+def test_a_list_that_is_not_the_whole_file_is_an_error(tmp_path, text, why):
+  (tmp_path / "a.json").write_text(text)
+  with pytest.raises(errors.DataError, match=why):
+    _read(tmp_path / "a.json", max_bad_rows=10)
+
+
 _COUNT = """
 import pathlib, resource, sys
-from atlas_jax.data import jsonl, quarantine
+from atlas_jax.data import files, jsonl, quarantine
 kept_apart = quarantine.Quarantine(None, max_bad_rows=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = jsonl.read(pathlib.Path(sys.argv[1]), "a", kept_apart)
@@ -147,17 +195,23 @@ print(count, kept_apart.take_counts(), "/", grown // 1024)
 
 
 @pytest.mark.slow
-def test_huge_rows_and_many_rows_use_little_memory(tmp_path):
-  path = tmp_path / "a.jsonl"
-  row = b'{"x": "' + b"a" * 500 + b'"}\n'
+@pytest.mark.parametrize(
+  ("start", "between", "end"), [(b"", b"\n", b"\n"), (b"[", b",", b"]")]
+)
+def test_huge_rows_and_many_rows_use_little_memory(
+  tmp_path, start, between, end
+):
+  path = tmp_path / "a.json"
+  row = b'{"x": "' + b"a" * 500 + b'"}'
   with path.open("wb") as file:
-    file.write(row)
+    file.write(start + row + between)
     file.write(b'{"x": "')
     for _ in range(200):
       file.write(b"a" * 2**20)
-    file.write(b'"}\n')
+    file.write(b'"}')
     for _ in range(100):
-      file.write(row * 1000)
+      file.write((between + row) * 1000)
+    file.write(end)
   stdout = subprocess.run(
     [sys.executable, "-c", _COUNT, str(path)],
     capture_output=True,

@@ -141,11 +141,15 @@ def test_fingerprint_depends_on_contents_not_order_of_names():
   assert digest(reshaped) != digest(arrays)
 
 
-def test_too_few_rows_are_rejected():
-  with pytest.raises(errors.DataError, match="3, need"):
-    _loader(3)
-  with pytest.raises(errors.DataError, match="0, need"):
-    _loader(0, remainder="pad")
+@pytest.mark.parametrize("remainder", ["drop", "pad"])
+def test_an_epoch_with_fewer_rows_than_a_batch_is_padded(remainder):
+  data = _loader(3, remainder=remainder)
+  assert data.num_batches_per_epoch == 1
+  for step in range(3):
+    assert sorted(data.row_names(step)) == ["row 0", "row 1", "row 2"]
+    assert not data.batch(step)["token_ids"][3].any()
+  with pytest.raises(ValueError, match="at least one row"):
+    _loader(0, remainder=remainder)
 
 
 @pytest.mark.parametrize("batch_size", [0, 3])
@@ -197,8 +201,9 @@ def test_questions_are_reshuffled_reproducibly():
 
 
 def test_too_few_questions_are_rejected():
-  with pytest.raises(errors.DataError, match="3, need"):
+  with pytest.raises(errors.DataError, match="must be at most 3") as info:
     _question_loader(_questions(3), batch_size=4)
+  assert info.value.where == "--config.batch.num_questions=4"
 
 
 def test_fingerprint_of_questions_depends_on_contents_and_order():

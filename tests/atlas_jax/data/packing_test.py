@@ -139,3 +139,13 @@ def test_rows_longer_than_the_context_are_rejected():
   packing.check_context(512, 512)
   with pytest.raises(errors.ConfigError, match="max_position_embeddings=512"):
     packing.check_context(513, 512)
+
+
+@pytest.mark.parametrize(
+  ("length", "context", "expected"),
+  [(0, 2048, 2048), (0, 131_072, 16_384), (512, 2048, 512), (2048, 2048, 2048)],
+)
+def test_rows_without_a_length_fill_the_context(length, context, expected):
+  assert packing.row_length(length, context) == expected
+  with pytest.raises(errors.ConfigError, match="at most"):
+    packing.row_length(context + 1, context)

@@ -198,7 +198,7 @@ def test_invalid_rows_are_listed_and_the_rest_trains(tokenizer, tmp_path):
   assert [entry["line"] for entry in entries] == [4, 5, 10]
   for entry, why in zip(
     entries,
-    ("UnicodeDecodeError", "Missing column: solution", "assistant"),
+    ("UnicodeDecodeError", "No known format", "assistant"),
     strict=True,
   ):
     assert why in entry["reason"]
@@ -250,11 +250,31 @@ def test_empty_missing_or_too_little_data_is_rejected(tokenizer, tmp_path):
     _conversations(tokenizer, tmp_path, _write(tmp_path, []))
   with pytest.raises(errors.DataError, match="distinct problems"):
     _conversations(tokenizer, tmp_path, _write(tmp_path, _ROWS[:1]))
-  no_solution = [{"question": "a", "answer": "b"}]
-  with pytest.raises(errors.DataError, match="question, answer"):
+  no_solution = [{"question": "a", "hint": "b"}]
+  with pytest.raises(errors.DataError, match="question, hint"):
     _conversations(tokenizer, tmp_path, _write(tmp_path, no_solution))
-  with pytest.raises(errors.DataError, match="Too few rows"):
-    _conversations(tokenizer, tmp_path, _write(tmp_path), batch_size=64)
+
+
+def test_fewer_rows_than_a_batch_train_in_one_step(tokenizer, tmp_path, caplog):
+  caplog.set_level("WARNING")
+  train_set, _ = _conversations(
+    tokenizer, tmp_path, _write(tmp_path), batch_size=64
+  )
+  assert train_set.num_batches_per_epoch == 1
+  assert len(_texts(tokenizer, train_set)) == 16
+  assert "16 rows for batches of batch.size=64" in caplog.text
+  pairs, _ = sets.completions(
+    tokenizer,
+    data=_selection(_write(tmp_path)),
+    held_out=sets.HeldOut(path="", fraction=0.2),
+    layout=sets.Layout(length=128, packed=True, too_long="error"),
+    max_new_tokens=0,
+    batch_size=64,
+    seed=0,
+    workdir=tmp_path,
+  )
+  assert len(pairs.batch(0)) == 16
+  assert "Reduce --config.batch.num_prompts" in caplog.text
 
 
 def test_duplicate_row_id_is_rejected(tmp_path):

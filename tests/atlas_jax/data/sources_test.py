@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files, directories and their parts are found, or rejected."""
 
+import csv
 import gzip
 import json
 
@@ -38,18 +39,52 @@ def _ids(source, default_part=""):
   return [row.row_id for row in _read(source, default_part)]
 
 
-def test_all_file_types_yield_the_same_rows(tmp_path):
+def _write_all(tmp_path):
+  """Writes the table as a file of each type; returns their names."""
   _write_jsonl(tmp_path / "a.jsonl")
-  _write_jsonl(tmp_path / "a.json")
   _write_parquet(tmp_path / "a.parquet")
-  packed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
-  (tmp_path / "a.jsonl.gz").write_bytes(packed)
-  for ending in ("jsonl", "json", "parquet", "jsonl.gz"):
-    path = tmp_path / f"a.{ending}"
-    found = _read(str(path))
+  (tmp_path / "a.json").write_text(json.dumps(_TABLE, indent=2))
+  for ending, separator in (("csv", ","), ("tsv", "\t")):
+    with (tmp_path / f"a.{ending}").open("w", newline="") as out:
+      writer = csv.DictWriter(out, list(_TABLE[0]), delimiter=separator)
+      writer.writeheader()
+      writer.writerows(_TABLE)
+  for ending in ("jsonl", "json", "csv", "tsv"):
+    raw = (tmp_path / f"a.{ending}").read_bytes()
+    (tmp_path / f"a.{ending}.gz").write_bytes(gzip.compress(raw))
+    with pyarrow.CompressedOutputStream(
+      str(tmp_path / f"a.{ending}.zst"), "zstd"
+    ) as out:
+      out.write(raw)
+  return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_all_file_types_yield_the_same_rows(tmp_path):
+  names = _write_all(tmp_path)
+  assert len(names) == 13
+  for name in names:
+    found = _read(str(tmp_path / name))
     assert [row.values for row in found] == _TABLE
-    assert [row.row_id for row in found] == ["a:1", "a:2"]
-    assert found[1].where == f"{path}:2"
+    # A row of a table is located by its line, below the columns' names.
+    first = 2 if name.startswith(("a.csv", "a.tsv")) else 1
+    assert [row.row_id for row in found] == [f"a:{first}", f"a:{first + 1}"]
+    assert found[1].where == f"{tmp_path / name}:{first + 1}"
+
+
+def test_endings_are_recognized_in_any_case(tmp_path):
+  (tmp_path / "DATA.CSV").write_text("x\n1\n")
+  (row,) = _read(str(tmp_path / "DATA.CSV"))
+  assert (row.row_id, row.values) == ("DATA:2", {"x": "1"})
+
+
+@pytest.mark.parametrize("ending", ["csv.gz", "csv.zst", "json.zst"])
+def test_truncated_and_invalid_compressed_files_are_rejected(tmp_path, ending):
+  _write_all(tmp_path)
+  path = tmp_path / f"a.{ending}"
+  for content in (path.read_bytes()[:-9], b"not compressed"):
+    path.write_bytes(content)
+    with pytest.raises(errors.DataError, match="Cannot read data file"):
+      _read(str(path))
 
 
 def test_directory_is_read_in_order_of_names(tmp_path):
@@ -147,9 +182,9 @@ def test_file_with_a_part_or_unknown_ending_is_rejected(tmp_path):
   path = _write_jsonl(tmp_path / "a.jsonl")
   with pytest.raises(errors.DataError, match="no parts"):
     _read(f"{path}:train")
-  (tmp_path / "a.csv").write_text("x\n1\n")
-  with pytest.raises(errors.DataError, match=r"\.jsonl"):
-    _read(str(tmp_path / "a.csv"))
+  (tmp_path / "a.xlsx").write_text("x\n1\n")
+  with pytest.raises(errors.DataError, match=r"\.jsonl, \.json, \.csv"):
+    _read(str(tmp_path / "a.xlsx"))
 
 
 def test_hub_id_is_parsed():

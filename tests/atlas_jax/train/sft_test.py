@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import chat, errors, sharding, types
-from atlas_jax.data import packing, sets
+from atlas_jax.data import loader, packing, sets
 from atlas_jax.models import lora
 from atlas_jax.train import loop, sft, train_state, trainable
 from atlas_jax.train.telemetry import writer
@@ -271,6 +271,30 @@ def test_adapters_learn_over_a_quantized_base_as_over_bfloat16(
   jax.tree.map(np.testing.assert_array_equal, resumed, trained["nf4"])
   with pytest.raises(errors.CheckpointError, match="another base"):
     train("int8", "run")
+
+
+@pytest.mark.parametrize(
+  ("num_rows", "num_microbatches", "used"),
+  [(3, 8, 3), (3, 4, 3), (3, 2, None), (8, 8, None), (9, 8, None)],
+)
+def test_microbatches_without_rows_are_not_computed(
+  num_rows, num_microbatches, used
+):
+  token_ids = np.ones((num_rows, 4), np.int32)
+  data = loader.Loader(
+    {"token_ids": token_ids},
+    names=[""] * num_rows,
+    mix=loader.Mix((num_rows,), (), 0),
+    batch_size=8,
+    remainder="drop",
+    share=loader.WHOLE,
+  )
+  assert sft._num_used(data, 0, num_microbatches) == used
+  # As `optimizer_step.accumulate` divides the rows.
+  real = data.batch(0)["token_ids"].reshape(-1, num_microbatches, 4)
+  has_rows = real.any(axis=(0, 2))
+  assert has_rows[: used or num_microbatches].all()
+  assert not has_rows[used or num_microbatches :].any()
 
 
 def test_offload_without_host_memory_raises(tokenizer, tmp_path, monkeypatch):

@@ -47,6 +47,16 @@ def engine(checkpoint):
   started.close()
 
 
+def test_a_base_model_needs_no_chat_template(checkpoint, tmp_path):
+  shutil.copytree(checkpoint[0], tmp_path / "base")
+  (tmp_path / "base/chat_template.jinja").unlink()
+  started = engine_jax.JaxEngine(
+    tmp_path / "base", dtype="float32", max_model_len=None, max_rows=16
+  )
+  assert started.tokenize("2 + 2")
+  started.close()
+
+
 def _app(directory, engine):
   digest = manifest.tokenizer_digest(directory)
   weights = weight_channel.Channel(

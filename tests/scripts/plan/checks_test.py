@@ -65,6 +65,15 @@ def test_conversations_are_packed_as_in_training(files):
   assert list(files.rglob("quarantine.jsonl")) == []
 
 
+def test_rows_without_a_length_fill_the_context(files):
+  config = _sft(files)
+  config.packing.length = 0
+  facts = checks.run(config)
+  assert set(_status(facts).values()) == {"ok"}
+  assert facts.steps_per_epoch == 1
+  assert 256 < facts.tokens_per_row <= 4096
+
+
 def test_gkd_rows_are_counted_with_sampled_completions(files, tmp_path):
   config = _gkd(files)
   facts = checks.run(config)

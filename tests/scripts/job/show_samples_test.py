@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows are printed as each recipe trains on them, without a model."""
+
+import json
+
+import pytest
+
+from atlas_jax import chat
+from configs.run import rlvr, teacher_gkd, teacher_rcl, teacher_sft
+from scripts.job import show_samples
+from tests import fakes, processes
+
+_TRAINED = (
+  "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n[[2<|im_end|>]]\n"
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("samples")
+  fakes.write_tokenizer(directory / "model")
+  rows = [{"question": f"{i} + {i}?", "answer": 2 * i} for i in range(1, 6)]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (directory / "rows.jsonl").write_text(text)
+  return directory
+
+
+@pytest.mark.parametrize(
+  ("recipe", "start", "end"),
+  [
+    (teacher_sft, "4 + 4?", "[[8<|im_end|>]]\n"),
+    (teacher_gkd, "4 + 4?", "[[8<|im_end|>]]\n"),
+    (rlvr, "4 + 4?", "<|im_start|>assistant\n[[...]]\nanswer: 8"),
+    (teacher_rcl, "plan", "<|im_start|>assistant\n[[...]]\nanswer: 8"),
+  ],
+)
+def test_rows_are_rendered_as_the_recipe_uses_them(
+  files, tmp_path, recipe, start, end
+):
+  config = recipe.get_config()
+  config.data.path = str(files / "rows.jsonl")
+  tokenizer = chat.load_tokenizer(files / "model")
+  found = list(show_samples.of_config(config, tokenizer, 4, tmp_path))
+  assert len(found) == 4
+  _, text = found[-1]
+  assert start in text
+  assert text.endswith(end)
+
+
+@pytest.mark.slow
+def test_rows_are_printed_without_a_model_or_a_workdir(files, tmp_path):
+  job = processes.Job(
+    "train_sft",
+    [
+      "--config=configs/run/teacher_sft.py",
+      f"--config.model.path={files / 'model'}",
+      f"--config.data.path={files / 'rows.jsonl'}",
+      "--show_samples=3",
+    ],
+    split=True,
+  )
+  stdout, stderr = job.communicate(timeout=300)
+  assert job.returncode == 0, stderr
+  assert stdout.count("--- ") == 3
+  assert _TRAINED in stdout
+  assert list(tmp_path.iterdir()) == []
+  assert [path.name for path in (files / "model").glob("*.safetensors")] == []
