@@ -175,9 +175,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     mesh=mesh,
     config=config,
   )
-  tokenizer = protocol.policy.tokenizer
   samples = train_samples.SampleLog(
-    run.writer, tokenizer, seed=config.seed, **config.samples
+    run.writer, seed=config.seed, **config.samples
   )
   clock = train_clock.Clock()
   with _open_batches(protocol, questions, config) as batches:
@@ -210,7 +209,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       num_steps=config.loop.num_steps,
       identity={
         "data": questions.fingerprint(),
-        "tokenizer": chat.fingerprint(tokenizer),
+        "tokenizer": chat.fingerprint(protocol.policy.tokenizer),
         "student": config.student.path if "student" in config else "none",
         "optimizer": config.optimizer.name,
         **policy.identity(),

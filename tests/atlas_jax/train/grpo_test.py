@@ -379,11 +379,8 @@ def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
   assert (tmp_path / "completions/step-2.jsonl").exists()
   assert (tmp_path / "stored_completions/2.csv").exists()
   lessons = (tmp_path / "successful_teaching").iterdir()
-  assert {path.name.split("_")[1] for path in lessons} == {
-    "000001",
-    "000002",
-    "000003",
-  }
+  names = {path.name for path in lessons}
+  assert names == {f"step-{step}.jsonl" for step in (1, 2, 3)}
 
 
 @pytest.mark.slow
