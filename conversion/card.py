@@ -36,6 +36,7 @@ class Card:
     metrics: the last value of each metric, with its step.
     rounded_to: precision of the quantized base under the adapters; empty if
       the base was not quantized.
+    warning: what a user must know before using the weights; may be empty.
   """
 
   base: str
@@ -44,6 +45,7 @@ class Card:
     default_factory=dict
   )
   rounded_to: str = ""
+  warning: str = ""
 
 
 def write(
@@ -84,6 +86,7 @@ def write(
       "",
       "# Model card",
       "",
+      *([f"> **Warning:** {_one_line(card.warning)}", ""] * bool(card.warning)),
       *(f"- {name}: {_one_line(fact)}" for name, fact in facts.items()),
       "",
       *_table(

@@ -23,6 +23,7 @@ from scripts.job import (
   arguments,
   components,
   exports,
+  outcome,
   print_config,
   processes,
   reward_functions,
@@ -86,6 +87,7 @@ def main() -> None:
         run=loop.Run(workdir, writer, export, should_stop),
       )
       export(params, None)
+      outcome.report(workdir, config)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,14 @@ from atlas_jax import distributed, sharding
 from atlas_jax.data import loader, packing, sets
 from atlas_jax.train import loop, sft
 from scripts import program
-from scripts.job import arguments, components, exports, print_config, processes
+from scripts.job import (
+  arguments,
+  components,
+  exports,
+  outcome,
+  print_config,
+  processes,
+)
 from scripts.plan import report
 
 
@@ -70,6 +77,7 @@ def main() -> None:
       run=loop.Run(workdir, writer, export, should_stop),
     )
     export(params, None)
+    outcome.report(workdir, config)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,14 @@ _LOSSES = dict(
 )
 
 
-def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+def get_config(  # noqa: PLR0915 - one statement per section.
+  variant: str = "full",
+) -> ml_collections.ConfigDict:
   is_smoke, loss = _parse(variant)
   config = ml_collections.ConfigDict()
   config.recipe = "grpo"
   config.seed = 42
+  config.dry_pass = True  # Shows one question before step 1.
   config.world = sections.get_world()
   # The lengths of `get_sampling` are for models that do not think first.
   config.model = hf.get_config(
@@ -126,6 +129,7 @@ def _parse(variant: str) -> tuple[bool, str]:
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.world = dict(directory=world.DIRECTORY, with_teacher=True)
+  config.dry_pass = False  # Compiles programs for a single question.
   config.model = tiny.get_config(world.TEACHER)
   config.student = tiny.get_config(world.STUDENT)
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"
