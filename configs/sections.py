@@ -29,7 +29,7 @@ def get_loop() -> ml_collections.ConfigDict:
       max_nonfinite=5,
       profile_steps="",  # For example "3:5".
       watchdog_s=3600.0,
-      require_updates=False,  # Exit with 4 if no step updated the parameters.
+      require_updates=False,  # Whether a run without any update exits with 4.
     )
   )
 

@@ -35,7 +35,7 @@ def get_config(  # noqa: PLR0915 - one statement per section.
   config = ml_collections.ConfigDict()
   config.recipe = "grpo"
   config.seed = 42
-  config.dry_pass = True  # Shows one question before step 1.
+  config.dry_pass = True  # Whether to show one question before step 1.
   config.world = sections.get_world()
   # The lengths of `get_sampling` are for models that do not think first.
   config.model = hf.get_config(
