@@ -60,7 +60,7 @@ def _report(
     lines.append("  no completion: its prompt was dropped, see above")
   for record, reward in zip(records, rewarded, strict=True):
     lines.append(diagnosis.sample(record, reward))
-  if records and not any(reward.value for reward in rewarded):
-    found = diagnosis.causes(records, rewarded)
-    lines += [f"  check: {cause}" for cause in found]
+  if records:
+    found = diagnosis.faults(records, rewarded)
+    lines += [f"  check: {fault}" for fault in found]
   return "\n".join(lines)

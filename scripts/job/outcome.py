@@ -38,13 +38,13 @@ def report(workdir: pathlib.Path, config: types.Config) -> None:
       "Nothing was learnt: no step updated the parameters.",
       where=f"{workdir}; --config.loop.require_updates=True",
       why="No step had a token to train on with a finite, nonzero gradient. "
-      "ALARM lines in the log count the causes.",
+      "Warnings in the log name the causes.",
       fix="Remove the causes, then train in a new --workdir. Checkpoints and "
       "the export hold the initial weights.",
     )
   if distributed.is_first():
     logging.warning(
       "NOTHING WAS LEARNT: no step updated the parameters, so the export holds "
-      "the initial weights. ALARM lines above count the causes; with "
+      "the initial weights. Warnings above name the causes; with "
       "--config.loop.require_updates=True the run exits with code 4."
     )

@@ -34,12 +34,7 @@ def causes(
       policy that answers by itself, so that no teaching is expected.
     rewarded: one reward per record.
   """
-  has_student = any(record.baseline for record in records)
-  found = [
-    *_of_rewards(rewarded),
-    *_of_completions(records, has_student=has_student),
-    *_of_answers(records, has_student=has_student),
-  ]
+  found = [*faults(records, rewarded), *_of_grades(records)]
   values = {reward.value for reward in rewarded}
   if not found and len(values) == 1:
     found.append(
@@ -49,6 +44,21 @@ def causes(
       )
     )
   return found
+
+
+def faults(
+  records: Sequence[types.TeachingRecord], rewarded: Sequence[types.Reward]
+) -> list[Cause]:
+  """Returns the causes that are wrong even for a single question.
+
+  These are all but answers that are all correct or all wrong; see `causes`.
+  """
+  has_student = _has_student(records)
+  return [
+    *_of_rewards(rewarded),
+    *_of_completions(records, has_student=has_student),
+    *_of_answers(records, has_student=has_student),
+  ]
 
 
 def sample(record: types.TeachingRecord, reward: types.Reward) -> str:
@@ -121,7 +131,7 @@ def _of_completions(
 def _of_answers(
   records: Sequence[types.TeachingRecord], *, has_student: bool
 ) -> Iterator[Cause]:
-  """Checks truncation and grades of the answers."""
+  """Checks truncation and form of the answers."""
   taught = [a for r in records for a in r.taught]
   if not taught:
     yield Cause("no answer was sampled", "see the warnings above")
@@ -133,18 +143,24 @@ def _of_answers(
       f"{max(cut)} tokens",
       "raise --config.sampling.solve.max_completion_tokens",
     )
-  # All records of a question have the same baseline answers.
-  baselines = {r.question: r.baseline for r in records}.values()
-  answers = taught + [a for baseline in baselines for a in baseline]
-  both = ", with and without a teaching" if has_student else ""
-  num_correct = sum(bool(a.correct) for a in answers)
+  answers = _answers(records)
   if all(a.answer is None for a in answers):
     yield Cause(
-      f"none of {len(answers)} answers has a final answer{both}",
+      f"none of {len(answers)} answers has a final answer",
       "ask in the template for \\boxed{} or <solution>; docs/rewards.md lists "
       "the forms",
     )
-  elif num_correct == len(answers):
+
+
+def _of_grades(records: Sequence[types.TeachingRecord]) -> Iterator[Cause]:
+  """Checks whether all answers are correct, or all are wrong."""
+  answers = _answers(records)
+  both = ", with and without a teaching" if _has_student(records) else ""
+  num_correct = sum(bool(a.correct) for a in answers)
+  is_sampled = any(record.taught for record in records)
+  if not is_sampled or all(a.answer is None for a in answers):
+    return  # `_of_answers` reports it.
+  if num_correct == len(answers):
     yield Cause(
       f"all {len(answers)} answers are correct{both}",
       "use harder questions",
@@ -155,6 +171,18 @@ def _of_answers(
       "use easier questions, or compare answers with their references: they "
       "may differ in form",
     )
+
+
+def _has_student(records: Sequence[types.TeachingRecord]) -> bool:
+  return any(record.baseline for record in records)
+
+
+def _answers(records: Sequence[types.TeachingRecord]) -> list[types.Attempt]:
+  """Returns all answers, with and without a teaching."""
+  taught = [a for r in records for a in r.taught]
+  # All records of a question have the same baseline answers.
+  baselines = {r.question: r.baseline for r in records}.values()
+  return taught + [a for baseline in baselines for a in baseline]
 
 
 def _is_most(count: int, total: int) -> bool:
@@ -182,8 +210,11 @@ def _reward(reward: types.Reward) -> str:
 
 
 def _shortened(text: str) -> str:
-  r"""Shows a text on one line, its middle left out if it is long."""
-  text = text.replace("\n", "\\n")
+  """Shows a text on one line, its middle left out if it is long.
+
+  Other control characters are escaped too, which a terminal would execute.
+  """
+  text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
   if len(text) <= _MAX_SHOWN:
     return text
   half = _MAX_SHOWN // 2

@@ -61,7 +61,7 @@ def test_a_policy_without_tags_is_named_with_its_truncation():
     ({"taught": ()}, "no answer was sampled"),
     (
       {"baseline": (_BARE,), "taught": (_BARE,)},
-      "none of 5 answers has a final answer, with and without a teaching",
+      "none of 5 answers has a final answer: ask in the template",
     ),
     ({"baseline": (_RIGHT,)}, "all 5 answers are correct, with and without"),
     ({"taught": (_WRONG,)}, "none of 5 answers is correct, with and without"),
@@ -77,6 +77,13 @@ def test_a_cause_is_named_by_what_was_counted(changes, expected):
   assert cause.startswith(expected)
 
 
+@pytest.mark.parametrize("answer", [_RIGHT, _WRONG])
+def test_answers_alike_are_no_fault_of_a_single_question(answer):
+  records = [_record(baseline=(answer,), taught=(answer,))]
+  assert diagnosis.faults(records, [types.Reward(0.0)]) == []
+  assert len(_causes(records)) == 1
+
+
 def test_missing_rewards_are_counted_with_their_commonest_reason():
   rewards = [types.Reward(None, "raised KeyError")] * 2 + [types.Reward(1.0)]
   (cause,) = _causes([_record()] * 3, rewards)
@@ -90,13 +97,13 @@ def test_what_holds_for_few_records_is_not_a_cause():
 
 
 def test_a_sample_shows_each_text_on_one_short_line():
-  record = _record("length", completion_text="a\n" * 900, baseline=(_BARE,))
+  record = _record("length", completion_text="a\n\x1b" * 900, baseline=(_BARE,))
   reward = types.Reward(0.5, parts={"gain": 0.25, "brevity": 0.25})
   lines = diagnosis.sample(record, reward).splitlines()
   shown = {line[2:28].strip(): line[28:] for line in lines}
   assert shown["probe"] == "Add."
   assert shown["prompt"] == "Teach 2 + 2."
-  assert shown["completion"].startswith("a\\na\\na")
+  assert shown["completion"].startswith("a\\n\\x1ba\\n")
   assert shown["completion"].endswith("... [truncated]")
   assert shown["teaching"] == "Count on."
   assert shown["taught answer"] == "It is 4. [correct, final answer '4']"
