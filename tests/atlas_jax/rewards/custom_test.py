@@ -50,12 +50,14 @@ def test_plain_numbers_are_accepted_and_none_is_missing():
 
 def test_a_function_in_a_file_may_import_its_neighbours(tmp_path):
   (tmp_path / "lengths.py").write_text("SCALE = 2\n")
-  # The name of a module that the worker has imported itself.
+  # Its name does not hide the standard module, which it imports here.
   file = tmp_path / "types.py"
   file.write_text(
+    "import types\n"
     "import lengths\n"
+    "scale = types.SimpleNamespace(value=lengths.SCALE).value\n"
     "def brevity(records):\n"
-    "  return [-lengths.SCALE * len(r.completion_text) for r in records]\n"
+    "  return [-scale * len(record.completion_text) for record in records]\n"
   )
   functions = custom.parse([f"{file}:brevity=2"], timeout_s=2.0, memory_gb=0.0)
   ((path, weight),) = functions.weights.items()

@@ -98,7 +98,7 @@ def test_last_returns_the_last_finite_value_with_its_step(tmp_path):
 def test_a_run_has_updated_if_any_line_reports_an_update(tmp_path):
   assert not writer.has_updated(tmp_path)
   log = _open(tmp_path)
-  log.write(1, {"reward": 0.0, "updated_fraction": 0.0})
+  log.write(1, {"loss": 0.0, "updated_fraction": 0.0})
   log.write(1, {"eval/loss": 2.5})
   assert not writer.has_updated(tmp_path)
   log.write(2, {"loss": 0.0, "updated_fraction": 0.5})
