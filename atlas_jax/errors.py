@@ -53,7 +53,7 @@ class DataError(AtlasError):
 
 
 class DivergedError(AtlasError):
-  """Training produced non-finite values."""
+  """Training diverged, or never updated the parameters."""
 
   exit_code = Exit.DIVERGED
 

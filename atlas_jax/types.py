@@ -152,7 +152,8 @@ class TeachingRecord:
   `num_teaching_tokens` is the length of `teaching` alone. `paraphrased` are
   answers to the question's paraphrase with the same teaching. `leaked` and the
   attempts' `correct` are None until graded. `seconds` is the wall time of the
-  taught pass, divided by the number of records in the batch.
+  taught pass, divided by the number of records in the batch. `completion_text`
+  is the whole text that the policy wrote, with its thinking and tags.
   """
 
   question: Question
@@ -166,6 +167,7 @@ class TeachingRecord:
   reward: Reward | None = None
   seconds: float = 0.0
   paraphrased: tuple[Attempt, ...] = ()
+  completion_text: str = ""
 
 
 class Sampler(Protocol):

@@ -96,6 +96,7 @@ def get_loop() -> ml_collections.ConfigDict:
       max_nonfinite=5,  # Updates in a row that may be skipped as non-finite.
       profile_steps="",  # Steps to trace, such as "3:5"; empty: none.
       watchdog_s=3600.0,  # Seconds a step may take; 0.0: no limit.
+      require_updates=False,  # Whether a run without any update exits with 4.
     )
   )
 

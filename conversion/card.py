@@ -37,6 +37,7 @@ class Card:
     metrics: the last value of each metric, with its step.
     rounded_to: precision of the quantized base under the adapters; empty if
       the base was not quantized.
+    warning: what a user must know before using the weights; may be empty.
   """
 
   base: str
@@ -45,6 +46,7 @@ class Card:
     default_factory=dict
   )
   rounded_to: str = ""
+  warning: str = ""
 
 
 def write(
@@ -85,6 +87,7 @@ def write(
       "",
       "# Model card",
       "",
+      *([f"> **Warning:** {_one_line(card.warning)}", ""] * bool(card.warning)),
       *(f"- {name}: {_one_line(fact)}" for name, fact in facts.items()),
       "",
       *_table(

@@ -260,7 +260,7 @@ def _wait_healthy(
         raise _unavailable(server, why)
       if now - logged > _PROGRESS_S:
         logging.info(
-          "Waiting for the %s, %.0f of %.0f s: %s. Log: %s",
+          "The %s: starting, %.0f s (limit %.0f s; %s). Log: %s",
           server.command.name,
           now - begun,
           max_wait_s,

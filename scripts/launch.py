@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_help() -> int:
-  print(f"{program.with_line_breaks(__doc__)}\n\nUsual overrides:")
+  print(f"{program.with_line_breaks(__doc__ or '')}\n\nUsual overrides:")
   for name in _USUAL:
     print(f"  {name}=VALUE\n      {override_names.TABLE[name].meaning}")
   print("\nFor example: bash scripts/launch.sh 1 teacher_sft:smoke max_steps=4")
@@ -160,5 +160,8 @@ if __name__ == "__main__":
   flags.FLAGS(sys.argv[:1])  # Unparsed flags make absl warn at the first log.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().setFormatter(  # As in `scripts.program`.
+    stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  )
   stdlib_logging.getLogger("httpx2").setLevel(stdlib_logging.WARNING)
   program.leave(lambda: main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from scripts.job import (
   components,
   config_help,
   exports,
+  outcome,
   print_config,
   processes,
   reward_functions,
@@ -108,6 +109,7 @@ def main() -> None:
         run=loop.Run(workdir, writer, export, should_stop),
       )
       export(params, None)
+      outcome.report(workdir, config)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from scripts.job import (
   components,
   config_help,
   exports,
+  outcome,
   print_config,
   processes,
   show_samples,
@@ -99,6 +100,7 @@ def main() -> None:
       run=loop.Run(workdir, writer, export, should_stop),
     )
     export(params, None)
+    outcome.report(workdir, config)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ _FUNCTIONS = {
   "optimizer.adafactor": (optimizer._adafactor, ()),
   "optimizer.muon": (optimizer._muon, ()),
   "loop": (loop.Settings, ()),
-  "samples": (samples.SampleLog, ("writer", "tokenizer", "seed")),
+  "samples": (samples.SampleLog, ("writer", "seed")),
   "report": (sinks.open_sinks, ("workdir", "resolved")),
   "checkpoint": (checkpoint.Checkpointer, ("identity",)),
   "export": (exports.write, ("facts",)),

@@ -16,6 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA runs independent collectives of a program at once, and each blocks threads
+# until all devices have joined. With the default, a thread per device, two that
+# start together can wait for each other: after 40 s XLA aborts the process.
+os.environ["PJRT_NPROC"] = "64"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Compiled programs are shared by all processes of one run, and by no other:

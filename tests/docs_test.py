@@ -2,6 +2,7 @@
 """Checks commands, config keys, links and tables of the documentation."""
 
 import ast
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -9,6 +10,7 @@ import re
 import ml_collections
 import pytest
 
+from atlas_jax import types
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -193,6 +195,16 @@ def test_functions_of_the_grpo_step_are_defined_in_their_file(row):
   named = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", functions)}
   assert named
   assert named <= defined
+
+
+def test_the_page_of_rewards_lists_every_field_of_a_record():
+  text = _TEXTS["docs/rewards.md"].partition("### Fields of a record")[2]
+  named = set(re.findall(r"\w+", text.partition("\n## ")[0]))
+  classes = (types.TeachingRecord, types.Question, types.Attempt)
+  fields = [
+    field.name for kind in classes for field in dataclasses.fields(kind)
+  ]
+  assert [name for name in fields if name not in named] == []
 
 
 def test_the_grpo_step_is_short_enough_to_read():

@@ -98,7 +98,8 @@ def weighted(rewards: Weighted) -> types.RewardFn:
   """Returns a reward function that computes a weighted sum of rewards.
 
   The `parts` of each reward hold the unweighted terms, by name, and the parts
-  of each term.
+  of each term. A term with one value for all records is logged, once for each
+  value.
 
   Args:
     rewards: weight and function, by name.
@@ -117,10 +118,13 @@ def weighted(rewards: Weighted) -> types.RewardFn:
       fix="Set a finite, nonzero weight for at least one reward.",
     )
 
+  constant: set[tuple[str, float]] = set()
+
   def reward_fn(records: Sequence[types.TeachingRecord]) -> list[types.Reward]:
     columns = {
       name: function(records) for name, (_, function) in rewards.items()
     }
+    _log_constant(columns, constant)
     combined = [
       _combine(rewards, dict(zip(columns, row, strict=True)))
       for _, *row in zip(records, *columns.values(), strict=True)
@@ -150,6 +154,25 @@ def _combine(
     total += rewards[name][0] * reward.value
     parts |= {**reward.parts, name: reward.value}
   return types.Reward(total, parts=parts)
+
+
+def _log_constant(
+  columns: Mapping[str, Sequence[types.Reward]], logged: set[tuple[str, float]]
+) -> None:
+  """Logs terms that are equal for all records, unless they are in `logged`."""
+  for name, column in columns.items():
+    values = [reward.value for reward in column]
+    if len(values) < 2 or values[0] is None or len(set(values)) > 1:
+      continue
+    if (name, values[0]) not in logged:
+      logged.add((name, values[0]))
+      logging.warning(
+        "Reward %s is %g for all %d completions of a step: it does not "
+        "distinguish them. Logged once for each value.",
+        name,
+        values[0],
+        len(values),
+      )
 
 
 def _log_missing(rewards: Sequence[types.Reward]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import pathlib
 import re
 from typing import Any
 
@@ -20,12 +21,15 @@ from atlas_jax.rewards import isolated
 
 # Limit on consecutive calls that return no usable reward.
 _MAX_FAILURES = 8
-_OPTION = re.compile(r"(?P<path>[\w.]+:\w+)(?:=(?P<weight>[^=]+))?")
+# `module:function` or `FILE.py:function`, then a weight.
+_OPTION = re.compile(
+  r"(?P<path>(?P<file>[^:=]+\.py)?(?(file)|[\w.]+):\w+)(?:=(?P<weight>[^=]+))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-  """User-defined reward functions: weights by `module:function`."""
+  """User-defined reward functions: weights by `module:function` or file."""
 
   weights: Mapping[str, float]
   limits: isolated.Limits
@@ -34,11 +38,13 @@ class Functions:
 def parse(
   options: Sequence[str], *, timeout_s: float, memory_gb: float
 ) -> Functions:
-  """Parses --reward_fn flags, each `module:function` or `...=weight`.
+  """Parses --reward_fn flags: `module:function` or `FILE.py:function`.
+
+  Either may be followed by `=weight`.
 
   Raises:
-    errors.ConfigError: if a flag has another form or is repeated, or a limit is
-      out of range.
+    errors.ConfigError: if a flag has another form, names a missing file or is
+      repeated, or a limit is out of range.
   """
   weights = {}
   for option in options:
@@ -48,9 +54,16 @@ def parse(
       raise errors.ConfigError(
         f"Invalid or repeated --reward_fn={option}.",
         where="--reward_fn",
-        why="The form is module:function or module:function=weight, with a "
-        "finite weight; each function may be given once.",
-        fix="For example, --reward_fn=my_rewards:brevity=0.5",
+        why="The form is FILE.py:function or module:function, then =weight "
+        "with a finite weight; each function may be given once.",
+        fix="For example, --reward_fn=reward.py:brevity=0.5",
+      )
+    if match["file"] and not pathlib.Path(match["file"]).is_file():
+      raise errors.ConfigError(
+        f"File {match['file']} does not exist.",
+        where=f"--reward_fn={option}",
+        why=f"The path is relative to {pathlib.Path.cwd()}.",
+        fix="Correct the path.",
       )
     weights[match["path"]] = weight
   if not (0.0 < timeout_s < math.inf and 0.0 <= memory_gb < math.inf):
@@ -74,8 +87,9 @@ def open_function(
   """Starts the process of a reward function, and stops it on exit.
 
   Args:
-    path: `module:function`, a `types.RewardFn` or a function that returns plain
-      numbers. It is called with the records of one question at a time.
+    path: `module:function` or `FILE.py:function`, a `types.RewardFn` or a
+      function that returns plain numbers. It is called with the records of one
+      question at a time.
     limits: of each call.
 
   Yields:

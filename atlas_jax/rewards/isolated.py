@@ -58,7 +58,7 @@ class Worker:
     """Stores the arguments; the process starts on enter.
 
     Args:
-      target: the function, as `module:function`.
+      target: the function, as `module:function` or `FILE.py:function`.
       kind: type of its argument, see `worker`.
       limits: deadline of each call, and memory limit of the process.
     """
@@ -125,8 +125,8 @@ class Worker:
         f"Failed to start a worker for {self._target}.",
         where=self._target,
         why="The worker did not import the function; its output is above.",
-        fix="Check that python -c 'import MODULE' works in this directory and "
-        "that MODULE defines the function.",
+        fix="Fix what its output reports; a module must be importable in this "
+        "directory.",
       ) from error
     return ours
 

@@ -3,17 +3,21 @@
 
   python -m atlas_jax.rewards.worker DESCRIPTOR TARGET KIND MAX_MEMORY
 
-TARGET is `module:function`. It is called with the JSON value of each line on
-the socket DESCRIPTOR, either unchanged (KIND "json") or parsed as teaching
-records ("records"). The reply is a line: {"value": ...} or {"failure": ...}.
+TARGET is `module:function` or `FILE.py:function`. It is called with the JSON
+value of each line on the socket DESCRIPTOR, either unchanged (KIND "json") or
+parsed as teaching records ("records"). The reply is a line: {"value": ...} or
+{"failure": ...}.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
+import inspect
 import json
 import os
+import pathlib
 import queue
 import resource
 import socket
@@ -45,12 +49,36 @@ def main() -> None:
 
 
 def _load(target: str) -> _Function:
-  """Imports the function named by `target`."""
-  module, _, name = target.partition(":")
-  function = getattr(importlib.import_module(module), name)
+  """Imports the function named by `target`.
+
+  Raises:
+    SystemExit: if the module defines no such function.
+  """
+  source, _, name = target.rpartition(":")
+  if source.endswith(".py"):
+    module = _load_file(pathlib.Path(source).resolve())
+  else:
+    module = importlib.import_module(source)
+  function = getattr(module, name, None)
   if not callable(function):
-    raise TypeError(f"{target} is not a function.")
+    defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+    raise SystemExit(
+      f"{target} is not a function. Functions there: {', '.join(defined)}."
+    )
   return function
+
+
+def _load_file(path: pathlib.Path) -> python_types.ModuleType:
+  """Imports a file, which may import modules next to it."""
+  sys.path.append(str(path.parent))
+  # Not by its own name, which may be that of another module.
+  spec = importlib.util.spec_from_file_location("reward_file", path)
+  if spec is None or spec.loader is None:
+    raise ImportError(f"{path} is not a Python file.")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # Dataclasses look their module up.
+  spec.loader.exec_module(module)
+  return module
 
 
 def _on_records(function: _Function) -> _Function:

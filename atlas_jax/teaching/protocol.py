@@ -176,6 +176,7 @@ class Protocol:
         num_teaching_tokens=self._num_tokens(row.teaching),
         baseline=baselines[row.question],
         seconds=seconds,
+        completion_text=self.policy.text(row.teacher_rollout.completion),
         **row._asdict(),
       )
       for row in rows

@@ -62,6 +62,10 @@ class Role:
     """
     return self._sample(prompts, params, params.max_completion_tokens)
 
+  def text(self, completion: types.Completion) -> str:
+    """Returns the whole text of a completion, with its thinking."""
+    return chat.decode(self.tokenizer, completion.token_ids)
+
   def read(self, prompt: types.Prompt, token_ids: Sequence[int]) -> str:
     """Returns the text of a completion without its thinking."""
     return chat.without_thinking(

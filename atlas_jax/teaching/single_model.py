@@ -104,4 +104,5 @@ class SingleModelRollouts:
       num_teaching_tokens=0,
       baseline=(),
       taught=(answer,),
+      completion_text=self.policy.text(completion),
     )

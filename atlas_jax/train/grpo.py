@@ -23,6 +23,7 @@ from atlas_jax.models import decoder
 from atlas_jax.rewards import grading
 from atlas_jax.teaching import protocol as teaching_protocol
 from atlas_jax.train import (
+  dry_pass,
   grpo_batches,
   grpo_update,
   loop,
@@ -50,6 +51,7 @@ class GrpoStep:
     group_size: teachings per question.
     max_refills: how often to sample further questions in place of groups whose
       rewards are all equal; 0 never does.
+    dry_pass: runs before the first step, with its weights; None for no pass.
   """
 
   policy: trainable.Policy
@@ -61,6 +63,7 @@ class GrpoStep:
   clock: train_clock.Clock
   group_size: int
   max_refills: int
+  dry_pass: dry_pass.DryPass | None
 
   def __call__(
     self, state: train_state.TrainState, step: int
@@ -69,6 +72,9 @@ class GrpoStep:
     self.batches.settle()
     with self.clock.phase("push"):
       self.batches.push(self.policy.merged_params(state.params), step)
+    if self.dry_pass and step == 0:
+      with self.clock.phase("dry_pass"):
+        self.dry_pass()
     records, sampled = self.batches.take(step, self.clock)
     records, rewarded = self._reward(records)
     records, rewarded, num_refills = self._refill(step, records, rewarded)
@@ -148,7 +154,8 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     evaluation: samples their records, with the samplers of `protocol`.
     mesh: see `sharding.make_mesh`.
     config: sections `optimizer`, `schedule`, `offload`, `loop`, `checkpoint`,
-      `rollout` and `overlap`, those of `grpo_update.GrpoUpdate`, and `seed`.
+      `rollout` and `overlap`, those of `grpo_update.GrpoUpdate`, `seed` and
+      `dry_pass`.
     run: where metrics and checkpoints go.
 
   Raises:
@@ -175,9 +182,16 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
     mesh=mesh,
     config=config,
   )
-  tokenizer = protocol.policy.tokenizer
   samples = train_samples.SampleLog(
-    run.writer, tokenizer, seed=config.seed, **config.samples
+    run.writer, seed=config.seed, **config.samples
+  )
+  rehearsal = dry_pass.DryPass(
+    evaluation,
+    grader,
+    reward_fn,
+    questions.batch(0)[0],
+    config.seed,
+    run.writer,
   )
   clock = train_clock.Clock()
   with _open_batches(protocol, questions, config) as batches:
@@ -192,6 +206,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
         clock,
         group_size=config.sampling.teach.group_size,
         max_refills=config.groups.max_refills,
+        dry_pass=rehearsal if config.dry_pass else None,
       ),
       functools.partial(
         _evaluate, policy, batches, evaluation, grader, held_out, config
@@ -210,7 +225,7 @@ def train(  # noqa: PLR0913 - one argument per collaborator.
       num_steps=config.loop.num_steps,
       identity={
         "data": questions.fingerprint(),
-        "tokenizer": chat.fingerprint(tokenizer),
+        "tokenizer": chat.fingerprint(protocol.policy.tokenizer),
         "student": config.student.path if "student" in config else "none",
         "optimizer": config.optimizer.name,
         **policy.identity(),

@@ -162,7 +162,7 @@ class GrpoUpdate:
             max_prob_error=config.agreement.max_prob_error,
           )
       metrics |= updated
-    self._alarm.check(metrics, step=step + 1)
+    self._alarm.check(metrics, records, rewarded, step=step + 1)
     return self._sync_reference(state), metrics
 
   def _kept(

@@ -9,6 +9,7 @@ number `step + 1`, whose metrics are logged and saved under `step + 1`.
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import math
 import pathlib
 
 import jax
@@ -18,7 +19,7 @@ from atlas_jax.models import decoder
 from atlas_jax.train import optimizer_step, train_state
 from atlas_jax.train.guards import nonfinite, watchdog
 from atlas_jax.train.telemetry import clock as train_clock
-from atlas_jax.train.telemetry import profile
+from atlas_jax.train.telemetry import memory, profile
 from atlas_jax.train.telemetry import speed as train_speed
 from atlas_jax.train.telemetry import writer as train_writer
 
@@ -88,6 +89,7 @@ class Settings:
     profile_steps: steps to trace, such as "3:5"; "" traces none.
     watchdog_s: seconds that a step, with its evaluation and save, may take
       before the process exits as hung; 0.0 disables the watchdog.
+    require_updates: whether a run without any update fails after its export.
   """
 
   num_steps: int
@@ -97,6 +99,7 @@ class Settings:
   max_nonfinite: int
   profile_steps: str
   watchdog_s: float
+  require_updates: bool
 
   def __post_init__(self) -> None:
     """Validates intervals and profile_steps."""
@@ -157,6 +160,7 @@ def train(
   watch = nonfinite.Watch(task.row_ids, run.workdir, settings.max_nonfinite)
   window: list[Metrics] = []
   clock = task.clock
+  clock.on_phase = run.writer.phase
   with (
     contextlib.closing(run.writer),
     watchdog.Watchdog(settings.watchdog_s, checkpointer.steps) as dog,
@@ -174,7 +178,7 @@ def train(
       window.append({**metrics, "learning_rate": task.rate(step)})
       with clock.phase("train"):
         watch.add(done, metrics)
-      run.writer.advance(done)
+      run.writer.advance(done, once_s=speed.once_s)
       if _is_due(done, settings.log_every, end):
         _log(done, window, run.writer, clock, speed)
       evaluated: Metrics = {}
@@ -243,8 +247,11 @@ def _summarize(
   """Combines each metric over the steps that reported it; adds times."""
   with clock.phase("train"):  # The devices may still be computing.
     window = jax.device_get(window)
-  means = {}
+  norms = [float(m.get("grad_norm", 0.0)) for m in window]
+  means = {
+    "updated_fraction": sum(0 < n < math.inf for n in norms) / len(norms)
+  }
   for name in dict.fromkeys(name for metrics in window for name in metrics):
     values = [float(m[name]) for m in window if name in m]
     means[name] = optimizer_step.combine(name, values)
-  return {**means, **speed.take(means, len(window))}
+  return {**means, **speed.take(means, len(window)), **memory.measure()}

@@ -28,11 +28,14 @@ _LOSSES = dict(
 )
 
 
-def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+def get_config(  # noqa: PLR0915 - one statement per section.
+  variant: str = "full",
+) -> ml_collections.ConfigDict:
   is_smoke, loss = _parse(variant)
   config = ml_collections.ConfigDict()
   config.recipe = "grpo"  # Kind of run, which one script runs; fixed.
   config.seed = 42  # Seed of all random numbers.
+  config.dry_pass = True  # Whether to show one question before step 1.
   config.world = sections.get_world()
   # The lengths of `get_sampling` are for models that do not think first.
   config.model = hf.get_config(
@@ -121,6 +124,7 @@ def _parse(variant: str) -> tuple[bool, str]:
 
 def _make_smoke(config: ml_collections.ConfigDict) -> None:
   config.world.directory = world.DIRECTORY
+  config.dry_pass = False  # Compiles programs for a single question.
   config.model = tiny.get_config(world.TEACHER)
   config.student = tiny.get_config(world.STUDENT)
   config.data.path = f"{world.DIRECTORY}/questions.jsonl"

@@ -76,7 +76,9 @@ def check(config: types.Config) -> None:
       if key in section:
         _check_precision(section, f"{name}{key}", key)
     for key in section:
-      _check_value(f"{name}{key}", section)
+      is_automatic = key == "length" and config.recipe == "sft"
+      if not (is_automatic and section[key] == 0):
+        _check_value(f"{name}{key}", section)
   _check_sections(config)
 
 

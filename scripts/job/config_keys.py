@@ -107,10 +107,11 @@ class _Source:
     Of a table of modules that is indexed, the first one.
     """
     if isinstance(node, ast.Subscript):
+      indexed = ast.unparse(node.value)
       for statement in self._tree.body:
         match statement:
           case ast.Assign(targets=[target], value=ast.Call() as table) if (
-            ast.unparse(target) == ast.unparse(node.value)
+            ast.unparse(target) == indexed
           ):
             node = table.keywords[0].value
     for statement in self._tree.body:

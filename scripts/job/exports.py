@@ -16,7 +16,7 @@ from atlas_jax.models import decoder, lora, quantized
 from atlas_jax.train import trainable
 from atlas_jax.train.telemetry import writer as train_writer
 from conversion import card, peft_adapters, save, verify
-from scripts.job import components
+from scripts.job import components, outcome
 
 
 def writer(
@@ -76,6 +76,7 @@ def write(  # noqa: PLR0913 - one argument per config key.
     facts=facts,
     metrics=train_writer.last(workdir),
     rounded_to=quantized.kind_of(opened.params) or "",
+    warning="" if train_writer.has_updated(workdir) else outcome.UNTRAINED,
   )
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(

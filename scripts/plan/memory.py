@@ -301,7 +301,7 @@ def _students(
   is_sampled = config.rollout.backend == "jax"
   if "student" not in config or not (is_sampled or config.reward.weights.rlt):
     return {}
-  model = _frozen(described.mesh, config.student)
+  model = frozen(described.mesh, config.student)
   found = {"student": _cast(model, described, config.student.param_dtype)}
   if is_sampled:
     found["student's sampler"] = _cast(model, described, config.student.dtype)
@@ -312,12 +312,12 @@ def _teacher(
   mesh: jax.sharding.Mesh,
   config: types.Config,
 ) -> gkd.Teacher:
-  model = _frozen(mesh, config.teacher)
+  model = frozen(mesh, config.teacher)
   kept = load.describe(model, config.teacher.param_dtype)
   return gkd.Teacher(model, _place(mesh, kept))
 
 
-def _frozen(
+def frozen(
   mesh: jax.sharding.Mesh,
   section: types.Config,
 ) -> decoder.Model:
@@ -344,7 +344,7 @@ def _cache(
     num_rows = batch.num_questions * sampling.teach.group_size
   caches = [(described.policy.base, num_rows, longest)]
   if "student" in config:
-    student, solve = _frozen(described.mesh, config.student), sampling.solve
+    student, solve = frozen(described.mesh, config.student), sampling.solve
     taught = prompt_tokens + sampling.teach.max_completion_tokens
     taught += config.roles.student.max_thinking_tokens
     caches.append(

@@ -23,6 +23,7 @@ from conversion import save
 from scripts.job import arguments
 from scripts.plan import checks as plan_checks
 from scripts.plan import memory as plan_memory
+from scripts.plan import sampling as plan_sampling
 from scripts.plan import update_bytes
 
 _PLAN = flags.DEFINE_string(
@@ -39,19 +40,20 @@ _MFU = flags.DEFINE_float(
   upper_bound=1.0,
 )
 
-# JAX's `device_kind` (see `flops.peak`), and the GiB that JAX can use.
-_DEVICES: Mapping[str, tuple[str, float]] = {
-  "B200": ("NVIDIA B200", 178.0),
-  "H200": ("NVIDIA H200", 140.0),
-  "H100": ("NVIDIA H100", 79.0),
-  "A100": ("NVIDIA A100", 79.0),
-  "A100-40": ("NVIDIA A100", 39.0),
-  "L40S": ("NVIDIA L40S", 44.0),
-  "L4": ("NVIDIA L4", 22.0),
-  "v6e": ("TPU v6 lite", 31.2),
-  "v5p": ("TPU v5", 95.0),
-  "v5e": ("TPU v5 lite", 15.7),
-  "v4": ("TPU v4", 30.7),
+# JAX's `device_kind` (see `flops.peak`), the GiB that JAX can use, and the
+# memory bandwidth in 1e12 bytes per second, from the same data sheets.
+_DEVICES: Mapping[str, tuple[str, float, float]] = {
+  "B200": ("NVIDIA B200", 178.0, 8.0),
+  "H200": ("NVIDIA H200", 140.0, 4.8),
+  "H100": ("NVIDIA H100", 79.0, 3.35),
+  "A100": ("NVIDIA A100", 79.0, 2.039),
+  "A100-40": ("NVIDIA A100", 39.0, 1.555),
+  "L40S": ("NVIDIA L40S", 44.0, 0.864),
+  "L4": ("NVIDIA L4", 22.0, 0.3),
+  "v6e": ("TPU v6 lite", 31.2, 1.64),
+  "v5p": ("TPU v5", 95.0, 2.765),
+  "v5e": ("TPU v5 lite", 15.7, 0.819),
+  "v4": ("TPU v4", 30.7, 1.228),
 }
 _DEVICE = re.compile(r"(\d+)x(?:([\d.]+)Gi?B|([\w-]+))", re.IGNORECASE)
 # XLA's default fraction of a GPU's memory.
@@ -63,12 +65,21 @@ _MORE_CHECKPOINTS = 2
 
 @dataclasses.dataclass(frozen=True)
 class _Devices:
-  """The planned devices: bytes of memory, and the fraction that a run uses."""
+  """The planned devices.
+
+  Attributes:
+    number: of devices.
+    kind: JAX's `device_kind`; empty if only the memory was given.
+    memory: bytes.
+    fraction: of the memory that a run may use.
+    bandwidth: bytes of memory read per second; 0.0 if unknown.
+  """
 
   number: int
   kind: str
   memory: float
   fraction: float
+  bandwidth: float
 
   @property
   def budget(self) -> float:
@@ -110,12 +121,14 @@ def _parse(text: str) -> _Devices:
   match = _DEVICE.fullmatch(text)
   names = {name.lower(): name for name in _DEVICES}
   if match and int(match[1]) and match[2]:
-    return _Devices(int(match[1]), "", float(match[2]) * 2**30, 1.0)
+    return _Devices(int(match[1]), "", float(match[2]) * 2**30, 1.0, 0.0)
   if match and int(match[1]) and match[3].lower() in names:
-    kind, memory = _DEVICES[names[match[3].lower()]]
+    kind, memory, bandwidth = _DEVICES[names[match[3].lower()]]
     is_gpu = kind.startswith("NVIDIA")
     fraction = _fraction() if is_gpu else 1.0
-    return _Devices(int(match[1]), kind, memory * 2**30, fraction)
+    return _Devices(
+      int(match[1]), kind, memory * 2**30, fraction, bandwidth * 1e12
+    )
   raise errors.ConfigError(
     "Unknown device.",
     where=f"--plan={text}",
@@ -227,12 +240,39 @@ def _print_run(
     print("Time: unknown, since no device is named; try --plan=8xH100")
     return
   seconds = step_flops / (devices.number * peak * _MFU.value)
-  line = f"Time at {_MFU.value:.0%} MFU: {seconds:,.1f} s per step"
-  if steps:
-    line += f", {steps * seconds / 3600:,.1f} h in all"
+  print(f"Updates at {_MFU.value:.0%} MFU: {seconds:,.1f} s per step")
   if plan_memory.is_sampled(config):
-    line += ", plus sampling"
-  print(line)
+    sampling = _print_sampling(described, config, facts, devices, peak)
+    is_ahead = config.recipe == "grpo" and config.overlap.max_staleness > 0
+    seconds = max(seconds, sampling) if is_ahead else seconds + sampling
+  if steps:
+    print(f"Time: {steps * seconds / 3600:,.1f} h for {steps} steps")
+
+
+def _print_sampling(
+  described: plan_memory.RunShapes,
+  config: types.Config,
+  facts: plan_checks.Facts,
+  devices: _Devices,
+  peak: float,
+) -> float:
+  """Prints the time of sampling; returns that of a later step."""
+  found = plan_sampling.seconds(
+    described,
+    config,
+    plan_sampling.Device(devices.bandwidth, peak),
+    prompt_tokens=facts.prompt_tokens,
+  )
+  later = sum(s for phase, s in found.items() if not phase.is_cached)
+  parts = ", ".join(
+    f"{phase.name} {s:,.1f}" + " once per question" * phase.is_cached
+    for phase, s in found.items()
+  )
+  print(
+    f"Sampling at full memory bandwidth: {later:,.1f} s per step if every "
+    f"completion has its most tokens ({parts})"
+  )
+  return later
 
 
 def _print_memory(
@@ -245,7 +285,12 @@ def _print_memory(
   for phase, parts in need.phases.items():
     for name, size in parts.items():
       _print_size(name, size, f"{phase}; estimated")
-  _print_size("peak", need.peak, f"of {plan_checks.gib(devices.budget)}")
+  _print_size(
+    "peak",
+    need.peak,
+    f"{need.peak / devices.budget:.0%} of {plan_checks.gib(devices.budget)}, "
+    f"which is {devices.fraction:.0%} of the device's memory",
+  )
   if need.on_host:
     _print_size("in host memory", need.on_host, "for each device")
   compiled = update_bytes.compile_update(

@@ -52,6 +52,7 @@ def test_card_copies_base_revision_and_license(tmp_path, source):
   }
   weights = (tmp_path / "out/model.safetensors").read_bytes()
   digest = xxhash.xxh3_128(weights).hexdigest()
+  assert "Warning" not in read.text
   for line in (
     "- Base model: an/id",
     "- Base revision: c0ffee",
@@ -67,7 +68,9 @@ def test_card_copies_base_revision_and_license(tmp_path, source):
 
 def test_local_path_is_not_a_base_id_and_missing_license_is_noted(tmp_path):
   source = tiny.write_source(tmp_path / "local", "qwen2")
-  read = _write(tmp_path / "out", source, card.Card(base="results/sft"))
+  about = card.Card(base="results/sft", warning="untrained.")
+  read = _write(tmp_path / "out", source, about)
+  assert "\n# Model card\n\n> **Warning:** untrained.\n\n- " in read.text
   assert read.data.base_model is None
   assert read.data.license is None
   assert "- License: that of the base model" in read.text

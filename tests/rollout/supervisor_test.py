@@ -180,15 +180,20 @@ def test_aborted_training_is_reported_as_a_lost_process(stage):
   ],
 )
 def test_a_server_that_is_not_healthy_in_time_fails_the_launch(
-  stage, monkeypatch, mode, answers_as, message
+  stage, monkeypatch, caplog, mode, answers_as, message
 ):
+  caplog.set_level("INFO")
   monkeypatch.setattr(supervisor, "_PROBE_S", 1.0)
+  monkeypatch.setattr(supervisor, "_PROGRESS_S", 0.0)
   servers = [stage.server(mode=mode, answers_as=answers_as)]
   marker = stage.path / "trained"
   training = _training(f"open({str(marker)!r}, 'w')")
   with pytest.raises(errors.RolloutError) as caught:
     supervisor.run(servers, training, max_wait_s=1.0)
   assert message in str(caught.value)
+  if mode == "well":
+    assert "on port" in caplog.text
+    assert ": starting, 1 s (limit 1 s; role=student, status=ok)" in caplog.text
   assert str(stage.path / "logs" / "policy.log") in caught.value.where
   assert not marker.exists()
   stage.check_nothing_left()

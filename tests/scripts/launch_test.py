@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -223,6 +224,9 @@ def test_training_with_servers_finishes_four_steps(
   assert (run / "export/model.safetensors").exists()
   pushed = f"version=4 to {num_of_policy} of {num_of_policy} servers"
   assert pushed in result.stderr
+  # The launcher and training log in one format.
+  for event in ("Training: ", "Devices: "):
+    assert re.search(rf"(?m)^\d\d:\d\d:\d\d {event}", result.stderr)
   assert len(list(run.glob("servers/*.log"))) == num_ports
   supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))

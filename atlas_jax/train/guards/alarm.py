@@ -2,16 +2,18 @@
 """Warns about, or stops on, update metrics that exceed their bounds.
 
 The loss clips large probability ratios silently; the alarm reports them. It
-also reports batches in which few groups have a learning signal.
+also reports batches in which few groups have a learning signal, with the causes
+that `diagnosis` counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 from absl import logging
 import jax
 
-from atlas_jax import errors
+from atlas_jax import errors, types
+from atlas_jax.train.guards import diagnosis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,10 @@ class Alarm:
   max_kl: float
   stop: bool
   min_used_fraction: float
+  # Fixes of the causes that a sample was shown with.
+  _shown: set[str] = dataclasses.field(
+    default_factory=set, init=False, repr=False, compare=False
+  )
 
   def __post_init__(self) -> None:
     """Rejects bounds that every step exceeds, and `stop` without a bound."""
@@ -59,32 +65,42 @@ class Alarm:
       )
 
   def check(
-    self, metrics: Mapping[str, float | jax.Array], *, step: int
+    self,
+    metrics: Mapping[str, float | jax.Array],
+    records: Sequence[types.TeachingRecord],
+    rewarded: Sequence[types.Reward],
+    *,
+    step: int,
   ) -> None:
     """Checks the metrics after `step` steps; NaN is not out of bounds.
 
-    `ratio_max`, `kl` and `kl_old` may be missing: a step without any used group
-    makes no update.
+    Args:
+      metrics: of the step. `ratio_max`, `kl` and `kl_old` may be missing: a
+        step without any used group makes no update.
+      records: graded records of the step, to find causes in.
+      rewarded: their rewards.
+      step: number of completed steps.
 
     Raises:
       errors.DivergedError: if `stop` is set and a bound is exceeded.
     """
     used = float(metrics["groups/used_fraction"])
     if used < self.min_used_fraction or not metrics["num_tokens"]:
-      truncated = float(metrics["groups/truncated_fraction"])
+      masked = float(metrics["groups/truncated_fraction"])
       logging.warning(
         "ALARM at step %d: groups/used_fraction is %.4g%s. In %.0f %% of the "
-        "groups all rewards are equal or missing: the questions are too easy "
-        "or too hard, or the reward fails. In %.0f %% every completion was "
-        "truncated and --config.batch.mask_truncated leaves it out: raise "
-        "--config.sampling.teach.max_completion_tokens.",
+        "groups all rewards are equal or missing%s.\n%s",
         step,
         used,
         f", below --config.alarm.min_used_fraction={self.min_used_fraction:g}"
         if metrics["num_tokens"]
         else ", and the step trained on no token",
-        100 * (1.0 - used - truncated),
-        100 * truncated,
+        100 * (1.0 - used - masked),
+        f"; in {masked:.0%} every completion was truncated, and "
+        "--config.batch.mask_truncated leaves it out"
+        if masked
+        else "",
+        self._explain(records, rewarded),
       )
     for name, key, bound in (
       ("ratio_max", "max_ratio", self.max_ratio),
@@ -112,3 +128,19 @@ class Alarm:
           "--config.loss.kl_coef, or inspect the completions of the last "
           "steps. Set --config.alarm.stop=False to only warn.",
         )
+
+  def _explain(
+    self,
+    records: Sequence[types.TeachingRecord],
+    rewarded: Sequence[types.Reward],
+  ) -> str:
+    """Returns the causes; with a sample the first time that each is found."""
+    causes = diagnosis.causes(records, rewarded)
+    lines = [f"  cause: {cause}" for cause in causes] or [
+      "  cause: none is common to half of the completions"
+    ]
+    fixes = {cause.fix for cause in causes}
+    if not self._shown or not fixes <= self._shown:
+      self._shown.update(fixes, {""})
+      lines += ["  sample:", diagnosis.sample(records[0], rewarded[0])]
+    return "\n".join(lines)

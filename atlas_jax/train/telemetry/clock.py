@@ -20,11 +20,16 @@ class Clock:
     """Starts in `IDLE`; `now` returns the time in seconds."""
     self._now, self._last = now, now()
     self._phase = IDLE
+    self.on_phase: Callable[[str], None] = lambda _: None
     self._seconds: dict[str, float] = collections.defaultdict(float)
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Attributes the time of a `with` block to phase `name`."""
+    """Attributes the time of a `with` block to phase `name`.
+
+    Calls `on_phase` first, with the name.
+    """
+    self.on_phase(name)
     outer = self._switch(name)
     try:
       yield
@@ -36,6 +41,11 @@ class Clock:
     self._switch(self._phase)
     taken, self._seconds = self._seconds, collections.defaultdict(float)
     return dict(taken)
+
+  def peek(self, name: str) -> float:
+    """Returns the seconds of one phase since the last `take`."""
+    self._switch(self._phase)
+    return self._seconds.get(name, 0.0)
 
   def move(self, seconds: float, to: str) -> None:
     """Moves seconds that have just elapsed from the current phase to `to`."""

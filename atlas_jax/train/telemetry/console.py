@@ -16,18 +16,47 @@ import rich.text
 # Prefixes and suffixes of metrics that are left out of the line.
 _FILE_ONLY = (
   "seconds",
-  "rewards/",
   "rollout/",
   "groups/",
   "ratio_",
   "clip_",
   "num_",
+  "device_",
+  "goodput",
+  "init_s",
+  "padding_fraction",
+  "updated_fraction",
+  "memory/device_gb",
+  "memory/host",
   "teaching/num_",
   "teaching/seconds",
+  "teaching/completion_rate",
   "teaching/LR",
-  "teaching/leak_rate",
 )
 _BOUNDS = ("_low", "_high")  # Of confidence intervals.
+# Prefixes of metrics that are left out while they are 0.
+_NONZERO = (
+  "rewards/",
+  "teaching/leak_rate",
+  "teaching/no_teaching_rate",
+  "truncated_fraction",
+  "dropped_fraction",
+  "grading_failures",
+)
+_FIRST = ("loss", "reward")
+# Phases that the first step names, since they also compile their programs.
+_PHASES = {
+  "dry_pass": "dry pass of one question",
+  "data": "loading data",
+  "baseline": "sampling baselines",
+  "probe": "sampling probes",
+  "teach": "sampling teachings",
+  "solve": "sampling answers",
+  "rollout": "sampling on rollout servers",
+  "sample": "sampling completions",
+  "reward": "computing rewards",
+  "train": "compiling and running the update",
+}
 _MAX_SILENCE_S = 30.0
 _MAX_CELL = 300
 
@@ -45,25 +74,42 @@ class Console:
     """Starts at `step`, with a bar if stderr is a terminal."""
     self._num_steps, self._now = num_steps, now
     self._first_step, self._start = step, now()
+    self._once_s = 0.0
+    self._phase: str | None = ""  # None after the first step.
     self._last_line = self._start
     self._bar = _Bar(step, num_steps) if sys.stderr.isatty() else None
 
-  def advance(self, step: int) -> None:
-    """Advances to `step`; logs a line after 30 s without one."""
+  def phase(self, name: str) -> None:
+    """Logs the start of a phase of the first step, once."""
+    text = _PHASES.get(name)
+    if self._phase is not None and text and name != self._phase:
+      self._phase, self._last_line = name, self._now()
+      logging.info("Step %d: %s ...", self._first_step + 1, text)
+
+  def advance(self, step: int, *, once_s: float) -> None:
+    """Advances to `step`; logs a line after 30 s without one.
+
+    Args:
+      step: number of completed steps.
+      once_s: seconds so far that later steps do not spend, such as compilation;
+        left out of the expected end.
+    """
+    self._phase, self._once_s = None, once_s
     if self._bar is not None:
-      self._bar.advance(step)
+      self._bar.advance(step, self._eta(step))
     elif self._now() - self._last_line > _MAX_SILENCE_S:
       self._log(step, "")
 
   def report(self, step: int, values: Mapping[str, float]) -> None:
-    """Logs a line of metrics."""
+    """Logs a line of metrics, the loss and rewards first."""
     self._log(
       step,
       " ".join(
         f"{name}={value:.4g}"
-        for name, value in values.items()
-        if not name.removeprefix("eval/").startswith(_FILE_ONLY)
-        and not name.endswith(_BOUNDS)
+        for name, value in sorted(
+          values.items(), key=lambda item: not item[0].startswith(_FIRST)
+        )
+        if _is_shown(name.removeprefix("eval/"), value)
       ),
     )
 
@@ -79,18 +125,18 @@ class Console:
 
   def _log(self, step: int, text: str) -> None:
     self._last_line = self._now()
-    logging.info(
-      "step %d/%d %s%s", step, self._num_steps, text, self._eta(step)
-    )
+    parts = (f"step {step}/{self._num_steps}", text, self._eta(step))
+    logging.info("%s", " ".join(filter(None, parts)))
 
   def _eta(self, step: int) -> str:
     done = step - self._first_step
     if done < 1 or step >= self._num_steps:
       return ""
-    seconds = (self._now() - self._start) / done * (self._num_steps - step)
+    spent = self._now() - self._start - self._once_s
+    seconds = max(spent, 0.0) / done * (self._num_steps - step)
     left = datetime.timedelta(seconds=round(seconds))
     end = datetime.datetime.now().astimezone() + left
-    return f" eta={left} ({end:%H:%M})"
+    return f"eta={left} ({end:%H:%M})"
 
 
 class _Bar:
@@ -103,12 +149,14 @@ class _Bar:
       rich.progress.MofNCompleteColumn(),
       rich.progress.BarColumn(),
       rich.progress.TimeElapsedColumn(),
-      rich.progress.TimeRemainingColumn(),
+      rich.progress.TextColumn("{task.fields[eta]}"),
       console=self._console,
       transient=True,
       refresh_per_second=2,
     )
-    self._task = self._progress.add_task("", completed=step, total=num_steps)
+    self._task = self._progress.add_task(
+      "", completed=step, total=num_steps, eta=""
+    )
     # rich replaces sys.stderr while the bar is shown, to print lines above it;
     # absl's handler holds the original stream.
     self._handler = logging.get_absl_handler().python_handler
@@ -117,8 +165,8 @@ class _Bar:
       self._progress.start()
       self._handler.setStream(sys.stderr)
 
-  def advance(self, step: int) -> None:
-    self._progress.update(self._task, completed=step)
+  def advance(self, step: int, eta: str) -> None:
+    self._progress.update(self._task, completed=step, eta=eta)
 
   def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
     table = rich.table.Table(*rows[0], title=title, show_lines=True)
@@ -131,6 +179,13 @@ class _Bar:
     self._handler.setStream(self._stream)
     with contextlib.suppress(OSError):
       self._progress.stop()
+
+
+def _is_shown(name: str, value: float) -> bool:
+  """Returns whether a metric is part of the line."""
+  if name.startswith(_FILE_ONLY) or name.endswith(_BOUNDS):
+    return False
+  return bool(value) or not name.startswith(_NONZERO)
 
 
 def _cell(value: object) -> rich.text.Text:

@@ -3,12 +3,12 @@
 
 Under the workdir:
 
-  completions/step-N.jsonl         a sample of a step, with every reward part
-  stored_completions/N.csv         step, prompt, completion, reward
-  successful_teaching/step_..json  one per teaching with a high enough reward
+  completions/step-N.jsonl          a sample of a step, with every reward part
+  stored_completions/N.csv          step, prompt, completion, reward
+  successful_teaching/step-N.jsonl  teachings with a high enough reward
 
 N counts steps done, as in `metrics.jsonl`. A step repeated after a resume
-replaces its files. The last two use ATLAS's file names and fields.
+replaces its files. The last two have ATLAS's fields.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax import chat, errors, types
+from atlas_jax import errors, types
 from atlas_jax.train.telemetry import writer as train_writer
 
 _CSV_COLUMNS = ("step", "prompt", "completion", "reward")
@@ -37,7 +37,6 @@ class SampleLog:
   def __init__(
     self,
     writer: train_writer.Writer,
-    tokenizer: chat.Tokenizer,
     *,
     seed: int,
     log_completions_every: int,
@@ -49,7 +48,6 @@ class SampleLog:
 
     Args:
       writer: writer of the run; receives the tables.
-      tokenizer: tokenizer of the policy.
       seed: seed of the sampling.
       log_completions_every: steps between samples of completions; 0 for none.
       num_completions: rows per table.
@@ -67,7 +65,7 @@ class SampleLog:
         why="It is the probability that a completion is stored.",
         fix="Set it to 0.1, for example, or to 0 to store none.",
       )
-    self._writer, self._tokenizer, self._seed = writer, tokenizer, seed
+    self._writer, self._seed = writer, seed
     self._every, self._num_completions = log_completions_every, num_completions
     self._stored_fraction = stored_fraction
     self._successful_reward = successful_reward
@@ -103,7 +101,7 @@ class SampleLog:
       "question": record.question.question,
       "answer": record.question.answer,
       "probe": record.probe,
-      "completion": self._text(record),
+      "completion": record.completion_text,
       "taught": taught.text,
       "baseline": baseline.text,
       "taught_correct": taught.correct,
@@ -131,31 +129,30 @@ class SampleLog:
     table.writerow(_CSV_COLUMNS)
     for record, reward in pairs:
       prompt = record.teacher_rollout.prompt.text
-      table.writerow([step, prompt, self._text(record), reward.value])
+      table.writerow([step, prompt, record.completion_text, reward.value])
     folder = self._folder("stored_completions")
     train_writer.write_atomically(folder / f"{step}.csv", text.getvalue())
 
   def _write_successful(self, step: int, pairs: Sequence[_Rewarded]) -> None:
-    """Writes one file per successful teaching."""
-    folder = self._folder("successful_teaching")
-    prefix = f"step_{step:06d}_sample_"
-    for path in folder.glob(f"{prefix}*.json"):
-      path.unlink()  # Written by this step before a resume.
-    now = datetime.datetime.now(datetime.UTC)
-    microseconds = round(now.timestamp() * 1e6)
-    for i, (record, reward) in enumerate(pairs):
-      if reward.value is None or reward.value < self._successful_reward:
-        continue
-      fields = {
-        "step": step,
-        "timestamp": now.isoformat(),
-        "sample_index": i,
-        **self._atlas_fields(record, reward),
-      }
-      train_writer.write_atomically(
-        folder / f"{prefix}{i}_{microseconds}.json",
-        json.dumps(fields, ensure_ascii=False, indent=2) + "\n",
+    """Writes the successful teachings of a step to one file, if any."""
+    path = self._folder("successful_teaching") / f"step-{step}.jsonl"
+    path.unlink(missing_ok=True)  # Written by this step before a resume.
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    lines = [
+      json.dumps(
+        {
+          "step": step,
+          "timestamp": now,
+          "sample_index": i,
+          **self._atlas_fields(record, reward),
+        },
+        ensure_ascii=False,
       )
+      for i, (record, reward) in enumerate(pairs)
+      if reward.value is not None and reward.value >= self._successful_reward
+    ]
+    if lines:
+      train_writer.write_atomically(path, "\n".join(lines) + "\n")
 
   def _atlas_fields(
     self, record: types.TeachingRecord, reward: types.Reward
@@ -166,7 +163,7 @@ class SampleLog:
       "prompt": record.question.question,
       "student_approach": record.probe,
       "teaching_content": record.teaching,
-      "full_teacher_response": self._text(record),
+      "full_teacher_response": record.completion_text,
       "student_solution": taught.answer,
       "baseline_solution": baseline.answer,
       "ground_truth": record.question.answer,
@@ -178,10 +175,6 @@ class SampleLog:
       "student_full_response": taught.text,
       "baseline_full_response": baseline.text,
     }
-
-  def _text(self, record: types.TeachingRecord) -> str:
-    token_ids = record.teacher_rollout.completion.token_ids
-    return chat.decode(self._tokenizer, token_ids)
 
   def _folder(self, name: str) -> pathlib.Path:
     folder = self._writer.workdir / name

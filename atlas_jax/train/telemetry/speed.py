@@ -11,9 +11,11 @@ import jax
 from atlas_jax.train.telemetry import clock as train_clock
 from atlas_jax.train.telemetry import flops
 
-INIT, COMPILE = "init", "compile"
+INIT, COMPILE, DRY_PASS = "init", "compile", "dry_pass"
+# Phases that later steps hardly spend time on.
+_ONCE = (COMPILE, DRY_PASS)
 # Phases without training progress; goodput is the fraction of all others.
-_OVERHEAD = (INIT, COMPILE, "data", "save", "eval", train_clock.IDLE)
+_OVERHEAD = (INIT, *_ONCE, "data", "save", "eval", train_clock.IDLE)
 # Events of compilation after tracing. With a cache hit, the second one is the
 # time to read the cache.
 _COMPILING = (
@@ -42,7 +44,7 @@ class Speed:
     self._thread = threading.get_ident()
     device = jax.devices()[0]
     self._peak = flops.peak(device.device_kind)
-    if self._peak is None:
+    if self._peak is None and device.platform != "cpu":
       logging.info("No mfu: unknown device kind %r.", device.device_kind)
 
   def __enter__(self) -> "Speed":
@@ -62,12 +64,19 @@ class Speed:
       ", ".join(f"{name} {s / total:.1%}" for name, s in shares),
     )
 
+  @property
+  def once_s(self) -> float:
+    """Seconds so far that later steps hardly spend again: compilation."""
+    return sum(
+      self._seconds.get(name, 0.0) + self._clock.peek(name) for name in _ONCE
+    )
+
   def take(self, mean: Mapping[str, float], num_steps: int) -> dict[str, float]:
     """Returns timing metrics since the last call.
 
     Args:
       mean: metrics averaged over the steps since then. `num_tokens` and
-        `num_flops` yield throughput if they are present.
+        `num_flops` yield throughput if they are present and not 0.
       num_steps: steps done since then.
     """
     taken = self._clock.take()
@@ -88,12 +97,12 @@ class Speed:
     """Divides per-step counts by the step's time without eval and saves."""
     num_devices = jax.device_count()
     speeds = {}
-    if "num_tokens" in mean:
-      once = sum(taken.get(name, 0.0) for name in ("eval", "save", COMPILE))
+    if mean.get("num_tokens"):
+      once = sum(taken.get(name, 0.0) for name in ("eval", "save", *_ONCE))
       per_s = mean["num_tokens"] / (sum(taken.values()) - once)
       speeds["tokens_per_s"] = per_s
       speeds["device_tokens_per_s"] = per_s / num_devices
-    if "num_flops" in mean:
+    if mean.get("num_flops"):
       # Devices compute a step while the host loads the next one's data.
       updating = taken.get("train", 0.0) + taken.get("data", 0.0)
       per_s = mean["num_flops"] / updating / num_devices

@@ -42,9 +42,17 @@ class Writer:
     for tracker in self._trackers:
       tracker.start()
 
-  def advance(self, step: int) -> None:
-    """Shows progress on the console: `step` steps are done."""
-    self._console.advance(step)
+  def phase(self, name: str) -> None:
+    """Shows the phases of the first step on the console."""
+    self._console.phase(name)
+
+  def note(self, text: str) -> None:
+    """Shows a text of several lines on the console."""
+    logging.info("%s", text)
+
+  def advance(self, step: int, *, once_s: float) -> None:
+    """Shows progress on the console; see `console.Console.advance`."""
+    self._console.advance(step, once_s=once_s)
 
   def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
     """Writes metrics after `step` steps to all outputs."""
@@ -100,9 +108,17 @@ class Silent(Writer):
     """Does nothing."""
     del step, num_steps
 
-  def advance(self, step: int) -> None:
+  def phase(self, name: str) -> None:
     """Does nothing."""
-    del step
+    del name
+
+  def note(self, text: str) -> None:
+    """Does nothing."""
+    del text
+
+  def advance(self, step: int, *, once_s: float) -> None:
+    """Does nothing."""
+    del step, once_s
 
   def write(self, step: int, metrics: Mapping[str, float | jax.Array]) -> None:
     """Does nothing."""
@@ -145,6 +161,15 @@ def last(workdir: pathlib.Path) -> dict[str, tuple[int, float]]:
       if is_quality and value is not None:
         found[name] = (row["step"], value)
   return found
+
+
+def has_updated(workdir: pathlib.Path) -> bool:
+  """Returns whether any step of a run updated the parameters."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text("utf-8").splitlines() if path.exists() else []
+  rows = map(json.loads, lines)
+  # Earlier versions wrote no `updated_fraction`.
+  return any(row.get("updated_fraction", "loss" in row) for row in rows)
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[int, str]]:

@@ -66,6 +66,26 @@ def test_a_missing_term_makes_the_sum_missing(lost):
   assert second.value == 3.0
 
 
+def test_a_reward_that_is_constant_over_a_step_is_logged_once(caplog):
+  values = iter([[0.0, 0.0], [0.0, 0.0], [0.0, 0.5], [0.5, 0.5], [0.5]])
+  reward_fn = combine.weighted(
+    {
+      "a": (1.0, lambda _: list(map(types.Reward, next(values)))),
+      "lost": (
+        0.0,
+        lambda records: [types.Reward(None, "lost")] * len(records),
+      ),
+    }
+  )
+  for size in (2, 2, 2, 2, 1):
+    reward_fn([None] * size)
+  lines = [r.getMessage() for r in caplog.records if "Reward" in r.getMessage()]
+  assert [line.partition(":")[0] for line in lines] == [
+    "Reward a is 0 for all 2 completions of a step",
+    "Reward a is 0.5 for all 2 completions of a step",
+  ]
+
+
 def test_a_function_must_reward_every_record():
   reward_fn = combine.weighted({"a": (1.0, _fixed(types.Reward(1.0)))})
   with pytest.raises(ValueError, match="argument 2"):

@@ -22,6 +22,7 @@ def _records(*questions, teaching="add them up"):
       baseline=(attempt,),
       taught=(attempt, attempt),
       leaked=False,
+      completion_text="1234",
     )
     for i, question in enumerate(questions)
   ]
@@ -45,6 +46,44 @@ def test_plain_numbers_are_accepted_and_none_is_missing():
   with _open("plain") as reward_fn:
     rewards = reward_fn(_records("a", "a"))
   assert [reward.value for reward in rewards] == [0.0, None]
+
+
+def test_a_function_in_a_file_may_import_its_neighbours(tmp_path):
+  (tmp_path / "lengths.py").write_text("SCALE = 2\n")
+  # Its name does not hide the standard module, which it imports here.
+  file = tmp_path / "types.py"
+  file.write_text(
+    "import types\n"
+    "import lengths\n"
+    "scale = types.SimpleNamespace(value=lengths.SCALE).value\n"
+    "def brevity(records):\n"
+    "  return [-scale * len(record.completion_text) for record in records]\n"
+  )
+  functions = custom.parse([f"{file}:brevity=2"], timeout_s=2.0, memory_gb=0.0)
+  ((path, weight),) = functions.weights.items()
+  assert weight == 2.0
+  with custom.open_function(path, _LIMITS) as reward_fn:
+    assert [r.value for r in reward_fn(_records("a", "a"))] == [-8.0, -8.0]
+
+
+def test_an_undefined_function_lists_those_of_its_file(tmp_path, capfd):
+  file = tmp_path / "reward.py"
+  file.write_text("def brevity(records):\n  return [0] * len(records)\n")
+  with (
+    pytest.raises(errors.ConfigError, match="Failed to start"),
+    custom.open_function(f"{file}:brevty", _LIMITS),
+  ):
+    pass
+  shown = capfd.readouterr().err
+  assert "Functions there: brevity." in shown
+  assert "Traceback" not in shown
+
+
+def test_a_missing_file_is_reported_with_its_directory(tmp_path):
+  with pytest.raises(errors.ConfigError, match=r"reward\.py does not exist"):
+    custom.parse(
+      [f"{tmp_path}/reward.py:brevity"], timeout_s=2.0, memory_gb=0.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def test_records_are_in_question_order_with_their_samples(tokenizer):
   for i, record in enumerate(records):
     assert record.teacher_rollout.prompt is prompts[i // 3]
     assert record.teaching == f"hint {i % 3}"
+    assert record.completion_text == _policy_writes(None, None, i % 3)
     assert record.num_teaching_tokens == len(
       tokenizer.encode(record.teaching, add_special_tokens=False)
     )

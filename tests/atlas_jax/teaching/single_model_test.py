@@ -42,7 +42,8 @@ def test_the_policys_completion_is_the_answer(tmp_path):
   assert "Q 1 + 1 {question}?<|im_end|>" in prompts[0].text
   assert [r.question.row_id for r in records] == ["a"] * 3 + ["b"] * 3
   for i, record in enumerate(records):
-    assert record.taught[0].text == f"{record.question.row_id}/answer 4 {i % 3}"
+    answer = f"{record.question.row_id}/answer 4 {i % 3}"
+    assert record.taught[0].text == record.completion_text == answer
     completion = record.teacher_rollout.completion
     assert record.taught[0].num_tokens == len(completion.token_ids)
     assert record.teacher_rollout.prompt == prompts[i // 3]

@@ -48,6 +48,7 @@ def _config(**changes):
   config = ml_collections.ConfigDict(
     {
       "seed": 3,
+      "dry_pass": False,
       "lora": adapters.get_config(),
       "sampling": {"teach": teach},
       "rollout": {"backend": "jax"},
@@ -112,6 +113,7 @@ def _config(**changes):
         "max_nonfinite": 1,
         "profile_steps": "",
         "watchdog_s": 0.0,
+        "require_updates": False,
       },
       "checkpoint": {
         "keep": 3,
@@ -361,10 +363,22 @@ def test_the_reward_increases(trained):
 
 
 @pytest.mark.slow
-def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
+def test_logged_metrics_match_the_docs_and_sum_to_step_time(
+  world, trained, tmp_path, caplog
+):
+  caplog.set_level("INFO")
   changes = {"loop.num_steps": 3, "loop.eval_every": 2, "loop.save_every": 2}
+  changes["dry_pass"] = True
   _, sampler = _train(world, tmp_path, held_out=2, **changes)
   rows = _rows(tmp_path)
+  # The dry pass shows a question, and changes no bit of the training.
+  assert "Dry pass of row q" in caplog.text
+  assert "taught answer             4 [" in caplog.text
+  steps = [row for row in rows if "reward" in row]
+  for row, without in zip(steps, trained[2][:3], strict=True):
+    for name in ("reward", "loss", "grad_norm", "kl"):
+      assert row[name] == without[name]
+  assert rows[0]["rollout/policy_tokens_per_s"] > 0.0
   metric_names.check("GRPO", rows)
   for row in rows:
     if "step_s" in row:
@@ -375,15 +389,14 @@ def test_logged_metrics_match_the_docs_and_sum_to_step_time(world, tmp_path):
   assert [row["step"] for row in rows if "seconds/eval" in row] == [3]
   # Two evaluations: baselines in the first, then probes and taught answers.
   sizes = [(len(p), params.group_size) for p, params in sampler.evaluated]
-  assert sizes == [(2, 3), (2, 1), (2, 2), (2, 1), (2, 2)]
+  assert sizes[:3] == [(1, 3), (1, 1), (1, 2)]  # The dry pass.
+  num_new = 1 if sizes[3] == (1, 3) else 2  # Its question may be held out too.
+  assert sizes[3:] == [(num_new, 3), (2, 1), (2, 2), (2, 1), (2, 2)]
   assert (tmp_path / "completions/step-2.jsonl").exists()
   assert (tmp_path / "stored_completions/2.csv").exists()
   lessons = (tmp_path / "successful_teaching").iterdir()
-  assert {path.name.split("_")[1] for path in lessons} == {
-    "000001",
-    "000002",
-    "000003",
-  }
+  names = {path.name for path in lessons}
+  assert names == {f"step-{step}.jsonl" for step in (1, 2, 3)}
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def _run(  # `changes` are loop settings.
     "max_nonfinite": 2,
     "profile_steps": "",
     "watchdog_s": 0.0,
+    "require_updates": False,
     **changes,
   }
   config = ml_collections.ConfigDict(
@@ -252,6 +253,10 @@ def test_a_few_nonfinite_updates_are_skipped(tmp_path):
   final, done = _run(tmp_path, broken={1, 2, 4})
   assert done == list(range(6))
   assert int(final.num_nonfinite) == 0
+  updated = [
+    row["updated_fraction"] for row in _rows(tmp_path) if "loss" in row
+  ]
+  assert updated == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
 
 
 def test_skipped_updates_do_not_delay_the_schedule(tmp_path):

@@ -102,6 +102,7 @@ def _config(**changes):
         "max_nonfinite": 1,
         "profile_steps": "",
         "watchdog_s": 0.0,
+        "require_updates": False,
       },
       "offload": {"optimizer": False},
       "checkpoint": {

@@ -23,7 +23,7 @@ logging.set_verbosity(logging.INFO)
 from atlas_jax.train.telemetry import console
 shown = console.Console(step=0, num_steps=200)
 for step in range(1, 201):
-  shown.advance(step)
+  shown.advance(step, once_s=0.0)
   if step % 50 == 0:
     shown.report(step, {"loss": 0.5})
     shown.table("completions", [{"text": "[b]x", "reward": 1.0}])
@@ -43,11 +43,38 @@ def test_a_log_line_has_metrics_and_the_expected_end(caplog):
   shown = console.Console(step=10, num_steps=20, now=lambda: now[0])
   now[0] = 40.0
   crowd = dict.fromkeys(["seconds/train", "eval/teaching/NDR_low"], 1.0)
-  shown.report(12, {"loss": 0.123456, **crowd})
+  rewards = {"rewards/exact": 0.25, "rewards/overlong": 0.0}
+  shown.report(12, {"kl": 0.5, "loss": 0.123456, **rewards, **crowd})
   (line,) = _messages(caplog)
   assert re.fullmatch(
-    r"step 12/20 loss=0\.1235 eta=0:02:40 \(\d\d:\d\d\)", line
+    r"step 12/20 loss=0\.1235 rewards/exact=0\.25 kl=0\.5 "
+    r"eta=0:02:40 \(\d\d:\d\d\)",
+    line,
   )
+
+
+def test_the_expected_end_leaves_compilation_out(caplog):
+  caplog.set_level(logging.INFO)
+  now = [0.0]
+  shown = console.Console(step=0, num_steps=11, now=lambda: now[0])
+  now[0] = 25.0
+  shown.advance(1, once_s=20.0)
+  shown.report(1, {"loss": 1.0})
+  (line,) = _messages(caplog)
+  assert "eta=0:00:50 " in line
+
+
+def test_the_phases_of_the_first_step_are_named_once(caplog):
+  caplog.set_level(logging.INFO)
+  shown = console.Console(step=4, num_steps=9)
+  for name in ("push", "baseline", "train", "train"):
+    shown.phase(name)
+  shown.advance(5, once_s=0.0)
+  shown.phase("baseline")
+  assert _messages(caplog) == [
+    "Step 5: sampling baselines ...",
+    "Step 5: compiling and running the update ...",
+  ]
 
 
 def test_a_log_is_never_silent_for_long(caplog):
@@ -56,7 +83,7 @@ def test_a_log_is_never_silent_for_long(caplog):
   shown = console.Console(step=0, num_steps=100, now=lambda: now[0])
   for step in range(1, 11):
     now[0] += 10.0
-    shown.advance(step)
+    shown.advance(step, once_s=0.0)
   assert [line.split()[1] for line in _messages(caplog)] == ["4/100", "8/100"]
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from atlas_jax import errors, types
 from atlas_jax.train.telemetry import samples, writer
-from tests import fakes
 
 _FIELDS = {
   "step",
@@ -31,24 +30,17 @@ _FIELDS = {
 }
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-  return fakes.write_tokenizer(tmp_path / "tokenizer")
-
-
-def _record(tokenizer, i):
+def _record(i):
   text = f'<teaching>Say "{i}",\n\\ and stop.</teaching>'
-  token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-  zeros = (0.0,) * len(token_ids)
   return types.TeachingRecord(
     question=types.Question(f"q{i}", f"What is {i}?", str(i)),
     probe="Hm.",
     teacher_rollout=types.Rollout(
       types.Prompt(f"q{i}/teach", f"Teach {i}.", (5,)),
-      types.Completion(token_ids, zeros, zeros, "stop", 4),
+      types.Completion((7, 2), (0.0, 0.0), (0.0, 0.0), "stop", 4),
     ),
     teaching=f'Say "{i}",\n\\ and stop.',
-    num_teaching_tokens=len(token_ids),
+    num_teaching_tokens=1,
     baseline=(types.Attempt("Dunno.", 1, "stop", correct=False),),
     taught=(
       types.Attempt(
@@ -56,10 +48,11 @@ def _record(tokenizer, i):
       ),
     ),
     leaked=False,
+    completion_text=text,
   )
 
 
-def _save(tmp_path, tokenizer, step, rewarded, **changes):
+def _save(tmp_path, step, rewarded, **changes):
   log = writer.Writer(tmp_path, ())
   settings = {
     "log_completions_every": 2,
@@ -68,9 +61,9 @@ def _save(tmp_path, tokenizer, step, rewarded, **changes):
     "successful_reward": 1.0,
     **changes,
   }
-  kept = samples.SampleLog(log, tokenizer, seed=0, **settings)
+  kept = samples.SampleLog(log, seed=0, **settings)
   log.begin(step=0, num_steps=10)
-  records = [_record(tokenizer, i) for i in range(len(rewarded))]
+  records = [_record(i) for i in range(len(rewarded))]
   kept.save(step, records, rewarded)
   log.close()
 
@@ -83,14 +76,12 @@ _REWARDED = [
 ]
 
 
-def test_a_successful_teaching_is_saved_with_all_fields(tmp_path, tokenizer):
-  _save(tmp_path, tokenizer, 7, _REWARDED)
-  paths = sorted((tmp_path / "successful_teaching").iterdir())
-  assert [path.name.rpartition("_")[0] for path in paths] == [
-    "step_000007_sample_0",
-    "step_000007_sample_3",
-  ]
-  lesson = json.loads(paths[0].read_text("utf-8"))
+def test_a_successful_teaching_is_saved_with_all_fields(tmp_path):
+  _save(tmp_path, 7, _REWARDED)
+  (path,) = (tmp_path / "successful_teaching").iterdir()
+  assert path.name == "step-7.jsonl"
+  lesson, other = map(json.loads, path.read_text("utf-8").splitlines())
+  assert other["sample_index"] == 3
   assert set(lesson) == _FIELDS
   assert lesson["step"] == 7
   assert lesson["sample_index"] == 0
@@ -104,23 +95,18 @@ def test_a_successful_teaching_is_saved_with_all_fields(tmp_path, tokenizer):
   assert lesson["reward_breakdown"] == {"gain": 1.0, "brevity": 0.5}
 
 
-def test_a_repeated_step_replaces_its_files(tmp_path, tokenizer):
-  _save(tmp_path, tokenizer, 2, _REWARDED)
-  _save(tmp_path, tokenizer, 20, _REWARDED)
-  _save(tmp_path, tokenizer, 2, [types.Reward(2.0)])
-  names = [p.name for p in (tmp_path / "successful_teaching").iterdir()]
-  steps = sorted(name.rpartition("_")[0] for name in names)
-  assert steps == [
-    "step_000002_sample_0",
-    "step_000020_sample_0",
-    "step_000020_sample_3",
-  ]
+def test_a_repeated_step_replaces_its_files(tmp_path):
+  _save(tmp_path, 2, _REWARDED)
+  _save(tmp_path, 20, _REWARDED)
+  _save(tmp_path, 2, [types.Reward(0.0)])  # None is successful.
+  (path,) = (tmp_path / "successful_teaching").iterdir()
+  assert path.name == "step-20.jsonl"
   stored = (tmp_path / "stored_completions").iterdir()
   assert {path.name for path in stored} == {"2.csv", "20.csv"}
 
 
-def test_stored_completions_are_quoted_and_read_back(tmp_path, tokenizer):
-  _save(tmp_path, tokenizer, 2, _REWARDED)
+def test_stored_completions_are_quoted_and_read_back(tmp_path):
+  _save(tmp_path, 2, _REWARDED)
   path = tmp_path / "stored_completions/2.csv"
   with path.open(encoding="utf-8", newline="") as file:
     rows = list(csv.DictReader(file, escapechar="\\", doublequote=False))
@@ -131,8 +117,8 @@ def test_stored_completions_are_quoted_and_read_back(tmp_path, tokenizer):
   assert rows[1]["completion"] == text
 
 
-def test_the_table_has_every_part_of_every_reward(tmp_path, tokenizer):
-  _save(tmp_path, tokenizer, 2, _REWARDED, num_completions=9)
+def test_the_table_has_every_part_of_every_reward(tmp_path):
+  _save(tmp_path, 2, _REWARDED, num_completions=9)
   lines = (tmp_path / "completions/step-2.jsonl").read_text("utf-8").split("\n")
   rows = [json.loads(line) for line in lines if line]
   assert [row["rewards/gain"] for row in rows] == [1.0, 0.25, None, 1.0]
@@ -140,9 +126,9 @@ def test_the_table_has_every_part_of_every_reward(tmp_path, tokenizer):
   assert all(row["version"] == 4 for row in rows)
 
 
-def test_completions_are_sampled_at_the_interval(tmp_path, tokenizer):
+def test_completions_are_sampled_at_the_interval(tmp_path):
   for step in (1, 2, 3):
-    _save(tmp_path, tokenizer, step, _REWARDED)
+    _save(tmp_path, step, _REWARDED)
   assert [p.name for p in (tmp_path / "completions").iterdir()] == [
     "step-2.jsonl"
   ]
@@ -150,10 +136,9 @@ def test_completions_are_sampled_at_the_interval(tmp_path, tokenizer):
   assert len(rows) == 3
 
 
-def test_disabled_samples_are_not_saved(tmp_path, tokenizer):
+def test_disabled_samples_are_not_saved(tmp_path):
   _save(
     tmp_path,
-    tokenizer,
     2,
     _REWARDED,
     log_completions_every=0,
@@ -164,6 +149,6 @@ def test_disabled_samples_are_not_saved(tmp_path, tokenizer):
   assert not list((tmp_path / "successful_teaching").iterdir())
 
 
-def test_a_stored_fraction_outside_of_0_and_1_is_rejected(tmp_path, tokenizer):
+def test_a_stored_fraction_outside_of_0_and_1_is_rejected(tmp_path):
   with pytest.raises(errors.ConfigError, match="stored_fraction must be in"):
-    _save(tmp_path, tokenizer, 2, _REWARDED, stored_fraction=10)
+    _save(tmp_path, 2, _REWARDED, stored_fraction=10)

@@ -33,8 +33,14 @@ def test_throughput_excludes_eval_and_save(monkeypatch):
   watch = clock.Clock(now)
   with speed.Speed(watch) as gauge:
     _spend(watch, now, data=1.0, train=3.0, teach=4.0, eval=16.0, save=32.0)
+    _spend(watch, now, dry_pass=64.0)
+    assert gauge.once_s == 64.0
     times = gauge.take({"num_tokens": 24.0, "num_flops": 16e12}, num_steps=2)
-  assert times["step_s"] == (1 + 3 + 4 + 16 + 32) / 2
+    _spend(watch, now, train=2.0, dry_pass=1.0)
+    assert gauge.once_s == 65.0
+    without = gauge.take({"num_tokens": 0.0, "num_flops": 0.0}, num_steps=1)
+  assert times["step_s"] == (1 + 3 + 4 + 16 + 32 + 64) / 2
+  assert not without.keys() & {"tokens_per_s", "device_tflops", "mfu"}
   assert times["seconds/train"] == 1.5
   assert times["tokens_per_s"] == 24.0 / ((1 + 3 + 4) / 2)
   num_devices = jax.device_count()
@@ -43,7 +49,8 @@ def test_throughput_excludes_eval_and_save(monkeypatch):
   assert times["mfu"] == pytest.approx(times["device_tflops"] / 2)
 
 
-def test_an_unknown_device_has_no_mfu():
+def test_an_unknown_device_has_no_mfu_and_a_cpu_needs_no_note(caplog):
+  caplog.set_level("INFO")
   now = _Now()
   watch = clock.Clock(now)
   with speed.Speed(watch) as gauge:
@@ -51,6 +58,7 @@ def test_an_unknown_device_has_no_mfu():
     times = gauge.take({"num_flops": 1e12}, num_steps=1)
   assert "device_tflops" in times
   assert "mfu" not in times
+  assert not [r for r in caplog.records if "mfu" in r.getMessage()]
 
 
 def test_goodput_includes_startup_time(monkeypatch):

@@ -93,3 +93,18 @@ def test_last_returns_the_last_finite_value_with_its_step(tmp_path):
   log.write(3, {"loss": float("nan")})
   log.close()
   assert writer.last(tmp_path) == {"loss": (2, 2.0), "eval/loss": (1, 2.5)}
+
+
+def test_a_run_has_updated_if_any_line_reports_an_update(tmp_path):
+  assert not writer.has_updated(tmp_path)
+  log = _open(tmp_path)
+  log.write(1, {"loss": 0.0, "updated_fraction": 0.0})
+  log.write(1, {"eval/loss": 2.5})
+  assert not writer.has_updated(tmp_path)
+  log.write(2, {"loss": 0.0, "updated_fraction": 0.5})
+  log.write(3, {"reward": 0.0, "updated_fraction": 0.0})
+  log.close()
+  assert writer.has_updated(tmp_path)
+  # As written before that metric existed.
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+  assert writer.has_updated(tmp_path)
