@@ -270,7 +270,7 @@ def load(recipe: str, settings: Sequence[str]) -> types.Config:
   )
   try:
     values(argv)
-    config = values["config"].value
+    config: types.Config = values["config"].value
     config.lock()  # Raises if the file was not found.
     return config
   except program.INVALID as error:
