@@ -17,7 +17,7 @@ def exit_on_interrupt(number: int, frame: object) -> NoReturn:
   os._exit(130)  # As shells report a process that SIGINT ended.
 
 
-# Python runs this before a script imports anything: for `python -m scripts.NAME`
+# Python runs this before a script imports anything: for `python -m scripts.X`
 # with an argv of `-m`, for an installed command with its path. `program.leave`
 # sets the default handler again.
 if (
