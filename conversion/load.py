@@ -100,7 +100,7 @@ def _no_folder(name: str, path: pathlib.Path) -> errors.CheckpointError:
   return errors.CheckpointError(
     "The model folder does not exist.",
     where=name,
-    why=f"{parent} has no {wanted}, and it is not an id on the Hub, which is "
+    why=f"{parent.absolute()} has no {wanted}, and an id on the Hub would be "
     "owner/name.",
     fix=f"Did you mean {parent / near[0]}?"
     if near

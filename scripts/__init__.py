@@ -17,10 +17,11 @@ def exit_on_interrupt(number: int, frame: object) -> NoReturn:
   os._exit(130)  # As shells report a process that SIGINT ended.
 
 
-# Python runs this before it imports anything for `python -m scripts.NAME`, with
-# this argv. `program.run` sets the default handler again.
+# Python runs this before a script imports anything: for `python -m scripts.X`
+# with an argv of `-m`, for an installed command with its path. `program.leave`
+# sets the default handler again.
 if (
-  sys.argv[:1] == ["-m"]
+  os.path.basename(sys.argv[0]).startswith(("-m", "atlas-"))
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
   signal.signal(signal.SIGINT, exit_on_interrupt)

@@ -73,7 +73,7 @@ flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns the exit code."""
   if program.is_help(argv):
-    print(f"{(__doc__ or '').strip()}\n")
+    print(f"{program.with_line_breaks(__doc__)}\n")
     print(program.help_on_flags(_FLAGS, sys.argv[0]))
     return int(errors.Exit.DONE)
   try:

@@ -234,9 +234,9 @@ def _print_help(
   print(f"\n{help_on_flags(flags.FLAGS, argv[0], everything=everything)}")
 
 
-def with_line_breaks(doc: str) -> str:
+def with_line_breaks(doc: str | None) -> str:
   """Restores the line breaks in commands, which a docstring escapes."""
-  return re.sub(r"(?<=\S) {5}(?=\S)", " \\\\\n    ", doc.strip())
+  return re.sub(r"(?<=\S) {5}(?=\S)", " \\\\\n    ", (doc or "").strip())
 
 
 def is_help(words: Sequence[str]) -> bool:

@@ -106,18 +106,19 @@ class _Source:
 
     Of a table of modules that is indexed, the first one.
     """
+    name = ast.unparse(node)
     if isinstance(node, ast.Subscript):
-      indexed = ast.unparse(node.value)
+      table = ast.unparse(node.value)
       for statement in self._tree.body:
         match statement:
-          case ast.Assign(targets=[target], value=ast.Call() as table) if (
-            ast.unparse(target) == indexed
+          case ast.Assign(targets=[target], value=ast.Call() as modules) if (
+            ast.unparse(target) == table
           ):
-            node = table.keywords[0].value
+            name = ast.unparse(modules.keywords[0].value)
     for statement in self._tree.body:
       if isinstance(statement, ast.ImportFrom):
         for alias in statement.names:
-          if (alias.asname or alias.name) == ast.unparse(node):
+          if (alias.asname or alias.name) == name:
             return _open(f"{statement.module}.{alias.name}")
     return None
 

@@ -230,12 +230,38 @@ def test_local_directory_resolves_to_itself(tmp_path):
   assert load.resolve(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["owner/absent", "a/b/c/d", "not there"])
-def test_unknown_model_name_is_rejected(name):
+@pytest.mark.parametrize(
+  ("name", "fix"),
+  [
+    ("owner/absent", "HF_HUB_OFFLINE=1 is offline mode"),
+    ("owner/absent@main", "HF_HUB_OFFLINE=1 is offline mode"),
+    ("a/b/c/d", "WORKDIR/export"),
+    ("not there", "WORKDIR/export"),
+    ("runs/absent", "WORKDIR/export"),  # The folder `runs` is here.
+    ("runs/frist/export", "Did you mean runs/first?"),
+    ("/absent/x", "WORKDIR/export"),
+  ],
+)
+def test_unknown_model_name_is_rejected(name, fix, tmp_path, monkeypatch):
+  (tmp_path / "runs/first").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
   with pytest.raises(errors.CheckpointError) as caught:
     load.resolve(name)
   assert caught.value.where == name
-  assert "offline" in caught.value.fix
+  assert fix in caught.value.fix
+  assert "HFValidationError" not in str(caught.value)
+
+
+def test_a_workdir_is_not_a_model(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(errors.CheckpointError, match="to_hf"):
+    load.resolve(str(tmp_path))
+  (tmp_path / "export").mkdir()
+  (tmp_path / "export/config.json").write_text("{}")
+  with pytest.raises(errors.CheckpointError, match=r"Did you mean .*/export\?"):
+    load.resolve(str(tmp_path))
+  (tmp_path / "model.safetensors").write_text("")
+  assert load.resolve(str(tmp_path)) == tmp_path
 
 
 def test_a_fingerprint_depends_on_weights_not_on_their_path(tmp_path):
