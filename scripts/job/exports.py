@@ -76,7 +76,7 @@ def write(  # noqa: PLR0913 - one argument per config key.
     facts=facts,
     metrics=train_writer.last(workdir),
     rounded_to=quantized.kind_of(opened.params) or "",
-    warning="" if train_writer.has_updated(workdir) else outcome.UNTRAINED,
+    warning=outcome.UNTRAINED if train_writer.is_untrained(workdir) else "",
   )
   directory = workdir / ("export" if step is None else f"export-{step}")
   save.save(

@@ -25,7 +25,7 @@ def report(workdir: pathlib.Path, config: types.Config) -> None:
       and `require_updates` is set.
   """
   distributed.wait("outcome")  # The first process has written the metrics.
-  if writer.has_updated(workdir):
+  if not writer.is_untrained(workdir):
     if distributed.is_first():
       last = writer.last(workdir).items()
       logging.info(

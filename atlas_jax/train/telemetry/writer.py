@@ -163,13 +163,21 @@ def last(workdir: pathlib.Path) -> dict[str, tuple[int, float]]:
   return found
 
 
-def has_updated(workdir: pathlib.Path) -> bool:
-  """Returns whether any step of a run updated the parameters."""
+def is_untrained(workdir: pathlib.Path) -> bool:
+  """Returns whether no step in `metrics.jsonl` updated the parameters.
+
+  False if it has no line of a step.
+  """
   path = workdir / "metrics.jsonl"
   lines = path.read_text("utf-8").splitlines() if path.exists() else []
   rows = map(json.loads, lines)
-  # Earlier versions wrote no `updated_fraction`.
-  return any(row.get("updated_fraction", "loss" in row) for row in rows)
+  updated = [
+    # Earlier versions wrote no `updated_fraction`.
+    row.get("updated_fraction", "loss" in row)
+    for row in rows
+    if "learning_rate" in row  # A line of training, not of evaluation.
+  ]
+  return bool(updated) and not any(updated)
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[int, str]]:

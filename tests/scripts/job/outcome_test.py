@@ -23,14 +23,19 @@ def test_a_trained_run_ends_with_its_last_metrics(
   tmp_path, caplog, require_updates
 ):
   caplog.set_level(logging.INFO)
-  line = '{"step": 4, "loss": 0.25, "reward": 1.5, "updated_fraction": 0.1}'
+  line = (
+    '{"step": 4, "loss": 0.25, "reward": 1.5, "updated_fraction": 0.1, '
+    '"learning_rate": 0.5}'
+  )
   _report(tmp_path, line, require_updates=require_updates)
   (record,) = caplog.records
   assert record.getMessage() == "Finished: loss=0.25 reward=1.5"
 
 
 def test_an_untrained_run_warns_or_exits_with_4(tmp_path, caplog):
-  line = '{"step": 4, "reward": 0.0, "updated_fraction": 0.0}'
+  line = (
+    '{"step": 4, "reward": 0.0, "updated_fraction": 0.0, "learning_rate": 0.5}'
+  )
   _report(tmp_path, line)
   (record,) = caplog.records
   assert record.levelno == logging.WARNING

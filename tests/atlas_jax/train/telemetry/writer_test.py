@@ -95,16 +95,20 @@ def test_last_returns_the_last_finite_value_with_its_step(tmp_path):
   assert writer.last(tmp_path) == {"loss": (2, 2.0), "eval/loss": (1, 2.5)}
 
 
-def test_a_run_has_updated_if_any_line_reports_an_update(tmp_path):
-  assert not writer.has_updated(tmp_path)
+def test_a_run_is_untrained_if_no_line_reports_an_update(tmp_path):
+  assert not writer.is_untrained(tmp_path)
   log = _open(tmp_path)
-  log.write(1, {"loss": 0.0, "updated_fraction": 0.0})
+  rate = {"learning_rate": 0.1}
   log.write(1, {"eval/loss": 2.5})
-  assert not writer.has_updated(tmp_path)
-  log.write(2, {"loss": 0.0, "updated_fraction": 0.5})
-  log.write(3, {"reward": 0.0, "updated_fraction": 0.0})
+  assert not writer.is_untrained(tmp_path)
+  log.write(1, {"loss": 0.0, "updated_fraction": 0.0, **rate})
+  assert writer.is_untrained(tmp_path)
+  log.write(2, {"loss": 0.0, "updated_fraction": 0.5, **rate})
+  log.write(3, {"reward": 0.0, "updated_fraction": 0.0, **rate})
   log.close()
-  assert writer.has_updated(tmp_path)
+  assert not writer.is_untrained(tmp_path)
   # As written before that metric existed.
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-  assert writer.has_updated(tmp_path)
+  for line, expected in (('"loss": 2.0', False), ('"reward": 0.0', True)):
+    text = f'{{"step": 1, {line}, "learning_rate": 0.1}}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert writer.is_untrained(tmp_path) == expected
