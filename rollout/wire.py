@@ -21,7 +21,7 @@ Name = Annotated[str, pydantic.Field(max_length=256)]
 Path = Annotated[str, pydantic.Field(max_length=4096, pattern=r"^[^\x00]*$")]
 
 # Commas in a request, which bound its numbers and so the time to parse it.
-MAX_COMMAS = 2**20
+MAX_COMMAS = 2**19
 # A longer silence of a trainer closes its weight channel.
 MAX_HEARTBEAT_S = 600.0
 

@@ -31,9 +31,8 @@ _URL = flags.DEFINE_string(
 _MIN_S = flags.DEFINE_float("min_s", 5.0, "Shortest time to measure a load.")
 _MAX_S = flags.DEFINE_float("max_s", 60.0, "Longest time to measure a load.")
 _PERIOD_S = 0.05
-_NUM_LARGE, _NUM_SLOW, _NUM_TEXTS = 4, 40, 1
-_LARGE_BYTES, _TEXT_CHARACTERS = 31 * 2**20, 30 * 10**6
-_SLOW_S, _SLOW_PIECES = 0.5, 40
+_NUM_SLOW, _SLOW_S, _SLOW_PIECES = 40, 0.5, 40
+_WORDS = "to be or not to be, "
 _ROW = "| {:<22} | {:>8} | {:>9} | {:>8} | {:>8} | {} |"
 
 
@@ -45,10 +44,12 @@ def main() -> None:
   print("|---|--:|--:|--:|--:|---|")
   for name, send in (
     ("none", None),
-    (f"{_NUM_LARGE} bodies of 31 MiB", _send_large),
-    (f"{_NUM_LARGE} of 15.5 M numbers", _send_dense),
+    ("4 bodies of 31 MiB", _send_large),
+    ("4 of 8 M numbers", _send_dense),
+    ("4 of 0.5 M tokens", _send_tokens),
     (f"{_NUM_SLOW} slow bodies", _send_slow),
-    (f"{_NUM_TEXTS} texts of 30 MB", _send_texts),
+    ("1 text of 30 MB", _send_long_text),
+    ("4 texts of 1 MB", _send_texts),
   ):
     _measure(name, send)
 
@@ -111,26 +112,43 @@ def _headers() -> dict[str, str]:
 
 def _client(url: str) -> httpx2.Client:
   return httpx2.Client(
-    base_url=url, headers=_headers(), timeout=600.0, trust_env=False
+    base_url=url,
+    headers=_headers(),
+    timeout=600.0,
+    limits=httpx2.Limits(max_connections=None),
+    trust_env=False,
   )
 
 
 def _send_large(url: str) -> list[str]:
-  """Sends prompts of a thousand tokens, up to the limit of the body."""
-  prompt = {"row_id": "x", "token_ids": list(range(1000, 2000))}
-  count = _LARGE_BYTES // len(json.dumps(prompt) + ", ")
-  return _post_all(url, [prompt] * count, _NUM_LARGE)
+  """Sends more bytes than the limit."""
+  return _post_all(url, _prompts(31 * 2**20 // 6, 1000), 4)
 
 
 def _send_dense(url: str) -> list[str]:
-  """Sends as many numbers as fit the limit of the body."""
-  prompt = {"row_id": "x", "token_ids": [1] * (_LARGE_BYTES // 2)}
-  return _post_all(url, [prompt], _NUM_LARGE, separators=(",", ":"))
+  """Sends more numbers than the limit, in fewer bytes than the limit."""
+  prompt = {"row_id": "x", "token_ids": [1] * 8_000_000}
+  return _post_all(url, [prompt], 4, separators=(",", ":"))
+
+
+def _send_tokens(url: str) -> list[str]:
+  """Sends almost as many tokens as the limit; the last prompt is invalid."""
+  invalid = {"row_id": "x", "token_ids": [10**9]}
+  return _post_all(url, [*_prompts(500_000, 1000), invalid], 4)
+
+
+def _send_long_text(url: str) -> list[str]:
+  return _post_all(url, [{"row_id": "x", "text": _WORDS * 1_500_000}], 1)
 
 
 def _send_texts(url: str) -> list[str]:
-  text = "to be or not to be " * (_TEXT_CHARACTERS // 19)
-  return _post_all(url, [{"row_id": "x", "text": text}], _NUM_TEXTS)
+  """Sends almost as many characters as the limit; too many tokens."""
+  return _post_all(url, [{"row_id": "x", "text": _WORDS * 50_000}], 4)
+
+
+def _prompts(num_tokens: int, length: int) -> list[dict[str, object]]:
+  prompt = {"row_id": "x", "token_ids": list(range(length, 2 * length))}
+  return [prompt] * (num_tokens // length)
 
 
 def _post_all(
@@ -156,12 +174,14 @@ def _post_all(
     # Another id makes another request.
     own = content.replace(b'"x"', f'"{number}"'.encode(), 1)
     try:
-      with _client(url) as server:
-        return str(server.post("/generate", content=own).status_code)
+      return str(server.post("/generate", content=own).status_code)
     except httpx2.TransportError as error:
       return type(error).__name__
 
-  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+  with (
+    _client(url) as server,
+    concurrent.futures.ThreadPoolExecutor(count) as pool,
+  ):
     return list(pool.map(post, range(count)))
 
 
@@ -176,15 +196,17 @@ def _send_slow(url: str) -> list[str]:
 
   def post(number: int) -> str:
     del number
+    length = {"Content-Length": str(len(piece) * _SLOW_PIECES)}
     try:
-      with _client(url) as server:
-        length = {"Content-Length": str(len(piece) * _SLOW_PIECES)}
-        reply = server.post("/generate", content=pieces(), headers=length)
-        return str(reply.status_code)
+      reply = server.post("/generate", content=pieces(), headers=length)
+      return str(reply.status_code)
     except httpx2.TransportError as error:
       return type(error).__name__
 
-  with concurrent.futures.ThreadPoolExecutor(_NUM_SLOW) as pool:
+  with (
+    _client(url) as server,
+    concurrent.futures.ThreadPoolExecutor(_NUM_SLOW) as pool,
+  ):
     return list(pool.map(post, range(_NUM_SLOW)))
 
 
