@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import logging
 import fastapi
+from fastapi import responses
 import pydantic
 from starlette import exceptions as starlette_exceptions
 from starlette import requests
@@ -148,7 +149,13 @@ class _Endpoints:
       f"atlas_rollout_{name} {float(value)}\n"
       for name, value in self._backend.metrics().items()
     )
-    return fastapi.Response(text, media_type="text/plain; version=0.0.4")
+    return _Metrics(text)
+
+
+class _Metrics(responses.PlainTextResponse):
+  """The Prometheus text format."""
+
+  media_type = "text/plain; version=0.0.4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +225,7 @@ def _add_routes(
         endpoint,
         methods=[route.method],
         response_model=route.response,
+        response_class=responses.JSONResponse if route.response else _Metrics,
         name=name,
         description=route.endpoint.__doc__,
         dependencies=[

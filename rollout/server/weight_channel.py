@@ -213,10 +213,14 @@ class Channel:
 
   def _check_root(self, weights_root: str) -> None:
     root = pathlib.Path(weights_root)
-    inside = self._allowed_root is None or root.resolve().is_relative_to(
-      self._allowed_root.resolve()
-    )
-    if not (root.is_absolute() and root.is_dir() and inside):
+    try:
+      is_valid = root.is_absolute() and root.is_dir()
+      if self._allowed_root is not None:
+        allowed = self._allowed_root.resolve()
+        is_valid = is_valid and root.resolve().is_relative_to(allowed)
+    except OSError:  # A name that is too long, or a forbidden directory.
+      is_valid = False
+    if not is_valid:
       raise refusal.RefusalError(
         409,
         "weights_root",

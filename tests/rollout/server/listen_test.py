@@ -66,6 +66,21 @@ def test_the_admin_token_must_differ_from_the_user_token(monkeypatch):
   assert tokens.of_environment(os.environ) == other
 
 
+def test_the_environment_may_name_a_file(tmp_path):
+  file = tmp_path / "token"
+  file.write_text(f"{_TOKEN}\n")
+  environ = {tokens.FILE_VARIABLE: str(file)}
+  assert listen.read_token("127.0.0.1", None, environ) == _TOKEN
+  assert tokens.of_environment(environ) == _TOKEN
+  both = {**environ, tokens.VARIABLE: "x" * 16}
+  assert listen.read_token("127.0.0.1", None, both) == "x" * 16
+  assert tokens.of_environment(both) == "x" * 16
+  file.write_text("")
+  # An empty file must not open the server.
+  with pytest.raises(errors.ConfigError):
+    listen.read_token("127.0.0.1", None, environ)
+
+
 def test_a_port_in_use_is_reported_with_the_next_free_one():
   with listen.bind("127.0.0.1", 0) as first:
     port = first.getsockname()[1]
@@ -84,6 +99,11 @@ def test_a_port_in_use_is_reported_with_the_next_free_one():
 def test_invalid_addresses_are_rejected(host, port):
   with pytest.raises(errors.ConfigError, match="Cannot listen"):
     listen.bind(host, port)
+
+
+def test_ipv6_addresses_can_be_bound():
+  with listen.bind("::1", 0) as bound:
+    assert bound.family == socket.AF_INET6
 
 
 def test_an_unknown_host_is_resolved_once(monkeypatch):
