@@ -57,16 +57,17 @@ class Bodies:
       starlette.requests.ClientDisconnect: if the client disconnects before the
         body is complete.
     """
+    headers = request.headers
+    if "transfer-encoding" in headers:
+      raise _chunked()
+    if int(headers.get("content-length", 0)) > self._max_bytes:
+      raise self._too_large()
     body = bytearray()
     try:
       async with asyncio.timeout(_BODY_S):
-        if int(request.headers.get("content-length", 0)) > self._max_bytes:
-          raise self._too_large()
         async for chunk in request.stream():
           body += chunk
           self._num_bytes += len(chunk)
-          if len(body) > self._max_bytes:
-            raise self._too_large()
           if self._num_bytes > self._max_total_bytes:
             raise _too_many()
       loop = asyncio.get_running_loop()
@@ -132,6 +133,16 @@ def _invalid(why: str) -> refusal.RefusalError:
     what="Invalid request.",
     why=why,
     fix="See GET /docs for the fields.",
+  )
+
+
+def _chunked() -> refusal.RefusalError:
+  return refusal.RefusalError(
+    411,
+    "chunked",
+    what="The length of the body is unknown.",
+    why="Chunks of one byte would take minutes to receive.",
+    fix="Send Content-Length instead of Transfer-Encoding.",
   )
 
 
