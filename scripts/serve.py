@@ -146,10 +146,11 @@ def main() -> None:
       )
       app = server_app.create_app(backend, tokens=accepted)
       logging.info(
-        "Serving role=%s engine=%s at %s.",
+        "Serving role=%s engine=%s at %s, token=%s.",
         role,
         _ENGINE.value,
         addresses.url(*bound.getsockname()[:2]),
+        "required" if accepted.user else "none",
       )
       asyncio.run(listen.serve(app, bound, drain_s=limits.drain_s))
     finally:

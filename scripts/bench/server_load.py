@@ -5,7 +5,8 @@
   python -m scripts.bench.server_load --url=http://127.0.0.1:8765
 
 Each load is sent by a separate process. Meanwhile /health is requested every
-50 ms, each time on a new connection. The token comes from ATLAS_ROLLOUT_TOKEN.
+50 ms, each time on a new connection. The token comes from the environment, as
+for all clients.
 """
 
 from collections.abc import Callable, Iterator

@@ -223,6 +223,8 @@ def test_training_with_servers_finishes_four_steps(
   assert (run / "export/model.safetensors").exists()
   pushed = f"version=4 to {num_of_policy} of {num_of_policy} servers"
   assert pushed in result.stderr
-  assert len(list(run.glob("servers/*.log"))) == num_ports
+  # Every server got the launcher's token, and nothing else is left of it.
+  assert logs.count("token=required") == num_ports
+  assert len(list(run.glob("servers/*"))) == num_ports
   supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))
