@@ -33,7 +33,7 @@ _WATCH_S = 0.5  # Maximum delay until a lost trainer is noticed.
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: FastAPI's type.
   status: {"model": wire.Refusal}
-  for status in (401, 403, 408, 409, 411, 413, 422, 429, 503)
+  for status in (401, 403, 408, 409, 411, 413, 415, 422, 429, 503)
 }
 
 

@@ -58,6 +58,9 @@ class Bodies:
         body is complete.
     """
     headers = request.headers
+    kind_sent = headers.get("content-type", "").partition(";")[0]
+    if kind_sent.strip().lower() != "application/json":
+      raise _not_json(kind_sent)
     if "transfer-encoding" in headers:
       raise _chunked()
     if int(headers.get("content-length", 0)) > self._max_bytes:
@@ -133,6 +136,16 @@ def _invalid(why: str) -> refusal.RefusalError:
     what="Invalid request.",
     why=why,
     fix="See GET /docs for the fields.",
+  )
+
+
+def _not_json(kind: str) -> refusal.RefusalError:
+  return refusal.RefusalError(
+    415,
+    "content_type",
+    what=f"Content-Type must be application/json, got {kind[:64]!r}.",
+    why="Any website may send other types from a browser on this machine.",
+    fix="Send the header Content-Type: application/json.",
   )
 
 

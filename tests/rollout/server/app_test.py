@@ -69,7 +69,7 @@ def test_unknown_paths_and_methods_get_error_responses():
         await client.get("/generate"), 405, "http"
       )
       scripted_server.assert_rejected(
-        await client.post("/generate", content="{"), 422, "invalid"
+        await client.post("/generate", content="{"), 415, "content_type"
       )
 
   scripted_server.run(test)

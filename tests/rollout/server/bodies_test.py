@@ -63,9 +63,28 @@ def test_the_digest_is_that_of_the_bytes():
 def test_bodies_that_are_too_large_are_not_received():
   async def test():
     async with scripted_server.Server().client() as client:
-      reply = await client.post("/generate", content=b" " * 5000)
+      kind = {"content-type": "application/json"}
+      reply = await client.post("/generate", content=b" " * 5000, headers=kind)
       scripted_server.assert_rejected(reply, 413, "limit")
       assert reply.headers["connection"] == "close"
+
+  scripted_server.run(test)
+
+
+@pytest.mark.parametrize(
+  "kind", ["", "text/plain", "application/x-www-form-urlencoded"]
+)
+def test_a_website_cannot_send_requests_from_a_browser(kind):
+  """It may send these types to other hosts, but not application/json."""
+
+  async def test():
+    served = scripted_server.Server()
+    async with served.client() as client:
+      reply = await client.post(
+        "/generate", content=bytes(_body()), headers={"content-type": kind}
+      )
+      scripted_server.assert_rejected(reply, 415, "content_type")
+    assert served.engine.num_calls == 0
 
   scripted_server.run(test)
 
@@ -93,7 +112,10 @@ class _Call:
       "method": "POST",
       "path": path,
       "query_string": b"",
-      "headers": [header],
+      "headers": [
+        header,
+        (b"content-type", b"application/json; charset=utf-8"),
+      ],
     }
     self.task = asyncio.create_task(
       app(scope, self._messages.get, self._collect)
