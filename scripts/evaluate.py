@@ -67,7 +67,7 @@ def main() -> None:
     ):
       # Training pushes weights at every step; here nothing else does.
       if config.rollout.backend == "http":
-        protocol.policy.sampler.update_weights(policy.params, 0)
+        rollouts.policy.sampler.update_weights(models["policy"].params, 0)
       records = evaluate.run(
         rollouts,
         questions,
