@@ -77,6 +77,7 @@ setuptools.setup(
       "pytest>=8.0",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
+      "schemathesis>=4.0",
     ],
     "lint": ["pyright>=1.1.400", "ruff>=0.12"],
     "parity": [

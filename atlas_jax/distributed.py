@@ -7,6 +7,7 @@ one process is lost, JAX aborts the others within `max_silence_s`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import ipaddress
 import itertools
 import json
 import socket
@@ -71,6 +72,7 @@ def initialize(
   try:
     jax.distributed.initialize(
       coordinator_address=address and address.coordinator,
+      coordinator_bind_address=address and _bind_address(address),
       num_processes=address and address.num_processes,
       process_id=address and address.process_id,
       initialization_timeout=max_wait_s,
@@ -286,6 +288,20 @@ def _check(address: Address) -> None:
       fix="For example, --coordinator_address=127.0.0.1:9876 "
       "--num_processes=2 --process_id=0, and the same with --process_id=1.",
     )
+
+
+def _bind_address(address: Address) -> str | None:
+  """Returns where the coordinator listens; None for JAX's default, anywhere.
+
+  At a loopback address no other machine can connect. Other names may resolve to
+  127.0.1.1 on their own machine, so there JAX listens everywhere.
+  """
+  host = address.coordinator.rpartition(":")[0].strip("[]")
+  try:
+    is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    is_local = False
+  return address.coordinator if is_local else None
 
 
 def _wait_for_all(address: Address, *, deadline: float) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from atlas_jax import errors
-from rollout import supervisor, wire
+from rollout import addresses, supervisor, wire
 
 # Fraction of a GPU's memory for engines, alone or shared with training.
 _ENGINE_FRACTION = 0.9
@@ -182,7 +182,7 @@ def plan(site: Site, devices: Split) -> list[supervisor.Server]:
       name, tuple(argv), env, log, supervisor.SERVER_GRACE_S
     )
     servers.append(
-      supervisor.Server(role, f"http://{site.host}:{port}", command)
+      supervisor.Server(role, addresses.url(site.host, port), command)
     )
   return servers
 

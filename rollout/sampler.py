@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import jax
 from atlas_jax import chat, errors, types
 from atlas_jax.models import decoder
 from conversion import process_group
-from rollout import wire
+from rollout import tokens, wire
 
 _Opened = contextlib.AbstractContextManager[types.Sampler]
 _Publish = Callable[[Mapping[str, Any], int], str]  # Any: see `_publish`.
@@ -99,7 +100,11 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
   share: process_group.ProcessShare = process_group.ALONE,
   from_first: types.OnFirstProcess = lambda make: make(),
 ) -> Iterator[types.Sampler]:
-  """Opens a sampler with `params` as version 0, and closes it on exit.
+  """Opens a sampler, and closes it on exit.
+
+  The backend jax holds `params` as version 0. The policy's servers hold nothing
+  of this run before the first `update_weights`, so that a resumed run pushes
+  its weights once; until then their version is -1.
 
   In a multi-process run, the backend jax samples on the devices of all
   processes; with http, the first process sends the requests.
@@ -109,7 +114,7 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
     settings: where to sample.
     directory: the model, in Hugging Face format.
     model: the model to sample from.
-    params: its parameters; unused for a student on servers.
+    params: its parameters; unused with servers.
     tokenizer: of the directory.
     mesh: where to sample with the backend jax.
     max_rows: maximum completions decoded at once, or per request.
@@ -130,7 +135,7 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
       opened = _open_student(connect, settings, share, from_first)
     else:
       opened = _open_policy(
-        connect, settings, directory, model, params, share, from_first
+        connect, settings, directory, model, share, from_first
       )
     with opened as sampler:
       yield sampler
@@ -165,11 +170,10 @@ def _open_policy(
   settings: Settings,
   directory: pathlib.Path,
   model: decoder.Model,
-  params: decoder.Params,
   share: process_group.ProcessShare,
   from_first: types.OnFirstProcess,
 ) -> Iterator[types.Sampler]:
-  """Opens a sampler on the policy's servers, and pushes `params` to them."""
+  """Opens a sampler on the policy's servers."""
   from rollout.remote import push  # Needs an HTTP client.
 
   # Runs that use the same servers share a directory. The weight channel admits
@@ -189,7 +193,6 @@ def _open_policy(
   with _open_shared(pushing, publish, share, from_first) as sampler:
     if share.index == 0:
       push.prune(root, keep=0)
-    sampler.update_weights(params, 0)
     try:
       yield sampler
     finally:
@@ -253,7 +256,7 @@ def _connect(
       update_s=settings.update_s,
       control_s=_CONTROL_S,
     ),
-    token=client.token_of_environment(),
+    token=tokens.of_environment(os.environ),
     publish=publish,
     max_rows=max_rows,
   )

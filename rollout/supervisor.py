@@ -11,10 +11,10 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ import httpx2
 import pydantic
 
 from atlas_jax import errors
-from rollout import child_process, wire
+from rollout import addresses, child_process, tokens, wire
 
 SERVER_GRACE_S = 10.0
 # For training to finish its step and save.
@@ -68,7 +68,8 @@ def check_ports(host: str, base: int, count: int) -> None:
   """Validates that all ports are free.
 
   Raises:
-    errors.ConfigError: if a port is in use; suggests a base with free ports.
+    errors.ConfigError: if `host` is not an address of this machine, or a port
+      is in use; suggests a base with free ports.
   """
   in_use = [p for p in range(base, base + count) if not _is_free(host, p)]
   if not in_use:
@@ -80,19 +81,24 @@ def check_ports(host: str, base: int, count: int) -> None:
   raise errors.ConfigError(
     f"Port {in_use[0]} is in use.",
     where=f"vllm_port={base}, with {count} servers",
-    why=f"Another process listens on {host}:{in_use[0]}.",
+    why=f"Another process listens on {addresses.url(host, in_use[0])}.",
     fix=f"Stop it, or set vllm_port={free}.",
   )
 
 
 def _is_free(host: str, port: int) -> bool:
-  with socket.socket() as probe:
-    # As servers do: sockets in TIME_WAIT must not block the port.
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind((host, port))
-    except OSError:
+  try:
+    addresses.bind(host, port).close()
+  except OSError as error:
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
       return False
+    raise errors.ConfigError(
+      f"vllm_host must be an address of this machine, got {host}.",
+      where=f"vllm_host={host}",
+      why=str(error),
+      fix="Leave it out to start servers here. For servers that run elsewhere, "
+      "use scripts/launch.sh.",
+    ) from error
   return True
 
 
@@ -282,11 +288,15 @@ def _stopped(number: int) -> errors.PreemptedError:
 
 async def _poll_health(server: Server) -> wire.Health | str:
   """Returns a server's health, or why it is unknown."""
-  token = os.environ.get("ATLAS_ROLLOUT_TOKEN", "")
+  token = tokens.of_environment({**os.environ, **server.command.env})
   headers = {"Authorization": f"Bearer {token}"} if token else {}
   try:
     # httpx2's timeout applies to each read, not to the whole request.
-    async with asyncio.timeout(_PROBE_S), httpx2.AsyncClient() as client:
+    async with (
+      asyncio.timeout(_PROBE_S),
+      # A proxy of the environment would see the token.
+      httpx2.AsyncClient(trust_env=False) as client,
+    ):
       reply = await client.get(f"{server.url}/health", headers=headers)
     return wire.Health.model_validate_json(reply.content)
   except TimeoutError:

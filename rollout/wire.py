@@ -6,12 +6,24 @@ rejected, so that a misspelt one is not silently ignored.
 """
 
 from typing import Annotated, Literal
+import uuid
 
 import pydantic
 
 Role = Literal["policy", "student"]
 Engine = Literal["vllm", "jax"]
-TokenIds = Annotated[list[int], pydantic.Field(min_length=1)]
+# An invalid list stops at its first error, as there could be a million.
+TokenIds = Annotated[list[int], pydantic.Field(min_length=1, fail_fast=True)]
+# A step of training; also the name of a directory.
+Step = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+# Identifies a trainer, a process or a manifest.
+Name = Annotated[str, pydantic.Field(max_length=256)]
+Path = Annotated[str, pydantic.Field(max_length=4096, pattern=r"^[^\x00]*$")]
+
+# Commas in a request, which bound its numbers and so the time to parse it.
+MAX_COMMAS = 2**19
+# A longer silence of a trainer closes its weight channel.
+MAX_HEARTBEAT_S = 600.0
 
 
 class _Message(pydantic.BaseModel):
@@ -19,12 +31,13 @@ class _Message(pydantic.BaseModel):
 
 
 class PromptIn(_Message):
-  """A prompt as token ids or, for manual requests, as text.
+  """A prompt: either `token_ids` or `text`, to which no template is applied.
 
-  `row_id` appears in errors and, with the seed, determines random numbers.
+  `row_id` appears in errors and, with the seed, determines random numbers; by
+  default it is the number of the prompt in its request.
   """
 
-  row_id: str
+  row_id: str = ""
   token_ids: TokenIds | None = None
   text: str | None = None
 
@@ -32,28 +45,44 @@ class PromptIn(_Message):
 class GenerateRequest(_Message):
   """Requests `n` completions of each prompt.
 
-  A repeated `request_id` returns the cached answer without generating again. If
-  `version` is set and not the loaded one, the request is rejected (409).
+  A repeated `request_id` returns the cached answer without generating again; by
+  default it is unique. If `version` is set and not the loaded one, the request
+  is rejected (409). A `temperature` of 0 is greedy; a `top_k` of 0 and a
+  `top_p` of 1 keep all tokens. The same `seed` samples the same completions.
+  `with_text` adds the decoded text to each completion.
   """
 
-  request_id: str
-  prompts: Annotated[list[PromptIn], pydantic.Field(min_length=1)]
-  n: Annotated[int, pydantic.Field(ge=1)]
+  prompts: Annotated[
+    list[PromptIn], pydantic.Field(min_length=1, fail_fast=True)
+  ]
   max_tokens: Annotated[int, pydantic.Field(ge=1)]
-  temperature: Annotated[float, pydantic.Field(ge=0.0)]
-  top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)]
-  top_k: Annotated[int, pydantic.Field(ge=0)]
-  seed: int
-  version: int | None = None
+  n: Annotated[int, pydantic.Field(ge=1)] = 1
+  temperature: Annotated[
+    float, pydantic.Field(ge=0.0, le=100.0, allow_inf_nan=False)
+  ] = 1.0
+  top_p: Annotated[
+    float, pydantic.Field(gt=0.0, le=1.0, allow_inf_nan=False)
+  ] = 1.0
+  top_k: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
+  seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
+  with_text: bool = True
+  version: Step | None = None
+  request_id: Annotated[
+    Name, pydantic.Field(default_factory=lambda: uuid.uuid4().hex)
+  ]
 
 
 class CompletionOut(_Message):
-  """See `types.Completion`; `model_logprobs` is null where unknown."""
+  """See `types.Completion`; `model_logprobs` is null where unknown.
+
+  `text` is null unless it was requested.
+  """
 
   token_ids: list[int]
   logprobs: list[float]
   model_logprobs: list[float] | None
   finish_reason: Literal["stop", "length"]
+  text: str | None = None
 
 
 class GenerateResponse(_Message):
@@ -72,7 +101,7 @@ class TensorSignature(_Message):
   """Hugging Face name and shape of a weight."""
 
   name: str
-  shape: list[int]
+  shape: Annotated[list[int], pydantic.Field(fail_fast=True)]
 
 
 class InitRequest(_Message):
@@ -85,13 +114,13 @@ class InitRequest(_Message):
   `process_name`) has exited, if it ran on the server's machine.
   """
 
-  trainer_id: str
-  process: str
+  trainer_id: Name
+  process: Name
   role: Role
-  tensors: list[TensorSignature]
-  tokenizer_digest: str
-  weights_root: str
-  heartbeat_s: Annotated[float, pydantic.Field(gt=0.0)]
+  tensors: Annotated[list[TensorSignature], pydantic.Field(fail_fast=True)]
+  tokenizer_digest: Name
+  weights_root: Path
+  heartbeat_s: Annotated[float, pydantic.Field(gt=0.0, le=MAX_HEARTBEAT_S)]
 
 
 class UpdateRequest(_Message):
@@ -100,9 +129,9 @@ class UpdateRequest(_Message):
   `digest` is that of the manifest; the server verifies it.
   """
 
-  trainer_id: str
-  version: Annotated[int, pydantic.Field(ge=0)]
-  digest: str
+  trainer_id: Name
+  version: Step
+  digest: Name
 
 
 class UpdateResponse(_Message):
@@ -116,7 +145,7 @@ class UpdateResponse(_Message):
 class CloseRequest(_Message):
   """Closes the weight channel; the weights stay."""
 
-  trainer_id: str
+  trainer_id: Name
 
 
 class Version(_Message):

@@ -65,6 +65,9 @@ def main() -> None:
       _open_rollouts(mesh, config) as (rollouts, models),
       components.open_grader(config.math_verify) as grader,
     ):
+      # Training pushes weights at every step; here nothing else does.
+      if config.rollout.backend == "http":
+        rollouts.policy.sampler.update_weights(models["policy"].params, 0)
       records = evaluate.run(
         rollouts,
         questions,

@@ -102,9 +102,12 @@ def _launch(argv: Sequence[str]) -> int:
     supervisor.TRAINING_GRACE_S,
   )
   logging.info("Training: %s", " ".join(training.argv))
-  return supervisor.run(
-    servers, training, max_wait_s=float(options["--max_wait_s"])
-  )
+  with launch_servers.share_token(
+    servers, training, job.workdir / "servers"
+  ) as (servers, training):
+    return supervisor.run(
+      servers, training, max_wait_s=float(options["--max_wait_s"])
+    )
 
 
 def _mesh(words: Sequence[str], num_devices: int) -> list[str]:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans the rollout servers of a job, and the flags for their URLs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import os
 import pathlib
 
 from atlas_jax import errors
-from rollout import placement, supervisor, wire
+from rollout import addresses, placement, supervisor, tokens, wire
 from scripts import launch_overrides
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -68,8 +71,44 @@ def training_flags(
     for role in served_models(job)
   }
   if not servers:
-    urls = {role: [f"http://{host}:{port + i}"] for i, role in enumerate(urls)}
+    urls = {
+      role: [addresses.url(host, port + i)] for i, role in enumerate(urls)
+    }
   return ["--config.rollout.backend=http"] + [
     f"--config.rollout.{role}_urls={tuple(of_role)!r}"
     for role, of_role in urls.items()
   ]
+
+
+@contextlib.contextmanager
+def share_token(
+  servers: Sequence[supervisor.Server],
+  training: supervisor.Command,
+  directory: pathlib.Path,
+) -> Iterator[tuple[list[supervisor.Server], supervisor.Command]]:
+  """Gives servers and training a new token, unless the environment has one.
+
+  Only the path of its file is passed on: command lines are visible to all users
+  of the machine.
+
+  Args:
+    servers: planned servers; may be empty.
+    training: the command that samples from them.
+    directory: of the token's file, which is removed on exit.
+
+  Yields:
+    The servers and the command, with the path in their environment.
+  """
+  if not servers or tokens.of_environment(os.environ):
+    yield list(servers), training
+    return
+  with tokens.new_file(directory) as path:
+
+    def with_path(command: supervisor.Command) -> supervisor.Command:
+      env = {**command.env, tokens.FILE_VARIABLE: str(path.resolve())}
+      return dataclasses.replace(command, env=env)
+
+    yield (
+      [dataclasses.replace(s, command=with_path(s.command)) for s in servers],
+      with_path(training),
+    )

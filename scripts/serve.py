@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from atlas_jax import errors
 from conversion import shards
-from rollout import manifest, wire
+from rollout import addresses, manifest, tokens, wire
 from rollout.server import app as server_app
 from rollout.server import engine, listen, service, weight_channel
 from scripts import dtypes, program
@@ -41,7 +41,9 @@ _HOST = flags.DEFINE_string(
 )
 _PORT = flags.DEFINE_integer("port", 8765, "Port to listen on.")
 _TOKEN_FILE = flags.DEFINE_string(
-  "token_file", None, f"File with the token; or set {listen.TOKEN_VARIABLE}."
+  "token_file",
+  None,
+  f"File with the token; or set {tokens.VARIABLE} or {tokens.FILE_VARIABLE}.",
 )
 _WEIGHTS_ROOT = flags.DEFINE_string(
   "weights_root", None, "If set, pushed weights must be below this directory."
@@ -86,7 +88,13 @@ _ENGINE_FLAGS = {
 }
 _LIMITS = {
   "max_body_bytes": flags.DEFINE_integer(
-    "max_body_bytes", 32 * 2**20, "Maximum bytes per request."
+    "max_body_bytes", 16 * 2**20, "Maximum bytes per request."
+  ),
+  "max_total_body_bytes": flags.DEFINE_integer(
+    "max_total_body_bytes", 2**28, "Maximum bytes of all unfinished bodies."
+  ),
+  "max_text_chars": flags.DEFINE_integer(
+    "max_text_chars", 2**20, "Maximum characters of all texts of a request."
   ),
   "max_prompts": flags.DEFINE_integer(
     "max_prompts", 4096, "Maximum prompts per request."
@@ -113,7 +121,7 @@ _LIMITS = {
 def main() -> None:
   """Serves until SIGTERM or SIGINT."""
   token_file = pathlib.Path(_TOKEN_FILE.value) if _TOKEN_FILE.value else None
-  tokens = listen.read_tokens(_HOST.value, token_file)
+  accepted = listen.read_tokens(_HOST.value, token_file, os.environ)
   directory = pathlib.Path(_MODEL.value).expanduser().resolve()
   shards.check_is_model(directory)
   weights_root = _WEIGHTS_ROOT.value
@@ -136,12 +144,13 @@ def main() -> None:
         tokenizer_digest=tokenizer_digest,
         limits=limits,
       )
-      app = server_app.create_app(backend, tokens=tokens)
+      app = server_app.create_app(backend, tokens=accepted)
       logging.info(
-        "Serving role=%s engine=%s at http://%s:%d.",
+        "Serving role=%s engine=%s at %s, token=%s.",
         role,
         _ENGINE.value,
-        *bound.getsockname()[:2],
+        addresses.url(*bound.getsockname()[:2]),
+        "required" if accepted.user else "none",
       )
       asyncio.run(listen.serve(app, bound, drain_s=limits.drain_s))
     finally:

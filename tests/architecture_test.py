@@ -186,8 +186,19 @@ _UNSAFE_MODULES = (
   "joblib",
 )
 _UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load"}
-_UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+_UNSAFE_KEYWORDS = {
+  "shell",
+  "trust_remote_code",
+  "allow_pickle",
+  "trust_env",
+}
 _OPEN_ADDRESSES = {"0.0.0.0", "::"}
+# A proxy of the environment would see tokens and prompts.
+_HTTP_CLIENTS = {"httpx2.Client", "httpx2.AsyncClient"}
+_PROXIED = {
+  *("urllib.request.urlopen", "urllib.request.urlretrieve"),
+  *(f"httpx2.{name}" for name in ("get", "post", "put", "request", "stream")),
+}
 
 
 def _is_unsafe(node):
@@ -202,8 +213,11 @@ def _is_unsafe(node):
     case ast.Call(func=ast.Attribute(attr="from_pretrained"), keywords=given):
       # Without it, transformers prompts the user.
       return "trust_remote_code" not in {keyword.arg for keyword in given}
-    case ast.Call(func=function):
-      return ast.unparse(function) in _UNSAFE_CALLS
+    case ast.Call(func=function, keywords=given):
+      name = ast.unparse(function)
+      if name in _HTTP_CLIENTS:
+        return "trust_env" not in {keyword.arg for keyword in given}
+      return name in _UNSAFE_CALLS | _PROXIED
     case ast.keyword(arg=name, value=value) if name in _UNSAFE_KEYWORDS:
       return not (isinstance(value, ast.Constant) and value.value is False)
     case ast.Constant(value=str(text)):
@@ -237,6 +251,10 @@ def test_sources_have_no_unsafe_code(path):
     "AutoTokenizer.from_pretrained(x)",
     "load(x, allow_pickle=True)",
     "serve('0.0.0.0')",
+    "httpx2.AsyncClient()",
+    "httpx2.Client(trust_env=True)",
+    "httpx2.get(x)",
+    "urllib.request.urlopen(x)",
     "try: x\nexcept: y",
     "try: x\nexcept Exception as e: y",
     "try: x\nexcept (OSError, BaseException): y",
@@ -253,6 +271,7 @@ def test_unsafe_code_is_detected(line):
     "load(x, trust_remote_code=False)",
     "AutoTokenizer.from_pretrained(x, trust_remote_code=False)",
     "model.eval()",
+    "httpx2.Client(trust_env=False)",
     "serve('127.0.0.1')",
     "try: x\nexcept (OSError, ValueError): y",
   ],

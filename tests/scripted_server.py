@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import httpx2
@@ -28,14 +29,22 @@ class Engine:
     self.last_progress_s = time.monotonic()
     self.num_calls = self.num_resets = 0
     self.loaded, self.load_error, self.logprob = [], None, -0.5
+    self.is_cache_used, self.threads, self.prompts = False, set(), ()
 
   def tokenize(self, text):
     """Returns the length of each word as its token id."""
+    self.threads.add(threading.current_thread().name)
     return [len(word) for word in text.split()]
+
+  def decode(self, token_ids):
+    """Returns the token ids, separated by spaces."""
+    self.threads.add(threading.current_thread().name)
+    return " ".join(map(str, token_ids))
 
   async def generate(self, prompts, params):
     """Returns fixed completions once `go` is set."""
     self.num_calls += 1
+    self.prompts = prompts
     await self.go.wait()
     self.last_progress_s = time.monotonic()
     one = wire.CompletionOut(
@@ -54,7 +63,8 @@ class Engine:
 
   async def reset_prefix_cache(self):
     """Counts resets."""
-    self.num_resets += 1
+    self.num_resets += not self.is_cache_used
+    return not self.is_cache_used
 
   def metrics(self):
     """Returns one value."""
@@ -86,6 +96,8 @@ class Server:
       limits=service.Limits(
         **{
           "max_body_bytes": 4096,
+          "max_total_body_bytes": 2**24,
+          "max_text_chars": 1000,
           "max_prompts": 4,
           "max_n": 3,
           "max_tokens": 16,

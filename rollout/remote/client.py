@@ -12,7 +12,6 @@ import collections
 from collections.abc import Callable
 import dataclasses
 import math
-import os
 from typing import TypeVar
 import urllib.parse
 
@@ -23,9 +22,6 @@ import stamina
 
 from atlas_jax import errors
 from rollout import wire
-
-TOKEN_VARIABLE = "ATLAS_ROLLOUT_TOKEN"
-ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
 
 _Reply = TypeVar("_Reply", bound=pydantic.BaseModel)
 
@@ -165,6 +161,7 @@ class Client:
       top_p=1.0,
       top_k=0,
       seed=0,
+      with_text=False,
       version=version,
     )
     await self._call(
@@ -299,14 +296,6 @@ class Client:
       ),
       fix="See its log. Servers are started with python -m scripts.serve.",
     )
-
-
-def token_of_environment() -> str | None:
-  """Returns the token from the environment, preferring the admin token."""
-  for variable in (ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE):
-    if token := os.environ.get(variable, "").strip():
-      return token
-  return None
 
 
 def _check_url(url: str) -> None:

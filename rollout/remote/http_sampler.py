@@ -35,6 +35,8 @@ _MAX_MOVES = 8
 # After this many timeouts the prompt is dropped.
 _MAX_LATE = 3
 _CONFLICT = 409
+# Tokens of a request's prompts; half of the limit, for the other fields.
+_MAX_TOKENS = wire.MAX_COMMAS // 2
 
 
 class HttpSampler:
@@ -219,9 +221,8 @@ class HttpSampler:
       max(1, self._max_rows // params.group_size),
       -(-len(prompts) // len(self._fleet.servers)),
     )
-    starts = range(0, len(prompts), max(1, size))
     return await _concurrently(
-      self._request(prompts[i : i + size], params) for i in starts
+      self._request(part, params) for part in _split(prompts, size)
     )
 
   async def _request(
@@ -302,6 +303,21 @@ class HttpSampler:
     return _to_completions(reply)
 
 
+def _split(
+  prompts: Sequence[types.Prompt], size: int
+) -> list[list[types.Prompt]]:
+  """Splits prompts into requests of `size` that servers accept."""
+  parts: list[list[types.Prompt]] = []
+  num_tokens = 0
+  for prompt in prompts:
+    num_tokens += len(prompt.token_ids)
+    if not parts or len(parts[-1]) == size or num_tokens > _MAX_TOKENS:
+      parts.append([])
+      num_tokens = len(prompt.token_ids)
+    parts[-1].append(prompt)
+  return parts
+
+
 async def _concurrently(
   requests: Iterable[Coroutine[Any, Any, list[_Result]]],  # Any: unused.
 ) -> list[_Result]:
@@ -354,6 +370,7 @@ def _to_request(
     top_p=params.top_p,
     top_k=params.top_k,
     seed=params.seed,
+    with_text=False,
     version=version,
   )
 

@@ -6,23 +6,34 @@ Every path exists with and without a trailing slash. Every error response is a
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 import contextlib
+import dataclasses
 from typing import Any
 
 from absl import logging
 import fastapi
-from fastapi import exceptions
+from fastapi import responses
+import pydantic
 from starlette import exceptions as starlette_exceptions
+from starlette import requests
 
 from atlas_jax import errors
 from rollout import wire
-from rollout.server import admission, service, weight_channel
+from rollout.server import (
+  admission,
+  api_page,
+  bodies,
+  refusal,
+  service,
+  weight_channel,
+)
 
 _WATCH_S = 0.5  # Maximum delay until a lost trainer is noticed.
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {  # Any: FastAPI's type.
-  status: {"model": wire.Refusal} for status in (401, 409, 413, 422, 429, 503)
+  status: {"model": wire.Refusal}
+  for status in (401, 403, 408, 409, 411, 413, 415, 422, 429, 503)
 }
 
 
@@ -34,6 +45,9 @@ def create_app(
   Args:
     backend: handles the requests.
     tokens: accepted for authentication.
+
+  Raises:
+    RuntimeError: if a route declares no audience.
   """
 
   @contextlib.asynccontextmanager
@@ -50,12 +64,16 @@ def create_app(
     lifespan=lifespan,
     redirect_slashes=False,
     responses=_REFUSALS,
+    # Both are routes of ours: FastAPI's have no audience, and its pages load
+    # scripts from a CDN.
+    openapi_url=None,
+    docs_url=None,
+    redoc_url=None,
   )
-  _add_routes(app, backend)
+  _add_routes(app, backend, tokens)
   _add_handlers(app, backend)
-  app.add_middleware(
-    admission.Guard, tokens=tokens, max_body_bytes=backend.limits.max_body_bytes
-  )
+  admission.check_declared(app.routes)
+  app.add_middleware(admission.CloseUnread)
   return app
 
 
@@ -78,33 +96,40 @@ class _Endpoints:
     response.status_code = 200 if state.status == "ok" else 503
     return state
 
-  async def generate(self, request: wire.GenerateRequest) -> fastapi.Response:
+  async def generate(
+    self, body: bodies.Body[wire.GenerateRequest]
+  ) -> fastapi.Response:
     """Samples `n` completions of each prompt."""
     self._backend.count("requests_total")
     # Already JSON: a repeated request is not serialized again.
     return fastapi.Response(
-      await self._backend.generate(request), media_type="application/json"
+      await self._backend.generate(body.message, body.digest),
+      media_type="application/json",
     )
 
-  async def init_communicator(self, request: wire.InitRequest) -> wire.Version:
+  async def init_communicator(
+    self, body: bodies.Body[wire.InitRequest]
+  ) -> wire.Version:
     """Opens the weight channel; a repeated call is a heartbeat."""
-    self._backend.weights.init(request)
+    self._backend.weights.init(body.message)
     return self._backend.weights.held
 
   async def update_weights(
-    self, request: wire.UpdateRequest
+    self, body: bodies.Body[wire.UpdateRequest]
   ) -> wire.UpdateResponse:
     """Loads a version from the channel's directory."""
-    return await self._backend.update(request)
+    return await self._backend.update(body.message)
 
   async def reset_prefix_cache(self) -> wire.Done:
     """Clears cached keys and values of earlier prompts."""
-    await self._backend.engine.reset_prefix_cache()
+    await self._backend.reset_prefix_cache()
     return wire.Done(message="The prefix cache is empty.")
 
-  async def close_communicator(self, request: wire.CloseRequest) -> wire.Done:
+  async def close_communicator(
+    self, body: bodies.Body[wire.CloseRequest]
+  ) -> wire.Done:
     """Closes the weight channel; the weights stay."""
-    was_open = self._backend.weights.close(request)
+    was_open = self._backend.weights.close(body.message)
     return wire.Done(message="Closed." if was_open else "It was not open.")
 
   async def get_tensor_parallel_size(self) -> wire.TensorParallelSize:
@@ -124,49 +149,134 @@ class _Endpoints:
       f"atlas_rollout_{name} {float(value)}\n"
       for name, value in self._backend.metrics().items()
     )
-    return fastapi.Response(text, media_type="text/plain; version=0.0.4")
+    return _Metrics(text)
 
 
-def _add_routes(app: fastapi.FastAPI, backend: service.Service) -> None:
+class _Metrics(responses.PlainTextResponse):
+  """The Prometheus text format."""
+
+  media_type = "text/plain; version=0.0.4"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+  """An endpoint, who may call it, and the types of its bodies, if any."""
+
+  method: str
+  endpoint: Callable[..., Awaitable[Any]]  # Any: each returns another type.
+  audience: admission.Audience
+  request: type[pydantic.BaseModel] | None
+  response: type[pydantic.BaseModel] | None
+
+
+def _routes(backend: service.Service) -> list[_Route]:
+  """Returns all routes but those of the documentation."""
+  own = _Endpoints(backend)
+  return [
+    _Route("GET", own.health, "user", None, wire.Health),
+    _Route(
+      "POST", own.generate, "user", wire.GenerateRequest, wire.GenerateResponse
+    ),
+    _Route(
+      "POST", own.init_communicator, "admin", wire.InitRequest, wire.Version
+    ),
+    _Route(
+      "POST",
+      own.update_weights,
+      "admin",
+      wire.UpdateRequest,
+      wire.UpdateResponse,
+    ),
+    _Route("POST", own.reset_prefix_cache, "admin", None, wire.Done),
+    _Route(
+      "POST", own.close_communicator, "admin", wire.CloseRequest, wire.Done
+    ),
+    _Route(
+      "GET",
+      own.get_tensor_parallel_size,
+      "user",
+      None,
+      wire.TensorParallelSize,
+    ),
+    _Route("GET", own.version, "user", None, wire.Version),
+    _Route("GET", own.metrics, "user", None, None),
+  ]
+
+
+def _add_routes(
+  app: fastapi.FastAPI, backend: service.Service, tokens: admission.Tokens
+) -> None:
   """Adds every endpoint under its name, with and without a slash."""
-  endpoints = _Endpoints(backend)
-  for method, endpoint, model in (
-    ("GET", endpoints.health, wire.Health),
-    ("POST", endpoints.generate, wire.GenerateResponse),
-    ("POST", endpoints.init_communicator, wire.Version),
-    ("POST", endpoints.update_weights, wire.UpdateResponse),
-    ("POST", endpoints.reset_prefix_cache, wire.Done),
-    ("POST", endpoints.close_communicator, wire.Done),
-    ("GET", endpoints.get_tensor_parallel_size, wire.TensorParallelSize),
-    ("GET", endpoints.version, wire.Version),
-    ("GET", endpoints.metrics, None),
-  ):
+  limits = backend.limits
+  received = bodies.Bodies(
+    max_bytes=limits.max_body_bytes,
+    max_total_bytes=limits.max_total_body_bytes,
+  )
+  routes = _routes(backend)
+  for route in routes:
+    name = route.endpoint.__name__
+    endpoint, extra = route.endpoint, None
+    if route.request is not None:
+      endpoint = _with_body(route.endpoint, received, route.request)
+      extra = {"requestBody": api_page.request_body(route.request)}
     for slash in ("", "/"):
       app.add_api_route(
-        f"/{endpoint.__name__}{slash}",
+        f"/{name}{slash}",
         endpoint,
-        methods=[method],
-        response_model=model,
+        methods=[route.method],
+        response_model=route.response,
+        response_class=responses.JSONResponse if route.response else _Metrics,
+        name=name,
+        description=route.endpoint.__doc__,
+        dependencies=[
+          fastapi.Depends(admission.Require(route.audience, tokens))
+        ],
+        openapi_extra=extra,
         include_in_schema=not slash,
       )
+  page = api_page.Page(app, [r.request for r in routes if r.request])
+  for path, show in (("/openapi.json", page.openapi), ("/docs", page.html)):
+    app.add_api_route(
+      path,
+      show,
+      dependencies=[fastapi.Depends(admission.Require("user", tokens))],
+      include_in_schema=False,
+    )
+
+
+def _with_body(
+  endpoint: Callable[..., Awaitable[Any]],  # Any: see `_Route`.
+  received: bodies.Bodies,
+  kind: type[pydantic.BaseModel],
+) -> Callable[[fastapi.Request], Awaitable[Any]]:
+  """Returns a handler that passes the parsed body to an endpoint.
+
+  FastAPI would parse it in the event loop, before it runs the dependencies that
+  check the token.
+  """
+
+  async def handle(request: fastapi.Request) -> Any:  # Any: see `_Route`.
+    return await endpoint(await received.receive(request, kind))
+
+  return handle
 
 
 def _add_handlers(app: fastapi.FastAPI, backend: service.Service) -> None:
   """Adds handlers that turn every exception into a `wire.Refusal`."""
 
   async def rejected(
-    request: fastapi.Request, error: weight_channel.RefusalError
+    request: fastapi.Request, error: refusal.RefusalError
   ) -> fastapi.Response:
     backend.count("refused_requests_total")
     logging.info(
       "Rejected %s (%d): %s", request.url.path, error.status, error.body.what
     )
-    return admission.respond(error.status, error.body, error.retry_after_s)
+    return refusal.respond(error.status, error.body, error.retry_after_s)
 
   handlers: dict[Any, Any] = {  # Any: each takes a different exception class.
-    weight_channel.RefusalError: rejected,
+    refusal.RefusalError: rejected,
     errors.AtlasError: _failed,
-    exceptions.RequestValidationError: _invalid,
+    requests.ClientDisconnect: _left,
     starlette_exceptions.HTTPException: _unanswerable,
     Exception: _unknown,
   }
@@ -186,26 +296,15 @@ async def _failed(
   )
   what = f"{error.what} ({error.where})"
   body = wire.Refusal(error=name, what=what, why=error.why, fix=error.fix)
-  return admission.respond(status, body)
+  return refusal.respond(status, body)
 
 
-async def _invalid(
-  request: fastapi.Request, error: exceptions.RequestValidationError
+async def _left(
+  request: fastapi.Request, error: requests.ClientDisconnect
 ) -> fastapi.Response:
-  """Reports which fields of a request are invalid."""
-  del request
-  # Only location and kind of each error: the input may contain a prompt.
-  wrong = [
-    f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-    for item in error.errors()[:8]
-  ]
-  body = wire.Refusal(
-    error="invalid",
-    what="Invalid request.",
-    why="; ".join(wrong),
-    fix="See GET /docs for the fields.",
-  )
-  return admission.respond(422, body)
+  """Ends a request whose client disconnected before its body was complete."""
+  del request, error
+  return fastapi.Response(status_code=400)  # Nobody receives it.
 
 
 async def _unanswerable(
@@ -218,7 +317,7 @@ async def _unanswerable(
     why=str(error.detail),
     fix="See GET /docs for the endpoints.",
   )
-  return admission.respond(error.status_code, body)
+  return refusal.respond(error.status_code, body)
 
 
 async def _unknown(
@@ -232,4 +331,4 @@ async def _unknown(
     why=type(error).__name__,
     fix="See the server's log; restart it if /health is not ok.",
   )
-  return admission.respond(500, body)
+  return refusal.respond(500, body)

@@ -47,6 +47,10 @@ class Engine(Protocol):
     """Encodes a text without a chat template or special tokens."""
     ...
 
+  def decode(self, token_ids: Sequence[int]) -> str:
+    """Decodes token ids to text, without special tokens."""
+    ...
+
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
@@ -60,13 +64,21 @@ class Engine(Protocol):
   async def load(self, directory: pathlib.Path, version: int) -> None:
     """Replaces the weights in place and resets the prefix cache.
 
+    Requests that are still running, because they were given up, are aborted.
+
     Raises:
       errors.CheckpointError: if the weights are invalid and nothing changed.
+      errors.RolloutError: if the prefix cache still holds keys and values of
+        the old weights.
     """
     ...
 
-  async def reset_prefix_cache(self) -> None:
-    """Clears cached keys and values of earlier prompts."""
+  async def reset_prefix_cache(self) -> bool:
+    """Clears cached keys and values of earlier prompts.
+
+    Returns:
+      False if running requests still use them, and nothing changed.
+    """
     ...
 
   def metrics(self) -> Mapping[str, float]:

@@ -86,14 +86,20 @@ class JaxEngine:
     """Encodes a text without a chat template or special tokens."""
     return self._tokenizer.encode(text, add_special_tokens=False)
 
+  def decode(self, token_ids: Sequence[int]) -> str:
+    """Decodes token ids to text, without special tokens."""
+    return chat.decode(self._tokenizer, token_ids)
+
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
     """Samples completions; concurrent requests run one after another."""
-    groups = await self._in_thread(
-      lambda: self._sampler.sample(prompts, params)
+    return await self._in_thread(
+      lambda: [
+        [_to_wire(completion) for completion in group]
+        for group in self._sampler.sample(prompts, params)
+      ]
     )
-    return [[_to_wire(completion) for completion in group] for group in groups]
 
   async def load(self, directory: pathlib.Path, version: int) -> None:
     """Replaces the weights, in the sampling thread."""
@@ -101,8 +107,9 @@ class JaxEngine:
       lambda: self._sampler.update_weights(self._read(directory), version)
     )
 
-  async def reset_prefix_cache(self) -> None:
-    """Does nothing: prompts are not cached across requests."""
+  async def reset_prefix_cache(self) -> bool:
+    """Returns True: prompts are not cached across requests."""
+    return True
 
   def metrics(self) -> Mapping[str, float]:
     """Returns the number of compiled programs."""

@@ -119,6 +119,10 @@ class VllmEngine:
     """Encodes a text without a chat template or special tokens."""
     return self._tokenizer.encode(text, add_special_tokens=False)
 
+  def decode(self, token_ids: Sequence[int]) -> str:
+    """Decodes token ids to text, without special tokens."""
+    return chat.decode(self._tokenizer, token_ids)
+
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:
@@ -134,17 +138,25 @@ class VllmEngine:
         task.cancel()
 
   async def load(self, directory: pathlib.Path, version: int) -> None:
-    """Replaces the weights in place."""
+    """Replaces the weights in place; aborts what still runs."""
     del version
+    await self._llm.pause_generation(mode="abort", clear_cache=False)
     await self._llm.collective_rpc(
       "reload_weights", kwargs={"weights_path": str(directory)}
     )
     await self._llm.collective_rpc("refresh_tied_head")
-    await self.reset_prefix_cache()
+    if not await self.reset_prefix_cache():
+      raise errors.RolloutError(
+        "vLLM kept its prefix cache after a weight update.",
+        where=str(directory),
+        why="Requests still use it, although they were aborted.",
+        fix="Restart the server: its completions would mix two versions.",
+      )
+    await self._llm.resume_generation()
 
-  async def reset_prefix_cache(self) -> None:
-    """Clears cached keys and values of earlier prompts."""
-    await self._llm.reset_prefix_cache()
+  async def reset_prefix_cache(self) -> bool:
+    """Clears cached keys and values; False if requests still use them."""
+    return await self._llm.reset_prefix_cache()
 
   def metrics(self) -> Mapping[str, float]:
     """Returns vLLM's scheduler statistics of its last step."""

@@ -2,11 +2,9 @@
 """Tokens, socket, signals and the HTTP loop of the server process."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
-import ipaddress
 import math
-import os
 import pathlib
 import signal
 import socket
@@ -18,24 +16,28 @@ import uvicorn
 from uvicorn.protocols.http import h11_impl
 
 from atlas_jax import errors
+from rollout import addresses, tokens
 from rollout.server import admission
 
-TOKEN_VARIABLE = "ATLAS_ROLLOUT_TOKEN"
-ADMIN_TOKEN_VARIABLE = "ATLAS_ROLLOUT_ADMIN_TOKEN"
+# More are closed at once: each needs a file descriptor.
+_MAX_CONNECTIONS = 512
+# Of a read from a socket. Chunks of one byte take 50 us each to parse, before
+# the request is rejected.
+_READ_BYTES = 2**13
 # Limit for a request's headers to arrive, and for an idle connection.
 _HEAD_S = 20.0
 _MIN_TOKEN_CHARACTERS = 16
 
 
-def read_token(host: str, file: pathlib.Path | None) -> str | None:
+def read_token(
+  host: str, file: pathlib.Path | None, environ: Mapping[str, str]
+) -> str | None:
   """Returns the token that clients must send.
-
-  The token is never a command line argument: those are visible to all users of
-  the machine.
 
   Args:
     host: the address the server will listen on.
-    file: contains the token; None to read the environment variable.
+    file: contains the token; None to use the environment.
+    environ: may contain the token, or the path of its file.
 
   Returns:
     The token, or None if no token is set and `host` is a loopback address.
@@ -44,47 +46,42 @@ def read_token(host: str, file: pathlib.Path | None) -> str | None:
     errors.ConfigError: if no token is set and other machines can connect, or
       the token is too short.
   """
-  try:
-    text = (
-      file.read_text(encoding="utf-8")
-      if file
-      else os.environ.get(TOKEN_VARIABLE, "")
-    )
-  except (OSError, ValueError) as error:
-    raise errors.ConfigError(
-      "Cannot read the token file.",
-      where=f"--token_file={file}",
-      why=str(error),
-      fix="Use a text file that this user can read.",
-    ) from error
-  token = text.strip()
-  if not token and not file and is_loopback(host):
-    return None
+  if not file and not environ.get(tokens.VARIABLE, "").strip():
+    path = environ.get(tokens.FILE_VARIABLE, "")
+    file = pathlib.Path(path) if path else None
+  if file:
+    token = tokens.read(file)
+  else:
+    token = environ.get(tokens.VARIABLE, "").strip()
+    if not token and addresses.is_loopback(host):
+      return None
   _check_token(token, where=f"--host={host}")
   return token
 
 
-def read_tokens(host: str, file: pathlib.Path | None) -> admission.Tokens:
+def read_tokens(
+  host: str, file: pathlib.Path | None, environ: Mapping[str, str]
+) -> admission.Tokens:
   """Returns the tokens for sampling and for replacing weights.
 
-  The admin token is optional and comes from `ADMIN_TOKEN_VARIABLE`. Without it,
-  the user token of `read_token` grants access to all endpoints.
+  The admin token is optional, and in the environment only. Without it, the user
+  token of `read_token` grants access to all endpoints.
 
   Raises:
     errors.ConfigError: if a token is missing or too short, or both are equal.
   """
-  user = read_token(host, file)
-  admin = os.environ.get(ADMIN_TOKEN_VARIABLE, "").strip() or None
+  user = read_token(host, file, environ)
+  name = tokens.ADMIN_VARIABLE
+  admin = environ.get(name, "").strip() or None
   if admin is not None:
-    _check_token(admin, where=ADMIN_TOKEN_VARIABLE)
+    _check_token(admin, where=name)
     if user is None or user == admin:
       raise errors.ConfigError(
-        f"{ADMIN_TOKEN_VARIABLE} requires a different {TOKEN_VARIABLE}.",
-        where=ADMIN_TOKEN_VARIABLE,
-        why=f"{TOKEN_VARIABLE} is "
+        f"{name} requires a different {tokens.VARIABLE}.",
+        where=name,
+        why=f"{tokens.VARIABLE} is "
         + ("not set." if user is None else "the same token."),
-        fix=f"Set {TOKEN_VARIABLE} to a different token, or unset "
-        f"{ADMIN_TOKEN_VARIABLE}.",
+        fix=f"Set {tokens.VARIABLE} to a different token, or unset {name}.",
       )
   return admission.Tokens(user=user, admin=admin)
 
@@ -99,36 +96,20 @@ def bind(host: str, port: int) -> socket.socket:
   """
   where = f"--host={host} --port={port}"
   try:
-    family, kind, _, _, address = socket.getaddrinfo(
-      host, None, type=socket.SOCK_STREAM
-    )[0]
-  except OSError as error:
+    return addresses.bind(host, port)
+  except socket.gaierror as error:
     raise errors.ConfigError(
       f"Cannot resolve host {host!r}.",
       where=where,
       why=str(error),
       fix="Use an address of this machine, such as 127.0.0.1.",
     ) from error
-
-  def try_bind(port: int) -> socket.socket:
-    bound = socket.socket(family, kind)
-    # Sockets in TIME_WAIT must not block the port.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      bound.bind((address[0], port, *address[2:]))
-    except (OSError, OverflowError):
-      bound.close()
-      raise
-    return bound
-
-  try:
-    return try_bind(port)
   except (OSError, OverflowError) as error:
     raise errors.ConfigError(
       f"Cannot listen on port {port}.",
       where=where,
       why=str(error),
-      fix=_suggestion(try_bind, port),
+      fix=_suggestion(host, port),
     ) from error
 
 
@@ -144,7 +125,9 @@ async def serve(
   """
   config = uvicorn.Config(
     app,
-    http=_HeadTimeout,
+    http=_Protocol,
+    loop="asyncio",
+    ws="none",
     log_level="warning",
     # The service logs one line per request.
     access_log=False,
@@ -175,14 +158,6 @@ def stoppable() -> Iterator[None]:
       signal.signal(number, handler)
 
 
-def is_loopback(host: str) -> bool:
-  """Returns whether `host` is reachable from this machine only."""
-  try:
-    return host == "localhost" or ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return False
-
-
 def _check_token(token: str, *, where: str) -> None:
   if len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii():
     raise errors.ConfigError(
@@ -192,21 +167,27 @@ def _check_token(token: str, *, where: str) -> None:
       where=where,
       why="Without a secret token, every client that can connect can sample "
       "and replace the weights.",
-      fix=f"Set {TOKEN_VARIABLE} (openssl rand -hex 32) or --token_file on "
+      fix=f"Set {tokens.VARIABLE} (openssl rand -hex 32) or --token_file on "
       "server and client, or listen on --host=127.0.0.1.",
     )
 
 
-class _HeadTimeout(h11_impl.H11Protocol):
-  """Closes connections whose request headers do not arrive in time.
+class _Protocol(h11_impl.H11Protocol):
+  """Limits the number of connections, and the time for request headers.
 
-  uvicorn itself has no timeout for request headers.
+  uvicorn itself limits neither: beyond `limit_concurrency` it answers 503, but
+  keeps the connection.
   """
 
   _head_timeout: asyncio.TimerHandle | None = None
 
   def connection_made(self, transport: asyncio.Transport) -> None:
     super().connection_made(transport)
+    if len(self.connections) > _MAX_CONNECTIONS:
+      transport.abort()
+      return
+    # An attribute of asyncio's own transports, of 256 KiB.
+    transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
     self._start_head_timeout()
 
   def data_received(self, data: bytes) -> None:
@@ -229,9 +210,12 @@ class _HeadTimeout(h11_impl.H11Protocol):
       self._head_timeout = None
 
 
-def _suggestion(try_bind: Callable[[int], socket.socket], port: int) -> str:
+def _suggestion(host: str, port: int) -> str:
   """Suggests a free port among the next hundred."""
   for other in range(port + 1, port + 101):
-    with contextlib.suppress(OSError, OverflowError), try_bind(other):
+    with (
+      contextlib.suppress(OSError, OverflowError),
+      addresses.bind(host, other),
+    ):
       return f"Set --port={other}, or stop the process that uses the port."
   return "Use a --port below 65536 and a --host of this machine."

@@ -7,21 +7,20 @@ the gate again: each response is sampled from a single version.
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+import concurrent.futures
 import dataclasses
-import hashlib
-import math
 import pathlib
 import reprlib
 import time
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from absl import logging
 
 from atlas_jax import errors, types
-from rollout import context_length, manifest, wire
+from rollout import manifest, wire
 from rollout.server import engine as engines
-from rollout.server import weight_channel
+from rollout.server import generation, refusal, weight_channel
 
 _T = TypeVar("_T")
 # Answers cached for clients that retry; the newest is kept whatever its size.
@@ -49,9 +48,13 @@ class Limits:
   `max_queue` bounds the completions that are queued or running. A busy engine
   without progress for `hang_s` counts as hung. An update waits at most
   `drain_s` for running requests and `load_s` for the engine to load weights.
+  `max_total_body_bytes` bounds all unfinished bodies together, and
+  `max_text_chars` the texts of a request, before they are tokenized.
   """
 
   max_body_bytes: int
+  max_total_body_bytes: int
+  max_text_chars: int
   max_prompts: int
   max_n: int
   max_tokens: int
@@ -103,6 +106,8 @@ class Service:
     self._answers: dict[str, _Answer] = {}
     self._update: _Update | None = None
     self._totals: dict[str, float] = {name: 0.0 for name in _TOTALS}
+    # One thread, since tokenizers are not safe to share.
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "requests")
 
   def health(self) -> wire.Health:
     """Returns the engine's status without sending it a request."""
@@ -145,32 +150,29 @@ class Service:
     """Increments a total of `metrics`."""
     self._totals[name] += 1
 
-  async def generate(self, request: wire.GenerateRequest) -> bytes:
+  async def generate(self, request: wire.GenerateRequest, digest: str) -> bytes:
     """Generates completions, or returns the cached answer to the same request.
 
     If the client disconnects, generation continues; a retry with the same id
-    waits for the same result.
+    waits for the same result. `digest` is that of the request's body.
 
     Returns:
       A `wire.GenerateResponse` as JSON.
 
     Raises:
-      weight_channel.RefusalError: if the request exceeds a limit, a prompt is
+      refusal.RefusalError: if the request exceeds a limit, a prompt is
         invalid, or the requested version is not the one held.
       errors.RolloutError: if the engine fails.
     """
-    digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     answer = self._answers.get(request.request_id)
     if answer is None:
-      prompts = self._admit(request)
-      task = asyncio.create_task(
-        self._with_heartbeat(self._answer(request, prompts))
-      )
+      self._admit(request)
+      task = asyncio.create_task(self._with_heartbeat(self._answer(request)))
       answer = _Answer(digest, task)
       self._answers[request.request_id] = answer
       task.add_done_callback(lambda _: self._evict(request.request_id))
     elif answer.digest != digest:
-      raise weight_channel.RefusalError(
+      raise refusal.RefusalError(
         409,
         "request_id",
         what="request_id was already used for a different request.",
@@ -180,11 +182,27 @@ class Service:
       )
     return await asyncio.shield(answer.task)
 
+  async def reset_prefix_cache(self) -> None:
+    """Clears cached keys and values of earlier prompts.
+
+    Raises:
+      refusal.RefusalError: if running requests still use them.
+    """
+    if not await self.engine.reset_prefix_cache():
+      raise refusal.RefusalError(
+        503,
+        "running",
+        what="The prefix cache is in use.",
+        why=f"{self._num_running} completions are running.",
+        fix="Retry when they have finished.",
+        retry_after_s=_RETRY_AFTER_S,
+      )
+
   async def update(self, request: wire.UpdateRequest) -> wire.UpdateResponse:
     """Replaces the weights; a repeated call joins the update in progress.
 
     Raises:
-      weight_channel.RefusalError: if the channel rejects the update, another
+      refusal.RefusalError: if the channel rejects the update, another
         update is in progress, or running requests do not finish in time.
       errors.CheckpointError: if the weights are invalid; nothing changes.
       errors.RolloutError: if loading fails halfway; the server is then dead.
@@ -201,7 +219,7 @@ class Service:
       )
       running = self._update = _Update(request, task)
     elif running.request != request:
-      raise weight_channel.RefusalError(
+      raise refusal.RefusalError(
         409,
         "busy",
         what=f"Version {running.request.version} is being loaded.",
@@ -240,19 +258,20 @@ class Service:
         fix="Restart the server; see its log for the cause.",
       )
 
-  def _admit(self, request: wire.GenerateRequest) -> list[types.Prompt]:
-    """Validates a request against the limits; returns its prompts."""
+  def _admit(self, request: wire.GenerateRequest) -> None:
+    """Validates a request against the limits, and counts it as waiting."""
     self._check_status()
     limits, size = self.limits, len(request.prompts) * request.n
+    num_chars = sum(len(prompt.text or "") for prompt in request.prompts)
     for name, value, limit in (
-      ("request_id", len(request.request_id), 256),
+      ("characters of text", num_chars, limits.max_text_chars),
       ("prompts", len(request.prompts), limits.max_prompts),
       ("n", request.n, limits.max_n),
       ("max_tokens", request.max_tokens, limits.max_tokens),
       ("prompts * n", size, limits.max_queue),
     ):
       if value > limit:
-        raise weight_channel.RefusalError(
+        raise refusal.RefusalError(
           422,
           "limit",
           what=f"{name} must be at most {limit}, got {value}.",
@@ -261,7 +280,7 @@ class Service:
         )
     queued = self._num_running + self._num_waiting
     if queued + size > limits.max_queue:
-      raise weight_channel.RefusalError(
+      raise refusal.RefusalError(
         429,
         "queue_full",
         what=f"The queue is full: {queued} completions queued, {size} "
@@ -270,37 +289,16 @@ class Service:
         fix="Retry later, or add servers.",
         retry_after_s=_RETRY_AFTER_S,
       )
-    return [
-      self._prompt(prompt, request.max_tokens) for prompt in request.prompts
-    ]
-
-  def _prompt(self, prompt: wire.PromptIn, max_tokens: int) -> types.Prompt:
-    """Tokenizes a prompt if needed, and validates its token ids."""
-    row, facts = reprlib.repr(prompt.row_id), self.engine.facts
-    if (prompt.token_ids is None) == (prompt.text is None):
-      raise _bad_prompt(row, "Exactly one of token_ids and text is required.")
-    token_ids = prompt.token_ids
-    if token_ids is None:
-      token_ids = self.engine.tokenize(prompt.text or "")
-    limit, vocab_size = facts.max_model_len, facts.vocab_size
-    if not context_length.fits(len(token_ids), max_tokens, limit):
-      raise _bad_prompt(
-        row,
-        f"{len(token_ids)} prompt tokens plus max_tokens={max_tokens} do not "
-        f"fit max_model_len={limit}.",
-      )
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-      raise _bad_prompt(row, f"Token ids must be in [0, {vocab_size}).")
-    return types.Prompt(prompt.row_id, prompt.text or "", tuple(token_ids))
-
-  async def _answer(
-    self, request: wire.GenerateRequest, prompts: Sequence[types.Prompt]
-  ) -> bytes:
-    """Waits at the gate, generates, and validates the completions."""
-    size = len(prompts) * request.n
     self._num_waiting += size
-    asked = time.monotonic()
+
+  async def _answer(self, request: wire.GenerateRequest) -> bytes:
+    """Tokenizes, waits at the gate, generates and validates completions."""
+    size = len(request.prompts) * request.n
     try:
+      prompts = await self._in_thread(
+        generation.to_prompts, request, self.engine
+      )
+      asked = time.monotonic()
       while not self._gate.is_set():
         await self._gate.wait()
     finally:
@@ -309,7 +307,7 @@ class Service:
     self._check_status()
     version = self.weights.held.version
     if request.version not in (None, version):
-      raise weight_channel.RefusalError(
+      raise refusal.RefusalError(
         409,
         "version",
         what=f"Version {request.version} requested, but {version} is loaded.",
@@ -319,9 +317,11 @@ class Service:
     started = time.monotonic()
     queue_s = started - asked
     completions = await self._run(prompts, request, size)
-    _check_completions(completions, request)
-    num_tokens = sum(len(c.token_ids) for group in completions for c in group)
     seconds = time.monotonic() - started
+    response = await self._in_thread(
+      generation.to_json, request, version, queue_s, completions, self.engine
+    )
+    num_tokens = sum(len(c.token_ids) for group in completions for c in group)
     self._totals["generated_tokens_total"] += num_tokens
     self._totals["completions_total"] += size
     self._totals["queue_seconds_total"] += queue_s
@@ -337,13 +337,16 @@ class Service:
       version,
       queue_s,
     )
-    response = wire.GenerateResponse(
-      request_id=request.request_id,
-      version=version,
-      queue_s=queue_s,
-      completions=completions,
-    )
-    return response.model_dump_json().encode()
+    return response
+
+  async def _in_thread(
+    self,
+    function: Callable[..., _T],
+    *args: Any,  # Any: the arguments of the function.
+  ) -> _T:
+    """Runs a function off the event loop, which must answer /health."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(self._thread, function, *args)
 
   async def _run(
     self,
@@ -427,7 +430,7 @@ class Service:
       async with asyncio.timeout(self.limits.drain_s):
         await self._idle.wait()
     except TimeoutError as error:
-      raise weight_channel.RefusalError(
+      raise refusal.RefusalError(
         503,
         "draining",
         what=f"{self._num_running} completions are still running.",
@@ -459,9 +462,11 @@ class Service:
   def _evict(self, request_id: str) -> None:
     """Drops a failed answer, so that it can be retried, and old answers."""
     task = self._answers[request_id].task
-    if task.cancelled() or task.exception() is not None:
+    error = None if task.cancelled() else task.exception()
+    if task.cancelled() or error is not None:
       del self._answers[request_id]
-      self.count("failed_requests_total")
+      if not isinstance(error, refusal.RefusalError):
+        self.count("failed_requests_total")
       return
     done = [k for k, answer in self._answers.items() if answer.task.done()]
     num_bytes = sum(len(self._answers[k].task.result()) for k in done)
@@ -470,32 +475,3 @@ class Service:
         break
       num_bytes -= len(self._answers.pop(key).task.result())
       done.remove(key)
-
-
-def _check_completions(
-  completions: Sequence[Sequence[wire.CompletionOut]],
-  request: wire.GenerateRequest,
-) -> None:
-  """Rejects non-finite log-probabilities."""
-  for prompt, group in zip(request.prompts, completions, strict=True):
-    for completion in group:
-      numbers = [*completion.logprobs, *(completion.model_logprobs or ())]
-      if not all(map(math.isfinite, numbers)):
-        raise errors.RolloutError(
-          "The engine returned non-finite log-probabilities.",
-          where=f"row {reprlib.repr(prompt.row_id)}",
-          why="The weights contain NaN or infinity, or activations overflow "
-          "in this dtype.",
-          fix="Start the server with --dtype=float32, or load an earlier "
-          "checkpoint.",
-        )
-
-
-def _bad_prompt(row: str, why: str) -> weight_channel.RefusalError:
-  return weight_channel.RefusalError(
-    422,
-    "prompt",
-    what=f"Invalid prompt in row {row}.",
-    why=why,
-    fix="Shorten or correct the prompt, or lower max_tokens.",
-  )

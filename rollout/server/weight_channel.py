@@ -15,27 +15,7 @@ import time
 from absl import logging
 
 from rollout import manifest, process_name, wire
-
-
-class RefusalError(Exception):
-  """A rejected request, with its HTTP status and response body.
-
-  `retry_after_s` is set if the same request may succeed later.
-  """
-
-  def __init__(
-    self,
-    status: int,
-    error: str,
-    *,
-    what: str,
-    why: str,
-    fix: str,
-    retry_after_s: int | None = None,
-  ) -> None:
-    super().__init__(what)
-    self.status, self.retry_after_s = status, retry_after_s
-    self.body = wire.Refusal(error=error, what=what, why=why, fix=fix)
+from rollout.server import refusal
 
 
 class Channel:
@@ -106,13 +86,13 @@ class Channel:
     """Opens the channel; a repeated call by the same trainer is a heartbeat.
 
     Raises:
-      RefusalError: if another trainer holds the channel, or the role, the
-        tokenizer or the weights root does not match.
+      refusal.RefusalError: if another trainer holds the channel, or the role,
+        the tokenizer or the weights root does not match.
       errors.CheckpointError: if the tensors differ; lists the differences.
     """
     self._check_holder(request.trainer_id)
     if request.role != self._role:
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "role",
         what=f"This server is a {self._role}, not a {request.role}.",
@@ -120,7 +100,7 @@ class Channel:
         fix=f"Use the address of a server started with --role={request.role}.",
       )
     if request.tokenizer_digest != self._tokenizer_digest:
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "tokenizer",
         what="The server's tokenizer differs from the trainer's.",
@@ -149,11 +129,11 @@ class Channel:
       already loaded.
 
     Raises:
-      RefusalError: if the server is a student, the trainer does not hold the
-        channel, or the version is not newer than the last one.
+      refusal.RefusalError: if the server is a student, the trainer does not
+        hold the channel, or the version is not newer than the last one.
     """
     if self._role == "student":
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "frozen",
         what="A student's weights are never replaced.",
@@ -162,7 +142,7 @@ class Channel:
       )
     self._check_holder(request.trainer_id)
     if self._open is None:
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "no_channel",
         what="No weight channel is open.",
@@ -175,7 +155,7 @@ class Channel:
       self._last = asked.version
       return None
     if self._last is not None and request.version <= self._last:
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "stale",
         what=f"Version {request.version} is not newer than {self._last}.",
@@ -199,7 +179,7 @@ class Channel:
     """Closes the channel; returns whether it was open.
 
     Raises:
-      RefusalError: if another trainer holds it.
+      refusal.RefusalError: if another trainer holds it.
     """
     self._check_holder(request.trainer_id)
     was_open, self._open = self._open is not None, None
@@ -223,7 +203,7 @@ class Channel:
   def _check_holder(self, trainer_id: str) -> None:
     holder = self.trainer_id
     if holder is not None and holder != trainer_id:
-      raise RefusalError(
+      raise refusal.RefusalError(
         409,
         "other_trainer",
         what="Another trainer holds the weight channel.",
@@ -233,11 +213,15 @@ class Channel:
 
   def _check_root(self, weights_root: str) -> None:
     root = pathlib.Path(weights_root)
-    inside = self._allowed_root is None or root.resolve().is_relative_to(
-      self._allowed_root.resolve()
-    )
-    if not (root.is_absolute() and root.is_dir() and inside):
-      raise RefusalError(
+    try:
+      is_valid = root.is_absolute() and root.is_dir()
+      if self._allowed_root is not None:
+        allowed = self._allowed_root.resolve()
+        is_valid = is_valid and root.resolve().is_relative_to(allowed)
+    except OSError:  # A name that is too long, or a forbidden directory.
+      is_valid = False
+    if not is_valid:
+      raise refusal.RefusalError(
         409,
         "weights_root",
         what=f"Invalid weights_root {weights_root!r}.",

@@ -47,13 +47,12 @@ _BOUNDS = {
       "batch.num_questions",
       "batch.size",
       "batch_size",
+      "packing.length",
       "sampler.max_rows",
     ),
     (1, None),
   ),
-  **dict.fromkeys(
-    ("batch.per_device", "num_epochs", "packing.length"), (0, None)
-  ),
+  **dict.fromkeys(("batch.per_device", "num_epochs"), (0, None)),
   **dict.fromkeys(
     (
       "completions.on_policy_fraction",

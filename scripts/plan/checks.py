@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from atlas_jax.models import decoder, decoder_config
 from atlas_jax.teaching import templates
 from atlas_jax.train import gkd, gkd_batches
 from conversion import load
-from rollout import wire
+from rollout import tokens, wire
 from rollout.remote import client
 from scripts.job import tokenizers
 
@@ -278,7 +279,7 @@ def _check_server(url: str) -> str:
     deadlines = client.Deadlines(
       generate_s=_SERVER_S, update_s=_SERVER_S, control_s=_SERVER_S
     )
-    token = client.token_of_environment()
+    token = tokens.of_environment(os.environ)
     server = client.Client(url, deadlines=deadlines, token=token)
     try:
       return await server.health()

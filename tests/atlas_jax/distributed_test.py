@@ -63,6 +63,29 @@ def test_an_address_of_another_machine_is_rejected():
 
 
 @pytest.mark.parametrize(
+  ("coordinator", "bound"),
+  [
+    ("127.0.0.1:9", "127.0.0.1:9"),
+    ("localhost:9", "localhost:9"),
+    ("[::1]:9", "[::1]:9"),
+    ("10.0.0.1:9", None),
+    ("node1:9", None),
+  ],
+)
+def test_a_local_coordinator_listens_on_loopback(
+  monkeypatch, coordinator, bound
+):
+  given = {}
+  monkeypatch.setattr(jax.distributed, "initialize", given.update)
+  monkeypatch.setattr(distributed, "_wait_for_all", lambda *_, **__: None)
+  distributed.initialize(
+    distributed.Address(coordinator, 2, 0), max_wait_s=1, max_silence_s=10
+  )
+  assert given["coordinator_bind_address"] == bound
+  assert given["coordinator_address"] == coordinator
+
+
+@pytest.mark.parametrize(
   ("environ", "several"),
   [
     ({}, False),

@@ -90,9 +90,9 @@ def test_parameters_are_split_by_powers_of_two(num_devices, mesh):
   assert tuple(placement.mesh(num_devices).values()) == mesh
 
 
-def _plan(num_gpus, num_servers, engine="vllm"):
+def _plan(num_gpus, num_servers, engine="vllm", host="127.0.0.1"):
   site = placement.Site(
-    host="127.0.0.1",
+    host=host,
     port=9000,
     engine=engine,
     python="python",
@@ -116,6 +116,22 @@ def test_roles_alternate_and_ports_are_consecutive():
       *("--host=127.0.0.1", f"--port={9000 + i}", "--dtype=bfloat16"),
       "--gpu_memory_utilization=0.900",
     } <= set(argv)
+
+
+@pytest.mark.parametrize(
+  ("host", "url"),
+  [
+    ("::1", "http://[::1]:9000"),
+    ("localhost", "http://localhost:9000"),
+    # Clients on this machine.
+    ("::", "http://[::1]:9000"),
+    ("0.0.0.0", "http://127.0.0.1:9000"),
+  ],
+)
+def test_urls_of_servers_are_valid(host, url):
+  (server, *_) = _plan(0, 1, host=host)
+  assert server.url == url
+  assert f"--host={host}" in server.command.argv
 
 
 def test_vllm_on_a_cpu_gets_a_fixed_cache():

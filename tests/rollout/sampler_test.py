@@ -162,6 +162,9 @@ def test_servers_match_sampling_in_process(servers, opened, http):
       sampler.open_sampler(role, http, **opened) as remote,
       sampler.open_sampler(role, _settings(), **opened) as local,
     ):
+      if role == "policy":
+        assert remote.version == -1
+        remote.update_weights(opened["params"], 0)
       assert remote.version == local.version == 0
       first = local.sample(_prompts(6), _PARAMS)
       _compare(remote.sample(_prompts(6), _PARAMS), first)
@@ -206,15 +209,18 @@ def test_a_second_trainer_is_rejected(
     ):
       pass
     assert "trainers would overwrite" in caught.value.why
+    first.update_weights(opened["params"], 0)
     assert first.sample(_prompts(1), _PARAMS)
 
 
 @pytest.mark.slow
-def test_pushed_weights_are_removed_after_training(
+def test_weights_are_pushed_once_and_removed_after_training(
   servers, opened, http, tmp_path
 ):
   del servers
   with sampler.open_sampler("policy", http, **opened) as remote:
+    # A resumed run pushes those of its checkpoint.
+    assert not list((tmp_path / "weights").iterdir())
     for version in (1, 2, 3):
       remote.update_weights(opened["params"], version)
     names = {path.name for path in (tmp_path / "weights").iterdir()}
@@ -238,6 +244,7 @@ def test_corrupt_weights_are_rejected_and_change_nothing(
     return published
 
   with sampler.open_sampler("policy", http, **opened) as remote:
+    remote.update_weights(opened["params"], 0)
     before = remote.sample(_prompts(2), _PARAMS)
     with monkeypatch.context() as patched:
       patched.setattr(push, "publish", corrupt)

@@ -15,12 +15,13 @@ import pytest
 from tests import scripted_server
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_HEAD_S = 1.5
+_HEAD_S, _MAX_CONNECTIONS = 1.5, 550
 _SERVE = f"""
 import asyncio
 from rollout.server import listen
 from tests import scripted_server
 listen._HEAD_S = {_HEAD_S}
+listen._MAX_CONNECTIONS = {_MAX_CONNECTIONS}
 with listen.bind("127.0.0.1", 0) as bound:
   print(bound.getsockname()[1], flush=True)
   async def serve():
@@ -150,8 +151,8 @@ def test_an_endless_body_is_cut_off_and_not_buffered(served):
   with socket.create_connection(("127.0.0.1", served.port)) as huge:
     huge.settimeout(10.0)
     huge.sendall(
-      b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
-      b"\r\n\r\n"
+      b"POST /generate HTTP/1.1\r\nHost: x\r\n"
+      b"Transfer-Encoding: chunked\r\n\r\n"
     )
     num_bytes = 0
     with contextlib.suppress(ConnectionError):
@@ -161,6 +162,14 @@ def test_an_endless_body_is_cut_off_and_not_buffered(served):
   assert num_bytes < 2**27  # Out of 1 GiB: what was in socket buffers.
   assert _memory(served) - before < 2**25
   _check_works(served, "after a huge body")
+
+
+def test_open_connections_are_limited(served):
+  with contextlib.ExitStack() as stack:
+    for _ in range(_MAX_CONNECTIONS + 100):
+      stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+    assert len(os.listdir(f"/proc/{served.pid}/fd")) < _MAX_CONNECTIONS + 50
+  _wait(lambda: _is_up(served.client))
 
 
 def test_absurd_numbers_are_rejected_at_no_cost(served):

@@ -139,6 +139,28 @@ def test_the_error_for_a_port_in_use_suggests_a_free_one():
   supervisor.check_ports("127.0.0.1", suggested, 2)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "host.invalid"])
+def test_servers_cannot_be_started_at_another_machines_address(host):
+  with pytest.raises(errors.ConfigError, match="of this machine") as caught:
+    supervisor.check_ports(host, 9000, 1)
+  assert "launch.sh" in caught.value.fix
+
+
+def test_the_token_is_not_sent_to_a_proxy(stage, monkeypatch):
+  """The proxy of the environment would get every request, and the token."""
+  with socket.socket() as proxy:
+    proxy.bind(("127.0.0.1", 0))
+    proxy.listen()
+    proxy.settimeout(0.1)
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+      monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    monkeypatch.setenv("no_proxy", "")
+    assert supervisor.run([stage.server()], _training(""), max_wait_s=30.0) == 0
+    with pytest.raises(TimeoutError):
+      proxy.accept()
+  stage.check_nothing_left()
+
+
 def test_servers_run_during_training_and_stop_after_it(stage):
   servers = [stage.server("policy"), stage.server("student")]
   asks = "import urllib.request\n" + "\n".join(

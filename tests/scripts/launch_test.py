@@ -227,6 +227,8 @@ def test_training_with_servers_finishes_four_steps(
   # The launcher and training log in one format.
   for event in ("Training: ", "Devices: "):
     assert re.search(rf"(?m)^\d\d:\d\d:\d\d {event}", result.stderr)
-  assert len(list(run.glob("servers/*.log"))) == num_ports
+  # Every server got the launcher's token, and nothing else is left of it.
+  assert logs.count("token=required") == num_ports
+  assert len(list(run.glob("servers/*"))) == num_ports
   supervisor.check_ports("127.0.0.1", port, num_ports)
   assert not _is_running(str(tmp_path))

@@ -99,7 +99,7 @@ _PASSING = {
   "NaN model logprob": _set("model_logprobs", [float("nan"), -1.0]),
   "too many tokens": _set("token_ids", [1] * 5),
   "negative token": _set("token_ids", [1, -1]),
-  "unknown field": _set("text", "hi"),
+  "unknown field": _set("txt", "hi"),
   "another request": Fault("edit", lambda r: r.update(request_id="r0")),
   "a prompt too few": Fault("edit", lambda r: r["completions"].pop()),
   "a completion too few": Fault("edit", lambda r: r["completions"][0].pop()),

@@ -75,6 +75,25 @@ def _prompts(count):
   ]
 
 
+def test_requests_have_no_more_tokens_than_servers_accept(monkeypatch):
+  monkeypatch.setattr(http_sampler, "_MAX_TOKENS", 10)
+  lengths = (4, 6, 1, 9, 11, 2, 2, 2, 2)
+  prompts = [
+    types.Prompt(row_id=str(i), text="", token_ids=(1,) * n)
+    for i, n in enumerate(lengths)
+  ]
+  parts = http_sampler._split(prompts, 3)
+  assert [[len(p.token_ids) for p in part] for part in parts] == [
+    [4, 6],
+    [1, 9],
+    [11],  # Alone; the server decides.
+    [2, 2, 2],
+    [2],
+  ]
+  assert [p for part in parts for p in part] == prompts
+  assert http_sampler._split([], 0) == []
+
+
 def _check(completions, count, version):
   assert [len(group) for group in completions] == [2] * count
   for i, group in enumerate(completions):

@@ -4,6 +4,7 @@
 import pytest
 
 from rollout import wire
+from rollout.server import api_page
 from tests import scripted_server
 
 
@@ -68,7 +69,44 @@ def test_unknown_paths_and_methods_get_error_responses():
         await client.get("/generate"), 405, "http"
       )
       scripted_server.assert_rejected(
-        await client.post("/generate", content="{"), 422, "invalid"
+        await client.post("/generate", content="{"), 415, "content_type"
       )
 
   scripted_server.run(test)
+
+
+def test_the_documentation_shows_every_field_and_loads_nothing():
+  async def test():
+    async with scripted_server.Server().client() as client:
+      described = (await client.get("/openapi.json")).json()
+      assert len(described["paths"]) == 9
+      page = await client.get("/docs")
+      assert page.headers["content-type"].startswith("text/html")
+      policy = page.headers["content-security-policy"]
+      assert policy.startswith("default-src 'none'")
+      for name, schema in described["components"]["schemas"].items():
+        assert f"<h3 id={name}>" in page.text
+        for field in schema.get("properties", ()):
+          assert f"<code>{field}</code>" in page.text
+      for outside in ("<script", "<link", "src=", "url(", "https://"):
+        assert outside not in page.text
+      assert (await client.get("/redoc")).status_code == 404
+      # Those that a request needs.
+      required = described["components"]["schemas"]["GenerateRequest"]
+      assert required["required"] == ["prompts", "max_tokens"]
+
+  scripted_server.run(test)
+
+
+def test_the_documentation_escapes_descriptions():
+  page = api_page.render(
+    {
+      "info": {"title": "<b>", "description": "<i>"},
+      "paths": {"/<x>": {"get": {"description": "<y>", "responses": {}}}},
+      "components": {
+        "schemas": {"S": {"properties": {"<f>": {"type": "<t>"}}}}
+      },
+    }
+  )
+  assert not any(tag in page for tag in ("<b>", "<i>", "<x>", "<y>", "<f>"))
+  assert "<t>" not in page

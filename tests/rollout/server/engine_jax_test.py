@@ -19,6 +19,8 @@ from tests import fakes, tiny
 
 _LIMITS = service.Limits(
   max_body_bytes=2**20,
+  max_total_body_bytes=2**24,
+  max_text_chars=1000,
   max_prompts=8,
   max_n=8,
   max_tokens=64,

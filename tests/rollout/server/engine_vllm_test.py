@@ -276,11 +276,16 @@ def test_health_responds_during_generation(served):
     running = pool.submit(
       served.generate, "long", _prompts(), n=48, max_tokens=100
     )
-    seen = []
+    seen, resets = [], []
     while not running.done():
       health = served.client.get("/health", timeout=5.0).json()
       seen.append((health["status"], health["num_running"]))
+      if health["num_running"] and not resets:
+        resets.append(served.client.post("/reset_prefix_cache"))
     running.result()
+  # vLLM keeps the cache while requests use it.
+  assert [reply.status_code for reply in resets] == [503]
+  assert served.client.post("/reset_prefix_cache").status_code == 200
   assert ("ok", 4 * 48) in seen
   metrics = served.client.get("/metrics").text
   assert "atlas_rollout_engine_kv_cache_usage" in metrics

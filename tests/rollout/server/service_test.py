@@ -19,7 +19,16 @@ from tests import scripted_server
     ({"max_tokens": 17}, "limit"),
     ({"prompts": [{"row_id": "x", "token_ids": [1]}] * 5}, "limit"),
     ({"prompts": [{"row_id": "x", "token_ids": [1]}] * 4, "n": 2}, "limit"),
-    ({"request_id": "r" * 300}, "limit"),
+    (
+      {"prompts": [{"row_id": "x", "text": "a" * 500}] * 2 + [{"text": "b"}]},
+      "limit",
+    ),
+    ({"request_id": "r" * 300}, "invalid"),
+    ({"top_k": 2**31}, "invalid"),
+    ({"top_k": -1}, "invalid"),
+    ({"seed": 2**32}, "invalid"),
+    ({"seed": -1}, "invalid"),
+    ({"version": 2**63}, "invalid"),
     ({"n": 0}, "invalid"),
     ({"top_p": 0.0}, "invalid"),
     ({"temperature": -1.0}, "invalid"),
@@ -300,6 +309,41 @@ def test_prompts_are_not_logged(caplog):
   assert "secret" not in caplog.text
 
 
+def test_a_prefix_cache_in_use_is_reported():
+  async def test():
+    served = scripted_server.Server()
+    async with served.client() as client:
+      served.engine.is_cache_used = True
+      reply = await client.post("/reset_prefix_cache")
+      scripted_server.assert_rejected(reply, 503, "running")
+      served.engine.is_cache_used = False
+      assert (await client.post("/reset_prefix_cache")).status_code == 200
+      assert served.engine.num_resets == 1
+
+  scripted_server.run(test)
+
+
+def test_two_fields_suffice_and_texts_are_returned():
+  async def test():
+    served = scripted_server.Server()
+    async with served.client() as client:
+      body = {"prompts": [{"text": "a word"}, {"text": "to"}], "max_tokens": 4}
+      replies = [await client.post("/generate", json=body) for _ in range(2)]
+      answers = [
+        wire.GenerateResponse.model_validate(r.json()) for r in replies
+      ]
+      for answer in answers:
+        assert [group[0].text for group in answer.completions] == ["1 2"] * 2
+      assert answers[0].request_id != answers[1].request_id
+      # Rows differ, so that equal prompts get different random numbers.
+      assert [p.row_id for p in served.engine.prompts] == ["0", "1"]
+      body["with_text"] = False
+      reply = await client.post("/generate", json=body)
+      assert reply.json()["completions"][0][0]["text"] is None
+
+  scripted_server.run(test)
+
+
 def test_pushed_weights_are_loaded_once(tmp_path):
   async def test():
     served = scripted_server.Server()
@@ -402,8 +446,7 @@ def test_a_second_update_joins_the_first_or_is_rejected(tmp_path):
         asyncio.create_task(client.post("/update_weights", json=update))
         for _ in range(2)
       ]
-      await scripted_server.until(lambda: served.service._update)
-      assert (await client.get("/version")).json()["loading"] == 1
+      await scripted_server.until(lambda: served.weights.held.loading == 1)
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 2)
       )

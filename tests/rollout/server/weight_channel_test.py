@@ -58,10 +58,20 @@ def test_the_handshake_rejects_any_mismatch(tmp_path):
         ({"weights_root": str(tmp_path / "absent")}, "weights_root"),
         ({"weights_root": str(tmp_path.parent)}, "weights_root"),
         ({"weights_root": "."}, "weights_root"),
+        ({"weights_root": "/" + 300 * "a"}, "weights_root"),
       ]:
         body = scripted_server.init(tmp_path, **changes)
         reply = await client.post("/init_communicator", json=body)
         scripted_server.assert_rejected(reply, 409, error)
+      for changes in (
+        {"weights_root": "/\0"},
+        {"heartbeat_s": 1e6},  # A lost trainer would hold the channel.
+        {"heartbeat_s": 0},
+        {"trainer_id": "t" * 300},
+      ):
+        body = scripted_server.init(tmp_path, **changes)
+        reply = await client.post("/init_communicator", json=body)
+        scripted_server.assert_rejected(reply, 422, "invalid")
       reply = await client.post(
         "/update_weights", json=scripted_server.push(tmp_path, 1)
       )
