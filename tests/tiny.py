@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny decoders of odd shapes, and their Hugging Face directories."""
 
+import functools
 import json
 import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from atlas_jax import sharding
 from atlas_jax.models import decoder, decoder_config
@@ -137,28 +138,52 @@ def mesh(**sizes):
   return sharding.make_mesh(**sizes, devices=devices)
 
 
+# One program each; drawn operation by operation, every shape compiles several.
+@jax.jit
+def _key_data(seed):
+  return jax.random.key_data(jax.random.split(jax.random.key(seed), 64))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key_data, size):
+  key = jax.random.wrap_key_data(key_data)
+  return 0.2 * jax.random.normal(key, (size,))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _token_ids(seed, shape, vocab_size):
+  return jax.random.randint(jax.random.key(seed), shape, 0, vocab_size)
+
+
 def params_of(model, seed=0):
-  """Draws parameters with nonzero biases and norm scales other than one."""
+  """Draws parameters with nonzero biases and norm scales other than one.
+
+  An array is the start of a longer draw: one program draws most shapes.
+  """
   start = 0.0 if model.config.zero_centered_norms else 1.0
-  leaves, structure = jax.tree.flatten(model.abstract_params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  drawn = [
-    0.2 * jax.random.normal(key, leaf.shape)
-    for key, leaf in zip(keys, leaves, strict=True)
-  ]
-  params = jax.tree.unflatten(structure, drawn)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x + start if path[-1].key == "scale" else x, params
+  leaves, structure = jax.tree.flatten_with_path(model.abstract_params)
+  keys = np.asarray(_key_data(seed))[: len(leaves)]
+
+  def draw(key, path, leaf):
+    size = max(2**14, 2 ** (leaf.size - 1).bit_length())
+    drawn = np.asarray(_normal(key, size))[: leaf.size].reshape(leaf.shape)
+    # jnp.asarray would compile a program for each shape.
+    return jax.device_put(
+      drawn + np.float32(start) if path[-1].key == "scale" else drawn
+    )
+
+  return jax.tree.unflatten(
+    structure,
+    [draw(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)],
   )
 
 
 def batch(model, batch_size=2, num_tokens=9, seed=1):
   """Draws tokens, with their positions and one segment per row."""
   shape = (batch_size, num_tokens)
-  key = jax.random.key(seed)
-  tokens = jax.random.randint(key, shape, 0, model.config.vocab_size)
-  positions = jnp.broadcast_to(jnp.arange(num_tokens), shape)
-  return tokens, positions, jnp.ones(shape, jnp.int32)
+  tokens = _token_ids(seed, shape, model.config.vocab_size)
+  positions = np.broadcast_to(np.arange(num_tokens, dtype=np.int32), shape)
+  return jax.device_put((tokens, positions, np.ones(shape, np.int32)))
 
 
 def record_rows(monkeypatch, recipe):
