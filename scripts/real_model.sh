@@ -61,10 +61,10 @@ common=(--config.seed="$seed" --config.world.directory=
   --config.loop.save_every=1000000 --config.packing.length=256)
 sft=("$python" -m scripts.train_sft --config=configs/run/teacher_sft.py:smoke
   "${common[@]}" --config.model.path="$world/model" --config.num_epochs=0
-  --config.held_out.fraction=0.002 --config.batch.size=2)
+  --config.held_out.fraction=0.01 --config.batch.size=2)
 lora=(--config.lora.rank=16)
 roles=(--config.student.path="$results/student/export")
-for limit in probe=16 baseline=48 teach=32 solve=48; do
+for limit in probe=8 baseline=16 teach=24 solve=16; do
   roles+=("--config.sampling.${limit%=*}.max_completion_tokens=${limit#*=}")
 done
 
@@ -74,7 +74,7 @@ say "1/6 Model and tasks ($world)"
 say "2/6 SFT of the student, on solutions and teachings"
 train_for 35 "$results/student" "${sft[@]}" \
   --config.data.path="$world/student_sft.jsonl" \
-  --config.schedule.learning_rate=5e-5
+  --config.schedule.learning_rate=1e-4
 
 say "3/6 SFT of the teacher with LoRA, on teachings of mixed quality"
 train_for 15 "$results/teacher" "${sft[@]}" "${lora[@]}" \
@@ -86,9 +86,9 @@ train_for 50 "$results/grpo" "$python" -m scripts.train_grpo \
   --config=configs/run/teacher_rcl.py:smoke "${common[@]}" "${lora[@]}" \
   "${roles[@]}" --config.model.path="$results/teacher/export" \
   --config.data.path="$world/questions.jsonl" --config.held_out.path= \
-  --config.schedule.learning_rate=1e-4 --config.reference.sync_every=0 \
-  --config.batch.num_questions=8 --config.batch.per_device=4 \
-  --config.sampling.teach.group_size=4 --config.sampling.baseline.group_size=2
+  --config.schedule.learning_rate=5e-4 --config.reference.sync_every=0 \
+  --config.batch.num_questions=4 --config.batch.per_device=4 \
+  --config.sampling.teach.group_size=8 --config.sampling.baseline.group_size=2
 
 for stage in teacher grpo; do
   say "5/6 Evaluation of $stage"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of reasoning-gym for a small real model, with worked solutions.
 
-A question of `leg_counting` asks how many legs two kinds of animals have. The
-student's rows teach it to compute and to follow a teaching, but its solutions
-without one show only some of the animals: for the others, it has to guess from
-pretraining what a teacher can say.
+A question of `leg_counting` asks how many legs a number of animals of one kind
+have. The student's rows teach it to multiply and to follow a teaching, but its
+solutions without one show only half of the animals: for the others, it has to
+guess from pretraining what a teacher can say.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 import dataclasses
 import importlib
 import importlib.util
@@ -21,15 +21,20 @@ from atlas_jax.teaching import templates
 from configs.data import world
 from scripts import small_world
 
-SIZES = {"student": 1500, "teacher": 1000, "questions": 1000}
-HELD_OUT = {"validation": 100, "test": 400}
+# Questions of each set. Held-out are those of "test".
+SIZES = {"student": 200, "teacher": 250, "test": 200}
 # Animals that the student's solutions never show.
 UNSEEN = (
+  "ant",
+  "butterfly",
   "cockroach",
   "crab",
   "cricket",
+  "deer",
+  "duck",
   "firefly",
   "flatworm",
+  "jellyfish",
   "leech",
   "lobster",
   "praying mantis",
@@ -40,37 +45,38 @@ UNSEEN = (
   "wasp",
   "woodlouse",
 )
-_DIFFICULTIES = ("easy", "medium", "hard")  # By the number of unseen animals.
+_MAX_COUNT = 20
 _LEG_COUNTS = (0, 2, 4, 5, 6, 8, 10, 14)
-_PLAN = "I will multiply the legs of each animal and add them."
+_PLAN = "I will multiply."
 _VAGUE = ("Read the question again.", "Take your time.", "Count with care.")
-_KINDS = ("right", "wrong", "half", "vague", "leak", "untagged")
-_SHARES = (0.3, 0.2, 0.2, 0.15, 0.1, 0.05)
+_KINDS = ("right", "wrong", "vague", "leak", "untagged")
+_SHARES = (0.35, 0.25, 0.2, 0.1, 0.1)
 _FIX = "Run .venv/bin/pip install --no-deps -r requirements/real.txt."
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A question, with the number and the legs of each kind of animal."""
+  """A question about the legs of `count` animals of a kind."""
 
   row_id: str
   text: str
-  counts: Mapping[str, int]
-  legs: Mapping[str, int]
+  animal: str
+  count: int
+  legs: int
 
   @property
-  def num_unseen(self) -> int:
-    """How many of its kinds of animals the student's solutions never show."""
-    return sum(animal in UNSEEN for animal in self.counts)
+  def is_unseen(self) -> bool:
+    """Whether the student's solutions never show its animal."""
+    return self.animal in UNSEEN
 
   @property
   def answer(self) -> str:
     """The reference answer."""
-    return str(sum(n * self.legs[animal] for animal, n in self.counts.items()))
+    return str(self.count * self.legs)
 
   def question(self) -> types.Question:
     """Returns the problem as a question with its reference answer."""
-    difficulty = _DIFFICULTIES[self.num_unseen]
+    difficulty = "hard" if self.is_unseen else "easy"
     return types.Question(
       self.row_id, self.text, self.answer, difficulty=difficulty
     )
@@ -102,36 +108,37 @@ def problems(count: int, seed: int, *, excluded: set[str]) -> list[Problem]:
   legs = importlib.import_module("reasoning_gym.arithmetic.leg_counting")
   rows = gym.create_dataset(
     "leg_counting",
-    min_animals=2,
-    max_animals=2,
+    min_animals=1,
+    max_animals=1,
     min_instances=2,
-    max_instances=5,
-    size=4 * count + len(excluded),
+    max_instances=_MAX_COUNT,
+    size=10 * (count + len(excluded)),
     seed=10**6 * seed,  # Row i is drawn with seed + i.
   )
   drawn: dict[str, Problem] = {}
   for row in rows:
-    text = row["question"].strip()
+    # Before it, every question has the same instruction.
+    text = row["question"].partition("Now, ")[2].strip().capitalize()
     if text not in excluded and text not in drawn:
-      counts = row["metadata"]["animals"]
+      ((animal, number),) = row["metadata"]["animals"].items()
       row_id = f"{seed}-{len(drawn)}"
-      drawn[text] = Problem(row_id, text, counts, legs.ANIMALS)
+      drawn[text] = Problem(row_id, text, animal, number, legs.ANIMALS[animal])
     if len(drawn) == count:
       break
   return list(drawn.values())
 
 
 def write_data(directory: pathlib.Path, seed: int) -> None:
-  """Writes the SFT rows of student and teacher, and three sets of questions."""
+  """Writes SFT rows of student and teacher, questions, and held-out ones."""
   prompts = templates.Templates(**world.get_templates().to_dict())
   seen: set[str] = set()
   sets = {}
-  for i, (name, count) in enumerate((SIZES | HELD_OUT).items()):
+  for i, (name, count) in enumerate(SIZES.items()):
     sets[name] = problems(count, 100 * seed + i, excluded=seen)
     seen |= {problem.text for problem in sets[name]}
-  for name in ("questions", *HELD_OUT):
+  for name, file in (("teacher", "questions"), ("test", "test")):
     questions = [problem.question() for problem in sets[name]]
-    small_world.write_lines(directory / f"{name}.jsonl", map(vars, questions))
+    small_world.write_lines(directory / f"{file}.jsonl", map(vars, questions))
   for name, rows in (
     ("student", student_rows(sets["student"], prompts, seed)),
     ("teacher", teacher_rows(sets["teacher"], prompts, seed)),
@@ -144,23 +151,22 @@ def student_rows(
 ) -> Iterator[dict[str, Any]]:  # Any: JSON.
   """Yields conversations: plans, solutions, and solutions after a teaching.
 
-  A teaching may be wrong about an animal; the student follows it.
+  The student follows a teaching, right or wrong.
   """
   rng = np.random.default_rng(seed)
   for problem in problems:
     fields = {"question": problem.text}
-    if rng.random() < 0.2:  # The plan is always the same.
+    if rng.random() < 0.1:  # The plan is always the same.
       yield small_world.chat_row(templates.fill(prompts.probe, **fields), _PLAN)
-    if not problem.num_unseen:
-      solution = _solve(problem, problem.legs)
+    if not problem.is_unseen:
       yield small_world.chat_row(
-        templates.fill(prompts.baseline, **fields), solution
+        templates.fill(prompts.baseline, **fields), _solve(problem)
       )
-    legs = _altered(problem, rng) if rng.random() < 0.5 else problem.legs
-    yield small_world.chat_row(
-      templates.fill(prompts.taught, **fields, teaching=_teach(problem, legs)),
-      _solve(problem, legs),
-    )
+    for heard in (problem, _altered(problem, rng)):
+      yield small_world.chat_row(
+        templates.fill(prompts.taught, **fields, teaching=_teach(heard)),
+        _solve(heard),
+      )
 
 
 def teacher_rows(
@@ -168,17 +174,15 @@ def teacher_rows(
 ) -> Iterator[dict[str, Any]]:  # Any: JSON.
   """Yields conversations with teachings of mixed quality.
 
-  Right, wrong about an animal, silent about one, vague, revealing the answer,
-  or without its tag.
+  Right, wrong, vague, revealing the answer, or without its tag; four of each
+  problem.
   """
   rng = np.random.default_rng(seed)
-  for problem in problems:
+  for problem in [problem for problem in problems for _ in range(4)]:
     kind = str(rng.choice(_KINDS, p=_SHARES))
-    hint = _teach(problem, problem.legs)
+    hint = _teach(problem)
     if kind == "wrong":
-      hint = _teach(problem, _altered(problem, rng))
-    elif kind == "half":
-      hint = hint[: hint.index(".") + 1]
+      hint = _teach(_altered(problem, rng))
     elif kind == "vague":
       hint = str(rng.choice(_VAGUE))
     elif kind == "leak":
@@ -188,30 +192,19 @@ def teacher_rows(
     yield small_world.chat_row(prompt, reply)
 
 
-def _teach(problem: Problem, legs: Mapping[str, int]) -> str:
-  article = {animal: "An" if animal[0] in "aei" else "A" for animal in legs}
-  return " ".join(
-    f"{article[animal]} {animal} has {legs[animal]} legs."
-    for animal in problem.counts
-  )
+def _teach(problem: Problem) -> str:
+  article = "An" if problem.animal[0] in "aei" else "A"
+  return f"{article} {problem.animal} has {problem.legs} legs."
 
 
-def _solve(problem: Problem, legs: Mapping[str, int]) -> str:
-  """Returns a worked solution with the given legs."""
-  parts = [n * legs[animal] for animal, n in problem.counts.items()]
-  working = " ".join(
-    f"{animal}: {n} * {legs[animal]} = {part}."
-    for (animal, n), part in zip(problem.counts.items(), parts, strict=True)
-  )
-  total = f"{parts[0]} + {parts[1]} = {sum(parts)}."
-  return f"{working} {total} <solution>{sum(parts)}</solution>"
+def _solve(problem: Problem) -> str:
+  return f"{problem.count} * {problem.legs} = {problem.answer}"
 
 
-def _altered(problem: Problem, rng: np.random.Generator) -> Mapping[str, int]:
-  """Returns the legs with those of one of the problem's animals changed."""
-  animal = str(rng.choice(list(problem.counts)))
-  others = [n for n in _LEG_COUNTS if n != problem.legs[animal]]
-  return {**problem.legs, animal: int(rng.choice(others))}
+def _altered(problem: Problem, rng: np.random.Generator) -> Problem:
+  """Returns the problem with a wrong number of legs."""
+  others = [n for n in _LEG_COUNTS if n != problem.legs]
+  return dataclasses.replace(problem, legs=int(rng.choice(others)))
 
 
 def _missing(package: str, why: str) -> errors.ConfigError:

@@ -30,7 +30,7 @@ HELD_OUT = {"validation": 100, "test": 400}
 # A student and a teacher that the quickstart trained; see its README.md.
 _TRAINED = pathlib.Path(__file__).with_name("world")
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
   "{% for message in messages %}"
   "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
   "{% endfor %}"
@@ -162,7 +162,7 @@ def make_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
   tokenizer = transformers.PreTrainedTokenizerFast(
     tokenizer_object=core, pad_token=_SPECIAL[0], eos_token=_SPECIAL[2]
   )
-  tokenizer.chat_template = _CHAT_TEMPLATE
+  tokenizer.chat_template = CHAT_TEMPLATE
   return tokenizer
 
 
