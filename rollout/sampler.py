@@ -102,12 +102,9 @@ def open_sampler(  # noqa: PLR0913 - two backends, one or more processes.
 ) -> Iterator[types.Sampler]:
   """Opens a sampler, and closes it on exit.
 
-  The backend jax holds `params` as version 0. The policy's servers hold nothing
-  of this run before the first `update_weights`, so that a resumed run pushes
-  its weights once; until then their version is -1.
-
-  In a multi-process run, the backend jax samples on the devices of all
-  processes; with http, the first process sends the requests.
+  The backend jax holds `params` as version 0, and samples on the devices of all
+  processes. With http, the first process sends the requests, and the policy's
+  version is -1 until the first `update_weights`: a resumed run pushes once.
 
   Args:
     role: of the sampled model.

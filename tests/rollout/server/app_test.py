@@ -47,6 +47,27 @@ def test_completions_are_in_prompt_order_with_their_version():
   scripted_server.run(test)
 
 
+def test_two_fields_suffice_and_texts_are_returned():
+  async def test():
+    served = scripted_server.Server()
+    async with served.client() as client:
+      body = {"prompts": [{"text": "a word"}, {"text": "to"}], "max_tokens": 4}
+      replies = [await client.post("/generate", json=body) for _ in range(2)]
+      answers = [
+        wire.GenerateResponse.model_validate(r.json()) for r in replies
+      ]
+      for answer in answers:
+        assert [group[0].text for group in answer.completions] == ["1 2"] * 2
+      assert answers[0].request_id != answers[1].request_id
+      # Rows differ, so that equal prompts get different random numbers.
+      assert [p.row_id for p in served.engine.prompts] == ["0", "1"]
+      body["with_text"] = False
+      reply = await client.post("/generate", json=body)
+      assert reply.json()["completions"][0][0]["text"] is None
+
+  scripted_server.run(test)
+
+
 def test_error_responses_contain_no_prompt_text():
   async def test():
     async with scripted_server.Server().client() as client:
