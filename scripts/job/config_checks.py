@@ -4,7 +4,8 @@
 A typo then fails in a second, not after minutes of loading.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+import re
 import typing
 
 import ml_collections
@@ -47,22 +48,40 @@ _BOUNDS = {
       "batch.num_questions",
       "batch.size",
       "batch_size",
+      "export.max_shard_bytes",
+      "logits.chunk_tokens",
+      "loss.chunk_tokens",
       "packing.length",
       "sampler.max_rows",
+      *(f"{name}.unroll" for name in _MODELS),
     ),
     (1, None),
   ),
-  **dict.fromkeys(("batch.per_device", "num_epochs"), (0, None)),
+  **dict.fromkeys(
+    (
+      "batch.per_device",
+      "data.max_bad_rows",
+      "data.max_rows",
+      "num_epochs",
+      "optimizer.max_grad_norm",
+      "optimizer.weight_decay",
+      "reference.sync_every",
+      "schedule.learning_rate",
+    ),
+    (0, None),
+  ),
   **dict.fromkeys(
     (
       "completions.on_policy_fraction",
       "held_out.fraction",
       "loss.beta",
+      "reference.mix",
       "samples.stored_fraction",
     ),
     (0, 1),
   ),
 }
+_PATTERNS = ("lora.targets", "optimizer.frozen", "optimizer.not_decayed")
 
 
 def check(config: types.Config) -> None:
@@ -79,6 +98,9 @@ def check(config: types.Config) -> None:
       is_automatic = key == "length" and config.recipe == "sft"
       if not (is_automatic and section[key] == 0):
         _check_value(f"{name}{key}", section)
+      if f"{name}{key}" in _PATTERNS:
+        _check_patterns(f"{name}{key}", section[key])
+  _check_mesh(config.mesh)
   _check_sections(config)
 
 
@@ -122,6 +144,31 @@ def _check_value(name: str, section: types.Config) -> None:
       where=f"--config.{name}={value}",
       why="Other values have no meaning; see docs/config.md.",
       fix="Change the value, or remove the flag to use the default.",
+    )
+
+
+def _check_patterns(name: str, patterns: Sequence[str]) -> None:
+  for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise errors.ConfigError(
+        f"{name} has an invalid regular expression.",
+        where=f"--config.{name}={pattern}",
+        why=str(error),
+        fix="Escape special characters, as in r'a\\.b'.",
+      ) from error
+
+
+def _check_mesh(mesh: types.Config) -> None:
+  """Checks that at most one axis takes all remaining devices."""
+  rest = [axis for axis, size in mesh.items() if size == -1]
+  if len(rest) > 1:
+    raise errors.ConfigError(
+      f"At most one mesh axis may be -1, got {', '.join(rest)}.",
+      where="--config.mesh",
+      why="An axis of -1 takes all devices that the others leave.",
+      fix=f"Set all but one to a number, such as --config.mesh.{rest[0]}=1.",
     )
 
 

@@ -43,6 +43,12 @@ def test_a_failed_check_exits_with_two(monkeypatch, capsys):
   assert "Install it." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("--helpme", 2)])
+def test_words_print_the_usage(word, code, capsys):
+  assert doctor.main([word]) == code
+  assert "python -m atlas_jax.doctor" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("python", "jax", "status"),
   [
