@@ -53,6 +53,8 @@ _REPEATS = flags.DEFINE_integer(
 
 _LIMITS = service.Limits(
   max_body_bytes=2**25,
+  max_total_body_bytes=2**28,
+  max_text_chars=2**20,
   max_prompts=4096,
   max_n=256,
   max_tokens=4096,
@@ -122,8 +124,8 @@ class _SleepingEngine:
   async def load(self, directory: pathlib.Path, version: int) -> None:
     del directory, version  # The benchmark pushes no weights.
 
-  async def reset_prefix_cache(self) -> None:
-    pass
+  async def reset_prefix_cache(self) -> bool:
+    return True
 
   def metrics(self) -> Mapping[str, float]:
     return {}

@@ -65,6 +65,8 @@ def _make_app(
   )
   limits = service.Limits(
     max_body_bytes=32 * 2**20,
+    max_total_body_bytes=2**28,
+    max_text_chars=2**20,
     max_prompts=4096,
     max_n=256,
     max_tokens=32768,
