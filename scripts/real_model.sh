@@ -72,7 +72,7 @@ say "1/6 Model and tasks ($world)"
 "$python" -m scripts.make_real --directory="$world" --seed="$seed"
 
 say "2/6 SFT of the student, on solutions and teachings"
-train_for 35 "$results/student" "${sft[@]}" \
+train_for 25 "$results/student" "${sft[@]}" \
   --config.data.path="$world/student_sft.jsonl" \
   --config.schedule.learning_rate=1e-4
 
@@ -82,7 +82,7 @@ train_for 15 "$results/teacher" "${sft[@]}" "${lora[@]}" \
   --config.schedule.learning_rate=5e-4
 
 say "4/6 GRPO of the teacher with LoRA, rewarded by its student's answers"
-train_for 50 "$results/grpo" "$python" -m scripts.train_grpo \
+train_for 60 "$results/grpo" "$python" -m scripts.train_grpo \
   --config=configs/run/teacher_rcl.py:smoke "${common[@]}" "${lora[@]}" \
   "${roles[@]}" --config.model.path="$results/teacher/export" \
   --config.data.path="$world/questions.jsonl" --config.held_out.path= \
