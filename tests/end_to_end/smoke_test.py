@@ -4,6 +4,7 @@
 Everything runs in a copy of the repository.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -16,24 +17,34 @@ import pytest
 from tests import quick_compile
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_ENVIRONMENT = {
-  **os.environ,
-  # One device, as users have. Optimizations of the compiler take longer than
-  # they save in runs this short.
-  "XLA_FLAGS": "--xla_backend_optimization_level=1 "
-  + quick_compile.NO_FUSION_EMITTERS,
+# One device, as users have.
+_ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_compile.XLA_FLAGS}
+# Smaller sizes, by file: nothing here depends on what the models learn.
+_SMALLER = {
+  "scripts/small_world.py": {
+    '"train": 3000, "teacher": 2500,': '"train": 160, "teacher": 500,',
+    '"validation": 100, "test": 400': '"validation": 16, "test": 40',
+  },
+  "scripts/make_world.py": {"width=128": "width=64"},
+  "configs/run/teacher_sft.py": {"dict(size=32,": "dict(size=8,"},
+  "configs/run/teacher_rcl.py": {
+    "num_questions = 16": "num_questions = 4",
+    "per_device = 48": "per_device = 12",
+    "max_rows = 128": "max_rows = 32",
+  },
 }
-# Fewer held-out problems; from fewer problems to train on, models would learn
-# too little for rewards to differ.
-_HELD_OUT = '"validation": 100, "test": 400'
-_FEW_HELD_OUT = '"validation": 16, "test": 40'
-# These two recipes train the models of the world.
+# The last two run in the quickstart, the others with these options.
 _WORLD = {"world_student": "student_run", "teacher_sft": "teacher_run"}
-_GRPO = ("teacher_rcl", "teacher_rlt", "rlvr")
+_GRPO = ("teacher_rlt", "rlvr")
+_IN_QUICKSTART = ("teacher_rcl", "teaching_eval")
 _SHORT = (
   "--config.loop.num_steps=1",
-  "--config.batch.num_questions=4",
   "--config.evaluation.num_questions=4",
+)
+# Rewards that differ, whatever the models have learnt.
+_DISTINCT = (
+  "--reward_fn=tests.reward_functions:sum_token_ids",
+  "--config.batch.mask_truncated=False",
 )
 
 
@@ -78,20 +89,19 @@ def _rows(workdir):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-  """Returns a copy of the repository after the quickstart, and its stdout.
-
-  The world of the copy has fewer held-out problems.
-  """
+  """Returns a smaller copy of the repository, and its quickstart's stdout."""
   if not (_ROOT / ".venv/installed/trainer.txt").exists():
     pytest.skip("needs the .venv that scripts/run_tests.sh creates")
   home = tmp_path_factory.mktemp("home") / "repository"
   ignored = shutil.ignore_patterns(".*", "results", "__pycache__")
   shutil.copytree(_ROOT, home, ignore=ignored)
   (home / ".venv").symlink_to(_ROOT / ".venv")
-  world = home / "scripts/small_world.py"
-  text = world.read_text()
-  assert _HELD_OUT in text
-  world.write_text(text.replace(_HELD_OUT, _FEW_HELD_OUT))
+  for name, changes in _SMALLER.items():
+    text = (home / name).read_text()
+    for size, smaller in changes.items():
+      assert size in text
+      text = text.replace(size, smaller)
+    (home / name).write_text(text)
   return home, _quickstart(home)
 
 
@@ -127,7 +137,10 @@ def test_quickstart_prints_its_table_then_reuses_results(quickstart):
     assert f"| {row}" in stdout
   results = home / "results/quickstart"
   assert (results / "training.png").read_bytes().startswith(b"\x89PNG")
-  assert _rows(results / "grpo")[-1]["step"] == 2
+  first, *_, last = _rows(results / "grpo")
+  assert first["rewards/unavailable"] == 0
+  assert last["step"] == 2
+  assert "eval/teaching/NDR" in last
   export = results / "grpo/export/model.safetensors"
   written = export.stat().st_mtime_ns
 
@@ -139,7 +152,17 @@ def test_quickstart_prints_its_table_then_reuses_results(quickstart):
 
 def test_every_recipe_is_tested():
   recipes = {path.stem for path in (_ROOT / "configs/run").glob("[!_]*.py")}
-  assert recipes == {*_WORLD, *_GRPO, "teacher_gkd", "teaching_eval"}
+  assert recipes == {*_WORLD, *_GRPO, *_IN_QUICKSTART, "teacher_gkd"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*_GRPO, *_IN_QUICKSTART, "teacher_gkd"])
+def test_default_paths_of_a_recipe_exist_in_the_world(home, recipe):
+  module = importlib.import_module(f"configs.run.{recipe}")
+  config = module.get_config("smoke")
+  for section in ("model", "student", "teacher", "data", "held_out"):
+    if section in config and config[section].path:
+      assert (home / config[section].path).exists()
 
 
 @pytest.mark.slow
@@ -154,7 +177,7 @@ def test_sft_lowers_its_loss(home, recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", _GRPO)
 def test_grpo_takes_a_step(home, recipe):
-  workdir = _smoke(home, "train_grpo", recipe, *_SHORT)
+  workdir = _smoke(home, "train_grpo", recipe, *_SHORT, *_DISTINCT)
   first = _rows(workdir)[0]
   assert first["num_tokens"] > 0
   assert first["grad_norm"] > 0
@@ -183,8 +206,8 @@ def test_gkd_lowers_its_loss(home):
 
 
 @pytest.mark.slow
-def test_evaluation_answers_every_question(home):
-  workdir = _smoke(home, "evaluate", "teaching_eval")
+def test_evaluation_answers_every_question(quickstart):
+  workdir = quickstart[0] / "results/quickstart/eval_grpo"
   summary = json.loads((workdir / "summary.json").read_text())
   assert "teaching/NDR" in summary["all"]
   assert summary["all"]["teaching/num_paraphrases"] == 40
