@@ -49,8 +49,8 @@ _FORKS.set_forkserver_preload(
 class Job:
   """`python -m scripts.NAME`, forked from a process that has imported it.
 
-  Imports take longer than most jobs of the tests; smoke_test.py and
-  serve_test.py start the commands themselves. Methods are those of
+  Imports take longer than most jobs of the tests; those of smoke_test.py,
+  serve_test.py and launch_test.py start as commands. Methods are those of
   `subprocess.Popen`.
   """
 

@@ -11,6 +11,7 @@ import pytest
 
 from scripts import launch, launch_overrides
 from scripts.job import print_config
+from tests import processes
 
 _ROOT = pathlib.Path(__file__).parents[3]
 _SFT = "configs/run/teacher_sft.py"
@@ -84,23 +85,17 @@ def test_secrets_are_masked(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "rcl"])
 def test_a_training_script_prints_the_config_and_exits(tmp_path, name):
-  script = {"sft": "train_sft", "rcl": "train_grpo"}[name]
-  result = subprocess.run(
+  job = processes.Job(
+    {"sft": "train_sft", "rcl": "train_grpo"}[name],
     [
-      sys.executable,
-      "-m",
-      f"scripts.{script}",
       "--print_config",
       f"--config=configs/run/teacher_{name}.py:smoke",
       f"--workdir={tmp_path}/run",
       "--config.seed=5",
     ],
-    cwd=_ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
+    split=True,
   )
-  assert result.returncode == 0, result.stderr
-  assert _rows(result.stdout)["seed"] == ["5", "command", "line"]
+  stdout, stderr = job.communicate(timeout=120)
+  assert job.returncode == 0, stderr
+  assert _rows(stdout)["seed"] == ["5", "command", "line"]
   assert not (tmp_path / "run").exists()
