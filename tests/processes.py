@@ -32,11 +32,16 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_compile.XLA_FLAGS}
 
 
 _FORKS = multiprocessing.get_context("forkserver")
+# What the scripts import. They themselves are imported in the fork: each must
+# find only its own flags.
 _FORKS.set_forkserver_preload(
   [
     "tests.processes",
-    *(f"scripts.{name}" for name in ("train_sft", "train_grpo", "train_gkd")),
-    "scripts.evaluate",
+    "atlas_jax.evaluation.evaluate",
+    *(f"atlas_jax.train.{name}" for name in ("sft", "grpo", "gkd")),
+    "rollout.server.app",
+    "rollout.server.engine_jax",
+    "scripts.job.exports",
   ]
 )
 
@@ -44,12 +49,18 @@ _FORKS.set_forkserver_preload(
 class Job:
   """`python -m scripts.NAME`, forked from a process that has imported it.
 
-  Imports take longer than most jobs of the tests; smoke_test.py starts the
-  commands themselves. Methods are those of `subprocess.Popen`.
+  Imports take longer than most jobs of the tests; those of smoke_test.py,
+  serve_test.py and launch_test.py start as commands. Methods are those of
+  `subprocess.Popen`.
   """
 
-  def __init__(self, script, words, *, environment=None, split=False):
-    """Starts the job; `split` separates stderr from stdout."""
+  def __init__(
+    self, script, words, *, environment=None, split=False, prepare=None
+  ):
+    """Starts the job.
+
+    `split` separates stderr from stdout, `prepare` runs first in the job.
+    """
     directory = pathlib.Path(tempfile.mkdtemp())
     weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
     self._logs = [directory / f"{number}" for number in range(1 + split)]
@@ -57,7 +68,7 @@ class Job:
     environment = environment or {**os.environ, **ENVIRONMENT}
     self._process = _FORKS.Process(
       target=_run_main,
-      args=(words, environment, self._logs[0], self._logs[-1]),
+      args=(words, environment, prepare, self._logs[0], self._logs[-1]),
     )
     self._process.start()
     self.pid = self._process.pid
@@ -102,7 +113,7 @@ class Job:
     self.send_signal(signal.SIGKILL)
 
 
-def _run_main(words, environment, *logs):
+def _run_main(words, environment, prepare, *logs):
   """Runs a script in the forked process, which exits with its code."""
   for number, path in enumerate(logs, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -110,6 +121,8 @@ def _run_main(words, environment, *logs):
   os.environ.clear()
   os.environ.update(environment)
   sys.argv[:] = words
+  if prepare:
+    prepare()
   module = f"scripts.{words[0]}"
   sys.modules.pop(module, None)
   try:
@@ -118,17 +131,20 @@ def _run_main(words, environment, *logs):
     atexit._run_exitfuncs()  # multiprocessing skips them.
 
 
-def start(script, recipe, settings, *options, num_devices):
-  """Starts a job on `num_devices` simulated devices."""
+def start(script, recipe, settings, *options, num_devices, guarded=True):
+  """Starts a job on `num_devices` simulated devices.
+
+  Unless `guarded`, one of several processes runs in the job itself, not in a
+  child that would import everything again.
+  """
   words = [f"--config.{key}={value}" for key, value in settings.items()]
   device_count = f"--xla_force_host_platform_device_count={num_devices}"
   flags = f"{quick_compile.XLA_FLAGS} {device_count}"
   config = f"--config={ROOT}/configs/run/{recipe}.py:smoke"
-  return Job(
-    script,
-    [config, *words, *options],
-    environment={**os.environ, "XLA_FLAGS": flags},
-  )
+  environment = {**os.environ, "XLA_FLAGS": flags}
+  if not guarded:
+    environment["ATLAS_GUARDED"] = "1"  # supervisor.is_guarded
+  return Job(script, [config, *words, *options], environment=environment)
 
 
 def run_code(code, *arguments):
@@ -218,10 +234,7 @@ class Server:
   def __init__(self, role, directory):
     self.port = free_port()
     self.url = f"http://127.0.0.1:{self.port}"
-    self._command = [
-      sys.executable,
-      "-m",
-      "scripts.serve",
+    self._flags = [
       "--engine=jax",
       f"--role={role}",
       f"--model={directory}",
@@ -231,9 +244,8 @@ class Server:
 
   def start(self):
     """Starts or restarts the server."""
-    self.process = subprocess.Popen(
-      self._command, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    # On the devices of the tests.
+    self.process = Job("serve", self._flags, environment=dict(os.environ))
 
   def wait(self):
     """Waits until the server is healthy."""

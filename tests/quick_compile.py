@@ -14,5 +14,10 @@ _NO_FUSION_EMITTERS = (
   if jax.__version_info__ < (0, 11)
   else ""
 )
-NO_FUSION_EMITTERS = f"{_NO_FUSION_EMITTERS}{_SERIAL_CODEGEN}"
-XLA_FLAGS = f"--xla_backend_optimization_level=0 {NO_FUSION_EMITTERS}"
+# A collective of the simulated devices aborts the process if some of their
+# threads have not joined it within 40 s, which happens on a busy machine.
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+XLA_FLAGS = (
+  "--xla_backend_optimization_level=0 "
+  f"{_NO_FUSION_EMITTERS}{_SERIAL_CODEGEN} {_PATIENCE}"
+)

@@ -38,7 +38,7 @@ def _models(home):
   }
 
 
-def _train(home, workdir, *options, num_devices):
+def _train(home, workdir, *options, num_devices, guarded=False):
   """Starts GRPO with distinct rewards, some computed by the student."""
   settings = {
     **_models(home),
@@ -64,6 +64,7 @@ def _train(home, workdir, *options, num_devices):
     *options,
     "--reward_fn=tests.reward_functions:count_words=0.1",
     num_devices=num_devices,
+    guarded=guarded,
   )
 
 
@@ -142,7 +143,7 @@ def test_a_missing_server_stops_both_processes(home, tmp_path):
     f"--config.rollout.student_urls={nowhere}",
     f"--config.rollout.weights_root={tmp_path}/weights",
   ]
-  start = functools.partial(_train, home, tmp_path / "run")
+  start = functools.partial(_train, home, tmp_path / "run", guarded=True)
   with processes.pair(start, *options) as pair:
     ends = [processes.end(process) for process in pair]
   assert [code for code, _ in ends] == [6, 8], ends
@@ -175,6 +176,7 @@ def test_two_processes_distil_like_one(home, tmp_path):
       f"--workdir={tmp_path / workdir}",
       *options,
       num_devices=num_devices,
+      guarded=False,
     )
 
   processes.succeed(distil("one", num_devices=4))
@@ -199,6 +201,7 @@ def test_two_processes_evaluate_like_one_and_resume_its_records(home, tmp_path):
       f"--workdir={tmp_path / workdir}",
       *options,
       num_devices=num_devices,
+      guarded=False,
     )
 
   processes.succeed(evaluate("one", num_devices=4))

@@ -36,7 +36,7 @@ def home(written):
   return written[0]
 
 
-def _start(home, workdir, *options, num_devices):
+def _start(home, workdir, *options, num_devices, guarded=False):
   """Starts SFT on `num_devices` simulated devices."""
   settings = {
     "world.directory": "",
@@ -61,11 +61,12 @@ def _start(home, workdir, *options, num_devices):
     f"--workdir={workdir}",
     *options,
     num_devices=num_devices,
+    guarded=guarded,
   )
 
 
-def _pair(home, workdir, *options, of_second=()):
-  start = functools.partial(_start, home, workdir)
+def _pair(home, workdir, *options, of_second=(), guarded=False):
+  start = functools.partial(_start, home, workdir, guarded=guarded)
   return processes.pair(start, *options, of_second=of_second)
 
 
@@ -194,7 +195,7 @@ def _child(pid):
 def _long_run(home, workdir):
   """Starts two processes and waits until they have saved step 2."""
   options = ("--config.loop.num_steps=100000", "--max_process_silence_s=10")
-  with _pair(home, workdir, *options) as pair:
+  with _pair(home, workdir, *options, guarded=True) as pair:
     deadline = time.monotonic() + processes.MAX_S
     while not (workdir / "checkpoints/2").exists():
       assert pair[0].poll() is None, pair[0].read()

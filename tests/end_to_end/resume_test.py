@@ -27,7 +27,7 @@ from configs.run import teacher_gkd, teacher_rcl, teacher_sft
 from scripts.job import components
 from tests import tiny
 
-_NUM_STEPS = 4
+_NUM_STEPS = 3
 # Metrics that depend on the machine.
 _TIMES = re.compile(r".*(seconds.*|time|_s)|num_compiles|goodput|.*tflops|mfu")
 
@@ -270,7 +270,7 @@ def _check_equal(workdir, expected):
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(home, straight):
   train, expected, copies = straight
-  for killed in copies[1::2]:  # Copied before the step was saved.
+  for killed in copies[1:]:  # Copied before the step was saved.
     _scramble()
     train(home, killed, lambda: False)
     _check_equal(killed, expected)

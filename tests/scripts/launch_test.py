@@ -39,7 +39,12 @@ def _launch(*arguments, command=_PYTHON, timeout=60):
   return subprocess.run(
     [*command, *map(str, arguments)],
     cwd=_ROOT,
-    env={**processes.ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+    env={
+      **processes.ENVIRONMENT,
+      "OMP_NUM_THREADS": "1",
+      # vLLM skips compiling the function that ranks tokens; ranks are unused.
+      "TORCHDYNAMO_DISABLE": "1",
+    },
     capture_output=True,
     text=True,
     timeout=timeout,
@@ -194,14 +199,14 @@ _IS_INSTALLED = _VLLM.exists() and (_ROOT / ".venv/installed").exists()
     ),
   ],
 )
-def test_training_with_servers_finishes_four_steps(
+def test_training_with_servers_finishes_every_step(
   tmp_path, engine, command, num_ports, num_of_policy
 ):
   port, run = _free_port(num_ports), tmp_path / "run"
   result = _launch(
     "configs/run/teacher_rcl.py:smoke",
     "report_to=null",
-    "max_steps=4",
+    "max_steps=2",
     "eval_steps=1",
     f"--rollout={engine}",
     f"vllm_port={port}",
@@ -215,14 +220,14 @@ def test_training_with_servers_finishes_four_steps(
   rows = [
     json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()
   ]
-  assert [r["step"] for r in rows if "reward" in r] == [1, 2, 3, 4]
-  assert [r["step"] for r in rows if "eval/teaching/NDR" in r] == [1, 2, 3, 4]
+  assert [r["step"] for r in rows if "reward" in r] == [1, 2]
+  assert [r["step"] for r in rows if "eval/teaching/NDR" in r] == [1, 2]
   measured = {f"policy_{name}_s" for name in ("push", "publish", "drain")}
   measured |= {"policy_load_s", "policy_queue_s", "policy_tokens_per_s"}
   for name in (*measured, "student_queue_s", "student_tokens_per_s"):
     assert all(f"rollout/{name}" in row for row in rows if "reward" in row)
   assert (run / "export/model.safetensors").exists()
-  pushed = f"version=4 to {num_of_policy} of {num_of_policy} servers"
+  pushed = f"version=2 to {num_of_policy} of {num_of_policy} servers"
   assert pushed in result.stderr
   # The launcher and training log in one format.
   for event in ("Training: ", "Devices: "):

@@ -12,7 +12,7 @@ import time
 import httpx2
 import pytest
 
-from tests import fakes, tiny
+from tests import fakes, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,16 +31,9 @@ def _environment():
 
 
 def _fails(*options):
-  result = subprocess.run(
-    _command(*options),
-    cwd=_ROOT,
-    env=_environment(),
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  return result.returncode, result.stderr
+  job = processes.Job("serve", options, environment=_environment(), split=True)
+  _, stderr = job.communicate(timeout=120)
+  return job.returncode, stderr
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 
 import hypothesis
 from hypothesis import strategies as st
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +11,8 @@ from atlas_jax import types
 from atlas_jax.train import batch_shapes, rollout_packing
 
 _LENGTH = 32
+# One program per shape, not one per operation and shape.
+_gather_scores = jax.jit(rollout_packing.gather_scores)
 _SIZES = st.lists(
   st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=40
 )
@@ -66,8 +68,8 @@ def _gathered(part):
   rows = rows.reshape(-1, shape, rows.shape[1])
   found_BC = np.zeros_like(places_BC)
   for microbatch in range(part.num_microbatches):
-    scores, is_here = rollout_packing.gather_scores(
-      jnp.asarray(rows[:, microbatch, 1:]), places_BC, microbatch
+    scores, is_here = jax.device_get(
+      _gather_scores(rows[:, microbatch, 1:], places_BC, microbatch)
     )
     assert not found_BC[is_here].any()  # In one microbatch only.
     assert not scores[~is_here].any()

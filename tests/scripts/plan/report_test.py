@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests plans of real model shapes from a config.json, and their errors."""
 
+import collections
 import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
+import shutil
 
+import jax
 import pytest
 
 from configs.run import teacher_gkd, teacher_rcl, teacher_sft
 from scripts.plan import report
+from tests import processes
 
-_ROOT = pathlib.Path(__file__).parents[3]
 _QWEN = {
   "model_type": "qwen3",
   "head_dim": 128,
@@ -44,40 +44,27 @@ _SHAPES = {
   "qwen2.5_32b": _shape("qwen2", 152064, 5120, 27648, 64, 40),
   "llama_70b": _shape("llama", 128256, 8192, 28672, 80, 64),
 }
-# Runs a script's `main` with a simulated disk.
-_MAIN = """
-import collections, shutil, sys
-free, recipe = int(sys.argv.pop(2)), sys.argv.pop(1)
-usage = collections.namedtuple("usage", "total used free")
-shutil.disk_usage = lambda place: usage(free, 0, free)
-from scripts import program, train_gkd, train_grpo, train_sft
-mains = {"sft": train_sft, "grpo": train_grpo, "gkd": train_gkd}
-program.run(mains[recipe].main)
-"""
 
 
-def _plan(recipe, *options, free=1 << 60):
-  configs = {"sft": "teacher_sft", "grpo": "teacher_rcl", "gkd": "teacher_gkd"}
-  config = configs[recipe]
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      _MAIN,
-      recipe,
-      str(free),
-      f"--config=configs/run/{config}.py",
-      *options,
-    ],
-    cwd=_ROOT,
-    # Must be ignored: a plan does not initialize an accelerator.
-    env={**os.environ, "JAX_PLATFORMS": "cuda"},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
+def _simulate():
+  """Simulates, in the job, a large disk and a missing GPU."""
+  usage = collections.namedtuple("usage", "total used free")
+  shutil.disk_usage = lambda _: usage(1 << 60, 0, 1 << 60)
+  # Must be ignored: a plan does not initialize an accelerator.
+  jax.config.update("jax_platforms", "cuda")
+
+
+def _plan(recipe, *options):
+  config = {"sft": "teacher_sft", "grpo": "teacher_rcl", "gkd": "teacher_gkd"}
+  job = processes.Job(
+    f"train_{recipe}",
+    [f"--config=configs/run/{config[recipe]}.py", *options],
+    environment={**os.environ, "JAX_PLATFORMS": "cuda"},
+    split=True,
+    prepare=_simulate,
   )
-  return done.returncode, done.stdout, done.stderr
+  out, err = job.communicate(timeout=300)
+  return job.returncode, out, err
 
 
 def _write(directory, fields):
