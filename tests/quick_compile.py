@@ -16,7 +16,7 @@ _NO_FUSION_EMITTERS = (
 )
 # A collective of the simulated devices aborts the process if some of their
 # threads have not joined it within 40 s, which happens on a busy machine.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=120"
 XLA_FLAGS = (
   "--xla_backend_optimization_level=0 "
   f"{_NO_FUSION_EMITTERS}{_SERIAL_CODEGEN} {_PATIENCE}"

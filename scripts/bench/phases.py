@@ -84,6 +84,10 @@ class _SleepingEngine:
   def tokenize(self, text: str) -> list[int]:
     return [0] * len(text)
 
+  def decode(self, token_ids: Sequence[int]) -> str:
+    del token_ids  # The trainer asks for no text.
+    return ""
+
   async def generate(
     self, prompts: Sequence[types.Prompt], params: types.SamplingParams
   ) -> list[list[wire.CompletionOut]]:

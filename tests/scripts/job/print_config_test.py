@@ -8,7 +8,6 @@ import pytest
 
 from scripts import launch, launch_overrides
 from scripts.job import print_config
-from tests import processes
 
 _ROOT = pathlib.Path(__file__).parents[3]
 _SFT = "configs/run/teacher_sft.py"
@@ -63,22 +62,3 @@ def test_secrets_are_masked(monkeypatch, tmp_path):
   assert "abc" not in text
   assert "def" not in text
   assert _rows(text)["judge.max_completion_tokens"] == ["7", "recipe"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "rcl"])
-def test_a_training_script_prints_the_config_and_exits(tmp_path, name):
-  job = processes.Job(
-    {"sft": "train_sft", "rcl": "train_grpo"}[name],
-    [
-      "--print_config",
-      f"--config=configs/run/teacher_{name}.py:smoke",
-      f"--workdir={tmp_path}/run",
-      "--config.seed=5",
-    ],
-    split=True,
-  )
-  stdout, stderr = job.communicate(timeout=120)
-  assert job.returncode == 0, stderr
-  assert _rows(stdout)["seed"] == ["5", "command", "line"]
-  assert not (tmp_path / "run").exists()
