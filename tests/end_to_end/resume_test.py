@@ -29,7 +29,9 @@ from tests import tiny
 
 _NUM_STEPS = 3
 # Metrics that depend on the machine.
-_TIMES = re.compile(r".*(seconds.*|time|_s)|num_compiles|goodput|.*tflops|mfu")
+_TIMES = re.compile(
+  r".*(seconds.*|time|_s)|memory/.*|num_compiles|goodput|.*tflops|mfu"
+)
 
 
 @pytest.fixture(scope="module")
