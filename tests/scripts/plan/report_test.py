@@ -2,6 +2,7 @@
 """Tests plans of real model shapes from a config.json, and their errors."""
 
 import collections
+import functools
 import json
 import os
 import re
@@ -46,22 +47,22 @@ _SHAPES = {
 }
 
 
-def _simulate():
-  """Simulates, in the job, a large disk and a missing GPU."""
+def _simulate(free):
+  """Simulates, in the job, the free bytes of a disk and a missing GPU."""
   usage = collections.namedtuple("usage", "total used free")
-  shutil.disk_usage = lambda _: usage(1 << 60, 0, 1 << 60)
+  shutil.disk_usage = lambda _: usage(free, 0, free)
   # Must be ignored: a plan does not initialize an accelerator.
   jax.config.update("jax_platforms", "cuda")
 
 
-def _plan(recipe, *options):
+def _plan(recipe, *options, free=1 << 60):
   config = {"sft": "teacher_sft", "grpo": "teacher_rcl", "gkd": "teacher_gkd"}
   job = processes.Job(
     f"train_{recipe}",
     [f"--config=configs/run/{config[recipe]}.py", *options],
     environment={**os.environ, "JAX_PLATFORMS": "cuda"},
     split=True,
-    prepare=_simulate,
+    prepare=functools.partial(_simulate, free),
   )
   out, err = job.communicate(timeout=300)
   return job.returncode, out, err
