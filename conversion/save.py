@@ -297,7 +297,7 @@ def describe_carried(source: pathlib.Path, chat_template: str = "") -> str:
   fields = shards.read_json(settings) if settings.exists() else {}
   has_file = any(name.startswith("chat_template") for name in names)
   if chat_template:
-    text += " The chat template is that of --config.model.chat_template."
+    text += " The chat template is that of training, not of the base model."
   elif not has_file and "chat_template" not in fields:
     text += " Without a chat template, the export cannot be served for chat."
   return text
