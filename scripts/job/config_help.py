@@ -62,8 +62,8 @@ class ConfigHelp:
 
   def suggest(self, argv: Sequence[str]) -> str:
     """Returns the known names that the unknown ones in `argv` stand for."""
-    recipe = self._recipe_of(argv)
     try:
+      recipe = launch_overrides.find_recipe(self._recipe_of(argv))
       config = launch_overrides.load(recipe, [])
       keys = [key for key, _ in config_keys.values(config)]
     except errors.ConfigError:

@@ -21,15 +21,6 @@ def _run(flags, workdir):
   return (workdir / "metrics.jsonl").read_text()
 
 
-def _write_documented_reward(directory):
-  """Writes the example of docs/rewards.md to reward.py."""
-  page = (processes.ROOT / "docs/rewards.md").read_text()
-  (code,) = re.findall(r"(?s)```python\n(.+?)```", page)
-  path = directory / "reward.py"
-  path.write_text(code)
-  return path
-
-
 @pytest.mark.slow
 def test_a_finished_run_has_exported_and_does_not_train_again(tmp_path):
   for name in ("policy", "student"):
@@ -98,9 +89,7 @@ def test_rlvr_trains_without_a_student(tmp_path):
     "--config.sampling.teach.group_size=3",
     "--config.sampling.teach.max_completion_tokens=8",
     "--reward_fn=tests.reward_functions:plain",
-    f"--reward_fn={_write_documented_reward(tmp_path)}:brevity=0.5",
     "--config.loop.num_steps=1",
-    "--config.dry_pass=True",
   ]
 
   shown = processes.succeed(processes.Job("train_grpo", flags))
@@ -108,18 +97,7 @@ def test_rlvr_trains_without_a_student(tmp_path):
 
   row, evaluated = map(json.loads, logged.splitlines())
   assert {"reward", "rewards/exact", "accuracy"} <= row.keys()
-  # The example sees the text of a policy that has no student.
-  assert row["rewards/length"] < 0
-  assert " rewards/length=-" in shown
-  for text in (
-    "Step 1: dry pass of one question ...",
-    "Dry pass of row ",
-    "Step 1: sampling answers ...",
-    "Step 1: compiling and running the update ...",
-    "Reward exact is 0 for all 6 completions",
-    "Finished: loss=",
-  ):
-    assert text in shown, text
+  assert "Reward exact is 0 for all 6 completions" in shown
   assert row["num_tokens"] > 0
   assert row["rewards/unavailable"] == 2
   assert evaluated["eval/accuracy_high"] > 0
@@ -165,30 +143,3 @@ def test_training_and_sampling_start_from_saved_adapters(tmp_path):
   )
   errors = [r["rollout/prob_error"] for r in rows if "rollout/prob_error" in r]
   assert len(errors) == 2
-
-
-@pytest.mark.slow
-def test_a_run_that_learnt_nothing_exports_and_exits_with_4_if_asked(tmp_path):
-  tiny.write_talker(
-    tmp_path / "policy", num_hidden_layers=1, max_position_embeddings=512
-  )
-  flags = [
-    "--config=configs/run/rlvr.py:smoke",
-    f"--workdir={tmp_path}/run",
-    "--config.world.directory=",
-    f"--config.model.path={tmp_path}/policy",
-    f"--config.data.path={_write_questions(tmp_path)}",
-    "--config.held_out.path=",
-    "--config.batch.num_questions=2",
-    "--config.sampling.teach.group_size=2",
-    "--config.sampling.teach.max_completion_tokens=8",
-    "--config.loop.num_steps=1",
-    "--config.loop.require_updates=True",
-  ]
-  code, shown = processes.end(processes.Job("train_grpo", flags))
-  assert code == 4
-  assert "cause: completions: 100% truncated at 8 tokens: raise" in shown
-  assert "Nothing was learnt: no step updated the parameters." in shown
-  assert "Traceback" not in shown
-  card = (tmp_path / "run/export/README.md").read_text()
-  assert "> **Warning:** no training step updated these weights" in card

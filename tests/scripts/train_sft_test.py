@@ -12,8 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from atlas_jax import chat, types
-from scripts import convert
 from tests import processes, tiny
 
 _NUM_STEPS = 400
@@ -153,39 +151,6 @@ def test_a_run_killed_between_saves_resumes_bit_for_bit(command, tmp_path):
     ]
   model = "export/model.safetensors"
   assert (killed / model).read_bytes() == (straight / model).read_bytes()
-
-
-@pytest.mark.slow
-def test_sixty_rows_of_a_table_train_a_base_model_by_default(tmp_path):
-  tiny.write_talker(tmp_path / "base", num_hidden_layers=1)
-  (tmp_path / "base/chat_template.jinja").unlink()
-  lines = [f"{i} + {i}?,{2 * i}" for i in range(60)]
-  (tmp_path / "exam.csv").write_text("\n".join(["Task,Result", *lines]))
-  workdir = tmp_path / "run"
-  code, stderr = _finish(
-    [
-      "--config=configs/run/teacher_sft.py",
-      f"--workdir={workdir}",
-      f"--config.model.path={tmp_path}/base",
-      "--config.model.chat_template=chatml",
-      f"--config.data.path={tmp_path}/exam.csv",
-      "--config.data.columns.question=Task",
-      "--config.data.columns.answer=Result",
-      "--config.num_epochs=2",
-      "--config.model.remat=none",  # Compiles faster.
-    ]
-  )
-  assert code == 0, stderr
-  # The context of the model has 128 tokens; a batch has 16 rows.
-  assert re.search(r"Packed 57 conversations into \d+ rows of 128", stderr)
-  assert re.search(r"There are \d+ rows for batches of batch.size=16", stderr)
-  assert "Read 60 rows" in stderr
-  assert len([row for row in _rows(workdir) if "loss" in row]) == 2
-  # The export has the template, and the checkpoint's weights in bfloat16.
-  tokenizer = chat.load_tokenizer(workdir / "export")
-  text, _ = chat.render(tokenizer, [types.Message("user", "q")])
-  assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-  assert convert.main(["verify", str(workdir), str(workdir / "export")]) == 0
 
 
 @pytest.mark.slow

@@ -8,11 +8,7 @@ import pytest
 from atlas_jax import chat
 from configs.run import rlvr, teacher_gkd, teacher_rcl, teacher_sft
 from scripts.job import show_samples
-from tests import fakes, processes
-
-_TRAINED = (
-  "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n[[2<|im_end|>]]\n"
-)
+from tests import fakes
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +41,3 @@ def test_rows_are_rendered_as_the_recipe_uses_them(
   _, text = found[-1]
   assert start in text
   assert text.endswith(end)
-
-
-@pytest.mark.slow
-def test_rows_are_printed_without_a_model_or_a_workdir(files, tmp_path):
-  job = processes.Job(
-    "train_sft",
-    [
-      "--config=configs/run/teacher_sft.py",
-      f"--config.model.path={files / 'model'}",
-      f"--config.data.path={files / 'rows.jsonl'}",
-      "--show_samples=3",
-    ],
-    split=True,
-  )
-  stdout, stderr = job.communicate(timeout=300)
-  assert job.returncode == 0, stderr
-  assert stdout.count("--- ") == 3
-  assert _TRAINED in stdout
-  assert list(tmp_path.iterdir()) == []
-  assert [path.name for path in (files / "model").glob("*.safetensors")] == []
