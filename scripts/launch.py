@@ -163,8 +163,6 @@ if __name__ == "__main__":
   flags.FLAGS(sys.argv[:1])  # Unparsed flags make absl warn at the first log.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().setFormatter(  # As in `scripts.program`.
-    stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  )
+  logging.get_absl_handler().setFormatter(program.LOG_FORMAT)
   stdlib_logging.getLogger("httpx2").setLevel(stdlib_logging.WARNING)
   program.leave(lambda: main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from atlas_jax import errors
 import scripts
 
+LOG_FORMAT = stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 _LEAVE_S = 3.0
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort")
@@ -90,9 +91,7 @@ def run(
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.addFilter(_is_relevant)
-  handler.setFormatter(
-    stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  )
+  handler.setFormatter(LOG_FORMAT)
   app.run(guarded, flags_parser=lambda argv: _parse(argv, doc, config_help))
 
 

@@ -225,7 +225,7 @@ def recognize(row: rows.Row) -> str:
   """Returns the name of the format that the row's columns belong to.
 
   Raises:
-    errors.DataError: if there is none.
+    errors.DataError: if the columns belong to no format.
   """
   present = {key for key, value in row.values.items() if rows.is_given(value)}
   for name, groups in _RECOGNIZED.items():

@@ -67,7 +67,7 @@ def gain(
 
 
 def echo_proof(records: Sequence[types.TeachingRecord]) -> str:
-  """Returns the taught accuracy on paraphrases; "" if there are none."""
+  """Returns the taught accuracy on paraphrases; "" without paraphrases."""
   if not any(record.paraphrased for record in records):
     return ""
   summary = metrics.summarize(records, **_BOOTSTRAP)
